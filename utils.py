@@ -1,0 +1,351 @@
+"""Facts about a run that every program needs, and that depend on nothing else of ours.
+
+The leaf of the import graph: input errors and exit statuses, logging, atomic writes, keyed seeds, git facts, and
+`Runtime` (which process this is, and on which device it computes).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import datetime
+import difflib
+import hashlib
+import json
+import logging
+import os
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import Any, NoReturn
+
+import numpy as np
+import torch
+import torch.distributed as dist
+
+logger = logging.getLogger("distil")
+
+EXIT_INPUT_ERROR = 2
+EXIT_INTERRUPTED = 130
+PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=10)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Errors and programs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class InputError(ValueError):
+    """What the user gave cannot be used. Each line of the message names what, got, expected, and a remedy."""
+
+
+def run_program(main: Callable[[], None]) -> None:
+    """Run a program's `main`; turn an `InputError` or an operating-system error into one line a problem and status 2.
+
+    Under a launcher the message comes from rank 0 only; every rank exits with the same status.
+    """
+    try:
+        main()
+    except InputError as error:
+        report_problems(str(error))
+        sys.exit(EXIT_INPUT_ERROR)
+    except OSError as error:
+        report_problems(" ".join(str(error).split()))
+        sys.exit(EXIT_INPUT_ERROR)
+    except KeyboardInterrupt:
+        report_problems("interrupted")
+        sys.exit(EXIT_INTERRUPTED)
+    finally:
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+
+
+def report_problems(message: str) -> None:
+    """Print one line a problem to the standard error stream, from rank 0 only."""
+    if os.environ.get("RANK", "0") == "0":
+        program = Path(sys.argv[0]).name or "distil"
+        for line in message.splitlines():
+            print(f"{program}: error: {line}", file=sys.stderr, flush=True)
+
+
+class OneLineParser(argparse.ArgumentParser):
+    """An argument parser whose errors are one line without the usage text, raised as InputError.
+
+    An unknown flag is answered with the nearest known one.
+    """
+
+    def error(self, message: str) -> NoReturn:
+        raise InputError(f"{message}; see --help")
+
+    def parse_args(self, args=None, namespace=None):
+        arguments, unknown = self.parse_known_args(args, namespace)
+        if unknown:
+            known = [flag for action in self._actions for flag in action.option_strings]
+            near = difflib.get_close_matches(unknown[0].split("=")[0], known, n=1)
+            raise InputError(f"unknown argument {unknown[0]}; {f'did you mean {near[0]}?' if near else 'see --help'}")
+        return arguments
+
+
+def require_file(path: str | os.PathLike, what: str) -> None:
+    """Raise InputError unless `path` is a file that holds something; `what` names the flag it came from."""
+    problem = file_problem(path, what)
+    if problem:
+        raise InputError(problem)
+
+
+def file_problem(path: str | os.PathLike, what: str) -> str | None:
+    """Say in one line why `path` is no readable, non-empty file; None if it is one."""
+    if os.path.isdir(path):
+        return f"{what} {path}: is a folder, a file is expected; name the file inside it"
+    if not os.path.isfile(path):
+        return f"{what} {path}: no such file; check the path"
+    if os.path.getsize(path) == 0:
+        return f"{what} {path}: the file is empty; make it again"
+    if not os.access(path, os.R_OK):
+        return f"{what} {path}: the file may not be read by this user; change its permissions"
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Logging, files, git
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def setup_logging(level: int = logging.INFO) -> None:
+    """Send the project's log lines to the standard error stream, time and level in front."""
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S"))
+    logger.handlers[:] = [handler]
+    logger.setLevel(level)
+    logger.propagate = False
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to the disk and rename it to `path`.
+
+    A reader sees the old file or the whole new one. On failure the temporary file goes and `path` is as before.
+    """
+    path = Path(path)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
+    os.close(descriptor)
+    temporary = Path(name)
+    try:
+        yield temporary
+        _give_default_permissions(temporary)
+        _flush_to_disk(temporary)
+        os.replace(temporary, path)
+        _flush_to_disk(path.parent)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _give_default_permissions(path: Path) -> None:
+    # mkstemp makes files that only their owner reads; results are to be shared like any other file.
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+def _flush_to_disk(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write `content` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_weights(path: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Write a plain state dict (name -> CPU tensor) in torch's format, atomically."""
+    with atomic_path(path) as temporary:
+        torch.save({name: tensor.detach().cpu() for name, tensor in state_dict.items()}, temporary)
+
+
+def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:
+    """Describe the git checkout around `folder`: repo_id, repo_sha, repo_branch; None for what there is not."""
+    facts: dict[str, str | None] = {"repo_id": None, "repo_sha": None, "repo_branch": None}
+    try:
+        import git  # raises ImportError where no git program is installed
+
+        repo = git.Repo(folder, search_parent_directories=True)
+    except Exception as error:
+        logger.warning("No git checkout around %s (%s): git_log.json says so.", folder, type(error).__name__)
+        return facts
+    facts["repo_id"] = str(repo)
+    try:
+        facts["repo_sha"] = repo.head.object.hexsha
+        facts["repo_branch"] = repo.active_branch.name
+    except (ValueError, TypeError) as error:
+        logger.warning("The git head is unborn or detached (%s): git_log.json says so.", " ".join(str(error).split()))
+    return facts
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Randomness keyed by counters
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def keyed_seed(*key: int | str) -> int:
+    """Hash a key such as (seed, micro-batch number, purpose) to a 63-bit seed.
+
+    Hashed because torch's CPU generator looks at the low 32 bits only: neighbouring counters would not do.
+    """
+    digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+def keyed_numpy_generator(*key: int | str) -> np.random.Generator:
+    """Make a numpy generator whose stream depends on the key alone."""
+    return np.random.Generator(np.random.Philox(keyed_seed(*key)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runtime: which process is this, and where does it compute?
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Runtime:
+    """What is found out when a process starts: its place among the others, and its device."""
+
+    rank: int = 0
+    world_size: int = 1
+    local_rank: int = 0
+    device: torch.device = torch.device("cpu")
+
+    @property
+    def is_main(self) -> bool:
+        """True in the one process that writes files and talks to the user."""
+        return self.rank == 0
+
+    @contextlib.contextmanager
+    def sharing_errors(self) -> Iterator[None]:
+        """Raise an InputError of any rank on every rank, so that none is left waiting and rank 0 can say it."""
+        problem = None
+        try:
+            yield
+        except InputError as error:
+            problem = str(error)
+        if self.world_size == 1:
+            if problem:
+                raise InputError(problem)
+            return
+        problems: list[str | None] = [None] * self.world_size
+        dist.all_gather_object(problems, problem)
+        lines = {line: None for text in problems if text for line in text.splitlines()}
+        if lines:
+            raise InputError("\n".join(lines))
+
+
+LAUNCHER_REMEDY = "start with torchrun or python -m torch.distributed.launch, or unset it for a single process"
+
+
+def read_launcher(environment: Mapping[str, str], local_rank_flag: int) -> tuple[int, int, int, int] | None:
+    """Read (rank, world size, local rank, processes on this machine) from a launcher's variables.
+
+    Returns None for a process that no launcher started: it is one of several if and only if RANK and LOCAL_RANK are
+    set. Raises InputError that names every variable missing, malformed or contradicting another.
+    """
+    if "RANK" not in environment or "LOCAL_RANK" not in environment:
+        if local_rank_flag >= 0:
+            missing = " and ".join(name for name in ("RANK", "LOCAL_RANK") if name not in environment)
+            raise InputError(f"--local_rank {local_rank_flag}: {missing} not set in the environment; {LAUNCHER_REMEDY}")
+        return None
+    problems = [
+        f"{name} is not set though RANK and LOCAL_RANK are; {LAUNCHER_REMEDY}"
+        for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+        if not environment.get(name)
+    ]
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "N_GPU_NODE", "N_NODES", "NODE_RANK",
+             "MASTER_PORT")  # fmt: skip
+    value: dict[str, int] = {}
+    for name in names:
+        if environment.get(name):
+            try:
+                value[name] = int(environment[name])
+            except ValueError:
+                problems.append(f"{name}={environment[name]}: not a whole number; {LAUNCHER_REMEDY}")
+    if not problems:
+        problems = _launcher_contradictions(value, local_rank_flag)
+    if problems:
+        raise InputError("\n".join(problems))
+    return value["RANK"], value["WORLD_SIZE"], value["LOCAL_RANK"], _processes_on_machine(value)
+
+
+def _processes_on_machine(value: Mapping[str, int]) -> int:
+    return value.get("LOCAL_WORLD_SIZE", value.get("N_GPU_NODE", value["LOCAL_RANK"] + 1))
+
+
+def _launcher_contradictions(value: Mapping[str, int], local_rank_flag: int) -> list[str]:
+    rank, world_size, local_rank = value["RANK"], value["WORLD_SIZE"], value["LOCAL_RANK"]
+    per_machine = value.get("N_GPU_NODE", _processes_on_machine(value))
+    machines = value.get("N_NODES", max(world_size // max(per_machine, 1), 1))
+    machine = value.get("NODE_RANK", rank // max(per_machine, 1))
+    flag_differs = local_rank_flag >= 0 and local_rank_flag != local_rank
+    checks = [
+        (world_size < 1, f"WORLD_SIZE={world_size}: at least 1 is expected"),
+        (not 0 <= rank < max(world_size, 1), f"RANK={rank}: expected 0 to WORLD_SIZE - 1 = {world_size - 1}"),
+        (per_machine < 1, f"N_GPU_NODE={per_machine}: at least 1 is expected"),
+        (not 0 <= local_rank < max(per_machine, 1),
+         f"LOCAL_RANK={local_rank}: expected 0 to {per_machine - 1}, for {per_machine} processes run on a machine"),
+        (flag_differs, f"--local_rank {local_rank_flag} contradicts LOCAL_RANK={local_rank}; leave the flag out"),
+        ("N_GPU_NODE" in value and value.get("LOCAL_WORLD_SIZE", per_machine) != per_machine,
+         f"N_GPU_NODE={per_machine} contradicts LOCAL_WORLD_SIZE={value.get('LOCAL_WORLD_SIZE')}"),
+        ("N_NODES" in value and machines * per_machine != world_size,
+         f"N_NODES={machines} x {per_machine} processes a machine contradicts WORLD_SIZE={world_size}"),
+        ("NODE_RANK" in value and machine != rank // max(per_machine, 1),
+         f"NODE_RANK={machine} contradicts RANK={rank} with {per_machine} processes a machine"),
+        ("N_GPU_NODE" in value and world_size % max(per_machine, 1) != 0,
+         f"N_GPU_NODE={per_machine} does not divide WORLD_SIZE={world_size}"),
+        ("NODE_RANK" in value and not 0 <= machine < max(machines, 1),
+         f"NODE_RANK={machine}: expected 0 to N_NODES - 1 = {machines - 1}"),
+    ]  # fmt: skip
+    remedy = "; export what the launcher is told, or unset it"
+    return [message + remedy for is_wrong, message in checks if is_wrong]
+
+
+def start_runtime(n_gpu: int, local_rank_flag: int, environment: Mapping[str, str] | None = None) -> Runtime:
+    """Find out which process this is, choose its device, and join the others where there are any.
+
+    n_gpu: GPUs over all processes; 0 = the CPU. Raises InputError where the launcher's variables are missing or
+    contradict each other, or where there are GPUs but too few.
+    """
+    launched = read_launcher(os.environ if environment is None else environment, local_rank_flag)
+    rank, world_size, local_rank, per_machine = launched or (0, 1, 0, 1)
+    device = choose_device(n_gpu, world_size, local_rank, per_machine, torch.cuda.device_count(), launched is not None)
+    if device.type == "cuda":
+        torch.cuda.set_device(device)
+    if launched is not None:
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, init_method="env://", timeout=PROCESS_GROUP_TIMEOUT)
+    runtime = Runtime(rank, world_size, local_rank, device)
+    if runtime.is_main:
+        wanted_gpu = n_gpu > 0 and device.type == "cpu"
+        logger.info("%d process(es) on %s%s.", world_size, "GPU, nccl" if device.type == "cuda" else "CPU, gloo",
+                    f" (--n_gpu {n_gpu}, but this machine has no GPU)" if wanted_gpu else "")  # fmt: skip
+    return runtime
+
+
+def choose_device(
+    n_gpu: int, world_size: int, local_rank: int, per_machine: int, gpus_here: int, is_launched: bool
+) -> torch.device:
+    """Choose a process's device. No GPU, or n_gpu 0: the CPU. GPUs, but fewer than asked for: InputError."""
+    if n_gpu == 0 or gpus_here == 0:
+        return torch.device("cpu")
+    if n_gpu > 1 and not is_launched:
+        raise InputError(f"--n_gpu {n_gpu}: this is a single process; start {n_gpu} with torchrun --nproc_per_node={n_gpu}")
+    if n_gpu > 1 and n_gpu != world_size:
+        raise InputError(f"--n_gpu {n_gpu} contradicts WORLD_SIZE={world_size}; pass --n_gpu {world_size}")
+    if per_machine > gpus_here:
+        raise InputError(
+            f"{per_machine} processes on this machine, which has {gpus_here} GPU(s): one GPU a process is expected; "
+            f"start {gpus_here} process(es), or pass --n_gpu 0 for the CPU"
+        )
+    return torch.device("cuda", local_rank)
