@@ -1,0 +1,533 @@
+"""What differs from one architecture to the next, as tables: model classes, token roles, frozen parameters, layers.
+
+ARCHITECTURES has one row a model type, PAIRS one row a (teacher, student) that can be distilled. The functions below
+load tokenizers, teachers and students by hub name or local folder, and make a student's first weights out of a
+teacher's layers (Sanh et al., 2019, section 3: the student is initialized by taking one layer out of two).
+"""
+
+import contextlib
+import dataclasses
+import json
+import logging
+import os
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import transformers
+
+from utils import InputError, require_file
+
+logger = logging.getLogger("distil")
+
+StateDict = Mapping[str, torch.Tensor]
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """One model type.
+
+    model_class, config_class, tokenizer_class: names in transformers.
+    vocab_files: what a tokenizer folder without tokenizer.json must hold.
+    layers: what stands before the layer's number in a parameter's name.
+    position_embeddings, token_type_embeddings: module paths, None where there are none.
+    head_transform: prefixes of the prediction head's own dense layer and norm, which --vocab_transform takes along.
+    aliases: parameters that only repeat another (tied) one under a second name.
+    obsolete: pattern of names that old checkpoints hold and current models do not.
+    reserved_positions: rows of the position table that no token uses (RoBERTa's positions begin at 2).
+    start_token, end_token, pad_token: attributes of the tokenizer that give the token of each role.
+    """
+
+    model_class: str
+    config_class: str
+    tokenizer_class: str
+    vocab_files: tuple[str, ...]
+    layers: str
+    position_embeddings: str
+    token_type_embeddings: str | None = None
+    head_transform: tuple[str, ...] = ()
+    aliases: tuple[str, ...] = ()
+    obsolete: str = r"\.position_ids$"
+    reserved_positions: int = 0
+    start_token: str = "cls_token"
+    end_token: str = "sep_token"
+    pad_token: str = "pad_token"
+
+    @property
+    def is_masked(self) -> bool:
+        """True for masked-language models, False for causal ones."""
+        return self.model_class.endswith("MaskedLM")
+
+
+ARCHITECTURES: dict[str, Architecture] = {
+    "bert": Architecture(
+        "BertForMaskedLM",
+        "BertConfig",
+        "BertTokenizer",
+        ("vocab.txt",),
+        layers="bert.encoder.layer.",
+        position_embeddings="bert.embeddings.position_embeddings",
+        token_type_embeddings="bert.embeddings.token_type_embeddings",
+        head_transform=("cls.predictions.transform.",),
+        aliases=("cls.predictions.decoder.bias",),
+    ),
+    "distilbert": Architecture(
+        "DistilBertForMaskedLM",
+        "DistilBertConfig",
+        "BertTokenizer",
+        ("vocab.txt",),
+        layers="distilbert.transformer.layer.",
+        position_embeddings="distilbert.embeddings.position_embeddings",
+        head_transform=("vocab_transform.", "vocab_layer_norm."),
+    ),
+    "roberta": Architecture(
+        "RobertaForMaskedLM",
+        "RobertaConfig",
+        "RobertaTokenizer",
+        ("vocab.json", "merges.txt"),
+        layers="roberta.encoder.layer.",
+        position_embeddings="roberta.embeddings.position_embeddings",
+        token_type_embeddings="roberta.embeddings.token_type_embeddings",
+        head_transform=("lm_head.dense.", "lm_head.layer_norm."),
+        aliases=("lm_head.decoder.bias",),
+        reserved_positions=2,
+    ),
+    "gpt2": Architecture(
+        "GPT2LMHeadModel",
+        "GPT2Config",
+        "GPT2Tokenizer",
+        ("vocab.json", "merges.txt"),
+        layers="transformer.h.",
+        position_embeddings="transformer.wpe",
+        obsolete=r"\.attn\.(masked_)?bias$",
+        start_token="bos_token",
+        end_token="eos_token",
+        pad_token="unk_token",
+    ),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One (teacher, student) that can be distilled.
+
+    parameter_names: student's name -> teacher's name; {layer} is the layer's number in either. None where both are of
+        one architecture: the student's own names serve.
+    fold_token_types: (student's, teacher's) name of a table to whose every row --fold_token_types adds token type 0;
+        None where the student has token types itself.
+    """
+
+    parameter_names: Mapping[str, str] | None = None
+    fold_token_types: tuple[str, str] | None = None
+
+
+def _with_weight_and_bias(modules: Mapping[str, str]) -> dict[str, str]:
+    return {f"{s}.{kind}": f"{t}.{kind}" for s, t in modules.items() for kind in ("weight", "bias")}
+
+
+BERT_TO_DISTILBERT = {
+    "distilbert.embeddings.word_embeddings.weight": "bert.embeddings.word_embeddings.weight",
+    "distilbert.embeddings.position_embeddings.weight": "bert.embeddings.position_embeddings.weight",
+    "vocab_projector.weight": "cls.predictions.decoder.weight",
+    "vocab_projector.bias": "cls.predictions.bias",
+    **_with_weight_and_bias(
+        {
+            "distilbert.embeddings.LayerNorm": "bert.embeddings.LayerNorm",
+            "vocab_transform": "cls.predictions.transform.dense",
+            "vocab_layer_norm": "cls.predictions.transform.LayerNorm",
+            **{
+                f"distilbert.transformer.layer.{{layer}}.{student}": f"bert.encoder.layer.{{layer}}.{teacher}"
+                for student, teacher in {
+                    "attention.q_lin": "attention.self.query",
+                    "attention.k_lin": "attention.self.key",
+                    "attention.v_lin": "attention.self.value",
+                    "attention.out_lin": "attention.output.dense",
+                    "sa_layer_norm": "attention.output.LayerNorm",
+                    "ffn.lin1": "intermediate.dense",
+                    "ffn.lin2": "output.dense",
+                    "output_layer_norm": "output.LayerNorm",
+                }.items()
+            },
+        }
+    ),
+}
+
+PAIRS: dict[tuple[str, str], Pair] = {
+    ("bert", "distilbert"): Pair(
+        BERT_TO_DISTILBERT,
+        fold_token_types=(
+            "distilbert.embeddings.position_embeddings.weight",
+            "bert.embeddings.token_type_embeddings.weight",
+        ),
+    ),
+    ("roberta", "roberta"): Pair(),
+    ("gpt2", "gpt2"): Pair(),
+}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Tokenizers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def short_name(name_or_folder: str) -> str:
+    """Return the last component of a hub name or folder: 'dbmdz/bert-base-german-cased/' -> 'bert-base-german-cased'."""
+    return Path(os.path.abspath(name_or_folder)).name if name_or_folder else ""
+
+
+def load_tokenizer(model_type: str, name: str, flag: str, do_lower_case: bool | None = None):
+    """Load a model type's tokenizer by hub name or folder; check that it is one of that type.
+
+    do_lower_case (BERT only): None = what tokenizer_config.json says; without that file, whether the vocabulary has no
+    capitals (transformers 5 would lower-case silently). Raises InputError that names `flag`.
+    """
+    architecture = ARCHITECTURES[model_type]
+    files = _tokenizer_files(architecture, name, flag)
+    declared = _read_json(files.get("tokenizer_config.json"))
+    _check_tokenizer_class(architecture, declared, model_type, name, flag)
+    options = {}
+    if architecture.tokenizer_class == "BertTokenizer":
+        lower_case = do_lower_case
+        if lower_case is None and "do_lower_case" not in declared:
+            lower_case = not _has_capitals(files)
+        if lower_case is not None:
+            options["do_lower_case"] = lower_case
+    with _quiet_transformers():
+        try:
+            tokenizer = getattr(transformers, architecture.tokenizer_class).from_pretrained(name, **options)
+        except Exception as error:
+            raise InputError(f"{flag} {name}: no {model_type} tokenizer could be loaded ({_one_line(error)})") from error
+    _check_special_tokens(architecture, tokenizer, files, model_type, name, flag)
+    return tokenizer
+
+
+def _tokenizer_files(architecture: Architecture, name: str, flag: str) -> dict[str, str]:
+    """Find the tokenizer's files: {file name: path}. transformers 5 makes an empty tokenizer where there are none."""
+    wanted = ("tokenizer_config.json", "tokenizer.json", *architecture.vocab_files)
+    if os.path.isdir(name):
+        found = {file: os.path.join(name, file) for file in wanted if os.path.isfile(os.path.join(name, file))}
+    else:
+        found = _fetch(name, wanted, flag)
+    if "tokenizer.json" not in found and any(file not in found for file in architecture.vocab_files):
+        raise InputError(
+            f"{flag} {name}: has neither tokenizer.json nor {' and '.join(architecture.vocab_files)}; "
+            f"name a {architecture.tokenizer_class} tokenizer, or another tokenizer type"
+        )
+    return found
+
+
+def _fetch(name: str, files: Sequence[str], flag: str) -> dict[str, str]:
+    with _quiet_transformers():
+        try:
+            transformers.AutoConfig.from_pretrained(name)  # one file every model repository has: is it there at all?
+            paths = {
+                file: transformers.utils.cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files
+            }
+        except Exception as error:
+            raise InputError(_not_found(flag, name, error)) from error
+    return {file: path for file, path in paths.items() if path is not None}
+
+
+def _not_found(flag: str, name: str, error: Exception) -> str:
+    return f"{flag} {name}: neither a local folder nor a model that the hub gave ({_one_line(error)})"
+
+
+def _one_line(error: Exception, limit: int = 160) -> str:
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if len(text) <= limit else text[: limit - 2] + ".."
+
+
+def _read_json(path: str | None) -> dict:
+    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+
+
+def _check_tokenizer_class(architecture: Architecture, declared: dict, model_type: str, name: str, flag: str) -> None:
+    kinds = {row.tokenizer_class.removesuffix("Tokenizer"): row.tokenizer_class for row in ARCHITECTURES.values()}
+    declared_class = str(declared.get("tokenizer_class") or "")
+    kind = declared_class.removesuffix("Fast").removesuffix("Tokenizer").removeprefix("Distil")
+    if kinds.get(kind, architecture.tokenizer_class) != architecture.tokenizer_class:
+        raise InputError(
+            f"{flag} {name}: holds a {declared_class}, which is no {model_type} tokenizer; give the type that it has"
+        )
+
+
+def _has_capitals(files: Mapping[str, str]) -> bool:
+    if "vocab.txt" in files:
+        tokens = Path(files["vocab.txt"]).read_text(encoding="utf-8").splitlines()
+    else:
+        tokens = _read_json(files["tokenizer.json"]).get("model", {}).get("vocab", {})
+    return any(token != token.lower() for token in tokens if not token.startswith("["))
+
+
+def _check_special_tokens(architecture: Architecture, tokenizer, files: dict, model_type: str, name: str, flag: str) -> None:
+    """transformers adds a missing special token to the vocabulary in silence; such an id means nothing to the model."""
+    known = set(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False))
+    known |= {token["content"] for token in _read_json(files.get("tokenizer.json")).get("added_tokens", [])}
+    roles = [architecture.start_token, architecture.end_token, architecture.pad_token]
+    roles += ["mask_token"] if architecture.is_masked else []
+    missing = [f"{role} {getattr(tokenizer, role)}" for role in roles if getattr(tokenizer, role) not in known]
+    if missing:
+        raise InputError(
+            f"{flag} {name}: its vocabulary has no {', no '.join(dict.fromkeys(missing))}; "
+            f"expected a {model_type} vocabulary, is the type right?"
+        )
+
+
+def special_ids(model_type: str, tokenizer) -> dict[str, int | None]:
+    """Read the ids by role: start and end of a sequence, pad, and unknown (None where the tokenizer has none)."""
+    row = ARCHITECTURES[model_type]
+    roles = {"start": row.start_token, "end": row.end_token, "pad": row.pad_token, "unknown": "unk_token"}
+    return {role: getattr(tokenizer, f"{token}_id") for role, token in roles.items()}
+
+
+def max_input_length(model_type: str, tokenizer, config) -> int:
+    """Return the longest sequence, in ids, that both the tokenizer and the teacher's position table admit."""
+    positions = config.max_position_embeddings - ARCHITECTURES[model_type].reserved_positions
+    return int(min(tokenizer.model_max_length, positions))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@contextlib.contextmanager
+def _quiet_transformers() -> Iterator[None]:
+    """Keep transformers' warnings, progress bars and retry messages back: what is wrong is said by us, in one line."""
+    hub_logger = logging.getLogger("huggingface_hub")
+    verbosity, hub_level = transformers.logging.get_verbosity(), hub_logger.level
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    hub_logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        hub_logger.setLevel(hub_level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def load_config(model_type: str, name: str, flag: str):
+    """Load a model's configuration by hub name or folder. Raises InputError where it is of another type."""
+    with _quiet_transformers():
+        try:
+            config = transformers.AutoConfig.from_pretrained(name)
+        except Exception as error:
+            raise InputError(_not_found(flag, name, error)) from error
+    if config.model_type != model_type:
+        raise InputError(f"{flag} {name}: is a {config.model_type} model, expected {model_type}; correct the type or the name")
+    return config
+
+
+def load_model(model_type: str, name: str, flag: str) -> torch.nn.Module:
+    """Load a whole language model in float32. Raises InputError where weights are missing or not finite."""
+    load_config(model_type, name, flag)
+    with _quiet_transformers():
+        try:
+            model, report = getattr(transformers, ARCHITECTURES[model_type].model_class).from_pretrained(
+                name, dtype=torch.float32, output_loading_info=True
+            )
+        except Exception as error:
+            raise InputError(f"{flag} {name}: its weights could not be loaded ({_one_line(error)})") from error
+    missing = sorted(set(report["missing_keys"]) - set(ARCHITECTURES[model_type].aliases))
+    if missing:
+        raise InputError(
+            f"{flag} {name}: has no weights for {_some(missing)}; a whole {ARCHITECTURES[model_type].model_class} is "
+            "expected, prediction head included"
+        )
+    check_finite(model.state_dict(), f"{flag} {name}")
+    return model
+
+
+def load_teacher(model_type: str, name: str, flag: str = "--teacher_name") -> torch.nn.Module:
+    """Load a teacher: evaluation mode, no gradients."""
+    return load_model(model_type, name, flag).eval().requires_grad_(False)
+
+
+def check_finite(state_dict: StateDict, where: str) -> None:
+    """Raise InputError naming the tensors in which something is NaN or infinite."""
+    wrong = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
+    if wrong:
+        raise InputError(f"{where}: {_some(wrong)} hold NaN or infinite values; take another checkpoint")
+
+
+def _some(names: Sequence[str], limit: int = 4) -> str:
+    shown = ", ".join(names[:limit])
+    return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
+
+
+def read_student_config(model_type: str, path: str, initializer_range: float | None = None):
+    """Read a student's JSON configuration. Raises InputError where it is not one of `model_type`."""
+    require_file(path, "--student_config")
+    architecture = ARCHITECTURES[model_type]
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+        declared = content.get("model_type", model_type)
+        config = getattr(transformers, architecture.config_class)(**{k: v for k, v in content.items() if k != "model_type"})
+    except Exception as error:
+        raise InputError(f"--student_config {path}: not a {model_type} configuration ({_one_line(error)})") from error
+    if declared != model_type:
+        raise InputError(f"--student_config {path}: is for a {declared} model, --student_type is {model_type}")
+    if initializer_range is not None:
+        config.initializer_range = initializer_range
+    config.architectures = [architecture.model_class]
+    return config
+
+
+def build_student(model_type: str, config) -> torch.nn.Module:
+    """Make a student with random weights. Raises InputError where its configuration contradicts itself."""
+    with _quiet_transformers():
+        try:
+            return getattr(transformers, ARCHITECTURES[model_type].model_class)(config)
+        except (ValueError, TypeError) as error:
+            raise InputError(f"--student_config: no model can be made of it ({_one_line(error)})") from error
+
+
+def size_mismatches(student_config, teacher_config) -> list[str]:
+    """Say, a line each, in which sizes a student's configuration and its teacher's disagree though they must not."""
+    sizes = {"vocab_size": "vocabulary", "hidden_size": "width", "max_position_embeddings": "number of positions"}
+    return [
+        f"--student_config: {what} is {getattr(student_config, name)}, the teacher's is {getattr(teacher_config, name)}; "
+        f"they must be equal, set {name} in the student's JSON"
+        for name, what in sizes.items()
+        if getattr(student_config, name) != getattr(teacher_config, name)
+    ]
+
+
+def freeze_embeddings(student: torch.nn.Module, model_type: str, *, positions: bool, token_types: bool) -> None:
+    """Stop the gradients of position embeddings (always where they are sinusoidal) and of token types.
+
+    Differs from the original: DistilBERT's positions obey --freeze_pos_embs, which the README passes and 2019 ignored.
+    """
+    architecture = ARCHITECTURES[model_type]
+    if positions or getattr(student.config, "sinusoidal_pos_embds", False):
+        student.get_submodule(architecture.position_embeddings).requires_grad_(False)
+    if token_types and architecture.token_type_embeddings:
+        student.get_submodule(architecture.token_type_embeddings).requires_grad_(False)
+
+
+def head_of(model: torch.nn.Module, hidden_ND: torch.Tensor) -> torch.Tensor:
+    """Project last hidden states to the vocabulary with the model's own prediction head: logits_NV."""
+    return HEADS[model.config.model_type](model, hidden_ND)
+
+
+def _distilbert_head(model, hidden_ND):
+    return model.vocab_projector(model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_ND))))
+
+
+HEADS = {
+    "bert": lambda model, hidden_ND: model.cls(hidden_ND),
+    "distilbert": _distilbert_head,
+    "roberta": lambda model, hidden_ND: model.lm_head(hidden_ND),
+    "gpt2": lambda model, hidden_ND: model.lm_head(hidden_ND),
+}
+
+
+def head_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
+    """List the parameters that the prediction head reads, the embedding table that it shares included."""
+    of_base = {id(parameter) for parameter in model.base_model.parameters()}
+    own = [parameter for parameter in model.parameters() if id(parameter) not in of_base]
+    output = [parameter for parameter in model.get_output_embeddings().parameters() if id(parameter) in of_base]
+    return own + output
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# First weights from a teacher's layers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def evenly_spaced_layers(num_teacher_layers: int, num_student_layers: int) -> list[int]:
+    """Choose layers, first and last kept: round(linspace(0, L - 1, l)), which gives 0 2 4 7 9 11 for 12 -> 6."""
+    return np.rint(np.linspace(0, num_teacher_layers - 1, num_student_layers)).astype(int).tolist()
+
+
+def extract_student(
+    teacher: torch.nn.Module,
+    student_type: str,
+    layers: Sequence[int],
+    *,
+    vocab_transform: bool = False,
+    fold_token_types: bool = False,
+) -> dict[str, torch.Tensor]:
+    """Make a student's first state dict out of a teacher's layers `layers` -> 0, 1, ..
+
+    vocab_transform: take the dense layer and norm of the prediction head too. fold_token_types: add token type 0 to
+    every position row where the student has no token types, which makes the copy exact (never to the word embeddings,
+    which the output projection shares). Raises InputError naming a parameter that the teacher lacks.
+    """
+    teacher_type = teacher.config.model_type
+    pair, student_row = PAIRS[teacher_type, student_type], ARCHITECTURES[student_type]
+    teacher_state = teacher.state_dict()
+    names = pair.parameter_names or _names_of_one_architecture(teacher_state, ARCHITECTURES[teacher_type])
+    if not vocab_transform:
+        names = {s: t for s, t in names.items() if not s.startswith(student_row.head_transform or ("\0",))}
+    state = {}
+    for student_name, teacher_name in names.items():
+        targets = list(enumerate(layers)) if "{layer}" in student_name else [(0, 0)]
+        for student_layer, teacher_layer in targets:
+            source = teacher_name.format(layer=teacher_layer)
+            if source not in teacher_state:
+                raise InputError(f"the teacher has no parameter {source}; a {teacher_type} language model is expected")
+            state[student_name.format(layer=student_layer)] = teacher_state[source].detach().clone().contiguous()
+    if fold_token_types and pair.fold_token_types:
+        target, source = pair.fold_token_types
+        state[target] += teacher_state[source][0]
+    return state
+
+
+def _names_of_one_architecture(teacher_state: StateDict, row: Architecture) -> dict[str, str]:
+    """Map a model's own names to themselves, layer numbers replaced by {layer}; aliases and old buffers left out."""
+    pattern = re.compile(re.escape(row.layers) + r"\d+\.")
+    names = [n for n in teacher_state if n not in row.aliases and not re.search(row.obsolete, n)]
+    templates = [pattern.sub(f"{row.layers}{{layer}}.", name) for name in names]
+    return {template: template for template in templates}
+
+
+def load_student_weights(student: torch.nn.Module, model_type: str, path: str) -> None:
+    """Load first weights (a plain state dict) into a student, checked name by name.
+
+    Raises InputError naming every tensor that is missing, unexpected, of another shape or not finite. Absent tensors
+    of the head's transform are named in a warning only: they are absent without --vocab_transform.
+    """
+    flag = "--student_pretrained_weights"
+    row, own = ARCHITECTURES[model_type], student.state_dict()
+    given = _read_state_dict(path, flag)
+    given = {n: t for n, t in given.items() if n in own or not re.search(row.obsolete, n)}
+    storages = {own[name].data_ptr() for name in given if name in own}
+    missing = [n for n in own if n not in given and own[n].data_ptr() not in storages]
+    optional = [n for n in missing if n.startswith(row.head_transform or ("\0",))]
+    unexpected = [n for n in given if n not in own]
+    shapes = [
+        f"{n} {list(given[n].shape)} (the student's is {list(own[n].shape)})"
+        for n in given
+        if n in own and own[n].shape != given[n].shape
+    ]
+    remedy = "extract them anew for this student's configuration"
+    kinds = {"lacks": [n for n in missing if n not in optional], "has unexpected": unexpected, "has misshapen": shapes}
+    problems = [f"{flag} {path}: {kind} {_some(names)}; {remedy}" for kind, names in kinds.items() if names]
+    if problems:
+        raise InputError("\n".join(problems))
+    check_finite(given, f"{flag} {path}")
+    student.load_state_dict(given, strict=False)
+    if optional:
+        logger.warning(
+            "%s has no %s: they start at random (extract with --vocab_transform to take them).", path, _some(optional)
+        )
+    logger.info("Loaded %d tensors from %s.", len(given), path)
+
+
+def _read_state_dict(path: str, flag: str) -> dict[str, torch.Tensor]:
+    require_file(path, flag)
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as error:
+        raise InputError(f"{flag} {path}: not a state dict that torch can load safely ({_one_line(error)})") from error
+    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+        raise InputError(f"{flag} {path}: expected a plain state dict (name -> tensor); make it with extract.py")
+    return dict(state)
