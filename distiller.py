@@ -1,0 +1,424 @@
+"""The distillation step: batch preparation, and one optimizer update over a list of micro-batches.
+
+Flow: LmSeqsDataset.collate -> prepare_mlm / prepare_clm (on the host, keyed by seed and micro-batch number) ->
+teacher's and student's last hidden states -> losses -> one backward a micro-batch, one gradient all-reduce, clip, update.
+
+Source: Sanh et al., 2019, section 3; masking by smoothed counts: Conneau and Lample, 2019 (XLM), section 3.2.
+
+Shape suffixes: B sequences, T padded length, N selected positions, V vocabulary, D width, M micro-batches, K losses.
+"""
+
+import contextlib
+import dataclasses
+import math
+from collections.abc import Callable, Iterable, Mapping, Sequence
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from losses import IGNORED_LABEL, LOSSES, Term, head_losses, rows_per_chunk
+from utils import keyed_seed
+
+Head = Callable[[torch.Tensor], torch.Tensor]
+
+MIN_LOSS_SCALE = 2**-10  # the scaler halves its scale at each overflow; below this it will not find one that fits
+
+# --------------------------------------------------------------------------------------------------------------------
+# Batches
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward needs, made on the host.
+
+    attention_mask_BT: 1 on real tokens; None for causal models, which are called without a mask. labels_BT: -100 where
+    nothing is to be predicted. rows: kind of rows (see losses.Loss) -> ascending positions in the flattened (B, T).
+    """
+
+    number: int
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor | None
+    labels_BT: torch.Tensor
+    rows: Mapping[str, torch.Tensor]
+    num_tokens: int
+
+
+def masking_weights(counts_V: torch.Tensor, smoothing: float, special_ids: Iterable[int]) -> torch.Tensor:
+    """Weigh each token id for masking: max(count, 1) ^ -smoothing, 0 for special tokens; float64."""
+    weights_V = counts_V.clamp(min=1).double() ** -smoothing
+    weights_V[list(special_ids)] = 0.0
+    return weights_V
+
+
+def real_positions(lengths_B: torch.Tensor, padded_length: int) -> torch.Tensor:
+    """Mark the real tokens of a padded batch: bool (B, T)."""
+    return torch.arange(padded_length) < lengths_B[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class MlmPreparation:
+    """How masked-LM batches are made.
+
+    weights_V: see masking_weights. mask_prop: share of real tokens to be predicted. word_mask, word_keep, word_rand:
+    what becomes of a drawn token: [MASK], itself, or an id uniform over the vocabulary.
+    """
+
+    weights_V: torch.Tensor
+    mask_id: int
+    mask_prop: float
+    word_mask: float
+    word_keep: float
+    word_rand: float
+    restrict_ce_to_mask: bool
+    seed: int
+
+    def __call__(self, number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> MicroBatch:
+        """Draw ceil(mask_prop x real tokens) positions of the whole batch, without replacement, by weight.
+
+        Never more than there are positions of positive weight. All randomness is keyed by (seed, number).
+        """
+        real_BT = real_positions(lengths_B, token_ids_BT.shape[1])
+        generator = torch.Generator().manual_seed(keyed_seed(self.seed, number, "mask"))
+        drawn_BT = self._draw(token_ids_BT, real_BT, generator)
+        labels_BT = torch.where(drawn_BT, token_ids_BT, IGNORED_LABEL)
+        input_ids_BT = token_ids_BT.clone()
+        input_ids_BT[drawn_BT] = self._replacements(token_ids_BT[drawn_BT], generator)
+        real, masked = _positions(real_BT), _positions(drawn_BT)
+        rows = {"real": real, "masked": masked, "distilled": masked if self.restrict_ce_to_mask else real}
+        return MicroBatch(number, input_ids_BT, real_BT.long(), labels_BT, rows, len(real))
+
+    def _draw(self, token_ids_BT, real_BT, generator) -> torch.Tensor:
+        weights_BT = self.weights_V[token_ids_BT] * real_BT
+        num_real = int(real_BT.sum())
+        # Differs from the original: capped. 2019 went on to mask [CLS] where nothing of positive weight was left.
+        num_drawn = min(math.ceil(self.mask_prop * num_real), int((weights_BT > 0).sum()))
+        drawn_BT = torch.zeros_like(real_BT)
+        if num_drawn:
+            places = torch.multinomial(weights_BT.flatten(), num_drawn, replacement=False, generator=generator)
+            drawn_BT.view(-1)[places] = True
+        return drawn_BT
+
+    def _replacements(self, original_N: torch.Tensor, generator) -> torch.Tensor:
+        probabilities = torch.tensor([self.word_mask, self.word_keep, self.word_rand], dtype=torch.float64)
+        if not len(original_N):
+            return original_N
+        random_N = torch.randint(len(self.weights_V), original_N.shape, generator=generator)
+        fate_N = torch.multinomial(probabilities, len(original_N), replacement=True, generator=generator)
+        choices_3N = torch.stack([torch.full_like(original_N, self.mask_id), original_N, random_N])
+        return choices_3N.gather(0, fate_N[None])[0]
+
+
+def prepare_clm(number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> MicroBatch:
+    """Make a causal-LM batch: the labels are the ids, -100 on padding; no mask, for padding stands behind."""
+    real_BT = real_positions(lengths_B, token_ids_BT.shape[1])
+    labels_BT = torch.where(real_BT, token_ids_BT, IGNORED_LABEL)
+    next_is_real_BT = torch.zeros_like(real_BT)
+    next_is_real_BT[:, :-1] = real_BT[:, 1:]
+    real = _positions(real_BT)
+    rows = {"real": real, "distilled": real, "next": _positions(next_is_real_BT)}
+    return MicroBatch(number, token_ids_BT, None, labels_BT, rows, len(real))
+
+
+def _positions(selected_BT: torch.Tensor) -> torch.Tensor:
+    return selected_BT.flatten().nonzero()[:, 0]
+
+
+def label_of_row(kind: str, labels_BT: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor | None:
+    """Return the id to be predicted at each row: its own label, the next position's ("next"), or None."""
+    if kind == "masked":
+        return labels_BT.flatten()[rows_N]
+    if kind == "next":
+        return labels_BT.flatten()[rows_N + 1]
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Student, head and losses as one module
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class DistillationModel(nn.Module):
+    """Student, prediction head and losses: forward returns the loss of a micro-batch. It alone is wrapped by DDP.
+
+    head, head_parameters: the student's projection from hidden states to logits, and the parameters it reads.
+    alphas: weight of each objective (rows of LOSSES); those of weight 0 cost nothing.
+    """
+
+    def __init__(
+        self,
+        student: nn.Module,
+        head: Head,
+        head_parameters: Sequence[nn.Parameter],
+        alphas: Mapping[str, float],
+        temperature: float,
+        chunk_rows: int | None = None,
+    ):
+        super().__init__()
+        self.student = student
+        self.head = head
+        self.head_parameters = list(head_parameters)
+        self.alphas = {name: alpha for name, alpha in alphas.items() if alpha > 0}
+        self.temperature = temperature
+        self.chunk_rows = chunk_rows or rows_per_chunk(student.config.vocab_size)
+
+    @property
+    def needs_teacher(self) -> bool:
+        """True where an active objective reads the teacher."""
+        return any(LOSSES[name].needs_teacher for name in self.alphas)
+
+    def forward(self, batch: MicroBatch | None, teacher_hidden_BTD, teacher_head: Head | None, scale: float | torch.Tensor):
+        """Return (scale x weighted loss, unweighted means_K in the order of alphas).
+
+        batch None: a rank without a micro-batch takes part in the gradient exchange with zeros.
+        """
+        if batch is None:
+            touched = [parameter.flatten()[0] for parameter in self.parameters() if parameter.requires_grad]
+            return torch.stack(touched).sum() * 0.0, None
+        hidden_ND = last_hidden_state(self.student, batch).flatten(0, 1)
+        teacher_ND = None if teacher_hidden_BTD is None else teacher_hidden_BTD.flatten(0, 1)
+        total, means = self._logit_losses(batch, hidden_ND, teacher_ND, teacher_head, scale)
+        for name in self._active("hidden"):
+            loss, rows_N = LOSSES[name], batch.rows[LOSSES[name].rows].to(hidden_ND.device)
+            teacher_rows_ND = None if teacher_ND is None else teacher_ND[rows_N].float()
+            mean = loss.formula(hidden_ND[rows_N].float(), teacher_rows_ND, None, self.temperature) / max(len(rows_N), 1)
+            total = total + mean * (self.alphas[name] * scale)
+            means[name] = mean.detach()
+        return total, torch.stack([means[name] for name in self.alphas])
+
+    def _active(self, reads: str) -> list[str]:
+        return [name for name in self.alphas if LOSSES[name].reads == reads]
+
+    def _logit_losses(self, batch: MicroBatch, hidden_ND, teacher_ND, teacher_head, scale):
+        """Select once the rows that any logit objective reads, project them, apply the objectives."""
+        names = self._active("logits")
+        if not names:
+            return hidden_ND[:0].sum(), {}
+        device = hidden_ND.device
+        needed = torch.cat([batch.rows[LOSSES[name].rows] for name in names]).unique()  # ascending
+        selected_N = needed.to(device, non_blocking=True)
+        terms = [self._term(name, batch, needed, scale, device) for name in names]
+        reads_teacher = any(LOSSES[name].needs_teacher for name in names)
+        total, sums_K = head_losses(
+            self.head,
+            self.head_parameters,
+            hidden_ND[selected_N],
+            teacher_head if reads_teacher else None,
+            teacher_ND[selected_N] if reads_teacher else None,
+            terms,
+            self.temperature,
+            self.chunk_rows,
+        )
+        counts = [max(len(term.offsets), 1) for term in terms]
+        return total, {name: value / count for name, value, count in zip(names, sums_K, counts, strict=True)}
+
+    def _term(self, name: str, batch: MicroBatch, needed: torch.Tensor, scale, device) -> Term:
+        loss = LOSSES[name]
+        rows_N = batch.rows[loss.rows]
+        offsets = torch.searchsorted(needed, rows_N)
+        labels_N = label_of_row(loss.rows, batch.labels_BT, rows_N)
+        return Term(
+            loss.formula,
+            offsets.to(device, non_blocking=True),
+            offsets,
+            None if labels_N is None else labels_N.to(device, non_blocking=True),
+            self.alphas[name] / max(len(rows_N), 1) * scale,
+        )
+
+
+def last_hidden_state(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
+    """Run a language model without its prediction head: hidden states (B, T, D), for GPT-2 after the final norm.
+
+    No token types are passed.
+    """
+    device = next(model.parameters()).device
+    mask_BT = batch.attention_mask_BT
+    mask_BT = None if mask_BT is None else mask_BT.to(device, non_blocking=True)
+    return model.base_model(batch.input_ids_BT.to(device, non_blocking=True), attention_mask=mask_BT)[0]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The step
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class NonFiniteError(RuntimeError):
+    """A loss or gradient became NaN or infinite; the update was not applied."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """What an update did. losses_MK: float64, each micro-batch's weighted loss, then its unweighted terms."""
+
+    losses_MK: torch.Tensor
+    grad_norm: float
+    grad_statistics: dict[str, tuple[float, float]]
+
+
+class Distiller:
+    """Update a student towards its teacher.
+
+    model: the DistillationModel. teacher, teacher_head: None where no teacher is used. optimizer, schedule: stepped
+    once an update. max_grad_norm: gradients' norm is clipped to it. seed: keys dropout by micro-batch. world_size: ranks
+    that share an update. amp_dtype: None, or the dtype of torch's mixed precision.
+    """
+
+    def __init__(
+        self,
+        model: DistillationModel,
+        teacher: nn.Module | None,
+        teacher_head: Head | None,
+        optimizer: torch.optim.Optimizer,
+        schedule: torch.optim.lr_scheduler.LRScheduler | None,
+        *,
+        max_grad_norm: float,
+        seed: int,
+        world_size: int = 1,
+        amp_dtype: torch.dtype | None = None,
+    ):
+        self.model = model
+        self.teacher, self.teacher_head = (teacher, teacher_head) if model.needs_teacher else (None, None)
+        self.optimizer = optimizer
+        self.schedule = schedule
+        self.max_grad_norm = max_grad_norm
+        self.seed = seed
+        self.world_size = world_size
+        self.amp_dtype = amp_dtype
+        self.device = next(model.parameters()).device
+        self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
+        self.wrapped = _wrap_for_ranks(model) if world_size > 1 else model
+
+    def step(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int, wants_statistics: bool = False):
+        """Do one update over the micro-batches `numbers`, of which this rank computes `batches` (num_mine of them).
+
+        The gradient is the mean over all of the update's micro-batches, on whichever rank. Raises NonFiniteError, on
+        every rank alike, before anything is applied.
+        """
+        self.optimizer.zero_grad(set_to_none=True)
+        losses_MK = self.accumulate(batches, numbers, num_mine)
+        self._check_finite(losses_MK, numbers, "loss")
+        self.scaler.unscale_(self.optimizer)
+        parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        statistics = self._grad_statistics() if wants_statistics else {}
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        if not self.scaler.is_enabled():
+            self._check_finite(norm[None, None], numbers, "gradient norm")
+        self.scaler.step(self.optimizer)  # skipped where the gradient overflowed in half precision
+        self.scaler.update()
+        if self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE:
+            raise NonFiniteError(f"the gradients overflow at every loss scale down to {MIN_LOSS_SCALE}; train without --fp16")
+        if self.schedule is not None:
+            self.schedule.step()
+        return StepReport(losses_MK, norm.item(), statistics)
+
+    def accumulate(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int) -> torch.Tensor:
+        """Leave the update's mean gradient in .grad; return every rank's losses_MK. One gradient all-reduce."""
+        self.model.train()
+        share = self.world_size / len(numbers)  # DDP takes the mean over ranks
+        scale = self.scaler.scale(torch.full((), share, device=self.device)) if self.scaler.is_enabled() else share
+        losses_MK = torch.zeros(len(numbers), 1 + len(self.model.alphas), dtype=torch.float64, device=self.device)
+        for done, batch in enumerate(batches, start=1):
+            with self._without_reduction(done < num_mine):
+                means_K = self._backward(batch, scale)
+            losses_MK[batch.number - numbers[0], 1:] = means_K
+        if num_mine == 0:
+            self.wrapped(None, None, None, scale)[0].backward()
+        if self.world_size > 1:
+            torch.distributed.all_reduce(losses_MK)
+        losses_MK[:, 0] = losses_MK[:, 1:] @ losses_MK.new_tensor(list(self.model.alphas.values()))
+        return losses_MK.cpu()
+
+    def _without_reduction(self, is_wanted: bool) -> contextlib.AbstractContextManager:
+        return self.wrapped.no_sync() if is_wanted and self.world_size > 1 else contextlib.nullcontext()
+
+    def _backward(self, batch: MicroBatch, scale) -> torch.Tensor:
+        torch.manual_seed(keyed_seed(self.seed, batch.number, "dropout"))
+        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+            hidden_BTD = None
+            if self.teacher is not None:
+                with torch.no_grad():
+                    hidden_BTD = last_hidden_state(self.teacher, batch)
+            loss, means_K = self.wrapped(batch, hidden_BTD, self.teacher_head, scale)
+        loss.backward()
+        return means_K
+
+    def _check_finite(self, values_MK: torch.Tensor, numbers: Sequence[int], what: str) -> None:
+        if torch.isfinite(values_MK).all():
+            return
+        if what == "loss":
+            place, column = (~torch.isfinite(values_MK[:, 1:])).nonzero()[0].tolist()
+            value, what = values_MK[place, column + 1], f"loss_{list(self.model.alphas)[column]}"
+            where = f"micro-batch {numbers[place]}"
+        else:
+            value, where = values_MK.flatten()[0], f"micro-batches {numbers[0]} to {numbers[-1]}"
+        raise NonFiniteError(f"the {what} became {value.item()} in {where}; the update was not applied")
+
+    def _grad_statistics(self) -> dict[str, tuple[float, float]]:
+        """Mean and standard deviation of each parameter's accumulated gradient, before clipping."""
+        return {
+            name: (parameter.grad.mean().item(), parameter.grad.std(correction=int(parameter.numel() > 1)).item())
+            for name, parameter in self.model.student.named_parameters()
+            if parameter.grad is not None
+        }
+
+
+def _wrap_for_ranks(model: DistillationModel) -> DistributedDataParallel:
+    # Buffers are constants (position ids), the same on every rank: no broadcast.
+    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+
+
+def split_for_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
+    """Group the trained parameters: decayed, and not decayed (biases and layer norms). Embeddings are decayed.
+
+    Differs from the original: layer norms are told by their module. 2019 looked for the text "LayerNorm.weight", and
+    so decayed DistilBERT's, GPT-2's and the RoBERTa head's.
+    """
+    norms = {
+        id(parameter)
+        for module in model.modules()
+        if type(module).__name__.endswith("Norm")
+        for parameter in module.parameters(recurse=False)
+    }
+    decayed, kept = [], []
+    for name, parameter in model.named_parameters():
+        if parameter.requires_grad:
+            is_exempt = id(parameter) in norms or name.split(".")[-1] == "bias"
+            (kept if is_exempt else decayed).append(parameter)
+    groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
+    return [group for group in groups if group["params"]]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Evaluation
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def evaluate(student: nn.Module, head: Head, teacher: nn.Module, teacher_head: Head, batches: Iterable[MicroBatch]) -> dict:
+    """Compare a student with its teacher on held-out batches.
+
+    Returns means in natural log: loss and accuracy (top-1) where a label is to be predicted; over every real token,
+    kl (teacher || student, T = 1) and agreement (share of positions where both put the same token first). With the
+    teacher as its own student, loss and accuracy are the teacher's.
+    """
+    student.eval()
+    sums = dict.fromkeys(("loss", "accuracy", "kl", "agreement"), 0.0)
+    num_labels = num_real = 0
+    for batch in batches:
+        kind = "next" if batch.attention_mask_BT is None else "masked"
+        hidden, teacher_hidden = (last_hidden_state(model, batch).flatten(0, 1) for model in (student, teacher))
+        labels_BT = batch.labels_BT.to(hidden.device)
+        for rows_N in batch.rows["real"].to(hidden.device).split(rows_per_chunk(student.config.vocab_size)):
+            student_NV, teacher_NV = head(hidden[rows_N]).float(), teacher_head(teacher_hidden[rows_N]).float()
+            sums["kl"] += LOSSES["ce"].formula(student_NV, teacher_NV, None, 1.0).item()
+            sums["agreement"] += (student_NV.argmax(-1) == teacher_NV.argmax(-1)).sum().item()
+        rows_N = batch.rows[kind].to(hidden.device)
+        labels_N = label_of_row(kind, labels_BT, rows_N)
+        logits_NV = head(hidden[rows_N]).float()
+        sums["loss"] += torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum").item()
+        sums["accuracy"] += (logits_NV.argmax(-1) == labels_N).sum().item()
+        num_labels += len(rows_N)
+        num_real += batch.num_tokens
+    counts = {"loss": num_labels, "accuracy": num_labels, "kl": num_real, "agreement": num_real}
+    return {name: value / max(counts[name], 1) for name, value in sums.items()}

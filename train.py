@@ -1,0 +1,636 @@
+"""Distil a language model: flags, the loop, the wall clock and the run folder. See README.md.
+
+Launch as one process (`python train.py ..`) or as several (`torchrun`, `python -m torch.distributed.launch`).
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import json
+import logging
+import math
+import os
+import sys
+import tempfile
+import time
+import typing
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import torch
+import transformers
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
+
+from architectures import (
+    ARCHITECTURES,
+    PAIRS,
+    build_student,
+    freeze_embeddings,
+    head_of,
+    head_parameters,
+    load_student_weights,
+    load_teacher,
+    load_tokenizer,
+    max_input_length,
+    read_student_config,
+    size_mismatches,
+    special_ids,
+)
+from distiller import (
+    DistillationModel,
+    Distiller,
+    MlmPreparation,
+    NonFiniteError,
+    StepReport,
+    masking_weights,
+    prepare_clm,
+    split_for_weight_decay,
+)
+from grouped_batch_sampler import GroupedBatchSampler, Update
+from lm_seqs_dataset import LmSeqsDataset, SpecialIds, check_ids_below, read_token_counts, read_token_file
+from losses import LOSSES
+from utils import (
+    InputError,
+    OneLineParser,
+    Runtime,
+    atomic_path,
+    file_problem,
+    git_facts,
+    keyed_seed,
+    logger,
+    run_program,
+    save_weights,
+    setup_logging,
+    start_runtime,
+    write_json,
+)
+
+EXIT_NON_FINITE = 1
+FEW_UPDATES = 20
+ADAM_BETAS = (0.9, 0.98)
+
+# --------------------------------------------------------------------------------------------------------------------
+# Configuration: each option once
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def option(help: str, default=dataclasses.MISSING, choices=None):
+    """Declare one flag: its help (with the unit), default and choices."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+
+
+STUDENT_TYPES = sorted({student for _, student in PAIRS})
+TEACHER_TYPES = sorted({teacher for teacher, _ in PAIRS})
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every option of a run. Raises InputError that names all problems at once."""
+
+    force: bool = option("move an existing dump_path aside (to DUMP_PATH.old-TIME) instead of refusing it", False)
+    dump_path: str = option("folder that receives log, checkpoints and the student")
+    data_file: str = option("token file made by scripts/binarized_data.py")
+
+    student_type: str = option("student's model type", choices=STUDENT_TYPES)
+    student_config: str = option("student's configuration, JSON")
+    student_pretrained_weights: str | None = option("student's first weights, made by scripts/extract*.py", None)
+    teacher_type: str = option("teacher's model type", choices=TEACHER_TYPES)
+    teacher_name: str = option("teacher, hub name or local folder; its tokenizer is used")
+
+    temperature: float = option("softmax temperature of the KL divergence", 2.0)
+    alphas: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {name: loss.default_alpha for name, loss in LOSSES.items()}
+    )
+    mlm: bool = option("masked-language modelling (default: causal)", False)
+    mlm_mask_prop: float = option("share of the real tokens to be predicted", 0.15)
+    word_mask: float = option("share of predicted tokens that become [MASK]", 0.8)
+    word_keep: float = option("share of predicted tokens that stay", 0.1)
+    word_rand: float = option("share of predicted tokens that become a random token", 0.1)
+    mlm_smoothing: float = option("tokens are drawn for prediction with weight count ^ -MLM_SMOOTHING", 0.7)
+    token_counts: str | None = option("token counts made by scripts/token_counts.py; needed with --mlm", None)
+    restrict_ce_to_mask: bool = option("distil at masked positions only; without --mlm no effect", False)
+    freeze_pos_embs: bool = option("keep the student's position embeddings as they are", False)
+    freeze_token_type_embds: bool = option("keep the student's token types as they are (roberta)", False)
+
+    n_epoch: int = option("passes over the data", 3)
+    max_steps: int | None = option("number of updates, in place of N_EPOCH; the schedule spans them", None)
+    max_length: int | None = option("longest sequence, in token ids; default: what the teacher admits", None)
+    batch_size: int = option("sequences a micro-batch, on each process", 5)
+    group_by_size: bool = option("make batches of sequences of like lengths", True)
+    gradient_accumulation_steps: int = option("micro-batches an update, on each process", 50)
+    warmup_prop: float = option("share of the updates over which the learning rate rises", 0.05)
+    weight_decay: float = option("weight decay, biases and layer norms excepted", 0.0)
+    learning_rate: float = option("highest learning rate", 5e-4)
+    adam_epsilon: float = option("epsilon of AdamW", 1e-6)
+    max_grad_norm: float = option("the gradient's norm is clipped to this", 5.0)
+    initializer_range: float | None = option(
+        "standard deviation of random first weights; default: the student configuration's (0.02 in those shipped)", None
+    )
+
+    fp16: bool = option("mixed precision in float16, with a gradient scaler", False)
+    fp16_opt_level: str = option("accepted for old command lines, without effect: torch's own mixed precision is used", "O1")
+    n_gpu: int = option("GPUs over all processes, one a process; 0: CPU", 1)
+    local_rank: int = option("given by old launchers; leave it alone", -1)
+    seed: int = option("seed of order, masks, dropout and first weights", 56)
+    log_interval: int = option("micro-batches of one process between two logs to TensorBoard", 500)
+    checkpoint_interval: int = option("micro-batches of one process between two checkpoints", 4000)
+
+    def __post_init__(self):
+        problems = [*number_problems(self), *objective_problems(self), *type_problems(self), *path_problems(self)]
+        if problems:
+            raise InputError("\n".join(problems))
+
+
+def number_problems(config: TrainConfig) -> list[str]:
+    """Say what is wrong with single numbers."""
+    positive_int = [
+        "n_epoch", "batch_size", "gradient_accumulation_steps", "log_interval", "checkpoint_interval", "max_steps", "max_length"
+    ]  # fmt: skip
+    bounds = {
+        **{name: (lambda x: x >= 1, "at least 1") for name in positive_int},
+        "temperature": (lambda x: x > 0, "a number above 0"),
+        "learning_rate": (lambda x: x > 0, "a number above 0"),
+        "adam_epsilon": (lambda x: x > 0, "a number above 0"),
+        "max_grad_norm": (lambda x: x > 0, "a number above 0"),
+        "initializer_range": (lambda x: x > 0, "a number above 0"),
+        "weight_decay": (lambda x: x >= 0, "0 or more"),
+        "mlm_smoothing": (lambda x: x >= 0, "0 or more"),
+        "n_gpu": (lambda x: x >= 0, "0 or more"),
+        **{name: (lambda x: 0 <= x <= 1, "0 to 1") for name in
+           ("mlm_mask_prop", "word_mask", "word_keep", "word_rand", "warmup_prop")},
+    }  # fmt: skip
+    values = {name: getattr(config, name) for name in bounds}
+    problems = [
+        f"--{name} {value}: expected {bounds[name][1]}"
+        for name, value in values.items()
+        if value is not None and not (math.isfinite(value) and bounds[name][0](value))
+    ]
+    total = config.word_mask + config.word_keep + config.word_rand
+    if not abs(total - 1) <= 1e-6:
+        problems.append(f"--word_mask + --word_keep + --word_rand: their sum is {total:g}, expected 1")
+    return problems
+
+
+def objective_problems(config: TrainConfig) -> list[str]:
+    """Say which objectives contradict each other or --mlm."""
+    alphas = config.alphas
+    problems = [
+        f"--alpha_{name} {alpha}: expected a finite number, 0 or more"
+        for name, alpha in alphas.items()
+        if not (math.isfinite(alpha) and alpha >= 0)
+    ]
+    mlm, clm = alphas["mlm"], alphas["clm"]
+    if config.mlm and not mlm > 0:
+        problems.append(f"--mlm with --alpha_mlm {mlm}: expected --alpha_mlm above 0; set it, or leave --mlm out")
+    if not config.mlm and mlm > 0:
+        problems.append(f"--alpha_mlm {mlm} without --mlm: add --mlm, or set --alpha_mlm 0")
+    if (mlm > 0) == (clm > 0):
+        problems.append(f"--alpha_mlm {mlm} and --alpha_clm {clm}: expected exactly one above 0; set the other to 0")
+    if not sum(alphas.values()) > 0:
+        problems.append(f"{' '.join(f'--alpha_{name}' for name in alphas)}: their sum is not above 0; weigh an objective")
+    if config.mlm and config.token_counts is None:
+        problems.append("--mlm without --token_counts: expected the file that scripts/token_counts.py makes; name it")
+    return problems
+
+
+def type_problems(config: TrainConfig) -> list[str]:
+    """Say why teacher, student and objective don't go together."""
+    student, teacher = config.student_type, config.teacher_type
+    problems = []
+    if (teacher, student) not in PAIRS:
+        known = ", ".join(f"{t} -> {s}" for t, s in PAIRS)
+        problems.append(f"--teacher_type {teacher} with --student_type {student}: no such pair; expected one of {known}")
+    for flag, model_type in (("--student_type", student), ("--teacher_type", teacher)):
+        is_masked = ARCHITECTURES[model_type].is_masked
+        if config.mlm != is_masked:
+            kind = "masked" if is_masked else "causal"
+            remedy = "add --mlm, with --alpha_mlm above 0 and --alpha_clm 0" if is_masked else "leave --mlm out"
+            problems.append(f"{flag} {model_type} {'with' if config.mlm else 'without'} --mlm: it is a {kind} model; {remedy}")
+    if config.freeze_token_type_embds and ARCHITECTURES[student].token_type_embeddings is None:
+        problems.append(f"--freeze_token_type_embds with --student_type {student}: it has no token types; leave it out")
+    return problems
+
+
+def path_problems(config: TrainConfig) -> list[str]:
+    """Say which files are missing, and whether the run folder is in the way."""
+    files = {name: getattr(config, name) for name in INPUT_FILES}
+    problems = [file_problem(path, f"--{name}") for name, path in files.items() if path is not None]
+    return [problem for problem in [*problems, dump_path_problem(config)] if problem]
+
+
+INPUT_FILES = ("data_file", "student_config", "student_pretrained_weights", "token_counts")
+# What a run writes: a folder with anything else in it is not taken for a run's.
+RUN_FILES = ("parameters.json", "log", "checkpoint.pth", "git_log.json")
+
+
+def dump_path_problem(config: TrainConfig) -> str | None:
+    """Say why the run folder can't be made, or moved aside, without harm."""
+    path = Path(config.dump_path)
+    if not config.dump_path:
+        return "--dump_path '': expected the name of a folder"
+    if not os.path.lexists(path):
+        return None
+    if not config.force:
+        return f"--dump_path {path}: exists already; choose another, or move it aside with --force"
+    if not path.is_dir():
+        return f"--dump_path {path}: is no folder; choose another"
+    inputs = [getattr(config, name) for name in INPUT_FILES] + [config.teacher_name]
+    inside = [name for name in inputs if name and os.path.exists(name) and _is_within(name, path)]
+    if inside:
+        return f"--dump_path {path}: holds {inside[0]}, which this run reads; choose another folder"
+    if _is_within(os.getcwd(), path) or _is_within(__file__, path) or _is_within(Path.home(), path):
+        return f"--dump_path {path}: is no run's folder; choose another, --force does not apply to it"
+    if any(path.iterdir()) and not any((path / name).exists() for name in RUN_FILES):
+        return f"--dump_path {path}: holds other files than a run's; choose another, --force does not apply to it"
+    return None
+
+
+def _is_within(path: str | os.PathLike, folder: Path) -> bool:
+    return Path(path).resolve().is_relative_to(folder.resolve())
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command line, made from the configuration
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the command line from TrainConfig's fields and the LOSSES table."""
+    parser = OneLineParser(prog="train.py", description=__doc__.split("\n")[0], allow_abbrev=False)
+    types = typing.get_type_hints(TrainConfig)
+    for field in dataclasses.fields(TrainConfig):
+        if field.name == "alphas":
+            for name, loss in LOSSES.items():
+                parser.add_argument(f"--alpha_{name}", type=float, default=loss.default_alpha, metavar="X",
+                                    help=f"weight of the {loss.help} (default: {loss.default_alpha})")  # fmt: skip
+        else:
+            _add_option(parser, field, types[field.name])
+    return parser
+
+
+def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: type) -> None:
+    required = field.default is dataclasses.MISSING
+    flags = [f"--{field.name}"] + (["--local-rank"] if field.name == "local_rank" else [])
+    options: dict[str, typing.Any] = {"help": field.metadata["help"].replace("%", "%%"), "dest": field.name}
+    if required:
+        options["required"] = True
+    else:
+        options["default"] = field.default
+        options["help"] += "" if field.default is None or field.default is False else f" (default: {field.default})"
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+    else:
+        options["type"] = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
+        options["choices"] = field.metadata["choices"]
+        options["metavar"] = None if options["choices"] else options["type"].__name__.upper()
+    if kind is bool and field.default:
+        flags, options["dest"] = [f"--{field.name}"], field.name
+    parser.add_argument(*flags, **options)
+
+
+def parse_config(argv: list[str] | None = None) -> TrainConfig:
+    """Read the command line. Raises InputError."""
+    values = vars(make_parser().parse_args(argv))
+    alphas = {name: values.pop(f"alpha_{name}") for name in LOSSES}
+    return TrainConfig(alphas=alphas, **values)
+
+
+def as_flags(config: TrainConfig) -> dict[str, typing.Any]:
+    """List every flag with its value, as parameters.json records it."""
+    values = dataclasses.asdict(config)
+    return {**{k: v for k, v in values.items() if k != "alphas"}, **{f"alpha_{k}": v for k, v in config.alphas.items()}}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Setup: everything that is read and checked before the first step
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Parts:
+    """What a run is made of."""
+
+    student: torch.nn.Module
+    distiller: Distiller
+    dataset: LmSeqsDataset
+    sampler: GroupedBatchSampler
+    prepare: typing.Callable
+    tokenizer: typing.Any
+    num_micro_batches: int
+    num_updates: int
+
+
+def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
+    """Load and check data, tokenizer, teacher and student. Raises InputError."""
+    if not config.mlm and config.restrict_ce_to_mask:
+        logger.warning("--restrict_ce_to_mask has no effect without --mlm.")
+    if config.fp16:
+        logger.info("--fp16: torch's own mixed precision; --fp16_opt_level %s has no effect.", config.fp16_opt_level)
+    student_config = read_student_config(config.student_type, config.student_config, config.initializer_range)
+    ids_M, lengths_N = read_token_file(config.data_file)
+    tokenizer = load_tokenizer(config.teacher_type, config.teacher_name, "--teacher_name")
+    teacher = load_teacher(config.teacher_type, config.teacher_name)
+    check_sizes(config, student_config, teacher, tokenizer)
+    check_ids_below(
+        ids_M, teacher.config.vocab_size, f"--data_file {config.data_file}", f"--teacher_name {config.teacher_name}"
+    )
+    dataset = make_dataset(config, ids_M, lengths_N, tokenizer, teacher)
+    prepare = make_preparation(config, tokenizer, teacher.config.vocab_size)
+    student = make_student(config, student_config)
+    sampler = GroupedBatchSampler(
+        dataset.lengths, config.batch_size, dataset.max_length, group_by_size=config.group_by_size, seed=config.seed
+    )
+    num_micro_batches, num_updates = run_length(config, len(sampler), runtime.world_size)
+    distiller = make_distiller(config, runtime, student, teacher, num_updates)
+    return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches, num_updates)
+
+
+def check_sizes(config: TrainConfig, student_config, teacher, tokenizer) -> None:
+    """Raise InputError, all lines at once, where student, teacher and tokenizer disagree in size."""
+    problems = size_mismatches(student_config, teacher.config)
+    largest_id = max(tokenizer.get_vocab().values())
+    if largest_id >= teacher.config.vocab_size:
+        problems.append(
+            f"--teacher_name {config.teacher_name}: its tokenizer has ids up to {largest_id}, the model's vocabulary "
+            f"{teacher.config.vocab_size} entries; take a model and tokenizer that belong together"
+        )
+    if problems:
+        raise InputError("\n".join(problems))
+
+
+def make_dataset(config: TrainConfig, ids_M, lengths_N, tokenizer, teacher) -> LmSeqsDataset:
+    """Split and filter the sequences. Raises InputError where none is left."""
+    max_length = max_input_length(config.teacher_type, tokenizer, teacher.config)
+    max_length = min(max_length, config.max_length or max_length)
+    if max_length < 3:
+        raise InputError(f"--max_length {max_length}: expected at least 3, two boundary tokens and one more")
+    special = SpecialIds(**special_ids(config.teacher_type, tokenizer))
+    dataset = LmSeqsDataset(ids_M, lengths_N, special, max_length)
+    if len(dataset) == 0:
+        raise InputError(
+            f"--data_file {config.data_file}: none of its {len(lengths_N)} sequences is left after filtering (more than "
+            "11 ids and less than half unknown tokens are expected); put more text on a line, or check the tokenizer"
+        )
+    return dataset
+
+
+def make_preparation(config: TrainConfig, tokenizer, vocab_size: int) -> typing.Callable:
+    """Choose how batches are prepared: masked (with the token counts) or causal. Raises InputError."""
+    if not config.mlm:
+        return prepare_clm
+    counts_V = read_token_counts(config.token_counts)
+    if len(counts_V) != vocab_size:
+        raise InputError(
+            f"--token_counts {config.token_counts}: has {len(counts_V)} entries, the vocabulary of --teacher_name "
+            f"{config.teacher_name} has {vocab_size}; count again with --vocab_size {vocab_size}"
+        )
+    weights_V = masking_weights(torch.from_numpy(counts_V), config.mlm_smoothing, tokenizer.all_special_ids)
+    return MlmPreparation(
+        weights_V, tokenizer.mask_token_id, config.mlm_mask_prop, config.word_mask, config.word_keep, config.word_rand,
+        config.restrict_ce_to_mask, config.seed
+    )  # fmt: skip
+
+
+def make_student(config: TrainConfig, student_config) -> torch.nn.Module:
+    """Make the student: seeded random weights, then those given; what is to stay fixed is frozen."""
+    torch.manual_seed(keyed_seed(config.seed, "student"))
+    student = build_student(config.student_type, student_config)
+    if config.student_pretrained_weights is not None:
+        load_student_weights(student, config.student_type, config.student_pretrained_weights)
+    freeze_embeddings(
+        student, config.student_type, positions=config.freeze_pos_embs, token_types=config.freeze_token_type_embds
+    )
+    return student
+
+
+def run_length(config: TrainConfig, batches_per_epoch: int, world_size: int) -> tuple[int, int]:
+    """Return the run's number of micro-batches over all ranks, and of updates that the schedule counts."""
+    per_update = config.gradient_accumulation_steps * world_size
+    if config.max_steps is not None:
+        num_micro_batches = config.max_steps * per_update
+    else:
+        num_micro_batches = batches_per_epoch * config.n_epoch
+    num_real = -(-num_micro_batches // per_update)
+    if num_real < FEW_UPDATES:
+        logger.warning(
+            "Only %d updates (%d micro-batches, %d an update), the first at learning rate 0: take more data or epochs, "
+            "or a smaller --gradient_accumulation_steps.", num_real, num_micro_batches, per_update
+        )  # fmt: skip
+    return num_micro_batches, num_micro_batches // per_update + 1
+
+
+def make_distiller(config: TrainConfig, runtime: Runtime, student, teacher, num_updates: int) -> Distiller:
+    """Put the models on the device, and optimizer and schedule around the student."""
+    student.to(runtime.device)
+    model = DistillationModel(
+        student, functools.partial(head_of, student), head_parameters(student), config.alphas, config.temperature
+    )
+    teacher = teacher.to(runtime.device) if model.needs_teacher else None
+    groups = split_for_weight_decay(student, config.weight_decay)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=ADAM_BETAS, eps=config.adam_epsilon)
+    num_warmup = math.ceil(config.warmup_prop * num_updates)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
+    return Distiller(
+        model, teacher, functools.partial(head_of, teacher) if teacher is not None else None, optimizer, schedule,
+        max_grad_norm=config.max_grad_norm, seed=config.seed, world_size=runtime.world_size,
+        amp_dtype=torch.float16 if config.fp16 else None,
+    )  # fmt: skip
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The run folder
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class RunFolder:
+    """What a run writes, on the main process only. Every file is complete under its name or not there."""
+
+    def __init__(self, config: TrainConfig, student, tokenizer):
+        self.path = Path(config.dump_path)
+        self.student = student
+        self.tokenizer = tokenizer
+        self._claim(config)
+        write_json(self.path / "parameters.json", as_flags(config))
+        write_json(self.path / "git_log.json", git_facts(Path(__file__).parent))
+        with atomic_path(self.path / "config.json") as temporary:
+            temporary.write_text(student.config.to_json_string(), encoding="utf-8")
+        self.writer = SummaryWriter(str(self.path / "log" / "train"))
+        self.writer.add_text("config/training", f"    {json.dumps(as_flags(config))}", 0)
+        self.writer.add_text("config/student", f"    {student.config.to_json_string(use_diff=False)}", 0)
+
+    def _claim(self, config: TrainConfig) -> None:
+        problem = dump_path_problem(config)  # again: loading took a while
+        if problem:
+            raise InputError(problem)
+        if os.path.lexists(self.path):
+            # abspath: a trailing slash would make rename follow a link into the folder behind it.
+            aside = _free_name(f"{os.path.abspath(self.path)}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+            os.rename(os.path.abspath(self.path), aside)
+            logger.info("Moved the existing %s aside to %s.", self.path, aside)
+        self.path.mkdir(parents=True)
+
+    def save_checkpoint(self) -> None:
+        """Write checkpoint.pth: the student's plain state dict."""
+        save_weights(self.path / "checkpoint.pth", self.student.state_dict())
+
+    def save_epoch(self, epoch: int) -> None:
+        """Write model_epoch_{epoch}.pth."""
+        save_weights(self.path / f"model_epoch_{epoch}.pth", self.student.state_dict())
+
+    def finish(self) -> None:
+        """Make the folder one that from_pretrained loads, and write pytorch_model.bin last: its presence means done."""
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=self.path) as folder:
+            verbosity = transformers.logging.get_verbosity()
+            transformers.logging.set_verbosity_error()
+            transformers.logging.disable_progress_bar()
+            self.student.save_pretrained(folder)
+            self.tokenizer.save_pretrained(folder)
+            transformers.logging.enable_progress_bar()
+            transformers.logging.set_verbosity(verbosity)
+            for file in sorted(Path(folder).iterdir()):
+                with atomic_path(self.path / file.name) as temporary:
+                    os.replace(file, temporary)
+        save_weights(self.path / "pytorch_model.bin", self.student.state_dict())
+        self.writer.close()
+
+
+def _free_name(name: str) -> str:
+    candidates = [name, *(f"{name}-{k}" for k in range(1, 1000))]
+    return next(candidate for candidate in candidates if not os.path.lexists(candidate))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The loop
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Progress:
+    """Counters and means of a run, and what is shown and logged of them (on the main process)."""
+
+    def __init__(self, config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None):
+        self.config = config
+        self.parts = parts
+        self.folder = folder
+        self.names = ["loss", *(f"loss_{name}" for name in parts.distiller.model.alphas)]
+        self.iterations = 0  # micro-batches that each process has taken
+        self.since_log: list[torch.Tensor] = []
+        self.logged_at = self.started_at = time.perf_counter()
+        self.num_tokens = 0
+        self.epoch_sums: dict[int, tuple[float, int]] = {}
+        self.bar = tqdm(
+            total=parts.num_micro_batches, unit="batch", disable=not runtime.is_main, dynamic_ncols=True,
+            desc="epoch 0", smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 10,
+        )  # fmt: skip
+
+    def crosses(self, interval: int, num_iterations: int) -> bool:
+        """True where the next num_iterations micro-batches reach a multiple of the interval."""
+        return (self.iterations + num_iterations) // interval > self.iterations // interval
+
+    def record(self, update: Update, report: StepReport, num_iterations: int) -> None:
+        """Take an update's losses into the means and the progress bar."""
+        self.iterations += num_iterations
+        self.since_log.append(report.losses_MK)
+        for batch, loss in zip(update.planned, report.losses_MK[:, 0].tolist(), strict=True):
+            total, count = self.epoch_sums.get(batch.epoch, (0.0, 0))
+            self.epoch_sums[batch.epoch] = (total + loss, count + 1)
+        self.num_tokens += sum(int(self.parts.dataset.lengths[batch.sequences].sum()) for batch in update.planned)
+        speed = self.num_tokens / (time.perf_counter() - self.started_at)
+        self.bar.set_description(f"epoch {update.planned[-1].epoch}", refresh=False)
+        self.bar.set_postfix_str(f"loss {report.losses_MK[:, 0].mean():.4f}, {speed:,.0f} tokens/s", refresh=False)
+        self.bar.update(len(update.planned))
+
+    def epoch_mean(self, epoch: int) -> float:
+        """Mean loss over an epoch's micro-batches so far."""
+        total, count = self.epoch_sums[epoch]
+        return total / count
+
+    def log(self, epoch: int, report: StepReport) -> None:
+        """Write the scalars of SummaryWriter; x = micro-batches that each process has taken."""
+        now = time.perf_counter()
+        scalars = {f"losses/{k}": v for k, v in zip(self.names, torch.cat(self.since_log).mean(0).tolist(), strict=True)}
+        scalars |= {
+            "losses/cum_avg_loss_epoch": self.epoch_mean(epoch),
+            "learning_rate/lr": self.parts.distiller.schedule.get_last_lr()[0],
+            "global/memory_usage": psutil.virtual_memory().used / 1e6,
+            "global/speed": now - self.logged_at,
+        }
+        for name, parameter in self.parts.student.named_parameters():
+            scalars[f"parameter_mean/{name}"] = parameter.detach().mean().item()
+            scalars[f"parameter_std/{name}"] = parameter.detach().std(correction=int(parameter.numel() > 1)).item()
+        for name, (mean, std) in report.grad_statistics.items():
+            scalars |= {f"grad_mean/{name}": mean, f"grad_std/{name}": std}
+        for tag, value in scalars.items():
+            self.folder.writer.add_scalar(tag, value, self.iterations)
+        self.since_log, self.logged_at = [], now
+
+
+def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None) -> None:
+    """Train: an update, then whatever falls due after it."""
+    progress = Progress(config, parts, runtime, folder)
+    accumulation = config.gradient_accumulation_steps
+    updates = parts.sampler.updates(parts.num_micro_batches, accumulation, runtime.rank, runtime.world_size)
+    with progress.bar, logging_redirect_tqdm([logger]):
+        for update in updates:
+            num_iterations = -(-len(update.planned) // runtime.world_size)
+            is_logged = progress.crosses(config.log_interval, num_iterations)
+            is_saved = progress.crosses(config.checkpoint_interval, num_iterations)
+            report = parts.distiller.step(
+                prepared_batches(parts, update), [batch.number for batch in update.planned], len(update.mine),
+                wants_statistics=is_logged and runtime.is_main,
+            )  # fmt: skip
+            progress.record(update, report, num_iterations)
+            if not runtime.is_main:
+                continue
+            if is_logged:
+                progress.log(update.planned[-1].epoch, report)
+            for epoch in epochs_ended(update, len(parts.sampler)):
+                folder.save_epoch(epoch)
+                folder.writer.add_scalar("epoch/loss", progress.epoch_mean(epoch), epoch)
+                logger.info("Epoch %d: mean loss %.4f.", epoch, progress.epoch_mean(epoch))
+            if is_saved:
+                folder.save_checkpoint()
+
+
+def prepared_batches(parts: Parts, update: Update) -> Iterator:
+    """Collate and prepare this rank's micro-batches, one at a time."""
+    for batch in update.mine:
+        yield parts.prepare(batch.number, *parts.dataset.collate(batch.sequences))
+
+
+def epochs_ended(update: Update, batches_per_epoch: int) -> list[int]:
+    """List the epochs whose last micro-batch is in this update."""
+    return [batch.epoch for batch in update.planned if (batch.number + 1) % batches_per_epoch == 0]
+
+
+def main(argv: list[str] | None = None) -> None:
+    config = parse_config(argv)
+    setup_logging(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    runtime = start_runtime(config.n_gpu, config.local_rank)
+    folder = None
+    with runtime.sharing_errors():
+        parts = set_up(config, runtime)
+    with runtime.sharing_errors():
+        if runtime.is_main:
+            folder = RunFolder(config, parts.student, parts.tokenizer)
+    logger.info(
+        "Training %s parameters on %d sequences (%d ids), %d micro-batches in all.",
+        f"{parts.student.num_parameters():,}", len(parts.dataset), int(np.sum(parts.dataset.lengths)), parts.num_micro_batches,
+    )  # fmt: skip
+    try:
+        fit(config, parts, runtime, folder)
+    except NonFiniteError as error:
+        logger.error("Stopped: %s. The last good weights are in %s.", error, config.dump_path)
+        sys.exit(EXIT_NON_FINITE)
+    if folder is not None:
+        with contextlib.closing(folder.writer):
+            folder.finish()
+        logger.info("Done: %s holds the student, for from_pretrained.", config.dump_path)
+
+
+if __name__ == "__main__":
+    run_program(main)
