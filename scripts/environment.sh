@@ -1,0 +1,33 @@
+# Sourced by the other scripts: makes .venv in the checkout and installs the requirement files named as arguments.
+# Sets ROOT (the checkout) and PYTHON (the environment's interpreter). Nothing is installed again while the files stay.
+
+ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+PYTHON="$ROOT/.venv/bin/python"
+
+find_python() {
+    local candidate
+    for candidate in python3 python3.11 python3.12 python3.13 python3.14 python; do
+        if "$candidate" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+            echo "$candidate"
+            return
+        fi
+    done
+    echo "error: no Python 3.11 or newer on the PATH; install one" >&2
+    exit 2
+}
+
+make_environment() {
+    local file stamp
+    if ! "$PYTHON" -c 'import pip' 2>/dev/null; then
+        echo "Making $ROOT/.venv"
+        "$(find_python)" -m venv --clear "$ROOT/.venv"
+    fi
+    stamp="$ROOT/.venv/installed-$(cd "$ROOT" && cat "$@" | sha256sum | cut -c 1-16)"
+    if [ ! -e "$stamp" ]; then
+        echo "Installing $*"
+        for file in "$@"; do
+            "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$file"
+        done
+        touch "$stamp"
+    fi
+}

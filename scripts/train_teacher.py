@@ -1,0 +1,87 @@
+"""Train a small masked-language model (BERT) from scratch on a token file, as a teacher for experiments.
+
+The quickstart's teacher comes from here. It is the distillation loop without a teacher: the masked-LM loss alone.
+"""
+
+import argparse
+import functools
+import json
+import logging
+import sys
+from pathlib import Path
+
+import torch
+import transformers
+from tqdm import tqdm
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from architectures import head_of, head_parameters, load_tokenizer, max_input_length, special_ids
+from distiller import DistillationModel, Distiller, MlmPreparation, masking_weights, split_for_weight_decay
+from grouped_batch_sampler import GroupedBatchSampler
+from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts, read_token_file
+from utils import OneLineParser, keyed_seed, logger, require_file, run_program, setup_logging, write_json
+
+ADAM_BETAS = (0.9, 0.98)
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
+    parser.add_argument("--config", required=True, help="BERT configuration, JSON")
+    parser.add_argument("--tokenizer_name", required=True, help="hub name or local folder")
+    parser.add_argument("--data_file", required=True, help="token file made by binarized_data.py")
+    parser.add_argument("--token_counts", required=True, help="counts made by token_counts.py")
+    parser.add_argument("--output_dir", required=True, help="folder for model, tokenizer and curve.json")
+    parser.add_argument("--num_steps", type=int, default=1000, help="updates (default: %(default)s)")
+    parser.add_argument("--batch_size", type=int, default=16, help="sequences an update (default: %(default)s)")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="(default: %(default)s)")
+    parser.add_argument("--warmup_prop", type=float, default=0.1, help="(default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=56, help="(default: %(default)s)")
+    return parser.parse_args(argv)
+
+
+def make_distiller(args: argparse.Namespace, model) -> Distiller:
+    head = functools.partial(head_of, model)
+    objective = DistillationModel(model, head, head_parameters(model), {"mlm": 1.0}, temperature=1.0)
+    optimizer = torch.optim.AdamW(split_for_weight_decay(model, 0.01), lr=args.learning_rate, betas=ADAM_BETAS)
+    num_warmup = int(args.warmup_prop * args.num_steps)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup, args.num_steps)
+    return Distiller(objective, None, None, optimizer, schedule, max_grad_norm=1.0, seed=args.seed)
+
+
+def main(argv: list[str] | None = None) -> None:
+    args = parse(argv)
+    setup_logging(logging.INFO)
+    require_file(args.config, "--config")
+    config = transformers.BertConfig(**json.loads(Path(args.config).read_text(encoding="utf-8")))
+    tokenizer = load_tokenizer("bert", args.tokenizer_name, "--tokenizer_name")
+    special = SpecialIds(**special_ids("bert", tokenizer))
+    dataset = LmSeqsDataset(*read_token_file(args.data_file), special, max_input_length("bert", tokenizer, config))
+    counts_V = torch.from_numpy(read_token_counts(args.token_counts))
+    # Smoothing 0: a teacher learns every token's prediction, frequent ones too, as BERT did.
+    weights_V = masking_weights(counts_V, 0.0, tokenizer.all_special_ids)
+    prepare = MlmPreparation(weights_V, tokenizer.mask_token_id, 0.15, 0.8, 0.1, 0.1, False, args.seed)
+    torch.manual_seed(keyed_seed(args.seed, "teacher"))
+    model = transformers.BertForMaskedLM(config)
+    curve = train(make_distiller(args, model), dataset, prepare, args)
+    model.save_pretrained(args.output_dir)
+    tokenizer.save_pretrained(args.output_dir)
+    write_json(Path(args.output_dir) / "curve.json", curve)
+    logger.info("Wrote %s: %s parameters.", args.output_dir, f"{model.num_parameters():,}")
+
+
+def train(distiller: Distiller, dataset: LmSeqsDataset, prepare: MlmPreparation, args: argparse.Namespace) -> list[float]:
+    """Run the updates; return the loss of each."""
+    sampler = GroupedBatchSampler(dataset.lengths, args.batch_size, dataset.max_length, group_by_size=True, seed=args.seed)
+    curve: list[float] = []
+    with tqdm(sampler.micro_batches(args.num_steps), total=args.num_steps, unit="step", desc="teacher") as bar:
+        for planned in bar:
+            batch = prepare(planned.number, *dataset.collate(planned.sequences))
+            report = distiller.step([batch], [planned.number], 1)
+            curve.append(report.losses_MK[0, 0].item())
+            bar.set_postfix_str(f"loss {curve[-1]:.3f}", refresh=False)
+    return curve
+
+
+if __name__ == "__main__":
+    run_program(main)
