@@ -161,7 +161,7 @@ class DistillationModel(nn.Module):
         self.head_parameters = list(head_parameters)
         self.alphas = {name: alpha for name, alpha in alphas.items() if alpha > 0}
         self.temperature = temperature
-        self.chunk_rows = chunk_rows or rows_per_chunk(student.config.vocab_size)
+        self.chunk_rows = chunk_rows or rows_per_chunk(next(student.parameters()).device.type)
 
     @property
     def needs_teacher(self) -> bool:
@@ -409,7 +409,7 @@ def evaluate(student: nn.Module, head: Head, teacher: nn.Module, teacher_head: H
         kind = "next" if batch.attention_mask_BT is None else "masked"
         hidden, teacher_hidden = (last_hidden_state(model, batch).flatten(0, 1) for model in (student, teacher))
         labels_BT = batch.labels_BT.to(hidden.device)
-        for rows_N in batch.rows["real"].to(hidden.device).split(rows_per_chunk(student.config.vocab_size)):
+        for rows_N in batch.rows["real"].to(hidden.device).split(rows_per_chunk(hidden.device.type)):
             student_NV, teacher_NV = head(hidden[rows_N]).float(), teacher_head(teacher_hidden[rows_N]).float()
             sums["kl"] += LOSSES["ce"].formula(student_NV, teacher_NV, None, 1.0).item()
             sums["agreement"] += (student_NV.argmax(-1) == teacher_NV.argmax(-1)).sum().item()
