@@ -17,7 +17,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from losses import IGNORED_LABEL, LOSSES, Term, head_losses, rows_per_chunk
+from losses import IGNORED_LABEL, LOSSES, Term, at_least_float32, head_losses, rows_per_chunk
 from utils import keyed_seed
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -181,8 +181,9 @@ class DistillationModel(nn.Module):
         total, means = self._logit_losses(batch, hidden_ND, teacher_ND, teacher_head, scale)
         for name in self._active("hidden"):
             loss, rows_N = LOSSES[name], batch.rows[LOSSES[name].rows].to(hidden_ND.device)
-            teacher_rows_ND = None if teacher_ND is None else teacher_ND[rows_N].float()
-            mean = loss.formula(hidden_ND[rows_N].float(), teacher_rows_ND, None, self.temperature) / max(len(rows_N), 1)
+            teacher_rows_ND = None if teacher_ND is None else at_least_float32(teacher_ND[rows_N])
+            student_rows_ND = at_least_float32(hidden_ND[rows_N])
+            mean = loss.formula(student_rows_ND, teacher_rows_ND, None, self.temperature) / max(len(rows_N), 1)
             total = total + mean * (self.alphas[name] * scale)
             means[name] = mean.detach()
         return total, torch.stack([means[name] for name in self.alphas])
@@ -410,12 +411,15 @@ def evaluate(student: nn.Module, head: Head, teacher: nn.Module, teacher_head: H
         hidden, teacher_hidden = (last_hidden_state(model, batch).flatten(0, 1) for model in (student, teacher))
         labels_BT = batch.labels_BT.to(hidden.device)
         for rows_N in batch.rows["real"].to(hidden.device).split(rows_per_chunk(hidden.device.type)):
-            student_NV, teacher_NV = head(hidden[rows_N]).float(), teacher_head(teacher_hidden[rows_N]).float()
+            student_NV, teacher_NV = (
+                at_least_float32(head(hidden[rows_N])),
+                at_least_float32(teacher_head(teacher_hidden[rows_N])),
+            )
             sums["kl"] += LOSSES["ce"].formula(student_NV, teacher_NV, None, 1.0).item()
             sums["agreement"] += (student_NV.argmax(-1) == teacher_NV.argmax(-1)).sum().item()
         rows_N = batch.rows[kind].to(hidden.device)
         labels_N = label_of_row(kind, labels_BT, rows_N)
-        logits_NV = head(hidden[rows_N]).float()
+        logits_NV = at_least_float32(head(hidden[rows_N]))
         sums["loss"] += torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum").item()
         sums["accuracy"] += (logits_NV.argmax(-1) == labels_N).sum().item()
         num_labels += len(rows_N)

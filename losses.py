@@ -146,11 +146,11 @@ def head_losses(
     """
 
     def chunk_loss(hidden_CD: torch.Tensor, first: int):
-        student_CV = _at_least_float32(student_head(hidden_CD))
+        student_CV = at_least_float32(student_head(hidden_CD))
         teacher_CV = None
         if teacher_head is not None:
             with torch.no_grad():
-                teacher_CV = _at_least_float32(teacher_head(teacher_ND[first : first + len(hidden_CD)]))
+                teacher_CV = at_least_float32(teacher_head(teacher_ND[first : first + len(hidden_CD)]))
         return weighted_sums(student_CV, teacher_CV, terms, temperature, first)
 
     return _ChunkedHead.apply(chunk_loss, chunk_rows, len(terms), student_ND, *head_parameters)
@@ -161,7 +161,8 @@ def rows_per_chunk(device_type: str) -> int:
     return HEAD_CHUNK_ROWS.get(device_type, HEAD_CHUNK_ROWS["cpu"])
 
 
-def _at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
+    """Widen half precision to float32, which sums and logarithms need; float64 stays."""
     return tensor if tensor.dtype == torch.float64 else tensor.float()
 
 

@@ -19,11 +19,10 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))
-
 import torch
 import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import prose
 from architectures import (

@@ -1,0 +1,81 @@
+"""The plan of micro-batches: as in 2019 for one process; a partition, the same on every rank, for several."""
+
+import numpy as np
+import pytest
+from conftest import load_golden
+
+from grouped_batch_sampler import GroupedBatchSampler, grouped_batches, length_groups
+
+
+@pytest.mark.parametrize("case", load_golden("parity.json")["sampler"], ids=lambda case: f"{len(case['lengths'])}")
+def test_groups_and_batches_equal_the_2019_code(case):
+    groups = length_groups(np.array(case["lengths"]), case["max_model_input_size"])
+    assert groups.tolist() == case["groups"]
+    batches = grouped_batches(np.array(case["order"]), groups, case["batch_size"])
+    assert [batch.tolist() for batch in batches] == case["batches"]
+
+
+def test_without_a_maximum_length_there_is_one_edge():
+    assert length_groups(np.array([3, 9, 10, 500]), 0).tolist() == [0, 0, 1, 1]
+
+
+def make_sampler(num=101, batch_size=4, group_by_size=True, seed=5) -> GroupedBatchSampler:
+    lengths = np.random.default_rng(0).integers(12, 60, num)
+    return GroupedBatchSampler(lengths, batch_size, 64, group_by_size=group_by_size, seed=seed)
+
+
+@pytest.mark.parametrize("group_by_size", [True, False])
+@pytest.mark.parametrize("num, batch_size", [(1, 4), (4, 4), (101, 4), (7, 100), (50, 1)])
+def test_an_epoch_holds_every_sequence_once(num, batch_size, group_by_size):
+    sampler = make_sampler(num, batch_size, group_by_size)
+    batches = sampler.epoch_batches(0)
+    assert sorted(np.concatenate(batches).tolist()) == list(range(num))
+    assert len(batches) == len(sampler) == -(-num // batch_size)
+    assert max(map(len, batches)) <= batch_size
+
+
+def test_grouping_is_switched_by_its_flag():
+    spreads = {}
+    for group_by_size in (True, False):
+        sampler = make_sampler(400, 5, group_by_size)
+        spreads[group_by_size] = np.mean([np.ptp(sampler.lengths[batch]) for batch in sampler.epoch_batches(0)])
+    assert spreads[True] < 8 < 20 < spreads[False]
+
+
+def test_order_depends_on_seed_and_epoch_alone():
+    plans = {(s, e): np.concatenate(make_sampler(seed=s).epoch_batches(e)).tolist() for s in (5, 6) for e in (0, 1)}
+    assert len({tuple(plan) for plan in plans.values()}) == 4
+    assert np.concatenate(make_sampler(seed=6).epoch_batches(1)).tolist() == plans[6, 1]
+
+
+@pytest.mark.parametrize("world_size", [1, 2, 3, 4])
+@pytest.mark.parametrize("num_epochs", [1, 3])
+def test_ranks_share_each_update_and_none_waits(world_size, num_epochs):
+    accumulation = 12 // world_size
+    sampler = make_sampler()
+    total = len(sampler) * num_epochs
+    whole = list(sampler.updates(total, 12, 0, 1))
+    shares = [list(make_sampler().updates(total, accumulation, rank, world_size)) for rank in range(world_size)]
+    for number, alone in enumerate(whole):
+        mine = [share[number].mine for share in shares]
+        together = sorted((batch.number, batch.sequences.tolist()) for share in mine for batch in share)
+        assert together == [(batch.number, batch.sequences.tolist()) for batch in alone.mine]
+        sizes = [len(share) for share in mine]
+        assert max(sizes) - min(sizes) <= 1
+        if number < len(whole) - 1:
+            assert sizes == [accumulation] * world_size
+    assert all(len(share) == len(whole) for share in shares)
+    assert [batch.number for update in whole for batch in update.planned] == list(range(total))
+
+
+def test_a_last_update_smaller_than_the_ranks_leaves_some_without():
+    sampler = make_sampler(num=5, batch_size=1)
+    shares = [[len(update.mine) for update in sampler.updates(5, 1, rank, 4)] for rank in range(4)]
+    assert shares == [[1, 1], [1, 0], [1, 0], [1, 0]]
+
+
+def test_dealing_balances_the_ranks_padded_sizes():
+    sampler = make_sampler(num=2000, batch_size=4)
+    for update in zip(*(sampler.updates(400, 16, rank, 2) for rank in range(2)), strict=True):
+        loads = [sum(len(b.sequences) * sampler.lengths[b.sequences].max() for b in rank.mine) for rank in update]
+        assert max(loads) / min(loads) < 1.05

@@ -1,0 +1,193 @@
+"""The objectives: against the 2019 code's numbers, and against loops written apart from them."""
+
+import math
+
+import pytest
+import torch
+from conftest import load_golden
+
+from losses import LOSSES, Term, head_losses, weighted_sums
+
+GOLDEN = load_golden("parity.json")["losses"]
+FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
+
+
+def golden_rows(case):
+    """Which positions enter which objective, and the label of each, from a golden case's labels and lengths."""
+    labels_BT, lengths_B = torch.tensor(case["labels"]), torch.tensor(case["lengths"])
+    real_BT = torch.arange(labels_BT.shape[1]) < lengths_B[:, None]
+    if case["mlm"]:
+        masked_BT = labels_BT != -100
+        distilled_BT = masked_BT if case["restrict_ce_to_mask"] else real_BT
+        rows = {"real": real_BT, "masked": masked_BT, "distilled": distilled_BT}
+        targets = {"masked": labels_BT}
+    else:
+        next_BT = torch.zeros_like(real_BT)
+        next_BT[:, :-1] = real_BT[:, 1:]
+        rows = {"real": real_BT, "distilled": real_BT, "next": next_BT}
+        targets = {"next": labels_BT.roll(-1, dims=1)}
+    return {k: v.flatten().nonzero()[:, 0] for k, v in rows.items()}, {k: v.flatten() for k, v in targets.items()}
+
+
+def make_terms(alphas, rows, targets):
+    """Make the terms of the logit objectives, weighted so that their sum is the weighted mean loss."""
+    terms = {}
+    for name, alpha in alphas.items():
+        loss = LOSSES[name]
+        if loss.reads == "logits":
+            rows_N = rows[loss.rows]
+            labels_N = targets[loss.rows][rows_N] if loss.rows in targets else None
+            terms[name] = Term(loss.formula, rows_N, rows_N, labels_N, alpha / max(len(rows_N), 1))
+    return terms
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 1, 3, 1000])
+@pytest.mark.parametrize("case", GOLDEN, ids=lambda case: str(case["seed"]))
+def test_losses_and_gradients_equal_the_2019_code(case, chunk_rows):
+    def tensor(key):
+        return torch.tensor(case[key], dtype=torch.float64).flatten(0, 1)
+
+    student_NV, student_ND = tensor("student_logits").requires_grad_(), tensor("student_hidden").requires_grad_()
+    teacher_NV, teacher_ND = tensor("teacher_logits"), tensor("teacher_hidden")
+    rows, targets = golden_rows(case)
+    terms = make_terms(case["alphas"], rows, targets)
+    plain = (student_NV, teacher_NV, list(terms.values()), case["T"])
+    if chunk_rows is None:
+        total, sums_K = weighted_sums(*plain)
+    else:
+        total, sums_K = head_losses(lambda x: x, [], plain[0], lambda x: x, *plain[1:], chunk_rows)
+    values = {name: s.item() / len(terms[name].offsets) for name, s in zip(terms, sums_K, strict=True)}
+    if "cos" in case["alphas"]:
+        cosine = LOSSES["cos"].formula(student_ND[rows["real"]], teacher_ND[rows["real"]], None, case["T"])
+        values["cos"] = cosine.item() / len(rows["real"])
+        total = total + case["alphas"]["cos"] * cosine / len(rows["real"])
+    total.backward()
+    assert values == pytest.approx(case["terms"], rel=1e-12)
+    assert total.item() == pytest.approx(case["loss"], rel=1e-12)
+    torch.testing.assert_close(student_NV.grad, tensor("grad_student_logits"), **FLOAT64)
+    if case["grad_student_hidden"] is not None:
+        torch.testing.assert_close(student_ND.grad, tensor("grad_student_hidden"), **FLOAT64)
+
+
+def slow_kl(student, teacher, temperature):
+    total = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        sum_s, sum_t = (sum(math.exp(x / temperature) for x in row) for row in (s, t))
+        for x, y in zip(s, t, strict=True):
+            q, p = math.exp(x / temperature) / sum_s, math.exp(y / temperature) / sum_t
+            total += p * (math.log(p) - math.log(q))
+    return total * temperature**2
+
+
+def slow_cosine(student, teacher):
+    total = 0.0
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        norms = math.sqrt((sum(x * x for x in s) + 1e-12) * (sum(x * x for x in t) + 1e-12))
+        total += 1 - sum(x * y for x, y in zip(s, t, strict=True)) / norms
+    return total
+
+
+SLOW = {
+    "ce": lambda s, t, labels, temperature: slow_kl(s, t, temperature),
+    "mlm": lambda s, t, labels, _: sum(
+        math.log(sum(map(math.exp, row))) - row[k] for row, k in zip(s.tolist(), labels, strict=True)
+    ),
+    "mse": lambda s, t, labels, _: sum(
+        (x - y) ** 2 for a, b in zip(s.tolist(), t.tolist(), strict=True) for x, y in zip(a, b, strict=True)
+    ),
+    "cos": lambda s, t, labels, _: slow_cosine(s, t),
+}
+SLOW["clm"] = SLOW["mlm"]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_each_objective_equals_a_slow_loop(name):
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = torch.randn(2, 6, 9, generator=generator, dtype=torch.float64) * 3
+    labels = torch.randint(9, (6,), generator=generator)
+    fast = LOSSES[name].formula(student, teacher, labels, 3.0).item()
+    assert fast == pytest.approx(SLOW[name](student, teacher, labels.tolist(), 3.0), rel=1e-10)
+
+
+def random_head_case(num_rows=11, width=6, vocab=17, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+    head = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.LayerNorm(width), torch.nn.Linear(width, vocab))
+    for parameter in head.parameters():
+        parameter.data = torch.randn(parameter.shape, generator=generator)
+    head = head.to(dtype)
+    student_ND, teacher_ND = torch.randn(2, num_rows, width, generator=generator, dtype=dtype)
+    masked = torch.tensor([1, 4, 5, 9])
+    labels = torch.randint(vocab, (len(masked),), generator=generator)
+    everywhere = torch.arange(num_rows)
+    terms = [
+        Term(LOSSES["ce"].formula, everywhere, everywhere, None, 5.0 / num_rows),
+        Term(LOSSES["mlm"].formula, masked, masked, labels, 2.0 / len(masked)),
+        Term(LOSSES["mse"].formula, everywhere, everywhere, None, 0.1 / num_rows),
+    ]
+    return head, student_ND, teacher_ND, terms
+
+
+@pytest.mark.parametrize("chunk_rows", [1, 4, 11, 50])
+def test_the_chunked_head_equals_the_plain_one(chunk_rows):
+    head, student_ND, teacher_ND, terms = random_head_case()
+    results = []
+    for is_chunked in (False, True):
+        hidden_ND = student_ND.clone().requires_grad_()
+        head.zero_grad()
+        if is_chunked:
+            total, sums_K = head_losses(head, list(head.parameters()), hidden_ND, head, teacher_ND, terms, 2.0, chunk_rows)
+        else:
+            total, sums_K = weighted_sums(head(hidden_ND), head(teacher_ND).detach(), terms, 2.0)
+        (3 * total).backward()
+        results.append([total.detach(), sums_K, hidden_ND.grad, *(p.grad.clone() for p in head.parameters())])
+    for chunked, plain in zip(results[1], results[0], strict=True):
+        torch.testing.assert_close(chunked, plain, **FLOAT64)
+
+
+def test_frozen_head_parameters_get_no_gradient():
+    head, student_ND, teacher_ND, terms = random_head_case()
+    head[2].bias.requires_grad_(False)
+    hidden_ND = student_ND.clone().requires_grad_()
+    head_losses(head, list(head.parameters()), hidden_ND, head, teacher_ND, terms, 2.0, 4)[0].backward()
+    assert head[2].bias.grad is None
+    assert head[2].weight.grad.abs().sum() > 0
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 4])
+def test_an_empty_selection_gives_zero_and_a_zero_gradient(chunk_rows):
+    head, student_ND, teacher_ND, _ = random_head_case()
+    student_ND, teacher_ND = student_ND[:0], teacher_ND[:0]
+    nothing = torch.tensor([], dtype=torch.long)
+    terms = [Term(LOSSES[name].formula, nothing, nothing, nothing, 1.0) for name in ("ce", "mlm", "mse")]
+    hidden_ND = student_ND.clone().requires_grad_()
+    if chunk_rows is None:
+        total, sums_K = weighted_sums(head(hidden_ND), head(teacher_ND), terms, 2.0)
+    else:
+        total, sums_K = head_losses(head, list(head.parameters()), hidden_ND, head, teacher_ND, terms, 2.0, chunk_rows)
+    total.backward()
+    assert total.item() == 0 and sums_K.tolist() == [0, 0, 0]
+    assert head[0].weight.grad.abs().sum() == 0
+
+
+def test_rows_outside_a_selection_change_neither_loss_nor_gradient():
+    head, student_ND, teacher_ND, terms = random_head_case()
+    masked_only = [terms[1]]
+    outside = torch.tensor([0, 2, 3, 6, 7, 8, 10])
+    found = []
+    for value in (0.0, 1e6):
+        logits_NV = head(student_ND).detach()
+        logits_NV[outside] = value
+        logits_NV.requires_grad_()
+        total, _ = weighted_sums(logits_NV, None, masked_only, 2.0)
+        total.backward()
+        assert logits_NV.grad[outside].abs().sum() == 0
+        found.append((total.item(), logits_NV.grad))
+    assert found[0][0] == found[1][0] and torch.equal(found[0][1], found[1][1])
+
+
+def test_half_precision_logits_are_widened_before_the_losses():
+    head, student_ND, teacher_ND, terms = random_head_case(dtype=torch.bfloat16)
+    total, sums_K = head_losses(head, list(head.parameters()), student_ND.requires_grad_(), head, teacher_ND, terms, 2.0, 4)
+    assert total.dtype == sums_K.dtype == torch.float32
+    exact, _ = weighted_sums(head(student_ND).double(), head(teacher_ND).double(), terms, 2.0)
+    assert total.item() == pytest.approx(exact.item(), rel=1e-4)
