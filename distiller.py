@@ -234,9 +234,11 @@ def last_hidden_state(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     No token types are passed.
     """
     device = next(model.parameters()).device
-    mask_BT = batch.attention_mask_BT
-    mask_BT = None if mask_BT is None else mask_BT.to(device, non_blocking=True)
-    return model.base_model(batch.input_ids_BT.to(device, non_blocking=True), attention_mask=mask_BT)[0]
+    input_ids_BT = batch.input_ids_BT.to(device, non_blocking=True)
+    if batch.attention_mask_BT is None:
+        return model.base_model(input_ids_BT, use_cache=False).last_hidden_state
+    mask_BT = batch.attention_mask_BT.to(device, non_blocking=True)
+    return model.base_model(input_ids_BT, attention_mask=mask_BT).last_hidden_state
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -1,0 +1,337 @@
+"""First weights from a teacher's layers, the shipped configurations, checked loading of weights and tokenizers."""
+
+import copy
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import LAYERS, ROOT, load_golden, make_model, save_tokenizer
+
+from architectures import (
+    ARCHITECTURES,
+    build_student,
+    evenly_spaced_layers,
+    extract_student,
+    load_student_weights,
+    load_teacher,
+    load_tokenizer,
+    max_input_length,
+    read_student_config,
+    short_name,
+    special_ids,
+)
+from utils import InputError
+
+VOCAB = 60
+STUDENTS = {"bert": "distilbert", "roberta": "roberta", "gpt2": "gpt2"}
+
+
+def as_student_config(teacher, num_layers: int, tmp_path: Path):
+    """Write and read back a student configuration with a teacher's sizes."""
+    config, student_type = teacher.config, STUDENTS[teacher.config.model_type]
+    if student_type == "distilbert":
+        content = {"vocab_size": config.vocab_size, "dim": config.hidden_size, "n_layers": num_layers, "n_heads": 4,
+                   "hidden_dim": 64, "max_position_embeddings": config.max_position_embeddings}  # fmt: skip
+    else:
+        content = config.to_diff_dict() | {"n_layer" if student_type == "gpt2" else "num_hidden_layers": num_layers}
+        content = {k: v for k, v in content.items() if k not in ("transformers_version", "dtype")}
+    path = tmp_path / "student.json"
+    path.write_text(json.dumps(content))
+    return read_student_config(student_type, str(path))
+
+
+def extracted(teacher, layers, tmp_path, **options):
+    """Extract layers, save them, load them into a student of that depth."""
+    student_type = STUDENTS[teacher.config.model_type]
+    path = tmp_path / "first.pth"
+    torch.save(extract_student(teacher, student_type, layers, **options), path)
+    student = build_student(student_type, as_student_config(teacher, len(layers), tmp_path))
+    load_student_weights(student, student_type, str(path))
+    return student.eval()
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_all_layers_give_the_teachers_logits(kind, tmp_path):
+    teacher = make_model(kind, VOCAB).eval()
+    options = {"vocab_transform": True, "fold_token_types": kind == "bert"}
+    student = extracted(teacher, range(LAYERS), tmp_path, **options)
+    ids = torch.randint(5, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
+    # Adding token types to positions first changes the order of a sum of three, hence looser for that pair.
+    tolerance = 1e-4 if kind == "bert" else 0
+    torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=0, atol=tolerance)
+
+
+def test_without_folding_token_types_bert_is_not_copied_exactly(tmp_path):
+    teacher = make_model("bert", VOCAB).eval()
+    student = extracted(teacher, range(LAYERS), tmp_path, vocab_transform=True)
+    ids = torch.arange(5, 25)[None]
+    assert (student(ids).logits - teacher(ids).logits).abs().max() > 0.01
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_chosen_layers_become_the_students_first(kind, tmp_path):
+    teacher = make_model(kind, VOCAB).eval()
+    student = extracted(teacher, [1, 3], tmp_path, vocab_transform=True)
+    shallow = copy.deepcopy(teacher)
+    layers = shallow.get_submodule(ARCHITECTURES[kind].layers.rstrip("."))
+    kept = torch.nn.ModuleList([layers[1], layers[3]])
+    parent, name = ARCHITECTURES[kind].layers.rstrip(".").rsplit(".", 1)
+    setattr(shallow.get_submodule(parent), name, kept)
+    shallow.config.num_hidden_layers = 2
+    if kind == "bert":
+        shallow.bert.embeddings.token_type_embeddings.weight.data.zero_()
+    ids = torch.arange(5, 25)[None]
+    options = {"use_cache": False} if kind == "gpt2" else {}
+    torch.testing.assert_close(student(ids).logits, shallow(ids, **options).logits, rtol=0, atol=1e-4 if kind == "bert" else 0)
+
+
+@pytest.mark.parametrize("kind, plain, transformed", [("bert", 102, 106), ("roberta", 103, 107), ("gpt2", 77, 77)])
+def test_twelve_layers_give_the_tensors_of_2019(kind, plain, transformed):
+    teacher = make_model(kind, VOCAB, layers=12)
+    layers = evenly_spaced_layers(12, 6)
+    assert layers == [0, 2, 4, 7, 9, 11]
+    assert len(extract_student(teacher, STUDENTS[kind], layers)) == plain
+    assert len(extract_student(teacher, STUDENTS[kind], layers, vocab_transform=True)) == transformed
+
+
+def test_evenly_spaced_layers_keep_first_and_last():
+    assert evenly_spaced_layers(24, 12)[0] == 0 and evenly_spaced_layers(24, 12)[-1] == 23
+    assert evenly_spaced_layers(4, 4) == [0, 1, 2, 3] and evenly_spaced_layers(12, 1) == [0]
+
+
+CONFIGURATIONS = {  # file -> type, parameters of the base model in millions, vocabulary, positions
+    "distilbert-base-uncased": ("distilbert", 66.36, 30522, 512),
+    "distilbert-base-cased": ("distilbert", 65.19, 28996, 512),
+    "distilbert-base-multilingual-cased": ("distilbert", 134.73, 119547, 512),
+    "distilbert-base-german-cased": ("distilbert", 66.8, 31102, 512),
+    "distilroberta-base": ("roberta", 82.12, 50265, 514),
+    "distilgpt2": ("gpt2", 81.91, 50257, 1024),
+}
+
+
+def test_every_configuration_is_known():
+    assert {path.stem for path in (ROOT / "training_configs").glob("*.json")} == set(CONFIGURATIONS)
+
+
+@pytest.mark.parametrize("name", CONFIGURATIONS)
+def test_shipped_configurations_have_the_papers_sizes(name):
+    kind, millions, vocab_size, positions = CONFIGURATIONS[name]
+    config = read_student_config(kind, str(ROOT / "training_configs" / f"{name}.json"))
+    with torch.device("meta"):
+        base = transformers.AutoModel.from_config(config)
+        whole = build_student(kind, config)
+    num = sum(parameter.numel() for parameter in base.parameters())
+    assert num / 1e6 == pytest.approx(millions, abs=0.006 if name != "distilbert-base-german-cased" else 0.06)
+    assert (config.vocab_size, config.max_position_embeddings, config.num_hidden_layers) == (vocab_size, positions, 6)
+    assert (config.hidden_size, config.num_attention_heads, config.initializer_range) == (768, 12, 0.02)
+    assert whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
+    dropouts = {module.p for module in whole.modules() if isinstance(module, torch.nn.Dropout)}
+    assert dropouts == {0.1}
+    assert bool(getattr(config, "sinusoidal_pos_embds", False)) == (kind == "distilbert")
+    if kind != "distilbert":
+        assert {m.eps for m in base.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# First weights that don't fit
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def break_missing_layer(state):
+    del state["distilbert.transformer.layer.1.ffn.lin1.weight"]
+
+
+def break_missing_embeddings(state):
+    del state["distilbert.embeddings.word_embeddings.weight"], state["vocab_projector.weight"]
+
+
+def break_unexpected(state):
+    state["distilbert.transformer.layer.7.ffn.lin1.weight"] = torch.zeros(2)
+
+
+def break_shape(state):
+    state["distilbert.embeddings.LayerNorm.bias"] = torch.zeros(5)
+
+
+def break_values(state):
+    state["distilbert.embeddings.LayerNorm.bias"][0] = float("nan")
+
+
+BREAKS = {
+    break_missing_layer: "lacks distilbert.transformer.layer.1.ffn.lin1.weight",
+    break_missing_embeddings: "lacks distilbert.embeddings.word_embeddings.weight",
+    break_unexpected: "has unexpected distilbert.transformer.layer.7.ffn.lin1.weight",
+    break_shape: r"has misshapen distilbert.embeddings.LayerNorm.bias \[5\] \(the student's is \[32\]\)",
+    break_values: "LayerNorm.bias hold NaN",
+}
+
+
+@pytest.mark.parametrize("break_it", BREAKS, ids=lambda function: function.__name__)
+def test_first_weights_that_do_not_fit_are_named_and_not_loaded(break_it, tmp_path):
+    teacher = make_model("bert", VOCAB)
+    state = extract_student(teacher, "distilbert", [0, 3], vocab_transform=True)
+    break_it(state)
+    torch.save(state, tmp_path / "first.pth")
+    student = build_student("distilbert", as_student_config(teacher, 2, tmp_path))
+    before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
+    with pytest.raises(InputError, match=BREAKS[break_it]) as caught:
+        load_student_weights(student, "distilbert", str(tmp_path / "first.pth"))
+    assert "first.pth" in str(caught.value)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
+
+
+def test_an_absent_head_transform_is_a_warning_only(tmp_path, caplog):
+    teacher = make_model("roberta", VOCAB)
+    torch.save(extract_student(teacher, "roberta", [0, 3]), tmp_path / "first.pth")
+    student = build_student("roberta", as_student_config(teacher, 2, tmp_path))
+    load_student_weights(student, "roberta", str(tmp_path / "first.pth"))
+    warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
+    assert len(warnings) == 1 and "lm_head.dense.weight" in warnings[0] and "decoder.bias" not in warnings[0]
+
+
+def test_gpt2s_old_causal_buffers_are_passed_over(tmp_path, caplog):
+    teacher = make_model("gpt2", VOCAB)
+    state = extract_student(teacher, "gpt2", [0, 3])
+    for layer in (0, 1):
+        state[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
+        state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
+    torch.save(state, tmp_path / "first.pth")
+    student = build_student("gpt2", as_student_config(teacher, 2, tmp_path))
+    load_student_weights(student, "gpt2", str(tmp_path / "first.pth"))
+    assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+def test_given_positions_win_over_the_sinusoid(tmp_path):
+    teacher = make_model("bert", VOCAB)
+    torch.save(extract_student(teacher, "distilbert", [0, 3]), tmp_path / "first.pth")
+    config = as_student_config(teacher, 2, tmp_path)
+    config.sinusoidal_pos_embds = True
+    student = build_student("distilbert", config)
+    sinusoid = student.distilbert.embeddings.position_embeddings.weight.clone()
+    assert sinusoid[3, :2].tolist() == pytest.approx([0.1411, -0.9900], abs=1e-4)  # sin 3, cos 3
+    load_student_weights(student, "distilbert", str(tmp_path / "first.pth"))
+    given = student.distilbert.embeddings.position_embeddings.weight
+    assert torch.equal(given, teacher.bert.embeddings.position_embeddings.weight)
+
+
+@pytest.mark.parametrize("content", [b"no checkpoint", b""])
+def test_a_file_that_is_no_state_dict_is_named(content, tmp_path):
+    path = tmp_path / "first.pth"
+    path.write_bytes(content)
+    student = build_student("distilbert", as_student_config(make_model("bert", VOCAB), 2, tmp_path))
+    with pytest.raises(InputError, match="first.pth"):
+        load_student_weights(student, "distilbert", str(path))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Teachers and tokenizers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def test_a_teacher_without_its_prediction_head_is_refused(tmp_path):
+    make_model("bert", VOCAB).bert.save_pretrained(tmp_path / "base")
+    with pytest.raises(InputError, match="has no weights for .*cls.predictions"):
+        load_teacher("bert", str(tmp_path / "base"))
+
+
+def test_a_teacher_of_another_type_is_refused(teachers):
+    with pytest.raises(InputError, match="is a gpt2 model, expected bert"):
+        load_teacher("bert", str(teachers["gpt2"]))
+
+
+def test_a_half_precision_teacher_is_loaded_in_float32(tmp_path):
+    make_model("bert", VOCAB).half().save_pretrained(tmp_path / "half")
+    assert load_teacher("bert", str(tmp_path / "half")).dtype == torch.float32
+
+
+def test_a_teacher_does_not_train(teachers):
+    teacher = load_teacher("bert", str(teachers["bert"]))
+    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+@pytest.mark.parametrize("wrong", STUDENTS)
+def test_a_tokenizer_of_another_type_is_refused(kind, wrong, teachers):
+    if kind == wrong:
+        assert len(load_tokenizer(kind, str(teachers[kind]), "--tokenizer_name")) > 100
+    else:
+        with pytest.raises(InputError, match=f"--tokenizer_name .*{wrong}"):
+            load_tokenizer(wrong, str(teachers[kind]), "--tokenizer_name")
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_bare_vocabularies_of_another_type_are_refused(kind, teachers, tmp_path):
+    for other in STUDENTS:
+        folder = tmp_path / f"{kind}-{other}"
+        shutil.copytree(teachers[kind], folder)
+        (folder / "tokenizer_config.json").unlink()  # nothing declares the type any more
+        if other == kind:
+            load_tokenizer(other, str(folder), "--tokenizer_name")
+        else:
+            with pytest.raises(InputError, match="--tokenizer_name"):
+                load_tokenizer(other, str(folder), "--tokenizer_name")
+
+
+def test_an_empty_folder_is_no_tokenizer(tmp_path):
+    with pytest.raises(InputError, match="has neither tokenizer.json nor vocab.txt"):
+        load_tokenizer("bert", str(tmp_path), "--tokenizer_name")
+
+
+@pytest.mark.parametrize("lowercase", [True, False])
+def test_a_bare_vocabulary_is_lower_cased_only_without_capitals(lowercase, text_file, tmp_path):
+    save_tokenizer("bert", tmp_path, text_file, lowercase=lowercase)
+    vocabulary = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    (bare / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf-8")
+    declared = load_tokenizer("bert", str(tmp_path), "--tokenizer_name")
+    found = load_tokenizer("bert", str(bare), "--tokenizer_name")
+    assert found.encode("Dake Fi go") == declared.encode("Dake Fi go")
+    assert (found.encode("Da") == found.encode("da")) == lowercase
+    forced = load_tokenizer("bert", str(bare), "--tokenizer_name", do_lower_case=True)
+    assert forced.encode("DA") == forced.encode("da")
+
+
+def test_roles_of_special_tokens(teachers):
+    bert = load_tokenizer("bert", str(teachers["bert"]), "")
+    assert special_ids("bert", bert) == {"start": bert.cls_token_id, "end": bert.sep_token_id, "pad": bert.pad_token_id,
+                                         "unknown": bert.unk_token_id}  # fmt: skip
+    gpt2 = load_tokenizer("gpt2", str(teachers["gpt2"]), "")
+    assert special_ids("gpt2", gpt2) == dict.fromkeys(["start", "end", "pad", "unknown"], gpt2.bos_token_id)
+
+
+def test_the_longest_input_is_the_smaller_of_tokenizer_and_positions(teachers):
+    for kind, reserved in (("bert", 0), ("roberta", 2), ("gpt2", 0)):
+        tokenizer = load_tokenizer(kind, str(teachers[kind]), "")
+        config = make_model(kind, VOCAB).config
+        assert max_input_length(kind, tokenizer, config) == config.max_position_embeddings - reserved == 64
+        tokenizer.model_max_length = 20
+        assert max_input_length(kind, tokenizer, config) == 20
+
+
+def test_short_names():
+    assert short_name("bert-base-uncased") == "bert-base-uncased"
+    assert short_name("/models/my-bert/") == short_name("owner/my-bert") == short_name("my-bert/.") == "my-bert"
+
+
+REAL_VOCABULARIES = os.environ.get("DISTIL_VOCABULARIES")
+
+
+@pytest.mark.skipif(not REAL_VOCABULARIES, reason="DISTIL_VOCABULARIES names no folder of real vocabularies")
+@pytest.mark.parametrize("name", load_golden("tokens.json")["ids"])
+def test_real_vocabularies_give_the_ids_of_2019(name, tmp_path):
+    import binarized_data
+    from lm_seqs_dataset import read_token_file
+
+    golden = load_golden("tokens.json")
+    kind = {"roberta-base": "roberta", "gpt2": "gpt2"}.get(name, "bert")
+    (tmp_path / "text.txt").write_text("\n".join(golden["lines"]), encoding="utf-8")
+    binarized_data.main(["--file_path", str(tmp_path / "text.txt"), "--tokenizer_type", kind, "--tokenizer_name",
+                         f"{REAL_VOCABULARIES}/{name}/", "--dump_file", str(tmp_path / "out")])  # fmt: skip
+    ids_M, lengths_N = read_token_file(tmp_path / f"out.{name}.pickle")
+    found = [ids.tolist() for ids in torch.from_numpy(ids_M.astype("int64")).split(lengths_N.tolist())]
+    assert sorted(found) == sorted(golden["ids"][name])
