@@ -577,7 +577,8 @@ def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder |
     with progress.bar, logging_redirect_tqdm([logger]):
         for update in updates:
             num_iterations = -(-len(update.planned) // runtime.world_size)
-            is_logged = progress.crosses(config.log_interval, num_iterations)
+            is_last = update.planned[-1].number == parts.num_micro_batches - 1
+            is_logged = is_last or progress.crosses(config.log_interval, num_iterations)
             is_saved = progress.crosses(config.checkpoint_interval, num_iterations)
             report = parts.distiller.step(
                 prepared_batches(parts, update), [batch.number for batch in update.planned], len(update.mine),

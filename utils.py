@@ -39,6 +39,10 @@ class InputError(ValueError):
     """What the user gave cannot be used. Each line of the message names what, got, expected, and a remedy."""
 
 
+class RankError(InputError):
+    """An InputError that other ranks may not have: said by the rank that has it, whichever it is."""
+
+
 def run_program(main: Callable[[], None]) -> None:
     """Run a program's `main`; turn an `InputError` or an operating-system error into one line a problem and status 2.
 
@@ -47,7 +51,7 @@ def run_program(main: Callable[[], None]) -> None:
     try:
         main()
     except InputError as error:
-        report_problems(str(error))
+        report_problems(str(error), from_any_rank=isinstance(error, RankError))
         sys.exit(EXIT_INPUT_ERROR)
     except OSError as error:
         report_problems(" ".join(str(error).split()))
@@ -60,9 +64,10 @@ def run_program(main: Callable[[], None]) -> None:
             dist.destroy_process_group()
 
 
-def report_problems(message: str) -> None:
-    """Print one line a problem to the standard error stream, from rank 0 only."""
-    if os.environ.get("RANK", "0") == "0":
+def report_problems(message: str, from_any_rank: bool = False) -> None:
+    """Print one line a problem to the standard error stream; of a launcher's processes only rank 0 does."""
+    is_launched = "TORCHELASTIC_RUN_ID" in os.environ
+    if from_any_rank or not is_launched or os.environ.get("RANK", "0") == "0":
         program = Path(sys.argv[0]).name or "distil"
         for line in message.splitlines():
             print(f"{program}: error: {line}", file=sys.stderr, flush=True)
@@ -256,7 +261,7 @@ def read_launcher(environment: Mapping[str, str], local_rank_flag: int) -> tuple
     if "RANK" not in environment or "LOCAL_RANK" not in environment:
         if local_rank_flag >= 0:
             missing = " and ".join(name for name in ("RANK", "LOCAL_RANK") if name not in environment)
-            raise InputError(f"--local_rank {local_rank_flag}: {missing} not set in the environment; {LAUNCHER_REMEDY}")
+            raise RankError(f"--local_rank {local_rank_flag}: {missing} not set in the environment; {LAUNCHER_REMEDY}")
         return None
     problems = [
         f"{name} is not set though RANK and LOCAL_RANK are; {LAUNCHER_REMEDY}"
@@ -272,10 +277,9 @@ def read_launcher(environment: Mapping[str, str], local_rank_flag: int) -> tuple
                 value[name] = int(environment[name])
             except ValueError:
                 problems.append(f"{name}={environment[name]}: not a whole number; {LAUNCHER_REMEDY}")
-    if not problems:
-        problems = _launcher_contradictions(value, local_rank_flag)
     if problems:
-        raise InputError("\n".join(problems))
+        raise RankError("\n".join(problems))
+    _check_launcher(value, local_rank_flag)
     return value["RANK"], value["WORLD_SIZE"], value["LOCAL_RANK"], _processes_on_machine(value)
 
 
@@ -283,32 +287,37 @@ def _processes_on_machine(value: Mapping[str, int]) -> int:
     return value.get("LOCAL_WORLD_SIZE", value.get("N_GPU_NODE", value["LOCAL_RANK"] + 1))
 
 
-def _launcher_contradictions(value: Mapping[str, int], local_rank_flag: int) -> list[str]:
+def _check_launcher(value: Mapping[str, int], local_rank_flag: int) -> None:
+    """Raise RankError or InputError for variables that contradict each other, on this rank or on all."""
     rank, world_size, local_rank = value["RANK"], value["WORLD_SIZE"], value["LOCAL_RANK"]
     per_machine = value.get("N_GPU_NODE", _processes_on_machine(value))
     machines = value.get("N_NODES", max(world_size // max(per_machine, 1), 1))
     machine = value.get("NODE_RANK", rank // max(per_machine, 1))
-    flag_differs = local_rank_flag >= 0 and local_rank_flag != local_rank
-    checks = [
+    of_all = [
         (world_size < 1, f"WORLD_SIZE={world_size}: at least 1 is expected"),
-        (not 0 <= rank < max(world_size, 1), f"RANK={rank}: expected 0 to WORLD_SIZE - 1 = {world_size - 1}"),
         (per_machine < 1, f"N_GPU_NODE={per_machine}: at least 1 is expected"),
-        (not 0 <= local_rank < max(per_machine, 1),
-         f"LOCAL_RANK={local_rank}: expected 0 to {per_machine - 1}, for {per_machine} processes run on a machine"),
-        (flag_differs, f"--local_rank {local_rank_flag} contradicts LOCAL_RANK={local_rank}; leave the flag out"),
         ("N_GPU_NODE" in value and value.get("LOCAL_WORLD_SIZE", per_machine) != per_machine,
          f"N_GPU_NODE={per_machine} contradicts LOCAL_WORLD_SIZE={value.get('LOCAL_WORLD_SIZE')}"),
         ("N_NODES" in value and machines * per_machine != world_size,
          f"N_NODES={machines} x {per_machine} processes a machine contradicts WORLD_SIZE={world_size}"),
-        ("NODE_RANK" in value and machine != rank // max(per_machine, 1),
-         f"NODE_RANK={machine} contradicts RANK={rank} with {per_machine} processes a machine"),
         ("N_GPU_NODE" in value and world_size % max(per_machine, 1) != 0,
          f"N_GPU_NODE={per_machine} does not divide WORLD_SIZE={world_size}"),
+    ]  # fmt: skip
+    of_this_rank = [
+        (not 0 <= rank < max(world_size, 1), f"RANK={rank}: expected 0 to WORLD_SIZE - 1 = {world_size - 1}"),
+        (not 0 <= local_rank < max(per_machine, 1),
+         f"LOCAL_RANK={local_rank}: expected 0 to {per_machine - 1}, for {per_machine} processes run on a machine"),
+        (local_rank_flag >= 0 and local_rank_flag != local_rank,
+         f"--local_rank {local_rank_flag} contradicts LOCAL_RANK={local_rank}; leave the flag out"),
+        ("NODE_RANK" in value and machine != rank // max(per_machine, 1),
+         f"NODE_RANK={machine} contradicts RANK={rank} with {per_machine} processes a machine"),
         ("NODE_RANK" in value and not 0 <= machine < max(machines, 1),
          f"NODE_RANK={machine}: expected 0 to N_NODES - 1 = {machines - 1}"),
     ]  # fmt: skip
     remedy = "; export what the launcher is told, or unset it"
-    return [message + remedy for is_wrong, message in checks if is_wrong]
+    for kind, checks in ((RankError, of_this_rank), (InputError, of_all)):
+        if any(is_wrong for is_wrong, _ in checks):
+            raise kind("\n".join(message + remedy for is_wrong, message in of_all + of_this_rank if is_wrong))
 
 
 def start_runtime(n_gpu: int, local_rank_flag: int, environment: Mapping[str, str] | None = None) -> Runtime:
@@ -322,14 +331,15 @@ def start_runtime(n_gpu: int, local_rank_flag: int, environment: Mapping[str, st
     device = choose_device(n_gpu, world_size, local_rank, per_machine, torch.cuda.device_count(), launched is not None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    backend = "nccl" if device.type == "cuda" else "gloo"
     if launched is not None:
-        backend = "nccl" if device.type == "cuda" else "gloo"
         dist.init_process_group(backend, init_method="env://", timeout=PROCESS_GROUP_TIMEOUT)
     runtime = Runtime(rank, world_size, local_rank, device)
     if runtime.is_main:
         wanted_gpu = n_gpu > 0 and device.type == "cpu"
-        logger.info("%d process(es) on %s%s.", world_size, "GPU, nccl" if device.type == "cuda" else "CPU, gloo",
-                    f" (--n_gpu {n_gpu}, but this machine has no GPU)" if wanted_gpu else "")  # fmt: skip
+        where = "the GPU" if device.type == "cuda" else "the CPU"
+        how = f"{world_size} processes, {backend}" if launched is not None else "one process"
+        logger.info("%s on %s%s.", how, where, f" (--n_gpu {n_gpu}, but this machine has no GPU)" if wanted_gpu else "")
     return runtime
 
 

@@ -15,7 +15,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "numpy")
-MAX_LINE = 400  # characters; about 90 tokens
+MAX_LINE = 260  # characters; about 55 tokens
 MIN_LETTERS = 0.7  # share of letters and spaces in a sentence that is taken for prose
 MIN_WORDS = 5
 

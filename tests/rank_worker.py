@@ -1,0 +1,55 @@
+"""Run under a launcher by test_distributed.py: the gradient of the first update, and how often gradients are reduced.
+
+Arguments: an output file, then train.py's flags. Everything is train.py's own but for float64, in which two ways to sum
+the same numbers differ by rounding only.
+"""
+
+import sys
+from pathlib import Path
+
+import torch
+from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+import train
+import utils
+
+build_student, load_teacher = train.build_student, train.load_teacher
+
+
+def main() -> None:
+    output, flags = sys.argv[1], sys.argv[2:]
+    train.build_student = lambda *arguments: build_student(*arguments).double()
+    train.load_teacher = lambda *arguments: load_teacher(*arguments).double()
+    config = train.parse_config(flags)
+    runtime = utils.start_runtime(config.n_gpu, config.local_rank)
+    parts = train.set_up(config, runtime)
+    num_reductions = count_reductions(parts.distiller)
+    accumulation = config.gradient_accumulation_steps
+    grads, numbers = [], []
+    for update in parts.sampler.updates(parts.num_micro_batches, accumulation, runtime.rank, runtime.world_size):
+        parts.distiller.optimizer.zero_grad()
+        planned = [batch.number for batch in update.planned]
+        losses_MK = parts.distiller.accumulate(train.prepared_batches(parts, update), planned, len(update.mine))
+        grads.append({name: p.grad.clone() for name, p in parts.student.named_parameters() if p.grad is not None})
+        numbers.append([batch.number for batch in update.mine])
+    facts = {"grads": grads, "losses": losses_MK, "mine": numbers, "reductions": num_reductions[0], "updates": len(grads)}
+    torch.save(facts, f"{output}.{runtime.rank}")
+
+
+def count_reductions(distiller) -> list[int]:
+    """Count the gradient buckets that DDP reduces; a model this small has one."""
+    count = [0]
+
+    def hook(state, bucket):
+        count[0] += 1
+        return allreduce_hook(state, bucket)
+
+    if distiller.world_size > 1:
+        distiller.wrapped.register_comm_hook(None, hook)
+    return count
+
+
+if __name__ == "__main__":
+    utils.run_program(main)

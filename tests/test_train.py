@@ -1,0 +1,472 @@
+"""train.py: flags and defaults, bad input, the run folder, the schedule, and that all pairs learn."""
+
+import dataclasses
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+import transformers
+from conftest import ROOT, as_uint16, make_model, run_process, save_tokenizer, write_pickle
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+import binarized_data
+import train
+from losses import LOSSES
+from utils import git_facts
+
+KINDS = ("bert", "roberta", "gpt2")
+NEEDED = ["--dump_path", "new", "--data_file", __file__, "--student_type", "gpt2", "--student_config", __file__,
+          "--teacher_type", "gpt2", "--teacher_name", "t"]  # fmt: skip
+
+DEFAULTS = {
+    "force": False, "student_pretrained_weights": None, "temperature": 2.0, "alpha_ce": 0.5, "alpha_mlm": 0.0,
+    "alpha_clm": 0.5, "alpha_mse": 0.0, "alpha_cos": 0.0, "mlm": False, "mlm_mask_prop": 0.15, "fp16": False,
+    "fp16_opt_level": "O1", "local_rank": -1, "log_interval": 500, "word_mask": 0.8, "word_keep": 0.1, "word_rand": 0.1,
+    "mlm_smoothing": 0.7, "token_counts": None, "restrict_ce_to_mask": False, "freeze_pos_embs": False,
+    "freeze_token_type_embds": False, "n_epoch": 3, "batch_size": 5, "group_by_size": True,
+    "gradient_accumulation_steps": 50, "warmup_prop": 0.05, "weight_decay": 0.0, "learning_rate": 5e-4,
+    "adam_epsilon": 1e-6, "max_grad_norm": 5.0, "initializer_range": None, "n_gpu": 1, "seed": 56,
+    "checkpoint_interval": 4000, "max_steps": None, "max_length": None,
+}  # fmt: skip
+
+
+def test_flags_and_defaults_are_those_of_2019():
+    flags = train.as_flags(train.parse_config(NEEDED))
+    required = {"dump_path", "data_file", "student_type", "student_config", "teacher_type", "teacher_name"}
+    assert {name: value for name, value in flags.items() if name not in required} == DEFAULTS
+
+
+def test_every_loss_has_its_flag():
+    arguments = [word for name in LOSSES for word in (f"--alpha_{name}", "0.0" if name in ("mlm",) else "0.25")]
+    assert train.parse_config(NEEDED + arguments).alphas == {name: 0.0 if name == "mlm" else 0.25 for name in LOSSES}
+
+
+def test_grouping_is_switched_by_either_flag():
+    assert train.parse_config([*NEEDED, "--group_by_size"]).group_by_size
+    assert not train.parse_config([*NEEDED, "--no-group_by_size"]).group_by_size
+
+
+@pytest.mark.parametrize("spelling", ["--local-rank=3", "--local_rank=3"])
+def test_both_spellings_of_the_launchers_flag_are_read(spelling):
+    assert train.parse_config([*NEEDED, spelling]).local_rank == 3
+
+
+def test_help_names_every_option_once(capsys):
+    with pytest.raises(SystemExit):
+        train.parse_config(["--help"])
+    text = capsys.readouterr().out
+    for field in dataclasses.fields(train.TrainConfig):
+        assert field.name == "alphas" or text.count(f"  --{field.name}") == 1
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Bad input: one line a problem, status 2, nothing touched
+# --------------------------------------------------------------------------------------------------------------------
+
+BAD_FLAGS = {
+    "mlm without weight": ({"alpha_mlm": 0.0, "alpha_clm": 0.5}, ["--mlm with --alpha_mlm 0.0"]),
+    "weight without mlm": ({"mlm": None}, ["--alpha_mlm 2.0 without --mlm", "--student_type distilbert without --mlm",
+                                           "--teacher_type bert without --mlm"]),
+    "both language models": ({"alpha_clm": 0.5}, ["--alpha_mlm 2.0 and --alpha_clm 0.5"]),
+    "no counts": ({"token_counts": None}, ["--mlm without --token_counts"]),
+    "missing counts": ({"token_counts": "nowhere"}, ["--token_counts nowhere: no such file"]),
+    "missing data": ({"data_file": "nowhere"}, ["--data_file nowhere: no such file"]),
+    "a folder": ({"student_config": "."}, ["--student_config .: is a folder"]),
+    "pair": ({"student_type": "roberta"}, ["--teacher_type bert with --student_type roberta: no such pair"]),
+    "share": ({"word_mask": 0.7}, ["--word_mask + --word_keep + --word_rand: their sum is 0.9"]),
+    "proportion": ({"mlm_mask_prop": 1.5}, ["--mlm_mask_prop 1.5: expected 0 to 1"]),
+    "temperature": ({"temperature": 0}, ["--temperature 0.0: expected a number above 0"]),
+    "nan": ({"alpha_ce": "nan"}, ["--alpha_ce nan", "their sum is not above 0"]),
+    "negative": ({"alpha_cos": -1.0}, ["--alpha_cos -1.0: expected a finite number, 0 or more"]),
+    "accumulation": ({"gradient_accumulation_steps": 0}, ["--gradient_accumulation_steps 0: expected at least 1"]),
+    "token types": ({"freeze_token_type_embds": True}, ["--freeze_token_type_embds with --student_type distilbert"]),
+    "unknown flag": ({"alpha_cee": 1.0}, ["unknown argument --alpha_cee; did you mean --alpha_ce?"]),
+    "no number": ({"batch_size": "many"}, ["argument --batch_size: invalid int value: 'many'"]),
+    "no choice": ({"teacher_type": "t5"}, ["argument --teacher_type: invalid choice: 't5'"]),
+    "all at once": ({"alpha_clm": 0.5, "temperature": -1, "n_epoch": 0, "data_file": "nowhere"},
+                    ["--temperature", "--n_epoch", "--alpha_mlm 2.0 and", "--data_file"]),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags_are_named_a_line_each(name, world, tmp_path, status_and_errors):
+    changes, expected = BAD_FLAGS[name]
+    status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run", **changes))
+    assert status == 2 and not (tmp_path / "run").exists()
+    assert len(errors) >= len(expected)
+    for text in expected:
+        assert sum(text in line for line in errors) == 1, (text, errors)
+
+
+def edit_json(path: str, target: Path, **changes) -> str:
+    target.write_text(json.dumps(json.loads(Path(path).read_text()) | changes))
+    return str(target)
+
+
+def bad_vocabulary(world, tmp):
+    return {
+        "student_config": edit_json(world.config("bert"), tmp / "c.json", vocab_size=77)
+    }, "vocabulary is 77, the teacher's is"
+
+
+def bad_width(world, tmp):
+    return {"student_config": edit_json(world.config("bert"), tmp / "c.json", dim=40)}, "width is 40, the teacher's is 32"
+
+
+def bad_positions(world, tmp):
+    changed = edit_json(world.config("bert"), tmp / "c.json", max_position_embeddings=99)
+    return {"student_config": changed}, "number of positions is 99, the teacher's is 64"
+
+
+def bad_heads(world, tmp):
+    return {"student_config": edit_json(world.config("bert"), tmp / "c.json", n_heads=5)}, "--student_config"
+
+
+def bad_config_type(world, tmp):
+    return {"student_config": edit_json(world.config("bert"), tmp / "c.json", model_type="gpt2")}, "is for a gpt2 model"
+
+
+def bad_config_text(world, tmp):
+    (tmp / "c.json").write_text("{not json")
+    return {"student_config": str(tmp / "c.json")}, "not a distilbert configuration"
+
+
+def bad_token_id(world, tmp):
+    data = write_pickle(tmp / "data.pickle", as_uint16([[2, *range(5, 20), 9999, 3]]))
+    return {"data_file": data}, "data.pickle: token id 9999 is outside the vocabulary"
+
+
+def bad_boundaries(world, tmp):
+    return {
+        "data_file": write_pickle(tmp / "data.pickle", as_uint16([range(5, 25)]))
+    }, "sequence 0 of the token file begins with"
+
+
+def bad_tokenizer_type(world, tmp):
+    return {"data_file": world.data("gpt2")}, "of the token file"
+
+
+def bad_filtered(world, tmp):
+    return {"data_file": write_pickle(tmp / "d.pickle", as_uint16([[2, 7, 3]] * 9))}, "none of its 9 sequences is left"
+
+
+def bad_counts_length(world, tmp):
+    return {"token_counts": write_pickle(tmp / "counts.pickle", [1, 2, 3])}, "counts.pickle: has 3 entries, the vocabulary of"
+
+
+def bad_counts_content(world, tmp):
+    return {"token_counts": write_pickle(tmp / "counts.pickle", {"a": 1})}, "expected a list of counts"
+
+
+def bad_empty_data(world, tmp):
+    (tmp / "empty.pickle").touch()
+    return {"data_file": str(tmp / "empty.pickle")}, "empty.pickle: the file is empty"
+
+
+def bad_data(world, tmp):
+    (tmp / "text.pickle").write_text("some text")
+    return {"data_file": str(tmp / "text.pickle")}, "text.pickle: not a readable pickle"
+
+
+def bad_teacher_type(world, tmp):
+    return {"teacher_name": str(world.teachers["roberta"])}, "--teacher_name"
+
+
+def bad_teacher(world, tmp):
+    return {"teacher_name": str(tmp / "no-teacher")}, "neither a local folder nor a model"
+
+
+def bad_first_weights(world, tmp):
+    return {"student_pretrained_weights": world.first_weights("gpt2")}, "has unexpected transformer."
+
+
+BAD_FILES = [value for name, value in globals().copy().items() if name.startswith("bad_")]
+
+
+@pytest.mark.parametrize("make", BAD_FILES, ids=lambda function: function.__name__)
+def test_bad_files_are_named_in_one_line(make, world, tmp_path, status_and_errors):
+    old = tmp_path / "run"
+    old.mkdir()
+    (old / "parameters.json").write_text("{}")
+    changes, expected = make(world, tmp_path)
+    status, errors = status_and_errors(train.main, world.flags("bert", old, force=True, **changes))
+    assert status == 2 and any(expected in line for line in errors), errors
+    assert [path.name for path in old.iterdir()] == ["parameters.json"], "the old run must stay where it was"
+    assert not list(tmp_path.glob("run.old*"))
+
+
+def test_an_existing_run_folder_is_refused_without_force(world, tmp_path, status_and_errors):
+    (tmp_path / "run").mkdir()
+    status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run"))
+    assert status == 2 and len(errors) == 1 and "exists already" in errors[0] and "--force" in errors[0]
+
+
+@pytest.mark.parametrize("where", ["foreign", "data", "cwd", "file", "link"])
+def test_force_never_harms_what_is_no_run(where, world, tmp_path, status_and_errors, monkeypatch):
+    target = tmp_path / "target"
+    target.mkdir()
+    (target / "thesis.txt").write_text("years of work")
+    changes, dump_path = {}, target
+    if where == "data":
+        (target / "parameters.json").write_text("{}")
+        changes["data_file"] = shutil.copy(world.data("bert"), target / "data.pickle")
+    elif where == "cwd":
+        (target / "parameters.json").write_text("{}")
+        monkeypatch.chdir(target)
+        dump_path = "."
+    elif where == "file":
+        dump_path = target / "thesis.txt"
+    elif where == "link":
+        (tmp_path / "link").symlink_to(target)
+        dump_path = f"{tmp_path / 'link'}/"
+    status, errors = status_and_errors(train.main, world.flags("bert", dump_path, force=True, **changes))
+    assert status == 2 and len(errors) == 1 and "--dump_path" in errors[0]
+    assert (target / "thesis.txt").read_text() == "years of work"
+
+
+def test_force_moves_an_old_run_aside(world, tmp_path):
+    train.main(world.flags("bert", tmp_path / "run", max_steps=1))
+    (tmp_path / "run" / "mark").touch()
+    train.main(world.flags("bert", tmp_path / "run", max_steps=1, force=True))
+    aside = list(tmp_path.glob("run.old-*"))
+    assert len(aside) == 1 and (aside[0] / "mark").exists() and not (tmp_path / "run" / "mark").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Runs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def runs(world, tmp_path_factory) -> dict[str, Path]:
+    """One finished run of each pair, with first weights, some epochs, logs and checkpoints."""
+    folders = {}
+    for kind in KINDS:
+        folders[kind] = tmp_path_factory.mktemp("runs") / kind
+        train.main(
+            world.flags(
+                kind,
+                folders[kind],
+                n_epoch=3,
+                student_pretrained_weights=world.first_weights(kind),
+                learning_rate=2e-3,
+                log_interval=20,
+                checkpoint_interval=50,
+                alpha_mse=0.01,
+                freeze_pos_embs=True,
+            )  # fmt: skip
+        )
+    return folders
+
+
+def scalars(folder: Path) -> dict[str, list]:
+    log = EventAccumulator(str(folder / "log" / "train"), size_guidance={"scalars": 0})
+    log.Reload()
+    return {tag: log.Scalars(tag) for tag in log.Tags()["scalars"]}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_run_folder_holds_what_2019s_held(kind, runs):
+    names = {path.name for path in runs[kind].iterdir()}
+    assert {"parameters.json", "git_log.json", "config.json", "log", "checkpoint.pth", "pytorch_model.bin", "model.safetensors",
+            "model_epoch_0.pth", "model_epoch_1.pth", "model_epoch_2.pth", "tokenizer.json"} <= names  # fmt: skip
+    assert not [name for name in names if name.startswith(".") or name.endswith(".tmp")]
+    assert set(json.loads((runs[kind] / "git_log.json").read_text())) == {"repo_id", "repo_sha", "repo_branch"}
+    parameters = json.loads((runs[kind] / "parameters.json").read_text())
+    assert parameters["alpha_mse"] == 0.01 and parameters["freeze_pos_embs"] is True
+    config = json.loads((runs[kind] / "config.json").read_text())
+    assert config["architectures"] == [type(load_auto(kind, runs[kind])).__name__]
+    assert not config.get("output_hidden_states")
+
+
+def load_auto(kind: str, folder: Path):
+    auto = transformers.AutoModelForCausalLM if kind == "gpt2" else transformers.AutoModelForMaskedLM
+    model, report = auto.from_pretrained(folder, output_loading_info=True)
+    assert not report["missing_keys"] and not report["unexpected_keys"]
+    return model.eval()
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_folder_loads_with_equal_logits_and_tokenizer(kind, runs, world, lines):
+    from_folder = load_auto(kind, runs[kind])
+    plain = type(from_folder)(from_folder.config).eval()
+    state = torch.load(runs[kind] / "pytorch_model.bin", weights_only=True)
+    plain.load_state_dict(state, strict=True)
+    assert not any(name.startswith("module.") for name in state)
+    assert {"bert": "vocab_projector.weight", "roberta": "lm_head.decoder.weight", "gpt2": "lm_head.weight"}[kind] in state
+    tokenizer = transformers.AutoTokenizer.from_pretrained(runs[kind])
+    ids = tokenizer(lines[0], return_tensors="pt")["input_ids"][:, :40]
+    assert torch.equal(from_folder(ids).logits, plain(ids).logits)
+    assert (
+        tokenizer(lines[:9])["input_ids"]
+        == transformers.AutoTokenizer.from_pretrained(world.teachers[kind])(lines[:9])["input_ids"]
+    )
+    last = torch.load(runs[kind] / "model_epoch_2.pth", weights_only=True)
+    assert all(torch.equal(last[name], state[name]) for name in state)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_distillation_brings_every_pair_closer_to_its_teacher(kind, runs):
+    losses = [event.value for event in scalars(runs[kind])["losses/loss_ce"]]
+    assert losses[-1] < 0.8 * losses[0]
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_tensorboard_has_the_tags_of_2019(kind, runs, world):
+    found = scalars(runs[kind])
+    own = {"ce", "mse", "cos", "clm" if kind == "gpt2" else "mlm"}
+    expected = {"losses/cum_avg_loss_epoch", "losses/loss", *(f"losses/loss_{name}" for name in own), "learning_rate/lr",
+                "global/memory_usage", "global/speed", "epoch/loss"}  # fmt: skip
+    student = load_auto(kind, runs[kind])
+    names = {name for name, _ in student.named_parameters()}
+    frozen = {name for name in names if "position_embeddings" in name or "wpe" in name}
+    expected |= {f"parameter_{what}/{name}" for what in ("mean", "std") for name in names}
+    expected |= {f"grad_{what}/{name}" for what in ("mean", "std") for name in names - frozen}
+    assert set(found) == expected and len(frozen) == 1
+    log = EventAccumulator(str(runs[kind] / "log" / "train"))
+    log.Reload()
+    assert set(log.Tags()["tensors"]) == {"config/training/text_summary", "config/student/text_summary"}
+    assert [event.step for event in found["epoch/loss"]] == [0, 1, 2]
+    steps = [event.step for event in found["losses/loss"]]
+    assert steps[:3] == [20, 40, 60] and all(math.isfinite(e.value) for events in found.values() for e in events)
+    assert 100 < found["global/memory_usage"][0].value < 1e7
+
+
+def test_frozen_positions_stay_and_the_rest_moves(runs, world):
+    for kind, name in (("bert", "distilbert.embeddings.position_embeddings.weight"), ("gpt2", "transformer.wpe.weight")):
+        before = torch.load(world.first_weights(kind), weights_only=True)
+        after = torch.load(runs[kind] / "pytorch_model.bin", weights_only=True)
+        assert torch.equal(before[name], after[name])
+        moved = [n for n in before if not torch.equal(before[n], after[n])]
+        assert len(moved) == len(before) - 1
+
+
+def test_sinusoidal_positions_stay_without_the_flag(world, tmp_path):
+    train.main(world.flags("bert", tmp_path / "run", max_steps=3))
+    after = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)
+    positions = after["distilbert.embeddings.position_embeddings.weight"]
+    assert positions[3, :2].tolist() == pytest.approx([math.sin(3), math.cos(3)], abs=1e-6)
+
+
+def test_a_run_is_repeated_bit_for_bit(world, tmp_path):
+    states = []
+    for name in ("one", "two"):
+        train.main(world.flags("bert", tmp_path / name, max_steps=4))
+        states.append(torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True))
+    assert all(torch.equal(states[0][name], states[1][name]) for name in states[0])
+
+
+@pytest.mark.parametrize("epochs, accumulation", [(1, 7), (3, 7), (2, 1000)])
+def test_updates_schedule_and_epochs(epochs, accumulation, world, tmp_path, caplog):
+    train.main(world.flags("bert", tmp_path / "run", n_epoch=epochs, gradient_accumulation_steps=accumulation,
+                           log_interval=1, warmup_prop=0.3))  # fmt: skip
+    found = scalars(tmp_path / "run")
+    batches = 48  # 240 sequences, 5 a batch
+    steps = [event.step for event in found["learning_rate/lr"]]
+    assert steps == [*range(accumulation, batches * epochs, accumulation), batches * epochs]
+    num = batches * epochs // accumulation + 1
+    warmup = math.ceil(0.3 * num)
+    expected = [k / warmup if k < warmup else max(num - k, 0) / (num - warmup) for k in range(1, len(steps) + 1)]
+    assert [e.value for e in found["learning_rate/lr"]] == pytest.approx([5e-4 * x for x in expected], rel=1e-5)
+    assert {path.name for path in (tmp_path / "run").glob("model_epoch*")} == {f"model_epoch_{e}.pth" for e in range(epochs)}
+
+
+def test_the_first_update_runs_at_rate_zero(world, tmp_path):
+    train.main(world.flags("bert", tmp_path / "run", max_steps=1, student_pretrained_weights=world.first_weights("bert")))
+    before = torch.load(world.first_weights("bert"), weights_only=True)
+    after = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)
+    assert all(torch.equal(before[name], after[name]) for name in before)
+
+
+def test_logged_losses_are_means_since_the_last_log(world, tmp_path):
+    train.main(world.flags("bert", tmp_path / "often", max_steps=6, log_interval=2))
+    train.main(world.flags("bert", tmp_path / "rarely", max_steps=6, log_interval=6))
+    for tag in ("losses/loss", "losses/loss_ce", "losses/loss_mlm"):
+        often, rarely = ([e.value for e in scalars(tmp_path / name)[tag]] for name in ("often", "rarely"))
+        assert rarely == pytest.approx([sum(often[:3]) / 3, sum(often[3:]) / 3], rel=1e-5)
+    epoch = [e.value for e in scalars(tmp_path / "often")["losses/cum_avg_loss_epoch"]]
+    losses = [e.value for e in scalars(tmp_path / "often")["losses/loss"]]
+    assert epoch == pytest.approx([sum(losses[:k]) / k for k in range(1, 7)], rel=1e-5)
+
+
+def test_few_updates_are_warned_about(world, tmp_path):
+    done = run_process(os.sys.executable, ROOT / "train.py", *world.flags("bert", tmp_path / "run", max_steps=2))
+    assert done.returncode == 0 and "Only 2 updates" in done.stderr
+
+
+@pytest.mark.parametrize("where", ["teacher", "gradient"])
+def test_a_nan_stops_the_run_with_a_message(where, world, tmp_path, monkeypatch, capfd):
+    if where == "teacher":
+        kept = train.load_teacher
+
+        def load(*arguments):
+            teacher = kept(*arguments)
+            teacher.cls.predictions.bias.data[7] = float("nan")
+            return teacher
+
+        monkeypatch.setattr(train, "load_teacher", load)
+    else:
+        kept = train.make_student
+
+        def make(*arguments):
+            student = kept(*arguments)
+            student.vocab_projector.bias.register_hook(lambda gradient: gradient * float("inf"))
+            return student
+
+        monkeypatch.setattr(train, "make_student", make)
+    with pytest.raises(SystemExit) as end:
+        train.main(world.flags("bert", tmp_path / "run"))
+    assert end.value.code == train.EXIT_NON_FINITE != 0
+    assert ("loss_ce became nan" if where == "teacher" else "gradient norm became") in capfd.readouterr().err
+    assert not (tmp_path / "run" / "pytorch_model.bin").exists()
+
+
+def test_initializer_range_overrides_the_configuration(world, tmp_path):
+    train.main(world.flags("bert", tmp_path / "run", max_steps=1, initializer_range=0.5))
+    assert json.loads((tmp_path / "run" / "config.json").read_text())["initializer_range"] == 0.5
+    weights = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)["vocab_transform.weight"]
+    assert weights.std().item() == pytest.approx(0.5, rel=0.1)  # 1024 draws: standard error 2 %
+
+
+def test_max_length_cuts_sequences(world, tmp_path):
+    config = train.parse_config(world.flags("bert", tmp_path / "run", max_length=20))
+    parts = train.set_up(config, train.Runtime())
+    assert parts.dataset.lengths.max() == 20
+
+
+def test_max_steps_of_the_runs_own_length_changes_nothing(world, tmp_path):
+    train.main(world.flags("bert", tmp_path / "epochs", n_epoch=1, gradient_accumulation_steps=8))
+    train.main(world.flags("bert", tmp_path / "steps", max_steps=6, gradient_accumulation_steps=8))
+    one, two = (torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True) for name in ("epochs", "steps"))
+    assert all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_half_precision_trains(world, tmp_path):
+    train.main(world.flags("bert", tmp_path / "run", max_steps=4, fp16=True, log_interval=2))
+    assert all(math.isfinite(event.value) for event in scalars(tmp_path / "run")["losses/loss"])
+
+
+def test_outside_a_git_checkout_the_run_goes_on(tmp_path, caplog):
+    assert git_facts(tmp_path) == {"repo_id": None, "repo_sha": None, "repo_branch": None}
+
+
+def test_a_cased_bare_vocabulary_stays_cased_through_a_run(world, tmp_path, text_file):
+    teacher = tmp_path / "cased"
+    teacher.mkdir()
+    save_tokenizer("bert", teacher, text_file, lowercase=False)
+    vocabulary = json.loads((teacher / "tokenizer.json").read_text())["model"]["vocab"]
+    for path in teacher.iterdir():
+        path.unlink()
+    (teacher / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf-8")
+    make_model("bert", len(vocabulary)).save_pretrained(teacher)
+    binarized_data.main(["--file_path", str(text_file), "--tokenizer_name", str(teacher), "--dump_file", str(tmp_path / "d")])
+    counts = write_pickle(tmp_path / "counts.pickle", [1] * len(vocabulary))
+    config = edit_json(world.config("bert"), tmp_path / "c.json", vocab_size=len(vocabulary))
+    train.main(world.flags("bert", tmp_path / "run", max_steps=1, teacher_name=str(teacher), student_config=config,
+                           data_file=str(tmp_path / "d.cased.pickle"), token_counts=counts))  # fmt: skip
+    tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
+    assert tokenizer.encode("Da") != tokenizer.encode("da")
