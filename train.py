@@ -418,7 +418,7 @@ def run_length(config: TrainConfig, batches_per_epoch: int, world_size: int) -> 
     num_real = -(-num_micro_batches // per_update)
     if num_real < FEW_UPDATES:
         logger.warning(
-            "Only %d updates (%d micro-batches, %d an update), the first at learning rate 0: take more data or epochs, "
+            "Only %d update(s) (%d micro-batches, %d an update), the first at learning rate 0: take more data or epochs, "
             "or a smaller --gradient_accumulation_steps.", num_real, num_micro_batches, per_update
         )  # fmt: skip
     return num_micro_batches, num_micro_batches // per_update + 1
