@@ -59,6 +59,7 @@ from utils import (
     OneLineParser,
     Runtime,
     atomic_path,
+    bar_options,
     file_problem,
     git_facts,
     keyed_seed,
@@ -523,8 +524,8 @@ class Progress:
         self.num_tokens = 0
         self.epoch_sums: dict[int, tuple[float, int]] = {}
         self.bar = tqdm(
-            total=parts.num_micro_batches, unit="batch", disable=not runtime.is_main, dynamic_ncols=True,
-            desc="epoch 0", smoothing=0.05, mininterval=0.5 if sys.stderr.isatty() else 10,
+            total=parts.num_micro_batches, unit="batch", desc="epoch 0", smoothing=0.05, disable=not runtime.is_main,
+            **bar_options(),
         )  # fmt: skip
 
     def crosses(self, interval: int, num_iterations: int) -> bool:

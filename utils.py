@@ -125,6 +125,11 @@ def setup_logging(level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
+def bar_options() -> dict[str, Any]:
+    """Return tqdm's options for a terminal, or for a log file, where a line every ten seconds is enough."""
+    return {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 10}
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to the disk and rename it to `path`.

@@ -17,7 +17,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from architectures import load_tokenizer, short_name, special_ids
-from utils import InputError, OneLineParser, atomic_path, logger, require_file, run_program, setup_logging
+from utils import InputError, OneLineParser, atomic_path, bar_options, logger, require_file, run_program, setup_logging
 
 LINES_PER_BATCH = 2000
 
@@ -62,7 +62,7 @@ def binarize(path: str, tokenizer, start_id: int, end_id: int) -> tuple[list[np.
     sequences: list[np.ndarray] = []
     num_blank = 0
     lines = read_lines(path)
-    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc="binarize", dynamic_ncols=True) as bar:
+    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc="binarize", **bar_options()) as bar:
         while batch := list(itertools.islice(lines, LINES_PER_BATCH)):
             texts = [text for text, _ in batch if text]
             num_blank += len(batch) - len(texts)

@@ -20,7 +20,7 @@ from architectures import head_of, head_parameters, load_tokenizer, max_input_le
 from distiller import DistillationModel, Distiller, MlmPreparation, masking_weights, split_for_weight_decay
 from grouped_batch_sampler import GroupedBatchSampler
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts, read_token_file
-from utils import OneLineParser, keyed_seed, logger, require_file, run_program, setup_logging, write_json
+from utils import OneLineParser, bar_options, keyed_seed, logger, require_file, run_program, setup_logging, write_json
 
 ADAM_BETAS = (0.9, 0.98)
 
@@ -77,7 +77,8 @@ def train(distiller: Distiller, dataset: LmSeqsDataset, prepare: MlmPreparation,
     """Run the updates; return the loss of each."""
     sampler = GroupedBatchSampler(dataset.lengths, args.batch_size, dataset.max_length, group_by_size=True, seed=args.seed)
     curve: list[float] = []
-    with tqdm(sampler.micro_batches(args.num_steps), total=args.num_steps, unit="step", desc="teacher") as bar:
+    steps = sampler.micro_batches(args.num_steps)
+    with tqdm(steps, total=args.num_steps, unit="step", desc="teacher", **bar_options()) as bar:
         for planned in bar:
             batch = prepare(planned.number, *dataset.collate(planned.sequences))
             report = distiller.step([batch], [planned.number], 1)
