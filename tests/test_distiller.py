@@ -280,6 +280,17 @@ def test_causal_padding_changes_nothing():
         assert together[0, column].item() == pytest.approx(mean, rel=1e-9)
 
 
+def test_the_causal_loss_predicts_the_next_token():
+    student, teacher = make_model("gpt2", VOCAB, layers=2).double(), make_model("gpt2", VOCAB)
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    batch = prepare_clm(0, *make_batch([15, 9]))
+    expected = student(batch.input_ids_BT, labels=batch.labels_BT).loss.item()  # transformers shifts the labels itself
+    found = make_distiller(student, teacher, {"clm": 1.0}).accumulate([batch], [0], 1)
+    assert found[0].tolist() == pytest.approx([expected, expected], rel=1e-5)  # theirs is in float32
+
+
 def test_causal_labels_are_the_ids_and_no_mask_is_passed():
     token_ids_BT, lengths_B = make_batch([5, 3])
     batch = prepare_clm(0, token_ids_BT, lengths_B)
