@@ -13,9 +13,10 @@ import hashlib
 import json
 import logging
 import os
+import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -46,7 +47,7 @@ class RankError(InputError):
 def run_program(main: Callable[[], None]) -> None:
     """Run a program's `main`; turn an `InputError` or an operating-system error into one line a problem and status 2.
 
-    Under a launcher the message comes from rank 0 only; every rank exits with the same status.
+    Under a launcher the message comes once a machine; every rank exits with the same status.
     """
     try:
         main()
@@ -65,9 +66,9 @@ def run_program(main: Callable[[], None]) -> None:
 
 
 def report_problems(message: str, from_any_rank: bool = False) -> None:
-    """Print one line a problem to the standard error stream; of a launcher's processes only rank 0 does."""
+    """Print one line a problem to the standard error stream; of a launcher's processes the first on a machine does."""
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ
-    if from_any_rank or not is_launched or os.environ.get("RANK", "0") == "0":
+    if from_any_rank or not is_launched or os.environ.get("LOCAL_RANK", "0") == "0":
         program = Path(sys.argv[0]).name or "distil"
         for line in message.splitlines():
             print(f"{program}: error: {line}", file=sys.stderr, flush=True)
@@ -94,6 +95,34 @@ class OneLineParser(argparse.ArgumentParser):
 def require_file(path: str | os.PathLike, what: str) -> None:
     """Raise InputError unless `path` is a file that holds something; `what` names the flag it came from."""
     problem = file_problem(path, what)
+    if problem:
+        raise InputError(problem)
+
+
+def output_problem(path: str, flag: str, inputs: Sequence[str] = (), *, is_folder: bool = False) -> str | None:
+    """Say in one line why `path` can't be written, or would overwrite one of the `inputs` or lie in one; None if it can.
+
+    Asked before any work is done, so that none is lost.
+    """
+    if not path or "\0" in path:
+        return f"{flag} {path!r}: expected the name of a {'folder' if is_folder else 'file'}"
+    target = Path(path)
+    if target.is_dir() != is_folder and os.path.lexists(target):
+        return f"{flag} {path}: is {'no' if is_folder else 'a'} folder; choose another name"
+    ancestor = next(p for p in [target.absolute(), *target.absolute().parents] if p.exists())
+    if not is_folder and ancestor == target.absolute():
+        ancestor = target.absolute().parent
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        return f"{flag} {path}: {ancestor} is no folder that this user may write to; choose another place"
+    for name in inputs:
+        if name and os.path.exists(name) and target.resolve().is_relative_to(Path(name).resolve()):
+            return f"{flag} {path}: would overwrite {name}, which is read; choose another name"
+    return None
+
+
+def require_output(path: str, flag: str, inputs: Sequence[str] = (), *, is_folder: bool = False) -> None:
+    """Raise InputError where `output_problem` finds one."""
+    problem = output_problem(path, flag, inputs, is_folder=is_folder)
     if problem:
         raise InputError(problem)
 
@@ -174,8 +203,13 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 def save_weights(path: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Write a plain state dict (name -> CPU tensor) in torch's format, atomically."""
+    on_host: dict[tuple, torch.Tensor] = {}  # a tied tensor is copied, and so written, once
+    plain = {}
+    for name, tensor in state_dict.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        plain[name] = on_host.setdefault(key, tensor.detach().cpu() if key not in on_host else tensor)
     with atomic_path(path) as temporary:
-        torch.save({name: tensor.detach().cpu() for name, tensor in state_dict.items()}, temporary)
+        torch.save(plain, temporary)
 
 
 def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:
@@ -237,12 +271,14 @@ class Runtime:
 
     @contextlib.contextmanager
     def sharing_errors(self) -> Iterator[None]:
-        """Raise an InputError of any rank on every rank, so that none is left waiting and rank 0 can say it."""
+        """Raise an input or system error of any rank on every rank: none is left waiting, and rank 0 can say it."""
         problem = None
         try:
             yield
         except InputError as error:
             problem = str(error)
+        except OSError as error:
+            problem = " ".join(str(error).split())
         if self.world_size == 1:
             if problem:
                 raise InputError(problem)
@@ -257,15 +293,20 @@ class Runtime:
 LAUNCHER_REMEDY = "start with torchrun or python -m torch.distributed.launch, or unset it for a single process"
 
 
+def is_one_of_several(environment: Mapping[str, str]) -> bool:
+    """True in a process that a launcher started: one for which RANK and LOCAL_RANK are set."""
+    return bool(environment.get("RANK") and environment.get("LOCAL_RANK"))
+
+
 def read_launcher(environment: Mapping[str, str], local_rank_flag: int) -> tuple[int, int, int, int] | None:
     """Read (rank, world size, local rank, processes on this machine) from a launcher's variables.
 
     Returns None for a process that no launcher started: it is one of several if and only if RANK and LOCAL_RANK are
     set. Raises InputError that names every variable missing, malformed or contradicting another.
     """
-    if "RANK" not in environment or "LOCAL_RANK" not in environment:
+    if not is_one_of_several(environment):
         if local_rank_flag >= 0:
-            missing = " and ".join(name for name in ("RANK", "LOCAL_RANK") if name not in environment)
+            missing = " and ".join(name for name in ("RANK", "LOCAL_RANK") if not environment.get(name))
             raise RankError(f"--local_rank {local_rank_flag}: {missing} not set in the environment; {LAUNCHER_REMEDY}")
         return None
     problems = [
@@ -273,7 +314,7 @@ def read_launcher(environment: Mapping[str, str], local_rank_flag: int) -> tuple
         for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         if not environment.get(name)
     ]
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "N_GPU_NODE", "N_NODES", "NODE_RANK",
+    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "N_GPU_NODE", "N_NODES", "NODE_RANK",
              "MASTER_PORT")  # fmt: skip
     value: dict[str, int] = {}
     for name in names:
@@ -282,6 +323,8 @@ def read_launcher(environment: Mapping[str, str], local_rank_flag: int) -> tuple
                 value[name] = int(environment[name])
             except ValueError:
                 problems.append(f"{name}={environment[name]}: not a whole number; {LAUNCHER_REMEDY}")
+    if not 1 <= value.get("MASTER_PORT", 1) <= 65535:
+        problems.append(f"MASTER_PORT={value['MASTER_PORT']}: expected 1 to 65535; {LAUNCHER_REMEDY}")
     if problems:
         raise RankError("\n".join(problems))
     _check_launcher(value, local_rank_flag)
@@ -289,18 +332,23 @@ def read_launcher(environment: Mapping[str, str], local_rank_flag: int) -> tuple
 
 
 def _processes_on_machine(value: Mapping[str, int]) -> int:
-    return value.get("LOCAL_WORLD_SIZE", value.get("N_GPU_NODE", value["LOCAL_RANK"] + 1))
+    if "LOCAL_WORLD_SIZE" in value or "N_GPU_NODE" in value:
+        return value.get("LOCAL_WORLD_SIZE", value.get("N_GPU_NODE"))
+    return max(value["WORLD_SIZE"] // max(value.get("N_NODES", 1), 1), 1)
 
 
 def _check_launcher(value: Mapping[str, int], local_rank_flag: int) -> None:
     """Raise RankError or InputError for variables that contradict each other, on this rank or on all."""
     rank, world_size, local_rank = value["RANK"], value["WORLD_SIZE"], value["LOCAL_RANK"]
     per_machine = value.get("N_GPU_NODE", _processes_on_machine(value))
+    source = "N_GPU_NODE" if "N_GPU_NODE" in value else "LOCAL_WORLD_SIZE"
     machines = value.get("N_NODES", max(world_size // max(per_machine, 1), 1))
-    machine = value.get("NODE_RANK", rank // max(per_machine, 1))
+    machine = value.get("NODE_RANK", 0)
+    expected_machine = value.get("GROUP_RANK", rank // max(per_machine, 1))
     of_all = [
         (world_size < 1, f"WORLD_SIZE={world_size}: at least 1 is expected"),
-        (per_machine < 1, f"N_GPU_NODE={per_machine}: at least 1 is expected"),
+        (per_machine < 1, f"{source}={per_machine}: at least 1 is expected"),
+        (per_machine > max(world_size, 1), f"{source}={per_machine} contradicts WORLD_SIZE={world_size}"),
         ("N_GPU_NODE" in value and value.get("LOCAL_WORLD_SIZE", per_machine) != per_machine,
          f"N_GPU_NODE={per_machine} contradicts LOCAL_WORLD_SIZE={value.get('LOCAL_WORLD_SIZE')}"),
         ("N_NODES" in value and machines * per_machine != world_size,
@@ -314,8 +362,8 @@ def _check_launcher(value: Mapping[str, int], local_rank_flag: int) -> None:
          f"LOCAL_RANK={local_rank}: expected 0 to {per_machine - 1}, for {per_machine} processes run on a machine"),
         (local_rank_flag >= 0 and local_rank_flag != local_rank,
          f"--local_rank {local_rank_flag} contradicts LOCAL_RANK={local_rank}; leave the flag out"),
-        ("NODE_RANK" in value and machine != rank // max(per_machine, 1),
-         f"NODE_RANK={machine} contradicts RANK={rank} with {per_machine} processes a machine"),
+        ("NODE_RANK" in value and machine != expected_machine,
+         f"NODE_RANK={machine} contradicts RANK={rank}, which runs on machine {expected_machine}"),
         ("NODE_RANK" in value and not 0 <= machine < max(machines, 1),
          f"NODE_RANK={machine}: expected 0 to N_NODES - 1 = {machines - 1}"),
     ]  # fmt: skip
@@ -338,7 +386,7 @@ def start_runtime(n_gpu: int, local_rank_flag: int, environment: Mapping[str, st
         torch.cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if launched is not None:
-        dist.init_process_group(backend, init_method="env://", timeout=PROCESS_GROUP_TIMEOUT)
+        _join_the_others(backend)
     runtime = Runtime(rank, world_size, local_rank, device)
     if runtime.is_main:
         wanted_gpu = n_gpu > 0 and device.type == "cpu"
@@ -346,6 +394,16 @@ def start_runtime(n_gpu: int, local_rank_flag: int, environment: Mapping[str, st
         how = f"{world_size} processes, {backend}" if launched is not None else "one process"
         logger.info("%s on %s%s.", how, where, f" (--n_gpu {n_gpu}, but this machine has no GPU)" if wanted_gpu else "")
     return runtime
+
+
+def _join_the_others(backend: str) -> None:
+    try:
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would look for the name until the timeout
+        dist.init_process_group(backend, init_method="env://", timeout=PROCESS_GROUP_TIMEOUT)
+    except (OSError, RuntimeError, ValueError) as error:  # no such host, port in use, a rank that never came
+        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        reason = " ".join(str(error).split())[:200]
+        raise RankError(f"{where}: the processes could not meet ({reason}); check address, port and every rank") from error
 
 
 def choose_device(
