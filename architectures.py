@@ -11,18 +11,20 @@ import json
 import logging
 import os
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
 import torch
 import transformers
 
-from utils import InputError, require_file
-
-logger = logging.getLogger("distil")
+from utils import InputError, logger, require_file
 
 StateDict = Mapping[str, torch.Tensor]
+
+
+def _distilbert_head(model, hidden_ND):
+    return model.vocab_projector(model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_ND))))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,6 +33,7 @@ class Architecture:
 
     model_class, config_class, tokenizer_class: names in transformers.
     vocab_files: what a tokenizer folder without tokenizer.json must hold.
+    head: (model, hidden states (N, D)) -> logits (N, V), the model's own prediction head.
     layers: what stands before the layer's number in a parameter's name.
     position_embeddings, token_type_embeddings: module paths, None where there are none.
     head_transform: prefixes of the prediction head's own dense layer and norm, which --vocab_transform takes along.
@@ -44,6 +47,7 @@ class Architecture:
     config_class: str
     tokenizer_class: str
     vocab_files: tuple[str, ...]
+    head: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
     layers: str
     position_embeddings: str
     token_type_embeddings: str | None = None
@@ -67,6 +71,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "BertConfig",
         "BertTokenizer",
         ("vocab.txt",),
+        head=lambda model, hidden_ND: model.cls(hidden_ND),
         layers="bert.encoder.layer.",
         position_embeddings="bert.embeddings.position_embeddings",
         token_type_embeddings="bert.embeddings.token_type_embeddings",
@@ -78,6 +83,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "DistilBertConfig",
         "BertTokenizer",
         ("vocab.txt",),
+        head=_distilbert_head,
         layers="distilbert.transformer.layer.",
         position_embeddings="distilbert.embeddings.position_embeddings",
         head_transform=("vocab_transform.", "vocab_layer_norm."),
@@ -87,6 +93,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "RobertaConfig",
         "RobertaTokenizer",
         ("vocab.json", "merges.txt"),
+        head=lambda model, hidden_ND: model.lm_head(hidden_ND),
         layers="roberta.encoder.layer.",
         position_embeddings="roberta.embeddings.position_embeddings",
         token_type_embeddings="roberta.embeddings.token_type_embeddings",
@@ -99,6 +106,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         "GPT2Config",
         "GPT2Tokenizer",
         ("vocab.json", "merges.txt"),
+        head=lambda model, hidden_ND: model.lm_head(hidden_ND),
         layers="transformer.h.",
         position_embeddings="transformer.wpe",
         obsolete=r"\.attn\.(masked_)?bias$",
@@ -107,6 +115,9 @@ ARCHITECTURES: dict[str, Architecture] = {
         pad_token="unk_token",
     ),
 }
+
+
+MASK_TOKENS = {"[MASK]", "<mask>"}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -183,22 +194,30 @@ def load_tokenizer(model_type: str, name: str, flag: str, do_lower_case: bool | 
     do_lower_case (BERT only): None = what tokenizer_config.json says; without that file, whether the vocabulary has no
     capitals (transformers 5 would lower-case silently). Raises InputError that names `flag`.
     """
+    try:
+        return _load_tokenizer(model_type, name, flag, do_lower_case)
+    except InputError:
+        raise
+    except Exception as error:  # what a damaged or foreign file can raise has no end
+        raise InputError(f"{flag} {name}: no {model_type} tokenizer could be loaded ({_one_line(error)})") from error
+
+
+def _load_tokenizer(model_type: str, name: str, flag: str, do_lower_case: bool | None):
     architecture = ARCHITECTURES[model_type]
     files = _tokenizer_files(architecture, name, flag)
-    declared = _read_json(files.get("tokenizer_config.json"))
+    declared = _read_json(files.get("tokenizer_config.json"), f"{flag} {name}")
     _check_tokenizer_class(architecture, declared, model_type, name, flag)
     options = {}
     if architecture.tokenizer_class == "BertTokenizer":
         lower_case = do_lower_case
         if lower_case is None and "do_lower_case" not in declared:
-            lower_case = not _has_capitals(files)
+            lower_case = not _has_capitals(files, f"{flag} {name}")
         if lower_case is not None:
             options["do_lower_case"] = lower_case
     with _quiet_transformers():
-        try:
-            tokenizer = getattr(transformers, architecture.tokenizer_class).from_pretrained(name, **options)
-        except Exception as error:
-            raise InputError(f"{flag} {name}: no {model_type} tokenizer could be loaded ({_one_line(error)})") from error
+        tokenizer = getattr(transformers, architecture.tokenizer_class).from_pretrained(name, **options)
+    if not tokenizer.model_max_length > 2:
+        raise InputError(f"{flag} {name}: model_max_length is {tokenizer.model_max_length}, expected above 2; correct it")
     _check_special_tokens(architecture, tokenizer, files, model_type, name, flag)
     return tokenizer
 
@@ -221,16 +240,17 @@ def _tokenizer_files(architecture: Architecture, name: str, flag: str) -> dict[s
 def _fetch(name: str, files: Sequence[str], flag: str) -> dict[str, str]:
     with _quiet_transformers():
         try:
-            transformers.AutoConfig.from_pretrained(name)  # one file every model repository has: is it there at all?
             paths = {
                 file: transformers.utils.cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files
             }
-        except Exception as error:
+        except Exception as error:  # no such repository, no access, no network
             raise InputError(_not_found(flag, name, error)) from error
     return {file: path for file, path in paths.items() if path is not None}
 
 
 def _not_found(flag: str, name: str, error: Exception) -> str:
+    if os.path.isdir(name):
+        return f"{flag} {name}: holds no readable config.json of a model ({_one_line(error)}); name a model's folder"
     return f"{flag} {name}: neither a local folder nor a model that the hub gave ({_one_line(error)})"
 
 
@@ -239,8 +259,16 @@ def _one_line(error: Exception, limit: int = 160) -> str:
     return text if len(text) <= limit else text[: limit - 2] + ".."
 
 
-def _read_json(path: str | None) -> dict:
-    return json.loads(Path(path).read_text(encoding="utf-8")) if path else {}
+def _read_json(path: str | None, where: str) -> dict:
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(f"{where}: {Path(path).name} is no readable JSON ({_one_line(error)}); take another copy") from error
+    if not isinstance(content, dict):
+        raise InputError(f"{where}: {Path(path).name} holds a {type(content).__name__}, expected an object; take another copy")
+    return content
 
 
 def _check_tokenizer_class(architecture: Architecture, declared: dict, model_type: str, name: str, flag: str) -> None:
@@ -253,21 +281,26 @@ def _check_tokenizer_class(architecture: Architecture, declared: dict, model_typ
         )
 
 
-def _has_capitals(files: Mapping[str, str]) -> bool:
+def _has_capitals(files: Mapping[str, str], where: str) -> bool:
     if "vocab.txt" in files:
         tokens = Path(files["vocab.txt"]).read_text(encoding="utf-8").splitlines()
     else:
-        tokens = _read_json(files["tokenizer.json"]).get("model", {}).get("vocab", {})
+        tokens = _read_json(files["tokenizer.json"], where).get("model", {}).get("vocab", {})
     return any(token != token.lower() for token in tokens if not token.startswith("["))
 
 
 def _check_special_tokens(architecture: Architecture, tokenizer, files: dict, model_type: str, name: str, flag: str) -> None:
     """transformers adds a missing special token to the vocabulary in silence; such an id means nothing to the model."""
     known = set(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False))
-    known |= {token["content"] for token in _read_json(files.get("tokenizer.json")).get("added_tokens", [])}
+    known |= {token["content"] for token in _read_json(files.get("tokenizer.json"), f"{flag} {name}").get("added_tokens", [])}
     roles = [architecture.start_token, architecture.end_token, architecture.pad_token]
     roles += ["mask_token"] if architecture.is_masked else []
     missing = [f"{role} {getattr(tokenizer, role)}" for role in roles if getattr(tokenizer, role) not in known]
+    foreign = sorted(MASK_TOKENS & known) if not architecture.is_masked else []
+    if foreign:  # RoBERTa's vocabulary holds GPT-2's boundary token, too
+        raise InputError(
+            f"{flag} {name}: its vocabulary has {foreign[0]}, a masked model's; expected a {model_type} vocabulary"
+        )
     if missing:
         raise InputError(
             f"{flag} {name}: its vocabulary has no {', no '.join(dict.fromkeys(missing))}; "
@@ -311,14 +344,14 @@ def _quiet_transformers() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def load_config(model_type: str, name: str, flag: str):
-    """Load a model's configuration by hub name or folder. Raises InputError where it is of another type."""
+def load_config(model_type: str | None, name: str, flag: str):
+    """Load a model's configuration by hub name or folder. Raises InputError where it is not of model_type (None: any)."""
     with _quiet_transformers():
         try:
             config = transformers.AutoConfig.from_pretrained(name)
         except Exception as error:
             raise InputError(_not_found(flag, name, error)) from error
-    if config.model_type != model_type:
+    if model_type is not None and config.model_type != model_type:
         raise InputError(f"{flag} {name}: is a {config.model_type} model, expected {model_type}; correct the type or the name")
     return config
 
@@ -329,15 +362,21 @@ def load_model(model_type: str, name: str, flag: str) -> torch.nn.Module:
     with _quiet_transformers():
         try:
             model, report = getattr(transformers, ARCHITECTURES[model_type].model_class).from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True
+                name, dtype=torch.float32, return_dict=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
         except Exception as error:
             raise InputError(f"{flag} {name}: its weights could not be loaded ({_one_line(error)})") from error
-    missing = sorted(set(report["missing_keys"]) - set(ARCHITECTURES[model_type].aliases))
+    row = ARCHITECTURES[model_type]
+    misfits = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
+    misfits += [
+        key for key in report["unexpected_keys"] if row.layers.split(".", 1)[1] in key and not re.search(row.obsolete, key)
+    ]
+    if misfits:
+        raise InputError(f"{flag} {name}: {_some(sorted(misfits))} do not fit its config.json; take a whole, unedited model")
+    missing = sorted(set(report["missing_keys"]) - set(row.aliases))
     if missing:
         raise InputError(
-            f"{flag} {name}: has no weights for {_some(missing)}; a whole {ARCHITECTURES[model_type].model_class} is "
-            "expected, prediction head included"
+            f"{flag} {name}: has no weights for {_some(missing)}; a whole {row.model_class} is expected, with its head"
         )
     check_finite(model.state_dict(), f"{flag} {name}")
     return model
@@ -360,39 +399,49 @@ def _some(names: Sequence[str], limit: int = 4) -> str:
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
 
-def read_student_config(model_type: str, path: str, initializer_range: float | None = None):
-    """Read a student's JSON configuration. Raises InputError where it is not one of `model_type`."""
-    require_file(path, "--student_config")
+# What a run decides for itself, whatever a configuration that was saved by another run says.
+OF_THE_RUN = ("output_attentions", "output_hidden_states", "return_dict", "chunk_size_feed_forward", "quantization_config")
+
+
+def read_student_config(model_type: str, path: str, initializer_range: float | None = None, flag: str = "--student_config"):
+    """Read a model's JSON configuration. Raises InputError where it is not one of `model_type`."""
+    require_file(path, flag)
     architecture = ARCHITECTURES[model_type]
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-        declared = content.get("model_type", model_type)
-        config = getattr(transformers, architecture.config_class)(**{k: v for k, v in content.items() if k != "model_type"})
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        declared = content.pop("model_type", model_type)
+        config_class = getattr(transformers, architecture.config_class)
+        unknown = [key for key in content if not hasattr(config_class(), key)]
+        config = config_class(**{key: value for key, value in content.items() if key not in OF_THE_RUN})
     except Exception as error:
-        raise InputError(f"--student_config {path}: not a {model_type} configuration ({_one_line(error)})") from error
+        raise InputError(f"{flag} {path}: not a {model_type} configuration ({_one_line(error)}); correct it") from error
     if declared != model_type:
-        raise InputError(f"--student_config {path}: is for a {declared} model, --student_type is {model_type}")
+        raise InputError(f"{flag} {path}: is for a {declared} model, expected {model_type}; name another file")
+    if config.num_hidden_layers < 1:
+        raise InputError(f"{flag} {path}: has {config.num_hidden_layers} layers, expected at least 1; correct it")
+    if unknown:
+        logger.warning("%s %s: %s mean nothing to a %s model; misspelt?", flag, path, _some(unknown), model_type)
     if initializer_range is not None:
         config.initializer_range = initializer_range
     config.architectures = [architecture.model_class]
     return config
 
 
-def build_student(model_type: str, config) -> torch.nn.Module:
-    """Make a student with random weights. Raises InputError where its configuration contradicts itself."""
+def build_student(model_type: str, config, source: str = "--student_config") -> torch.nn.Module:
+    """Make a student with random weights. Raises InputError naming `source` where the configuration contradicts itself."""
     with _quiet_transformers():
         try:
             return getattr(transformers, ARCHITECTURES[model_type].model_class)(config)
-        except (ValueError, TypeError) as error:
-            raise InputError(f"--student_config: no model can be made of it ({_one_line(error)})") from error
+        except Exception as error:  # sizes and names of layers that don't exist: each fails in its own way
+            raise InputError(f"{source}: no model can be made of it ({_one_line(error)}); correct the JSON") from error
 
 
-def size_mismatches(student_config, teacher_config) -> list[str]:
+def size_mismatches(student_config, teacher_config, source: str) -> list[str]:
     """Say, a line each, in which sizes a student's configuration and its teacher's disagree though they must not."""
     sizes = {"vocab_size": "vocabulary", "hidden_size": "width", "max_position_embeddings": "number of positions"}
     return [
-        f"--student_config: {what} is {getattr(student_config, name)}, the teacher's is {getattr(teacher_config, name)}; "
-        f"they must be equal, set {name} in the student's JSON"
+        f"{source}: {what} is {getattr(student_config, name)}, the teacher's is {getattr(teacher_config, name)}; "
+        f"they must be equal, set {student_config.attribute_map.get(name, name)} in the student's JSON"
         for name, what in sizes.items()
         if getattr(student_config, name) != getattr(teacher_config, name)
     ]
@@ -412,19 +461,7 @@ def freeze_embeddings(student: torch.nn.Module, model_type: str, *, positions: b
 
 def head_of(model: torch.nn.Module, hidden_ND: torch.Tensor) -> torch.Tensor:
     """Project last hidden states to the vocabulary with the model's own prediction head: logits_NV."""
-    return HEADS[model.config.model_type](model, hidden_ND)
-
-
-def _distilbert_head(model, hidden_ND):
-    return model.vocab_projector(model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_ND))))
-
-
-HEADS = {
-    "bert": lambda model, hidden_ND: model.cls(hidden_ND),
-    "distilbert": _distilbert_head,
-    "roberta": lambda model, hidden_ND: model.lm_head(hidden_ND),
-    "gpt2": lambda model, hidden_ND: model.lm_head(hidden_ND),
-}
+    return ARCHITECTURES[model.config.model_type].head(model, hidden_ND)
 
 
 def head_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
@@ -497,17 +534,27 @@ def load_student_weights(student: torch.nn.Module, model_type: str, path: str) -
     row, own = ARCHITECTURES[model_type], student.state_dict()
     given = _read_state_dict(path, flag)
     given = {n: t for n, t in given.items() if n in own or not re.search(row.obsolete, n)}
+    tied: dict[int, str] = {}
+    differing = [
+        f"{n} (tied to {tied[own[n].data_ptr()]})"
+        for n in given
+        if n in own and tied.setdefault(own[n].data_ptr(), n) != n and not torch.equal(given[n], given[tied[own[n].data_ptr()]])
+    ]
     storages = {own[name].data_ptr() for name in given if name in own}
     missing = [n for n in own if n not in given and own[n].data_ptr() not in storages]
     optional = [n for n in missing if n.startswith(row.head_transform or ("\0",))]
     unexpected = [n for n in given if n not in own]
+    odd = [f"{n} ({t.dtype}, {t.layout})" for n, t in given.items() if not _is_plain(t)]
+    if odd:
+        raise InputError(f"{flag} {path}: expected plain floating-point tensors, got {_some(odd)}; extract them anew")
     shapes = [
         f"{n} {list(given[n].shape)} (the student's is {list(own[n].shape)})"
         for n in given
         if n in own and own[n].shape != given[n].shape
     ]
     remedy = "extract them anew for this student's configuration"
-    kinds = {"lacks": [n for n in missing if n not in optional], "has unexpected": unexpected, "has misshapen": shapes}
+    kinds = {"lacks": [n for n in missing if n not in optional], "has unexpected": unexpected, "has misshapen": shapes,
+             "has another value for": differing}  # fmt: skip
     problems = [f"{flag} {path}: {kind} {_some(names)}; {remedy}" for kind, names in kinds.items() if names]
     if problems:
         raise InputError("\n".join(problems))
@@ -528,6 +575,13 @@ def _read_state_dict(path: str, flag: str) -> dict[str, torch.Tensor]:
         raise
     except Exception as error:
         raise InputError(f"{flag} {path}: not a state dict that torch can load safely ({_one_line(error)})") from error
-    if not isinstance(state, Mapping) or not all(isinstance(value, torch.Tensor) for value in state.values()):
+    if not isinstance(state, Mapping) or not all(
+        isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in state.items()
+    ):
         raise InputError(f"{flag} {path}: expected a plain state dict (name -> tensor); make it with extract.py")
     return dict(state)
+
+
+def _is_plain(tensor: object) -> bool:
+    kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
+    return isinstance(tensor, torch.Tensor) and tensor.dtype in kinds and tensor.layout == torch.strided and not tensor.is_meta

@@ -22,6 +22,7 @@ from utils import keyed_seed
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
+ADAM_BETAS = (0.9, 0.98)
 MIN_LOSS_SCALE = 2**-10  # the scaler halves its scale at each overflow; below this it will not find one that fits
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -300,20 +301,20 @@ class Distiller:
         """
         self.optimizer.zero_grad(set_to_none=True)
         losses_MK = self.accumulate(batches, numbers, num_mine)
-        self._check_finite(losses_MK, numbers, "loss")
+        self._check_losses(losses_MK, numbers)
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         statistics = self._grad_statistics() if wants_statistics else {}
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
-        if not self.scaler.is_enabled():
-            self._check_finite(norm[None, None], numbers, "gradient norm")
-        self.scaler.step(self.optimizer)  # skipped where the gradient overflowed in half precision
+        # The host waits for the device here, once an update: nothing non-finite may be applied.
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
+        if not math.isfinite(norm):
+            self._check_overflow(norm, numbers)
+            statistics = {}
+        self.scaler.step(self.optimizer)  # skips where the gradient overflowed in half precision
         self.scaler.update()
-        if self.scaler.is_enabled() and self.scaler.get_scale() < MIN_LOSS_SCALE:
-            raise NonFiniteError(f"the gradients overflow at every loss scale down to {MIN_LOSS_SCALE}; train without --fp16")
-        if self.schedule is not None:
+        if self.schedule is not None and math.isfinite(norm):
             self.schedule.step()
-        return StepReport(losses_MK, norm.item(), statistics)
+        return StepReport(losses_MK, norm, statistics)
 
     def accumulate(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int) -> torch.Tensor:
         """Leave the update's mean gradient in .grad; return every rank's losses_MK. One gradient all-reduce."""
@@ -346,16 +347,19 @@ class Distiller:
         loss.backward()
         return means_K
 
-    def _check_finite(self, values_MK: torch.Tensor, numbers: Sequence[int], what: str) -> None:
-        if torch.isfinite(values_MK).all():
+    def _check_losses(self, losses_MK: torch.Tensor, numbers: Sequence[int]) -> None:
+        wrong = (~torch.isfinite(losses_MK[:, 1:])).nonzero().tolist()
+        if wrong:
+            place, column = wrong[0]
+            name, value = list(self.model.alphas)[column], losses_MK[place, column + 1].item()
+            raise NonFiniteError(f"loss_{name} became {value} in micro-batch {numbers[place]}; the update was not applied")
+
+    def _check_overflow(self, norm: float, numbers: Sequence[int]) -> None:
+        """Leave a gradient that overflowed half precision to the scaler while it has smaller scales to try; else stop."""
+        if self.scaler.is_enabled() and self.scaler.get_scale() >= MIN_LOSS_SCALE:
             return
-        if what == "loss":
-            place, column = (~torch.isfinite(values_MK[:, 1:])).nonzero()[0].tolist()
-            value, what = values_MK[place, column + 1], f"loss_{list(self.model.alphas)[column]}"
-            where = f"micro-batch {numbers[place]}"
-        else:
-            value, where = values_MK.flatten()[0], f"micro-batches {numbers[0]} to {numbers[-1]}"
-        raise NonFiniteError(f"the {what} became {value.item()} in {where}; the update was not applied")
+        where = f"micro-batches {numbers[0]} to {numbers[-1]}"
+        raise NonFiniteError(f"the gradient norm became {norm} in {where}; the update was not applied")
 
     def _grad_statistics(self) -> dict[str, tuple[float, float]]:
         """Mean and standard deviation of each parameter's accumulated gradient, before clipping."""
@@ -368,7 +372,7 @@ class Distiller:
 
 def _wrap_for_ranks(model: DistillationModel) -> DistributedDataParallel:
     # Buffers are constants (position ids), the same on every rank: no broadcast.
-    return DistributedDataParallel(model, broadcast_buffers=False, gradient_as_bucket_view=True)
+    return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
 
 
 def split_for_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -6,18 +6,15 @@ long sequences and filters short and unknown ones as index arithmetic over one f
 
 import dataclasses
 import itertools
-import logging
 import os
 import pickle
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
 import torch
 
-from utils import InputError, require_file
-
-logger = logging.getLogger("distil")
+from utils import InputError, logger, require_file
 
 MIN_LENGTH = 11  # sequences of this many ids, boundary tokens included, or fewer are removed
 MAX_UNKNOWN_SHARE = 0.5  # sequences with this share of unknown tokens or more are removed
@@ -62,23 +59,31 @@ def read_token_file(path: str | os.PathLike, what: str = "--data_file") -> tuple
     """Read a token file: (ids_M of all sequences end to end, lengths_N as int64). Raises InputError."""
     content = read_pickle(path, what)
     if not isinstance(content, list) or not content:
-        found = "an empty list" if content == [] else type(content).__name__
+        found = "an empty list" if isinstance(content, list) else type(content).__name__
         raise InputError(f"{what} {path}: expected a list of token-id arrays, got {found}; make it with binarized_data.py")
     sequences = [_as_ids(sequence, number, path, what) for number, sequence in enumerate(content)]
     lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
-    return np.concatenate(sequences), lengths
+    ids_M = np.concatenate(sequences)
+    return ids_M if ids_M.dtype.kind in "iu" else ids_M.astype(np.int64), lengths  # uint64 beside int64 gives floats
 
 
 def _as_ids(sequence: Any, number: int, path: str | os.PathLike, what: str) -> np.ndarray:
-    array = np.asarray(sequence) if isinstance(sequence, (list, np.ndarray)) else None
+    try:
+        array = np.asarray(sequence) if isinstance(sequence, (list, np.ndarray)) else None
+    except ValueError:  # a list of lists of unequal lengths
+        array = None
     if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
         found = type(sequence).__name__ if array is None else f"{array.dtype} of shape {array.shape}"
         raise InputError(f"{what} {path}: sequence {number} is {found}, expected a 1-D array of integers; make it again")
     return array
 
 
-def read_token_counts(path: str | os.PathLike, what: str = "--token_counts") -> np.ndarray:
-    """Read the occurrences of each id, as int64. Raises InputError for anything but a list of non-negative ints."""
+def read_token_counts(path: str | os.PathLike, vocab_size: int, model: str) -> np.ndarray:
+    """Read the occurrences of each id, int64 (V,), for the model that `model` names (its flag and name).
+
+    Raises InputError for anything but a list of vocab_size non-negative ints.
+    """
+    what = "--token_counts"
     content = read_pickle(path, what)
     try:
         counts_V = np.asarray(content)
@@ -86,6 +91,11 @@ def read_token_counts(path: str | os.PathLike, what: str = "--token_counts") -> 
         counts_V = np.empty(0)
     if counts_V.ndim != 1 or counts_V.dtype.kind not in "iu" or counts_V.size == 0 or counts_V.min() < 0:
         raise InputError(f"{what} {path}: expected a list of counts, one a token id; make it with token_counts.py")
+    if len(counts_V) != vocab_size:
+        raise InputError(
+            f"{what} {path}: has {len(counts_V)} entries, the vocabulary of {model} has {vocab_size}; "
+            f"count again with --vocab_size {vocab_size}"
+        )
     return counts_V.astype(np.int64)
 
 
@@ -122,30 +132,46 @@ class LmSeqsDataset:
     them away. Steps and order as in 2019: split, remove short, remove unknown.
     """
 
-    def __init__(self, ids_M: np.ndarray, raw_lengths_N: np.ndarray, special: SpecialIds, max_length: int):
+    def __init__(
+        self, ids_M: np.ndarray, raw_lengths_N: np.ndarray, special: SpecialIds, max_length: int, source: str = "the data"
+    ):
+        """ids_M: all sequences end to end; raw_lengths_N: their lengths; source: names them in an error."""
+        if max_length <= MIN_LENGTH:
+            raise InputError(f"--max_length {max_length}: sequences of {MIN_LENGTH} ids or fewer are removed; expected more")
         self.ids = ids_M
         self.special = special
         self.max_length = max_length
         ends = np.cumsum(raw_lengths_N)
-        self._check_boundaries(ends - raw_lengths_N, ends)
+        self._check_boundaries(ends - raw_lengths_N, ends, source)
         self._split(ends - raw_lengths_N, raw_lengths_N)
         self._remove(self.lengths <= MIN_LENGTH, f"of {MIN_LENGTH} ids or fewer")
         if special.unknown is not None:
             self._remove(self._unknown_share() >= MAX_UNKNOWN_SHARE, f"with {MAX_UNKNOWN_SHARE:.0%} unknown tokens or more")
 
     @classmethod
-    def from_sequences(cls, sequences: Sequence[Iterable[int]], special: SpecialIds, max_length: int) -> "LmSeqsDataset":
-        """Make a dataset from lists of ids."""
-        arrays = [np.asarray(sequence) for sequence in sequences]
-        return cls(np.concatenate(arrays), np.array([len(array) for array in arrays]), special, max_length)
+    def from_file(cls, path: str | os.PathLike, special: SpecialIds, max_length: int, vocab_size: int, model: str):
+        """Read, check and filter a token file for the model that `model` names (its flag and name).
 
-    def _check_boundaries(self, starts: np.ndarray, ends: np.ndarray) -> None:
+        Raises InputError naming the file where it is unreadable, has ids outside the vocabulary, sequences without
+        boundary tokens, or nothing left after filtering.
+        """
+        ids_M, lengths_N = read_token_file(path)
+        check_ids_below(ids_M, vocab_size, f"--data_file {path}", model)
+        dataset = cls(ids_M, lengths_N, special, max_length, f"--data_file {path}")
+        if len(dataset) == 0:
+            raise InputError(
+                f"--data_file {path}: none of its {len(lengths_N)} sequences is left after filtering (more than {MIN_LENGTH} "
+                "ids, less than half unknown tokens); put more text on a line, or check --max_length and the tokenizer"
+            )
+        return dataset
+
+    def _check_boundaries(self, starts: np.ndarray, ends: np.ndarray, source: str) -> None:
         wrong = (self.ids[starts] != self.special.start) | (self.ids[ends - 1] != self.special.end)
         if wrong.any():
             number = int(np.flatnonzero(wrong)[0])
             first, last = int(self.ids[starts[number]]), int(self.ids[ends[number] - 1])
             raise InputError(
-                f"sequence {number} of the token file begins with id {first} and ends with id {last}, expected "
+                f"{source}: sequence {number} begins with id {first} and ends with id {last}, expected "
                 f"{self.special.start} and {self.special.end} ({int(wrong.sum())} such sequences); "
                 "binarize the text with the teacher's tokenizer and its --tokenizer_type"
             )
@@ -167,8 +193,8 @@ class LmSeqsDataset:
 
     def _unknown_share(self) -> np.ndarray:
         unknown = self.special.unknown
-        before = np.concatenate([[0], np.cumsum(self.ids == unknown)])
-        counts = before[self.starts + self.num_own] - before[self.starts]
+        places = np.flatnonzero(self.ids == unknown)  # few, beside a running count at every id
+        counts = np.searchsorted(places, self.starts + self.num_own) - np.searchsorted(places, self.starts)
         counts = counts + self.adds_start * (self.special.start == unknown) + self.adds_end * (self.special.end == unknown)
         return counts / self.lengths
 

@@ -42,6 +42,7 @@ from architectures import (
     special_ids,
 )
 from distiller import (
+    ADAM_BETAS,
     DistillationModel,
     Distiller,
     MlmPreparation,
@@ -52,7 +53,7 @@ from distiller import (
     split_for_weight_decay,
 )
 from grouped_batch_sampler import GroupedBatchSampler, Update
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds, check_ids_below, read_token_counts, read_token_file
+from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
 from losses import LOSSES
 from utils import (
     InputError,
@@ -62,8 +63,10 @@ from utils import (
     bar_options,
     file_problem,
     git_facts,
+    is_one_of_several,
     keyed_seed,
     logger,
+    output_problem,
     run_program,
     save_weights,
     setup_logging,
@@ -73,7 +76,6 @@ from utils import (
 
 EXIT_NON_FINITE = 1
 FEW_UPDATES = 20
-ADAM_BETAS = (0.9, 0.98)
 
 # --------------------------------------------------------------------------------------------------------------------
 # Configuration: each option once
@@ -150,12 +152,13 @@ class TrainConfig:
 def number_problems(config: TrainConfig) -> list[str]:
     """Say what is wrong with single numbers."""
     positive_int = [
-        "n_epoch", "batch_size", "gradient_accumulation_steps", "log_interval", "checkpoint_interval", "max_steps", "max_length"
+        "n_epoch", "batch_size", "gradient_accumulation_steps", "log_interval", "checkpoint_interval", "max_steps"
     ]  # fmt: skip
     bounds = {
         **{name: (lambda x: x >= 1, "at least 1") for name in positive_int},
-        "temperature": (lambda x: x > 0, "a number above 0"),
-        "learning_rate": (lambda x: x > 0, "a number above 0"),
+        "max_length": (lambda x: x > MIN_LENGTH, f"more than {MIN_LENGTH}, for shorter sequences are removed"),
+        "temperature": (lambda x: 0 < x <= 1e6, "above 0, at most 1e6"),
+        "learning_rate": (lambda x: 0 < x <= 1e3, "above 0, at most 1e3"),
         "adam_epsilon": (lambda x: x > 0, "a number above 0"),
         "max_grad_norm": (lambda x: x > 0, "a number above 0"),
         "initializer_range": (lambda x: x > 0, "a number above 0"),
@@ -226,27 +229,24 @@ def path_problems(config: TrainConfig) -> list[str]:
 
 INPUT_FILES = ("data_file", "student_config", "student_pretrained_weights", "token_counts")
 # What a run writes: a folder with anything else in it is not taken for a run's.
-RUN_FILES = ("parameters.json", "log", "checkpoint.pth", "git_log.json")
+RUN_FILES = ("parameters.json", "checkpoint.pth", "model_epoch_*.pth")
 
 
 def dump_path_problem(config: TrainConfig) -> str | None:
     """Say why the run folder can't be made, or moved aside, without harm."""
     path = Path(config.dump_path)
-    if not config.dump_path:
-        return "--dump_path '': expected the name of a folder"
-    if not os.path.lexists(path):
-        return None
+    problem = output_problem(config.dump_path, "--dump_path", is_folder=True)
+    if problem or not os.path.lexists(path):
+        return problem
     if not config.force:
         return f"--dump_path {path}: exists already; choose another, or move it aside with --force"
-    if not path.is_dir():
-        return f"--dump_path {path}: is no folder; choose another"
     inputs = [getattr(config, name) for name in INPUT_FILES] + [config.teacher_name]
     inside = [name for name in inputs if name and os.path.exists(name) and _is_within(name, path)]
     if inside:
         return f"--dump_path {path}: holds {inside[0]}, which this run reads; choose another folder"
     if _is_within(os.getcwd(), path) or _is_within(__file__, path) or _is_within(Path.home(), path):
         return f"--dump_path {path}: is no run's folder; choose another, --force does not apply to it"
-    if any(path.iterdir()) and not any((path / name).exists() for name in RUN_FILES):
+    if any(path.iterdir()) and not any(any(path.glob(name)) for name in RUN_FILES):
         return f"--dump_path {path}: holds other files than a run's; choose another, --force does not apply to it"
     return None
 
@@ -289,8 +289,6 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, kind:
         options["type"] = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
         options["choices"] = field.metadata["choices"]
         options["metavar"] = None if options["choices"] else options["type"].__name__.upper()
-    if kind is bool and field.default:
-        flags, options["dest"] = [f"--{field.name}"], field.name
     parser.add_argument(*flags, **options)
 
 
@@ -323,7 +321,6 @@ class Parts:
     prepare: typing.Callable
     tokenizer: typing.Any
     num_micro_batches: int
-    num_updates: int
 
 
 def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
@@ -333,27 +330,25 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
     if config.fp16:
         logger.info("--fp16: torch's own mixed precision; --fp16_opt_level %s has no effect.", config.fp16_opt_level)
     student_config = read_student_config(config.student_type, config.student_config, config.initializer_range)
-    ids_M, lengths_N = read_token_file(config.data_file)
     tokenizer = load_tokenizer(config.teacher_type, config.teacher_name, "--teacher_name")
     teacher = load_teacher(config.teacher_type, config.teacher_name)
     check_sizes(config, student_config, teacher, tokenizer)
-    check_ids_below(
-        ids_M, teacher.config.vocab_size, f"--data_file {config.data_file}", f"--teacher_name {config.teacher_name}"
-    )
-    dataset = make_dataset(config, ids_M, lengths_N, tokenizer, teacher)
+    dataset = make_dataset(config, tokenizer, teacher)
     prepare = make_preparation(config, tokenizer, teacher.config.vocab_size)
     student = make_student(config, student_config)
+    check_forward(student, f"--student_config {config.student_config}", dataset)
+    check_forward(teacher, f"--teacher_name {config.teacher_name}", dataset)
     sampler = GroupedBatchSampler(
         dataset.lengths, config.batch_size, dataset.max_length, group_by_size=config.group_by_size, seed=config.seed
     )
     num_micro_batches, num_updates = run_length(config, len(sampler), runtime.world_size)
     distiller = make_distiller(config, runtime, student, teacher, num_updates)
-    return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches, num_updates)
+    return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches)
 
 
 def check_sizes(config: TrainConfig, student_config, teacher, tokenizer) -> None:
     """Raise InputError, all lines at once, where student, teacher and tokenizer disagree in size."""
-    problems = size_mismatches(student_config, teacher.config)
+    problems = size_mismatches(student_config, teacher.config, f"--student_config {config.student_config}")
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= teacher.config.vocab_size:
         problems.append(
@@ -364,32 +359,34 @@ def check_sizes(config: TrainConfig, student_config, teacher, tokenizer) -> None
         raise InputError("\n".join(problems))
 
 
-def make_dataset(config: TrainConfig, ids_M, lengths_N, tokenizer, teacher) -> LmSeqsDataset:
-    """Split and filter the sequences. Raises InputError where none is left."""
+def make_dataset(config: TrainConfig, tokenizer, teacher) -> LmSeqsDataset:
+    """Read and filter the sequences. Raises InputError where the file doesn't fit or nothing is left."""
     max_length = max_input_length(config.teacher_type, tokenizer, teacher.config)
     max_length = min(max_length, config.max_length or max_length)
-    if max_length < 3:
-        raise InputError(f"--max_length {max_length}: expected at least 3, two boundary tokens and one more")
     special = SpecialIds(**special_ids(config.teacher_type, tokenizer))
-    dataset = LmSeqsDataset(ids_M, lengths_N, special, max_length)
-    if len(dataset) == 0:
-        raise InputError(
-            f"--data_file {config.data_file}: none of its {len(lengths_N)} sequences is left after filtering (more than "
-            "11 ids and less than half unknown tokens are expected); put more text on a line, or check the tokenizer"
-        )
-    return dataset
+    model = f"--teacher_name {config.teacher_name}"
+    return LmSeqsDataset.from_file(config.data_file, special, max_length, teacher.config.vocab_size, model)
+
+
+def check_forward(model: torch.nn.Module, source: str, dataset: LmSeqsDataset) -> None:
+    """Raise InputError where a model fails, or gives NaN, on the longest sequence: better now than after moving folders."""
+    token_ids_BT, _ = dataset.collate([int(np.argmax(dataset.lengths))])
+    try:
+        with torch.no_grad():
+            hidden_BTD = model.base_model(token_ids_BT).last_hidden_state
+            logits_NV = head_of(model, hidden_BTD[0, :1])
+    except Exception as error:
+        reason = " ".join(str(error).split())[:160]
+        raise InputError(f"{source}: the model fails on {token_ids_BT.shape[1]} tokens ({reason}); correct its JSON") from error
+    if not (torch.isfinite(hidden_BTD).all() and torch.isfinite(logits_NV).all()):
+        raise InputError(f"{source}: the model gives NaN or infinite values before any training; correct its JSON or weights")
 
 
 def make_preparation(config: TrainConfig, tokenizer, vocab_size: int) -> typing.Callable:
     """Choose how batches are prepared: masked (with the token counts) or causal. Raises InputError."""
     if not config.mlm:
         return prepare_clm
-    counts_V = read_token_counts(config.token_counts)
-    if len(counts_V) != vocab_size:
-        raise InputError(
-            f"--token_counts {config.token_counts}: has {len(counts_V)} entries, the vocabulary of --teacher_name "
-            f"{config.teacher_name} has {vocab_size}; count again with --vocab_size {vocab_size}"
-        )
+    counts_V = read_token_counts(config.token_counts, vocab_size, f"--teacher_name {config.teacher_name}")
     weights_V = masking_weights(torch.from_numpy(counts_V), config.mlm_smoothing, tokenizer.all_special_ids)
     return MlmPreparation(
         weights_V, tokenizer.mask_token_id, config.mlm_mask_prop, config.word_mask, config.word_keep, config.word_rand,
@@ -400,7 +397,7 @@ def make_preparation(config: TrainConfig, tokenizer, vocab_size: int) -> typing.
 def make_student(config: TrainConfig, student_config) -> torch.nn.Module:
     """Make the student: seeded random weights, then those given; what is to stay fixed is frozen."""
     torch.manual_seed(keyed_seed(config.seed, "student"))
-    student = build_student(config.student_type, student_config)
+    student = build_student(config.student_type, student_config, f"--student_config {config.student_config}")
     if config.student_pretrained_weights is not None:
         load_student_weights(student, config.student_type, config.student_pretrained_weights)
     freeze_embeddings(
@@ -482,6 +479,11 @@ class RunFolder:
     def save_epoch(self, epoch: int) -> None:
         """Write model_epoch_{epoch}.pth."""
         save_weights(self.path / f"model_epoch_{epoch}.pth", self.student.state_dict())
+
+    def describe_saved(self) -> str:
+        """Say which of the run's weights are on the disk."""
+        saved = sorted(self.path.glob("*.pth"), key=os.path.getmtime)
+        return f"The newest weights are in {saved[-1]}." if saved else f"No weights were saved yet in {self.path}."
 
     def finish(self) -> None:
         """Make the folder one that from_pretrained loads, and write pytorch_model.bin last: its presence means done."""
@@ -610,8 +612,10 @@ def epochs_ended(update: Update, batches_per_epoch: int) -> list[int]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the program: read the flags, set up, train, export."""
     config = parse_config(argv)
-    setup_logging(logging.INFO if os.environ.get("RANK", "0") == "0" else logging.ERROR)
+    is_silent = is_one_of_several(os.environ) and os.environ["RANK"] != "0"
+    setup_logging(logging.ERROR if is_silent else logging.INFO)
     runtime = start_runtime(config.n_gpu, config.local_rank)
     folder = None
     with runtime.sharing_errors():
@@ -626,7 +630,8 @@ def main(argv: list[str] | None = None) -> None:
     try:
         fit(config, parts, runtime, folder)
     except NonFiniteError as error:
-        logger.error("Stopped: %s. The last good weights are in %s.", error, config.dump_path)
+        if runtime.is_main:
+            logger.error("Stopped: %s. %s", error, folder.describe_saved())
         sys.exit(EXIT_NON_FINITE)
     if folder is not None:
         with contextlib.closing(folder.writer):

@@ -17,12 +17,23 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from architectures import load_tokenizer, short_name, special_ids
-from utils import InputError, OneLineParser, atomic_path, bar_options, logger, require_file, run_program, setup_logging
+from utils import (
+    InputError,
+    OneLineParser,
+    atomic_path,
+    bar_options,
+    logger,
+    require_file,
+    require_output,
+    run_program,
+    setup_logging,
+)
 
 LINES_PER_BATCH = 2000
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = OneLineParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--file_path", default="data/dump.txt", help="UTF-8 text, one sequence a line (default: %(default)s)")
     parser.add_argument("--tokenizer_type", default="bert", choices=["bert", "roberta", "gpt2"], help="(default: %(default)s)")
@@ -83,11 +94,15 @@ def id_dtype(tokenizer) -> tuple[type, int]:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the program: tokenize, shuffle, write."""
     args = parse(argv)
     setup_logging(logging.INFO)
     require_file(args.file_path, "--file_path")
     if not os.path.basename(args.dump_file):
         raise InputError(f"--dump_file {args.dump_file}: ends with a slash; expected a prefix such as {args.dump_file}dump")
+    # Differs from the original: a folder or owner/name gives its last component to the file's name, not its whole path.
+    path = f"{args.dump_file}.{short_name(args.tokenizer_name)}.pickle"
+    require_output(path, "--dump_file", [args.file_path])
     tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_name, "--tokenizer_name", args.do_lower_case)
     special = special_ids(args.tokenizer_type, tokenizer)
     started = time.perf_counter()
@@ -95,8 +110,6 @@ def main(argv: list[str] | None = None) -> None:
     if not sequences:
         raise InputError(f"--file_path {args.file_path}: has {num_blank} lines, all blank; expected one sequence a line")
     random.Random(args.seed).shuffle(sequences)
-    # Differs from the original: a folder or owner/name gives its last component to the file's name, not its whole path.
-    path = f"{args.dump_file}.{short_name(args.tokenizer_name)}.pickle"
     with atomic_path(path) as temporary, open(temporary, "wb") as file:
         pickle.dump(sequences, file, protocol=pickle.HIGHEST_PROTOCOL)
     num_ids = sum(map(len, sequences))

@@ -17,12 +17,13 @@ find_python() {
 }
 
 make_environment() {
-    local file stamp
+    local file stamp base
     if ! "$PYTHON" -c 'import pip' 2>/dev/null; then
         echo "Making $ROOT/.venv"
-        "$(find_python)" -m venv --clear "$ROOT/.venv"
+        base="$(find_python)"
+        "$base" -m venv --clear "$ROOT/.venv"
     fi
-    stamp="$ROOT/.venv/installed-$(cd "$ROOT" && cat "$@" | sha256sum | cut -c 1-16)"
+    stamp="$ROOT/.venv/installed-$(cd "$ROOT" && cat "$@" | cksum | tr ' ' -)"
     if [ ! -e "$stamp" ]; then
         echo "Installing $*"
         for file in "$@"; do

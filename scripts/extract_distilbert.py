@@ -18,6 +18,7 @@ DEFAULTS = Defaults(
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the program."""
     extract(DEFAULTS, argv)
 
 

@@ -6,7 +6,7 @@ import logging
 from collections.abc import Mapping, Sequence
 
 from architectures import PAIRS, evenly_spaced_layers, extract_student, load_teacher
-from utils import InputError, OneLineParser, logger, save_weights, setup_logging
+from utils import InputError, OneLineParser, logger, require_output, save_weights, setup_logging
 
 DEFAULT_NUM_LAYERS = 6  # the students of the paper; half of a teacher with fewer than twice as many layers
 
@@ -23,6 +23,7 @@ class Defaults:
 
 
 def make_parser(defaults: Defaults) -> argparse.ArgumentParser:
+    """Make the command line of one of the two programs."""
     parser = OneLineParser(description=defaults.description, allow_abbrev=False)
     parser.add_argument(
         "--model_type", default=defaults.model_type, choices=list(defaults.student_types), help="(default: %(default)s)"
@@ -58,6 +59,7 @@ def extract(defaults: Defaults, argv: list[str] | None = None) -> None:
     """Run the program: load the teacher, take its layers, write the student's state dict."""
     args = make_parser(defaults).parse_args(argv)
     setup_logging(logging.INFO)
+    require_output(args.dump_checkpoint, "--dump_checkpoint", [args.model_name])
     teacher = load_teacher(args.model_type, args.model_name, "--model_name")
     layers = choose_layers(teacher.config.num_hidden_layers, args.num_layers, args.layers)
     state = extract_student(

@@ -11,10 +11,13 @@ import numpy as np
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from lm_seqs_dataset import check_ids_below, read_token_file
-from utils import InputError, OneLineParser, atomic_path, logger, run_program, setup_logging
+from utils import InputError, OneLineParser, atomic_path, logger, require_output, run_program, setup_logging
+
+MAX_VOCAB_SIZE = 2**27  # no vocabulary comes near; a larger number is a slip of the hand
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = OneLineParser(description=__doc__, allow_abbrev=False)
     parser.add_argument("--data_file", default="data/dump.bert-base-uncased.pickle", help="(default: %(default)s)")
     parser.add_argument(
@@ -25,10 +28,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the program: read, count, write."""
     args = parse(argv)
     setup_logging(logging.INFO)
-    if args.vocab_size < 1:
-        raise InputError(f"--vocab_size {args.vocab_size}: expected at least 1")
+    if not 1 <= args.vocab_size <= MAX_VOCAB_SIZE:
+        raise InputError(f"--vocab_size {args.vocab_size}: expected 1 to {MAX_VOCAB_SIZE}")
+    require_output(args.token_counts_dump, "--token_counts_dump", [args.data_file])
     ids_M, lengths_N = read_token_file(args.data_file)
     output = f"--vocab_size {args.vocab_size} (for --token_counts_dump {args.token_counts_dump})"
     check_ids_below(ids_M, args.vocab_size, f"--data_file {args.data_file}", output)

@@ -5,8 +5,8 @@ The quickstart's teacher comes from here. It is the distillation loop without a 
 
 import argparse
 import functools
-import json
 import logging
+import os
 import sys
 from pathlib import Path
 
@@ -16,16 +16,41 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import head_of, head_parameters, load_tokenizer, max_input_length, special_ids
-from distiller import DistillationModel, Distiller, MlmPreparation, masking_weights, split_for_weight_decay
+from architectures import (
+    build_student,
+    head_of,
+    head_parameters,
+    load_tokenizer,
+    max_input_length,
+    read_student_config,
+    special_ids,
+)
+from distiller import (
+    ADAM_BETAS,
+    DistillationModel,
+    Distiller,
+    MlmPreparation,
+    NonFiniteError,
+    masking_weights,
+    split_for_weight_decay,
+)
 from grouped_batch_sampler import GroupedBatchSampler
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts, read_token_file
-from utils import OneLineParser, bar_options, keyed_seed, logger, require_file, run_program, setup_logging, write_json
-
-ADAM_BETAS = (0.9, 0.98)
+from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
+from utils import (
+    InputError,
+    OneLineParser,
+    bar_options,
+    keyed_seed,
+    logger,
+    output_problem,
+    run_program,
+    setup_logging,
+    write_json,
+)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--config", required=True, help="BERT configuration, JSON")
     parser.add_argument("--tokenizer_name", required=True, help="hub name or local folder")
@@ -38,11 +63,29 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--mlm_mask_prop", type=float, default=0.3, help="share of predicted tokens (default: %(default)s)")
     parser.add_argument("--learning_rate", type=float, default=7e-4, help="(default: %(default)s)")
     parser.add_argument("--warmup_prop", type=float, default=0.1, help="(default: %(default)s)")
+    parser.add_argument("--force", action="store_true", help="replace a model that output_dir holds")
     parser.add_argument("--seed", type=int, default=56, help="(default: %(default)s)")
     return parser.parse_args(argv)
 
 
+def check_arguments(args: argparse.Namespace) -> None:
+    """Raise InputError that names every argument out of its range, and an output folder that holds a model already."""
+    ranges = {"num_steps": (1, 1e9), "batch_size": (1, 1e6), "max_length": (MIN_LENGTH + 1, 1e6), "mlm_mask_prop": (1e-6, 1),
+              "learning_rate": (1e-12, 1), "warmup_prop": (0, 1)}  # fmt: skip
+    problems = [
+        f"--{name} {getattr(args, name)}: expected {low:g} to {high:g}"
+        for name, (low, high) in ranges.items()
+        if not low <= getattr(args, name) <= high
+    ]
+    problems += filter(None, [output_problem(args.output_dir, "--output_dir", is_folder=True)])
+    if not args.force and os.path.exists(os.path.join(args.output_dir, "model.safetensors")):
+        problems.append(f"--output_dir {args.output_dir}: holds a model already; choose another, or replace it with --force")
+    if problems:
+        raise InputError("\n".join(problems))
+
+
 def make_distiller(args: argparse.Namespace, model) -> Distiller:
+    """Put loss, optimizer and schedule around the model; there is no teacher."""
     head = functools.partial(head_of, model)
     objective = DistillationModel(model, head, head_parameters(model), {"mlm": 1.0}, temperature=1.0)
     optimizer = torch.optim.AdamW(split_for_weight_decay(model, 0.01), lr=args.learning_rate, betas=ADAM_BETAS)
@@ -52,21 +95,30 @@ def make_distiller(args: argparse.Namespace, model) -> Distiller:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run the program: read, train, write the model's folder."""
     args = parse(argv)
     setup_logging(logging.INFO)
-    require_file(args.config, "--config")
-    config = transformers.BertConfig(**json.loads(Path(args.config).read_text(encoding="utf-8")))
+    check_arguments(args)
+    config = read_student_config("bert", args.config, flag="--config")
     tokenizer = load_tokenizer("bert", args.tokenizer_name, "--tokenizer_name")
+    largest_id = max(tokenizer.get_vocab().values())
+    if largest_id >= config.vocab_size:
+        raise InputError(f"--config {args.config}: vocab_size is {config.vocab_size}, the tokenizer has ids up to {largest_id}")
     special = SpecialIds(**special_ids("bert", tokenizer))
     max_length = min(max_input_length("bert", tokenizer, config), args.max_length)
-    dataset = LmSeqsDataset(*read_token_file(args.data_file), special, max_length)
-    counts_V = torch.from_numpy(read_token_counts(args.token_counts))
+    model_name = f"--config {args.config}"
+    dataset = LmSeqsDataset.from_file(args.data_file, special, max_length, config.vocab_size, model_name)
+    counts_V = torch.from_numpy(read_token_counts(args.token_counts, config.vocab_size, model_name))
     # Smoothing 0: a teacher learns every token's prediction, frequent ones too, as BERT did.
     weights_V = masking_weights(counts_V, 0.0, tokenizer.all_special_ids)
     prepare = MlmPreparation(weights_V, tokenizer.mask_token_id, args.mlm_mask_prop, 0.8, 0.1, 0.1, False, args.seed)
     torch.manual_seed(keyed_seed(args.seed, "teacher"))
-    model = transformers.BertForMaskedLM(config)
-    curve = train(make_distiller(args, model), dataset, prepare, args)
+    model = build_student("bert", config, model_name)
+    try:
+        curve = train(make_distiller(args, model), dataset, prepare, args)
+    except NonFiniteError as error:
+        logger.error("Stopped: %s. Nothing was saved.", error)
+        sys.exit(1)
     model.save_pretrained(args.output_dir)
     tokenizer.save_pretrained(args.output_dir)
     write_json(Path(args.output_dir) / "curve.json", curve)

@@ -276,6 +276,17 @@ def test_bare_vocabularies_of_another_type_are_refused(kind, teachers, tmp_path)
                 load_tokenizer(other, str(folder), "--tokenizer_name")
 
 
+def test_a_vocabulary_of_robertas_is_no_gpt2s_though_it_holds_its_boundary_token(teachers, tmp_path):
+    shutil.copytree(teachers["roberta"], tmp_path / "both")
+    (tmp_path / "both" / "tokenizer_config.json").unlink()
+    path = tmp_path / "both" / "tokenizer.json"
+    content = json.loads(path.read_text())
+    content["model"]["vocab"]["<|endoftext|>"] = len(content["model"]["vocab"])
+    path.write_text(json.dumps(content))
+    with pytest.raises(InputError, match="its vocabulary has <mask>"):
+        load_tokenizer("gpt2", str(tmp_path / "both"), "--tokenizer_name")
+
+
 def test_an_empty_folder_is_no_tokenizer(tmp_path):
     with pytest.raises(InputError, match="has neither tokenizer.json nor vocab.txt"):
         load_tokenizer("bert", str(tmp_path), "--tokenizer_name")

@@ -9,7 +9,7 @@ import pytest
 import torch
 from conftest import make_model
 
-from architectures import HEADS, build_student, freeze_embeddings, head_of, head_parameters, read_student_config
+from architectures import build_student, freeze_embeddings, head_of, head_parameters, read_student_config
 from distiller import (
     DistillationModel,
     Distiller,
@@ -404,7 +404,7 @@ def test_the_head_on_hidden_states_gives_the_models_own_logits(kind):
     token_ids_BT, lengths_B = make_batch([12, 9])
     batch = (prepare_clm if kind == "gpt2" else make_preparation())(0, token_ids_BT, lengths_B)
     logits = model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
-    assert torch.equal(HEADS[kind](model, last_hidden_state(model, batch)), logits)
+    assert torch.equal(head_of(model, last_hidden_state(model, batch)), logits)
 
 
 def test_evaluation_of_a_teacher_by_itself():

@@ -103,6 +103,13 @@ def test_a_rank_without_a_micro_batch_takes_part(world, tmp_path):
     assert (tmp_path / "run" / "model_epoch_0.pth").exists()
 
 
+def test_an_address_where_nobody_meets_is_said_in_one_line(world, tmp_path):
+    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "29511"}
+    done = run_process(sys.executable, TRAIN, *world.flags("bert", tmp_path / "run"), timeout_s=120, **alone)
+    assert done.returncode == 2 and "train.py: error: MASTER_ADDR=no-such-host.invalid" in done.stderr
+    assert not (tmp_path / "run").exists()
+
+
 def test_an_error_of_the_ranks_is_said_once_and_ends_them_all(world, tmp_path):
     flags = world.flags("bert", tmp_path / "run", data_file=world.data("gpt2"))
     done = run_process(*TORCHRUN, 2, TRAIN, *flags, timeout_s=120)
@@ -216,6 +223,11 @@ def test_a_process_is_one_of_several_only_with_rank_and_local_rank():
     assert read_launcher(GOOD, -1) == (1, 4, 1, 4)
     readme = {"N_GPU_NODE": "4", "N_NODES": "1", "NODE_RANK": "0"}
     assert read_launcher(GOOD | readme, 1) == (1, 4, 1, 4)
+    assert read_launcher(GOOD | {"RANK": ""}, -1) is None
+    by_hand = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "N_NODES": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    assert read_launcher(by_hand, -1) == (0, 4, 0, 4)
+    uneven = {"RANK": "4", "LOCAL_RANK": "0", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "NODE_RANK": "1"}
+    assert read_launcher(GOOD | uneven, -1) == (4, 6, 0, 2)
     second = {"RANK": "5", "WORLD_SIZE": "8", "N_GPU_NODE": "4", "N_NODES": "2", "NODE_RANK": "1"}
     assert read_launcher(GOOD | second, 1) == (5, 8, 1, 4)
 
@@ -235,6 +247,8 @@ def test_a_process_is_one_of_several_only_with_rank_and_local_rank():
         ({"N_NODES": "3"}, -1, "N_NODES=3 x 4 processes a machine contradicts WORLD_SIZE=4"),
         ({"NODE_RANK": "1"}, -1, "NODE_RANK=1 contradicts RANK=1"),
         ({"WORLD_SIZE": "0"}, -1, "WORLD_SIZE=0: at least 1"),
+        ({"MASTER_PORT": "99999"}, -1, "MASTER_PORT=99999: expected 1 to 65535"),
+        ({"GROUP_RANK": "1", "NODE_RANK": "0"}, -1, "NODE_RANK=0 contradicts RANK=1, which runs on machine 1"),
     ],
 )
 def test_variables_missing_or_contradicting_each_other_are_named(changes, flag, expected):

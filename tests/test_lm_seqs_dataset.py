@@ -14,6 +14,15 @@ from utils import InputError
 SPECIAL = SpecialIds(start=1, end=2, pad=0, unknown=3)
 
 
+def make_dataset(sequences, special: SpecialIds, max_length: int) -> LmSeqsDataset:
+    arrays = [np.asarray(sequence) for sequence in sequences]
+    return LmSeqsDataset(np.concatenate(arrays), np.array([len(array) for array in arrays]), special, max_length)
+
+
+def read_counts(path):
+    return read_token_counts(path, 3, "a teacher")
+
+
 def golden_special(case) -> SpecialIds:
     ids = case["special_ids"]
     if case["mlm"]:
@@ -23,14 +32,14 @@ def golden_special(case) -> SpecialIds:
 
 @pytest.mark.parametrize("case", load_golden("parity.json")["dataset"], ids=lambda c: f"{c['max_model_input_size']}-{c['mlm']}")
 def test_sequences_equal_the_2019_code(case):
-    dataset = LmSeqsDataset.from_sequences(case["input"], golden_special(case), case["max_model_input_size"])
+    dataset = make_dataset(case["input"], golden_special(case), case["max_model_input_size"])
     assert [dataset[k].tolist() for k in range(len(dataset))] == case["output"]
     assert dataset.lengths.tolist() == case["lengths"]
 
 
 def test_a_batch_is_padded_to_its_longest_sequence():
     sequences = [[1, *range(10, 10 + n), 2] for n in (12, 30, 17)]
-    dataset = LmSeqsDataset.from_sequences(sequences, SPECIAL, 64)
+    dataset = make_dataset(sequences, SPECIAL, 64)
     token_ids_BT, lengths_B = dataset.collate([1, 0])
     assert token_ids_BT.dtype == lengths_B.dtype == torch.int64
     assert lengths_B.tolist() == [32, 14]
@@ -46,8 +55,8 @@ def test_nothing_is_copied_by_splitting():
 
 
 def test_a_sequence_without_boundary_tokens_is_named():
-    with pytest.raises(InputError, match="sequence 1 of the token file begins with id 7 and ends with id 2, expected 1 and 2"):
-        LmSeqsDataset.from_sequences([[1, 9, 2], [7, 9, 2]], SPECIAL, 64)
+    with pytest.raises(InputError, match="the data: sequence 1 begins with id 7 and ends with id 2, expected 1 and 2"):
+        make_dataset([[1, 9, 2], [7, 9, 2]], SPECIAL, 64)
 
 
 class Evil:
@@ -55,7 +64,7 @@ class Evil:
         return os.system, ("touch executed",)
 
 
-@pytest.mark.parametrize("read", [read_token_file, read_token_counts])
+@pytest.mark.parametrize("read", [read_token_file, read_counts])
 def test_a_pickle_that_executes_code_is_refused_unexecuted(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_pickle(tmp_path / "evil.pickle", [Evil()])
@@ -89,6 +98,8 @@ def test_token_files_of_any_pickle_protocol_are_read(protocol, tmp_path):
         ([np.array([[1]])], "sequence 0 is int64 of shape"),
         ([np.array([1, 2]), np.array([], dtype=np.uint16)], "sequence 1 is uint16 of shape"),
         ([1, 2], "sequence 0 is int"),
+        ([[1, [2], 3]], "sequence 0 is list"),
+        (np.array([1, 2]), "got ndarray"),
     ],
 )
 def test_a_pickle_of_something_else_is_named(content, found, tmp_path):
@@ -101,7 +112,7 @@ def test_a_pickle_of_something_else_is_named(content, found, tmp_path):
 @pytest.mark.parametrize("content", [[], [1, -1], ["a"], [1.5], {"a": 1}, [[1, 2], [3]], 7])
 def test_counts_of_another_kind_are_refused(content, tmp_path):
     with pytest.raises(InputError, match="counts.pickle"):
-        read_token_counts(write_pickle(tmp_path / "counts.pickle", content))
+        read_counts(write_pickle(tmp_path / "counts.pickle", content))
 
 
 def test_a_cut_off_pickle_is_named(tmp_path):

@@ -90,7 +90,7 @@ def test_counts_are_a_list_of_the_vocabularys_length(tmp_path):
     with open(tmp_path / "counts.pickle", "rb") as file:
         counts = pickle.load(file)
     assert counts == [0, 0, 2, 2, 0, 2, 0, 0, 0, 1, 0, 0] and {type(count) for count in counts} == {int}
-    assert read_token_counts(tmp_path / "counts.pickle").sum() == 7
+    assert read_token_counts(tmp_path / "counts.pickle", 12, "a teacher").sum() == 7
 
 
 def test_extraction_programs_write_plain_state_dicts(world):
@@ -121,6 +121,12 @@ BAD = {
     "wrong type": (binarized_data, ["--file_path", "{tmp}/text", "--tokenizer_name", "{gpt2}"], "--tokenizer_name"),
     "unknown flag": (binarized_data, ["--file-path", "x"], "unknown argument --file-path; did you mean --file_path?"),
     "prefix": (binarized_data, ["--file_path", "{tmp}/text", "--dump_file", "{tmp}/"], "ends with a slash"),
+    "output is input": (token_counts, ["--data_file", "{tmp}/data", "--token_counts_dump", "{tmp}/data"], "would overwrite"),
+    "output is a folder": (token_counts, ["--data_file", "{tmp}/data", "--token_counts_dump", "{tmp}"], "is a folder"),
+    "output below a file": (binarized_data, ["--file_path", "{tmp}/text", "--dump_file", "{tmp}/old/x"], "old is no folder"),
+    "output in the model": (extract, ["--model_name", "{roberta}", "--dump_checkpoint", "{roberta}/model.safetensors"],
+                            "would overwrite"),
+    "huge vocabulary": (token_counts, ["--data_file", "{tmp}/data", "--vocab_size", "1000000000000"], "--vocab_size"),
     "no data": (token_counts, ["--data_file", "nowhere"], "--data_file nowhere: no such file"),
     "vocabulary": (token_counts, ["--data_file", "{tmp}/data", "--vocab_size", "5"], "token id 9 is outside the vocabulary"),
     "no layer": (extract, ["--model_name", "{roberta}", "--layers", "4"], "--layers 4: the teacher has layers 0 to 3"),

@@ -72,6 +72,7 @@ BAD_FLAGS = {
     "mlm without weight": ({"alpha_mlm": 0.0, "alpha_clm": 0.5}, ["--mlm with --alpha_mlm 0.0"]),
     "weight without mlm": ({"mlm": None}, ["--alpha_mlm 2.0 without --mlm", "--student_type distilbert without --mlm",
                                            "--teacher_type bert without --mlm"]),
+    "max length": ({"max_length": 11}, ["--max_length 11: expected more than 11"]),
     "both language models": ({"alpha_clm": 0.5}, ["--alpha_mlm 2.0 and --alpha_clm 0.5"]),
     "no counts": ({"token_counts": None}, ["--mlm without --token_counts"]),
     "missing counts": ({"token_counts": "nowhere"}, ["--token_counts nowhere: no such file"]),
@@ -80,7 +81,7 @@ BAD_FLAGS = {
     "pair": ({"student_type": "roberta"}, ["--teacher_type bert with --student_type roberta: no such pair"]),
     "share": ({"word_mask": 0.7}, ["--word_mask + --word_keep + --word_rand: their sum is 0.9"]),
     "proportion": ({"mlm_mask_prop": 1.5}, ["--mlm_mask_prop 1.5: expected 0 to 1"]),
-    "temperature": ({"temperature": 0}, ["--temperature 0.0: expected a number above 0"]),
+    "temperature": ({"temperature": 0}, ["--temperature 0.0: expected above 0"]),
     "nan": ({"alpha_ce": "nan"}, ["--alpha_ce nan", "their sum is not above 0"]),
     "negative": ({"alpha_cos": -1.0}, ["--alpha_cos -1.0: expected a finite number, 0 or more"]),
     "accumulation": ({"gradient_accumulation_steps": 0}, ["--gradient_accumulation_steps 0: expected at least 1"]),
@@ -127,6 +128,37 @@ def bad_heads(world, tmp):
     return {"student_config": edit_json(world.config("bert"), tmp / "c.json", n_heads=5)}, "--student_config"
 
 
+def bad_activation(world, tmp):
+    return {"student_config": edit_json(world.config("bert"), tmp / "c.json", activation="foo")}, "c.json: no model can be made"
+
+
+def bad_layers(world, tmp):
+    return {"student_config": edit_json(world.config("bert"), tmp / "c.json", n_layers=0)}, "c.json: has 0 layers"
+
+
+def bad_forward(world, tmp):
+    return {"student_config": edit_json(world.config("bert"), tmp / "c.json", n_heads=-4)}, "c.json: the model fails on"
+
+
+def bad_tied_weights(world, tmp):
+    state = torch.load(world.first_weights("bert"), weights_only=True)
+    state["vocab_projector.weight"] = state["vocab_projector.weight"] + 1
+    torch.save(state, tmp / "first.pth")
+    return {"student_pretrained_weights": str(tmp / "first.pth")}, "first.pth: has another value for"
+
+
+def bad_teacher_layers(world, tmp):
+    shutil.copytree(world.teachers["bert"], tmp / "cut")
+    edit_json(str(tmp / "cut" / "config.json"), tmp / "cut" / "config.json", num_hidden_layers=2)
+    return {"teacher_name": str(tmp / "cut")}, "do not fit its config.json"
+
+
+def bad_tokenizer_files(world, tmp):
+    shutil.copytree(world.teachers["bert"], tmp / "broken")
+    (tmp / "broken" / "tokenizer_config.json").write_text("{")
+    return {"teacher_name": str(tmp / "broken")}, "tokenizer_config.json is no readable JSON"
+
+
 def bad_config_type(world, tmp):
     return {"student_config": edit_json(world.config("bert"), tmp / "c.json", model_type="gpt2")}, "is for a gpt2 model"
 
@@ -142,9 +174,7 @@ def bad_token_id(world, tmp):
 
 
 def bad_boundaries(world, tmp):
-    return {
-        "data_file": write_pickle(tmp / "data.pickle", as_uint16([range(5, 25)]))
-    }, "sequence 0 of the token file begins with"
+    return {"data_file": write_pickle(tmp / "data.pickle", as_uint16([range(5, 25)]))}, "data.pickle: sequence 0 begins with"
 
 
 def bad_tokenizer_type(world, tmp):
@@ -206,7 +236,7 @@ def test_an_existing_run_folder_is_refused_without_force(world, tmp_path, status
     assert status == 2 and len(errors) == 1 and "exists already" in errors[0] and "--force" in errors[0]
 
 
-@pytest.mark.parametrize("where", ["foreign", "data", "cwd", "file", "link"])
+@pytest.mark.parametrize("where", ["foreign", "data", "cwd", "file", "link", "below a file"])
 def test_force_never_harms_what_is_no_run(where, world, tmp_path, status_and_errors, monkeypatch):
     target = tmp_path / "target"
     target.mkdir()
@@ -221,6 +251,8 @@ def test_force_never_harms_what_is_no_run(where, world, tmp_path, status_and_err
         dump_path = "."
     elif where == "file":
         dump_path = target / "thesis.txt"
+    elif where == "below a file":
+        dump_path = target / "thesis.txt" / "run"
     elif where == "link":
         (tmp_path / "link").symlink_to(target)
         dump_path = f"{tmp_path / 'link'}/"
@@ -402,14 +434,14 @@ def test_few_updates_are_warned_about(world, tmp_path):
 @pytest.mark.parametrize("where", ["teacher", "gradient"])
 def test_a_nan_stops_the_run_with_a_message(where, world, tmp_path, monkeypatch, capfd):
     if where == "teacher":
-        kept = train.load_teacher
+        kept = train.set_up
 
-        def load(*arguments):
-            teacher = kept(*arguments)
-            teacher.cls.predictions.bias.data[7] = float("nan")
-            return teacher
+        def set_up(*arguments):
+            parts = kept(*arguments)
+            parts.distiller.teacher.cls.predictions.bias.data[7] = float("nan")
+            return parts
 
-        monkeypatch.setattr(train, "load_teacher", load)
+        monkeypatch.setattr(train, "set_up", set_up)
     else:
         kept = train.make_student
 
@@ -424,6 +456,24 @@ def test_a_nan_stops_the_run_with_a_message(where, world, tmp_path, monkeypatch,
     assert end.value.code == train.EXIT_NON_FINITE != 0
     assert ("loss_ce became nan" if where == "teacher" else "gradient norm became") in capfd.readouterr().err
     assert not (tmp_path / "run" / "pytorch_model.bin").exists()
+
+
+def test_a_teacher_that_gives_nan_is_refused_before_training(world, tmp_path, status_and_errors):
+    teacher = tmp_path / "huge"
+    shutil.copytree(world.teachers["bert"], teacher)
+    model = transformers.BertForMaskedLM.from_pretrained(teacher)
+    model.bert.embeddings.LayerNorm.weight.data.fill_(3e38)
+    model.save_pretrained(teacher)
+    status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run", teacher_name=str(teacher)))
+    assert status == 2 and "gives NaN or infinite values before any training" in errors[0]
+    assert not (tmp_path / "run").exists()
+
+
+def test_settings_of_another_run_do_not_reach_the_student(world, tmp_path):
+    config = edit_json(world.config("bert"), tmp_path / "c.json", output_hidden_states=True, output_attentions=True)
+    train.main(world.flags("bert", tmp_path / "run", max_steps=1, student_config=config))
+    saved = json.loads((tmp_path / "run" / "config.json").read_text())
+    assert not saved.get("output_hidden_states") and not saved.get("output_attentions")
 
 
 def test_initializer_range_overrides_the_configuration(world, tmp_path):
