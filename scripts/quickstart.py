@@ -30,6 +30,7 @@ from architectures import (
     PAIRS,
     build_student,
     head_of,
+    load_config,
     load_model,
     load_student_weights,
     load_teacher,
@@ -41,8 +42,18 @@ from architectures import (
 )
 from distiller import MicroBatch, MlmPreparation, evaluate, masking_weights, prepare_clm
 from grouped_batch_sampler import GroupedBatchSampler
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts, read_token_file
-from utils import InputError, OneLineParser, logger, require_file, run_program, setup_logging, write_json
+from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
+from utils import (
+    InputError,
+    OneLineParser,
+    atomic_path,
+    logger,
+    require_file,
+    require_output,
+    run_program,
+    setup_logging,
+    write_json,
+)
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 8000
@@ -52,6 +63,7 @@ TEACHER = {
     "max_position_embeddings": 512, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0,
     "initializer_range": 0.05,
 }  # fmt: skip
+MARKER = "quickstart.json"  # in the output folder: its flags, and the sign that it is a quickstart's
 HELD_OUT_EVERY = 40  # one document out of so many is held out of everything
 MASKS_SEED = 1  # of the held-out masks: the same for every row of the table, whatever --seed
 README_ALPHAS = {"mlm": ["--alpha_ce", "5.0", "--alpha_mlm", "2.0", "--alpha_cos", "1.0", "--alpha_clm", "0.0", "--mlm"],
@@ -75,6 +87,7 @@ SHORT = Scale(teacher_steps=200, student_steps=60, num_held_out=96)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument("--text", help="your own text, UTF-8, one sequence a line (default: the installed packages' prose)")
     parser.add_argument("--teacher", help="your own BERT, RoBERTa or GPT-2, hub name or folder (default: one is trained)")
@@ -134,16 +147,16 @@ def call(program: str, *arguments: object) -> None:
 
 def make_text(plan: Plan, text: str | None) -> None:
     """Write train.txt and held_out.txt, documents kept whole on one side."""
-    documents = ([line] for line in user_lines(text)) if text else map(lambda d: list(prose.lines(d)), prose.documents())
-    sizes = {"train": 0, "held_out": 0}
-    with open(plan.folder / "train.txt", "w", encoding="utf-8") as train, \
-         open(plan.folder / "held_out.txt", "w", encoding="utf-8") as held_out:  # fmt: skip
-        for number, document in enumerate(documents):
-            part, file = ("held_out", held_out) if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else ("train", train)
-            sizes[part] += sum(file.write(line + "\n") for line in document)
-    if not all(sizes.values()):
+    documents = ([line] for line in user_lines(text)) if text else (list(prose.lines(d)) for d in prose.documents())
+    parts: dict[str, list[str]] = {"train": [], "held_out": []}
+    for number, document in enumerate(documents):
+        parts["held_out" if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else "train"] += document
+    if not parts["held_out"]:
         raise InputError(f"--text {text}: expected at least {HELD_OUT_EVERY} lines of text, different from one another")
-    logger.info("Text: %.1f MB to train on, %.2f MB held out.", sizes["train"] / 1e6, sizes["held_out"] / 1e6)
+    for part, lines in parts.items():
+        with atomic_path(plan.folder / f"{part}.txt") as temporary:
+            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
+    logger.info("Text: %s lines to train on, %s held out.", *(f"{len(lines):,}" for lines in parts.values()))
 
 
 def user_lines(path: str) -> Iterator[str]:
@@ -171,6 +184,7 @@ def train_vocabulary(plan: Plan) -> None:
 
 
 def make_tokens(plan: Plan, vocab_size: int) -> None:
+    """Binarize both parts, count the first."""
     for part in ("train", "held_out"):
         call("scripts/binarized_data.py", "--file_path", plan.folder / f"{part}.txt", "--tokenizer_type", plan.teacher_type,
              "--tokenizer_name", plan.teacher, "--dump_file", plan.folder / part)  # fmt: skip
@@ -179,10 +193,11 @@ def make_tokens(plan: Plan, vocab_size: int) -> None:
 
 
 def train_teacher(plan: Plan, vocab_size: int) -> None:
+    """Train the embedded default's teacher."""
     write_json(plan.folder / "teacher.json", {**TEACHER, "vocab_size": vocab_size})
     call("scripts/train_teacher.py", "--config", plan.folder / "teacher.json", "--tokenizer_name", plan.teacher,
          "--data_file", plan.token_file("train"), "--token_counts", plan.counts, "--output_dir", plan.teacher,
-         "--num_steps", plan.scale.teacher_steps, "--max_length", plan.max_length, "--seed", plan.seed)  # fmt: skip
+         "--num_steps", plan.scale.teacher_steps, "--max_length", plan.max_length, "--seed", plan.seed, "--force")  # fmt: skip
 
 
 def write_student_config(plan: Plan, teacher_config) -> None:
@@ -202,6 +217,7 @@ def write_student_config(plan: Plan, teacher_config) -> None:
 
 
 def extract_first_weights(plan: Plan, num_layers: int) -> None:
+    """Take every other layer of the teacher."""
     flags = ["--vocab_transform"] if plan.objective == "mlm" else []
     program = "scripts/extract.py"
     if plan.teacher_type == "bert":
@@ -211,6 +227,7 @@ def extract_first_weights(plan: Plan, num_layers: int) -> None:
 
 
 def train_student(plan: Plan, name: str, alphas: list[str]) -> None:
+    """Train a student from the first weights, with the teacher or alone."""
     # Smoothing 0: the table asks for tokens drawn uniformly from the text. Minutes on a few MB are too few to afford 2019's
     # emphasis on rare tokens (0.7), which moves a small student away from its teacher at the frequent ones.
     masking = ["--token_counts", plan.counts, "--mlm_smoothing", 0] if plan.objective == "mlm" else []
@@ -228,18 +245,19 @@ def train_student(plan: Plan, name: str, alphas: list[str]) -> None:
 
 
 def held_out_batches(plan: Plan, tokenizer, teacher_config) -> list[MicroBatch]:
-    """Make the held-out batches, with masks that depend on nothing but the text."""
+    """Make the held-out batches, with masks that depend on nothing but the text. Raises InputError where there are none."""
     max_length = min(max_input_length(plan.teacher_type, tokenizer, teacher_config), plan.max_length)
     special = SpecialIds(**special_ids(plan.teacher_type, tokenizer))
-    dataset = LmSeqsDataset(*read_token_file(plan.token_file("held_out")), special, max_length)
+    vocab_size, model = teacher_config.vocab_size, f"--teacher {plan.teacher}"
+    dataset = LmSeqsDataset.from_file(plan.token_file("held_out"), special, max_length, vocab_size, model)
     prepare = prepare_clm
     if plan.objective == "mlm":
-        counts_V = torch.from_numpy(read_token_counts(plan.counts))
+        counts_V = torch.from_numpy(read_token_counts(plan.counts, vocab_size, model))
         # Smoothing 0: positions uniform over the text, so that the table speaks of all tokens alike.
         weights_V = masking_weights(counts_V, 0.0, tokenizer.all_special_ids)
         prepare = MlmPreparation(weights_V, tokenizer.mask_token_id, 0.15, 0.8, 0.1, 0.1, False, MASKS_SEED)
     sampler = GroupedBatchSampler(dataset.lengths, plan.scale.batch_size, max_length, group_by_size=True, seed=MASKS_SEED)
-    num_batches = min(len(sampler), plan.scale.num_held_out // plan.scale.batch_size)
+    num_batches = min(len(sampler), max(plan.scale.num_held_out // plan.scale.batch_size, 1))
     return [prepare(planned.number, *dataset.collate(planned.sequences)) for planned in sampler.micro_batches(num_batches)]
 
 
@@ -334,31 +352,40 @@ def draw_curves(plan: Plan, rows: dict[str, dict[str, float]]) -> Path:
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Decide what this run is about. Raises InputError where the teacher is of no known type."""
+    """Decide what this run is about, and claim its folder. Raises InputError where flags or folder don't fit."""
     scale = SHORT if args.short else FULL
     if args.student_steps is not None:
-        if args.student_steps < 1:
-            raise InputError(f"--student_steps {args.student_steps}: expected at least 1")
         scale = dataclasses.replace(scale, student_steps=args.student_steps)
-    if args.text:
+    if scale.student_steps < 1:
+        raise InputError(f"--student_steps {args.student_steps}: expected at least 1")
+    if args.max_length <= MIN_LENGTH:
+        raise InputError(f"--max_length {args.max_length}: sequences of {MIN_LENGTH} ids or fewer are removed; expected more")
+    if args.text is not None:
         require_file(args.text, "--text")
-    folder = Path(args.output)
-    teacher, teacher_type = str(folder / "teacher"), "bert"
-    if args.teacher:
+    teacher, teacher_type = os.path.join(args.output, "teacher"), "bert"
+    if args.teacher is not None:
         teacher, teacher_type = args.teacher, teacher_model_type(args.teacher)
     student_type = next(student for known, student in PAIRS if known == teacher_type)
-    folder.mkdir(parents=True, exist_ok=True)
-    return Plan(folder, teacher, teacher_type, student_type, scale, args.seed, args.max_length)
+    plan = Plan(Path(args.output), teacher, teacher_type, student_type, scale, args.seed, args.max_length)
+    claim_folder(plan, args)
+    return plan
+
+
+def claim_folder(plan: Plan, args: argparse.Namespace) -> None:
+    """Make the output folder, or take that of an earlier quickstart. Raises InputError for any other."""
+    require_output(args.output, "--output", is_folder=True)
+    if plan.folder.exists() and any(plan.folder.iterdir()) and not (plan.folder / MARKER).exists():
+        raise InputError(f"--output {plan.folder}: holds files that no quickstart made; choose another folder")
+    for flag, path in (("--text", args.text), ("--teacher", args.teacher)):
+        if path is not None and Path(path).resolve().is_relative_to(plan.folder.resolve()):
+            raise InputError(f"{flag} {path}: lies in --output {plan.folder}, where files are replaced; choose another folder")
+    write_json(plan.folder / MARKER, vars(args))
 
 
 def teacher_model_type(name: str) -> str:
     """Find out a teacher's model type. Raises InputError where it is none that can be distilled."""
+    model_type = load_config(None, name, "--teacher").model_type
     known = [teacher for teacher, _ in PAIRS]
-    try:
-        model_type = transformers.AutoConfig.from_pretrained(name).model_type
-    except (OSError, ValueError) as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"--teacher {name}: neither a local folder nor a model that the hub gave ({reason})") from error
     if model_type not in known:
         raise InputError(f"--teacher {name}: is a {model_type} model, expected one of {', '.join(known)}")
     return model_type
@@ -380,6 +407,7 @@ def report(plan: Plan, started: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
+    """Run every stage, then the table."""
     started = time.perf_counter()
     args = parse(argv)
     setup_logging(logging.INFO)
@@ -392,6 +420,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.teacher:
         teacher_config = transformers.AutoConfig.from_pretrained(plan.teacher)
         make_tokens(plan, teacher_config.vocab_size)
+        held_out_batches(plan, tokenizer, teacher_config)  # an error here costs seconds, after training minutes
     else:
         make_tokens(plan, len(tokenizer))
         train_teacher(plan, len(tokenizer))

@@ -1,0 +1,68 @@
+"""The quickstart with one's own text and teacher, and what it refuses; its default is run by CI itself."""
+
+import json
+
+import pytest
+from conftest import make_lines
+
+import quickstart
+
+
+@pytest.fixture(scope="module")
+def own_text(tmp_path_factory):
+    path = tmp_path_factory.mktemp("own") / "my text.txt"
+    path.write_text("\n".join(make_lines(700, seed=3)), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_own_text_and_teacher_give_the_table(kind, own_text, teachers, tmp_path, capsys, monkeypatch):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    arguments = ["--text", str(own_text), "--teacher", f"{teachers[kind]}/", "--output", str(tmp_path / "out"), "--short"]
+    quickstart.main([*arguments, "--student_steps", "40"])
+    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
+    assert list(rows) == ["teacher", "student before", "student after", "without teacher"]
+    assert rows["teacher"]["kl"] == pytest.approx(0, abs=1e-5) and rows["teacher"]["agreement"] == 1.0
+    assert rows["student after"]["kl"] < rows["student before"]["kl"]
+    assert rows["student after"]["parameters"] < rows["teacher"]["parameters"]
+    assert all(row["latency_ms"] > 0 for row in rows.values())
+    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
+    assert "is closer to the teacher" in capsys.readouterr().out
+    held_out = set((tmp_path / "out" / "held_out.txt").read_text().splitlines())
+    assert held_out and not held_out & set((tmp_path / "out" / "train.txt").read_text().splitlines())
+
+
+BAD = {
+    "no text": (["--text", "{tmp}/nowhere"], "nowhere: no such file"),
+    "short text": (["--text", "{tmp}/short", "--teacher", "{bert}"], "expected at least 40 lines"),
+    "not utf-8": (["--text", "{tmp}/latin", "--teacher", "{bert}"], "latin: is not UTF-8"),
+    "no teacher": (["--text", "{tmp}/short", "--teacher", "{tmp}"], "holds no readable config.json"),
+    "foreign folder": (["--text", "{tmp}/short", "--output", "{tmp}"], "holds files that no quickstart made"),
+    "length": (["--text", "{tmp}/short", "--max_length", "11"], "--max_length 11"),
+    "steps": (["--text", "{tmp}/short", "--student_steps", "0"], "--student_steps 0"),
+    "short held-out lines": (["--text", "{tmp}/tail", "--teacher", "{bert}"], "held_out.tiny-bert.pickle: none of its"),
+}
+
+
+@pytest.mark.parametrize("name", BAD)
+def test_bad_input_is_one_line(name, teachers, tmp_path, status_and_errors):
+    (tmp_path / "short").write_text("bake limo\nnura\n")
+    (tmp_path / "latin").write_bytes(b"gut\nab\xfc\n" * 60)
+    (tmp_path / "tail").write_text("\n".join([*make_lines(39), "bake"]))
+    arguments, expected = BAD[name]
+    arguments = [word.format(tmp=tmp_path, **teachers) for word in arguments]
+    if "--output" not in arguments:
+        arguments += ["--output", str(tmp_path / "out")]
+    before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
+    status, errors = status_and_errors(quickstart.main, arguments)
+    assert status == 2 and len(errors) == 1 and expected in errors[0], errors
+    assert all((tmp_path / file).read_bytes() == content for file, content in before.items())
+
+
+def test_a_text_in_the_output_folder_is_left_alone(teachers, tmp_path, status_and_errors):
+    (tmp_path / "quickstart.json").write_text("{}")
+    (tmp_path / "train.txt").write_text("years of work")
+    arguments = ["--text", str(tmp_path / "train.txt"), "--teacher", str(teachers["bert"]), "--output", str(tmp_path)]
+    status, errors = status_and_errors(quickstart.main, arguments)
+    assert status == 2 and "lies in --output" in errors[0]
+    assert (tmp_path / "train.txt").read_text() == "years of work"
