@@ -238,11 +238,12 @@ def _tokenizer_files(architecture: Architecture, name: str, flag: str) -> dict[s
 
 
 def _fetch(name: str, files: Sequence[str], flag: str) -> dict[str, str]:
+    cached_file = transformers.utils.cached_file
     with _quiet_transformers():
         try:
-            paths = {
-                file: transformers.utils.cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files
-            }
+            paths = {file: cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files}
+            if not any(paths.values()):
+                transformers.AutoConfig.from_pretrained(name)  # says whether there is such a model at all
         except Exception as error:  # no such repository, no access, no network
             raise InputError(_not_found(flag, name, error)) from error
     return {file: path for file, path in paths.items() if path is not None}

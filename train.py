@@ -521,7 +521,7 @@ class Progress:
         self.folder = folder
         self.names = ["loss", *(f"loss_{name}" for name in parts.distiller.model.alphas)]
         self.iterations = 0  # micro-batches that each process has taken
-        self.since_log: list[torch.Tensor] = []
+        self.log_sums_K, self.log_count = torch.zeros(len(self.names), dtype=torch.float64), 0
         self.logged_at = self.started_at = time.perf_counter()
         self.num_tokens = 0
         self.epoch_sums: dict[int, tuple[float, int]] = {}
@@ -537,7 +537,8 @@ class Progress:
     def record(self, update: Update, report: StepReport, num_iterations: int) -> None:
         """Take an update's losses into the means and the progress bar."""
         self.iterations += num_iterations
-        self.since_log.append(report.losses_MK)
+        self.log_sums_K += report.losses_MK.sum(0)
+        self.log_count += len(update.planned)
         for batch, loss in zip(update.planned, report.losses_MK[:, 0].tolist(), strict=True):
             total, count = self.epoch_sums.get(batch.epoch, (0.0, 0))
             self.epoch_sums[batch.epoch] = (total + loss, count + 1)
@@ -555,7 +556,8 @@ class Progress:
     def log(self, epoch: int, report: StepReport) -> None:
         """Write the scalars of SummaryWriter; x = micro-batches that each process has taken."""
         now = time.perf_counter()
-        scalars = {f"losses/{k}": v for k, v in zip(self.names, torch.cat(self.since_log).mean(0).tolist(), strict=True)}
+        means = (self.log_sums_K / self.log_count).tolist()
+        scalars = {f"losses/{name}": mean for name, mean in zip(self.names, means, strict=True)}
         scalars |= {
             "losses/cum_avg_loss_epoch": self.epoch_mean(epoch),
             "learning_rate/lr": self.parts.distiller.schedule.get_last_lr()[0],
@@ -569,7 +571,8 @@ class Progress:
             scalars |= {f"grad_mean/{name}": mean, f"grad_std/{name}": std}
         for tag, value in scalars.items():
             self.folder.writer.add_scalar(tag, value, self.iterations)
-        self.since_log, self.logged_at = [], now
+        self.log_sums_K.zero_()
+        self.log_count, self.logged_at = 0, now
 
 
 def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None) -> None:

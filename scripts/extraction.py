@@ -70,5 +70,5 @@ def extract(defaults: Defaults, argv: list[str] | None = None) -> None:
         fold_token_types=getattr(args, "fold_token_types", False),
     )
     save_weights(args.dump_checkpoint, state)
-    logger.info("Took %d layers (%s) and %d tensors.", len(layers), " ".join(map(str, layers)), len(state))
+    print(f"Took {len(layers)} layers ({' '.join(map(str, layers))}) and {len(state)} tensors.", flush=True)
     logger.info("Wrote %s.", args.dump_checkpoint)

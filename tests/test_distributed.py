@@ -103,6 +103,13 @@ def test_a_rank_without_a_micro_batch_takes_part(world, tmp_path):
     assert (tmp_path / "run" / "model_epoch_0.pth").exists()
 
 
+def test_a_nan_ends_every_rank_and_the_launcher_says_so(world, tmp_path):
+    flags = world.flags("bert", tmp_path / "run", learning_rate=1e3, warmup_prop=0, max_grad_norm=1e30, fp16=True)
+    done = run_process(*TORCHRUN, 2, TRAIN, *flags, timeout_s=120)
+    assert done.returncode != 0 and done.stderr.count("the update was not applied") == 1, done.stderr[-2000:]
+    assert not (tmp_path / "run" / "pytorch_model.bin").exists()
+
+
 def test_an_address_where_nobody_meets_is_said_in_one_line(world, tmp_path):
     alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "29511"}
     done = run_process(sys.executable, TRAIN, *world.flags("bert", tmp_path / "run"), timeout_s=120, **alone)

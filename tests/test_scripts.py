@@ -1,14 +1,16 @@
 """The preprocessing and extraction programs: files, names, bad input; and how modules may import each other."""
 
 import ast
+import json
 import pickle
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 import torch
-from conftest import ROOT, as_uint16, write_pickle
+from conftest import ROOT, as_uint16, run_process, write_pickle
 
 import binarized_data
 import extract
@@ -111,6 +113,42 @@ def test_layers_are_chosen_by_flag(teachers, tmp_path):
     for new, old in ((0, 3), (1, 1)):
         name = "transformer.h.{}.attn.c_attn.weight"
         assert torch.equal(state[name.format(new)], teacher.get(name.format(old), teacher.get(f"h.{old}.attn.c_attn.weight")))
+
+
+def test_extraction_says_what_it_took(teachers, tmp_path, capsys):
+    path = str(tmp_path / "first.pth")
+    extract_distilbert.main(["--model_name", str(teachers["bert"]), "--dump_checkpoint", path, "--num_layers", "2"])
+    assert "Took 2 layers (0 3) and 38 tensors." in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("files", ["all", "vocabulary"])
+def test_hub_names_work_like_folders(files, teachers, tmp_path):
+    """A hub cache as a download leaves it, read offline; with a bare vocabulary, too."""
+    snapshot = tmp_path / "home" / "hub" / "models--owner--tiny-bert" / "snapshots" / "0123"
+    snapshot.parent.mkdir(parents=True)
+    shutil.copytree(teachers["bert"], snapshot)
+    (snapshot.parent.parent / "refs").mkdir()
+    (snapshot.parent.parent / "refs" / "main").write_text("0123")
+    if files == "vocabulary":
+        vocabulary = json.loads((snapshot / "tokenizer.json").read_text())["model"]["vocab"]
+        (snapshot / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n")
+        (snapshot / "tokenizer.json").unlink()
+        (snapshot / "tokenizer_config.json").unlink()
+    (tmp_path / "text").write_text("bake limo\n")
+    offline = {"HF_HOME": str(tmp_path / "home"), "HF_HUB_OFFLINE": "1"}
+    commands = [
+        ["binarized_data.py", "--file_path", "text", "--tokenizer_name", "owner/tiny-bert", "--dump_file", "out"],
+        ["extract_distilbert.py", "--model_name", "owner/tiny-bert", "--dump_checkpoint", "first.pth"],
+    ]
+    for program, *arguments in commands:
+        done = run_process(sys.executable, ROOT / "scripts" / program, *arguments, cwd=tmp_path, timeout_s=60, **offline)
+        assert done.returncode == 0, done.stderr
+    found, _ = read_token_file(tmp_path / "out.tiny-bert.pickle")
+    tokenizer = load_tokenizer("bert", str(teachers["bert"]), "")
+    assert found.tolist() == tokenizer.encode("bake limo")
+    missing = [*commands[0][1:4], "owner/no-such", "--dump_file", "other"]
+    done = run_process(sys.executable, ROOT / "scripts" / commands[0][0], *missing, cwd=tmp_path, timeout_s=60, **offline)
+    assert done.returncode == 2 and "--tokenizer_name owner/no-such: neither a local folder nor" in done.stderr
 
 
 BAD = {
