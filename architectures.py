@@ -14,6 +14,7 @@ import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
+import huggingface_hub
 import numpy as np
 import torch
 import transformers
@@ -238,15 +239,21 @@ def _tokenizer_files(architecture: Architecture, name: str, flag: str) -> dict[s
 
 
 def _fetch(name: str, files: Sequence[str], flag: str) -> dict[str, str]:
-    cached_file = transformers.utils.cached_file
+    paths: dict[str, str | None] = {}
     with _quiet_transformers():
         try:
-            paths = {file: cached_file(name, file, _raise_exceptions_for_missing_entries=False) for file in files}
-            if not any(paths.values()):
-                transformers.AutoConfig.from_pretrained(name)  # says whether there is such a model at all
+            for file in files:
+                paths[file] = transformers.utils.cached_file(name, file, _raise_exceptions_for_missing_entries=False)
+                if not _is_in_hub_cache(name):  # without network each file takes its retries: one is enough
+                    raise OSError("the hub did not answer, and nothing of it was downloaded before")
         except Exception as error:  # no such repository, no access, no network
             raise InputError(_not_found(flag, name, error)) from error
     return {file: path for file, path in paths.items() if path is not None}
+
+
+def _is_in_hub_cache(name: str) -> bool:
+    """True where the hub's client has noted anything of a repository, be it that a file is not there."""
+    return os.path.isdir(os.path.join(huggingface_hub.constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}"))
 
 
 def _not_found(flag: str, name: str, error: Exception) -> str:
