@@ -534,6 +534,12 @@ class Progress:
         """True where the next num_iterations micro-batches reach a multiple of the interval."""
         return (self.iterations + num_iterations) // interval > self.iterations // interval
 
+    def advancing(self, batches: Iterator, num_ranks: int) -> Iterator:
+        """Pass this rank's micro-batches on, moving the bar as each is done; it stands for one on every rank."""
+        for batch in batches:
+            yield batch
+            self.bar.update(num_ranks)
+
     def record(self, update: Update, report: StepReport, num_iterations: int) -> None:
         """Take an update's losses into the means and the progress bar."""
         self.iterations += num_iterations
@@ -546,7 +552,7 @@ class Progress:
         speed = self.num_tokens / (time.perf_counter() - self.started_at)
         self.bar.set_description(f"epoch {update.planned[-1].epoch}", refresh=False)
         self.bar.set_postfix_str(f"loss {report.losses_MK[:, 0].mean():.4f}, {speed:,.0f} tokens/s", refresh=False)
-        self.bar.update(len(update.planned))
+        self.bar.update(update.planned[-1].number + 1 - self.bar.n)
 
     def epoch_mean(self, epoch: int) -> float:
         """Mean loss over an epoch's micro-batches so far."""
@@ -586,8 +592,9 @@ def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder |
             is_last = update.planned[-1].number == parts.num_micro_batches - 1
             is_logged = is_last or progress.crosses(config.log_interval, num_iterations)
             is_saved = progress.crosses(config.checkpoint_interval, num_iterations)
+            batches = progress.advancing(prepared_batches(parts, update), runtime.world_size)
             report = parts.distiller.step(
-                prepared_batches(parts, update), [batch.number for batch in update.planned], len(update.mine),
+                batches, [batch.number for batch in update.planned], len(update.mine),
                 wants_statistics=is_logged and runtime.is_main,
             )  # fmt: skip
             progress.record(update, report, num_iterations)
