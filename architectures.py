@@ -376,9 +376,8 @@ def load_model(model_type: str, name: str, flag: str) -> torch.nn.Module:
             raise InputError(f"{flag} {name}: its weights could not be loaded ({_one_line(error)})") from error
     row = ARCHITECTURES[model_type]
     misfits = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
-    misfits += [
-        key for key in report["unexpected_keys"] if row.layers.split(".", 1)[1] in key and not re.search(row.obsolete, key)
-    ]
+    of_a_layer = re.compile(rf"(^|\.){re.escape(row.layers.split('.', 1)[1])}\d+\.")
+    misfits += [n for n in report["unexpected_keys"] if of_a_layer.search(n) and not re.search(row.obsolete, n)]
     if misfits:
         raise InputError(f"{flag} {name}: {_some(sorted(misfits))} do not fit its config.json; take a whole, unedited model")
     missing = sorted(set(report["missing_keys"]) - set(row.aliases))
@@ -538,41 +537,43 @@ def load_student_weights(student: torch.nn.Module, model_type: str, path: str) -
     Raises InputError naming every tensor that is missing, unexpected, of another shape or not finite. Absent tensors
     of the head's transform are named in a warning only: they are absent without --vocab_transform.
     """
-    flag = "--student_pretrained_weights"
+    source = f"--student_pretrained_weights {path}"
     row, own = ARCHITECTURES[model_type], student.state_dict()
-    given = _read_state_dict(path, flag)
+    given = _read_state_dict(path, "--student_pretrained_weights")
     given = {n: t for n, t in given.items() if n in own or not re.search(row.obsolete, n)}
-    tied: dict[int, str] = {}
-    differing = [
-        f"{n} (tied to {tied[own[n].data_ptr()]})"
-        for n in given
-        if n in own and tied.setdefault(own[n].data_ptr(), n) != n and not torch.equal(given[n], given[tied[own[n].data_ptr()]])
-    ]
-    storages = {own[name].data_ptr() for name in given if name in own}
+    storages = {own[n].data_ptr() for n in given if n in own}
     missing = [n for n in own if n not in given and own[n].data_ptr() not in storages]
     optional = [n for n in missing if n.startswith(row.head_transform or ("\0",))]
-    unexpected = [n for n in given if n not in own]
-    odd = [f"{n} ({t.dtype}, {t.layout})" for n, t in given.items() if not _is_plain(t)]
-    if odd:
-        raise InputError(f"{flag} {path}: expected plain floating-point tensors, got {_some(odd)}; extract them anew")
-    shapes = [
-        f"{n} {list(given[n].shape)} (the student's is {list(own[n].shape)})"
-        for n in given
-        if n in own and own[n].shape != given[n].shape
-    ]
+    kinds = {"lacks": [n for n in missing if n not in optional], **_misfits(given, own)}
     remedy = "extract them anew for this student's configuration"
-    kinds = {"lacks": [n for n in missing if n not in optional], "has unexpected": unexpected, "has misshapen": shapes,
-             "has another value for": differing}  # fmt: skip
-    problems = [f"{flag} {path}: {kind} {_some(names)}; {remedy}" for kind, names in kinds.items() if names]
+    problems = [f"{source}: {kind} {_some(names)}; {remedy}" for kind, names in kinds.items() if names]
     if problems:
         raise InputError("\n".join(problems))
-    check_finite(given, f"{flag} {path}")
+    check_finite(given, source)
     student.load_state_dict(given, strict=False)
     if optional:
-        logger.warning(
-            "%s has no %s: they start at random (extract with --vocab_transform to take them).", path, _some(optional)
-        )
+        remedy = "they start at random (extract with --vocab_transform to take them)"
+        logger.warning("%s has no %s: %s.", path, _some(optional), remedy)
     logger.info("Loaded %d tensors from %s.", len(given), path)
+
+
+def _misfits(given: StateDict, own: StateDict) -> dict[str, list[str]]:
+    """Describe the given tensors that a model with the state `own` cannot take, by kind of misfit."""
+    shared = [n for n in given if n in own and _is_plain(given[n])]
+    first_name: dict[int, str] = {}
+    for name in shared:
+        first_name.setdefault(own[name].data_ptr(), name)
+    twins = [(n, first_name[own[n].data_ptr()]) for n in shared]
+    return {
+        "has unexpected": [n for n in given if n not in own],
+        "has odd": [f"{n} ({t.dtype}, {t.layout})" for n, t in given.items() if not _is_plain(t)],
+        "has misshapen": [
+            f"{n} {list(given[n].shape)} (the student's is {list(own[n].shape)})"
+            for n in shared
+            if own[n].shape != given[n].shape
+        ],
+        "has another value for": [f"{n} (tied to {m})" for n, m in twins if n != m and not torch.equal(given[n], given[m])],
+    }
 
 
 def _read_state_dict(path: str, flag: str) -> dict[str, torch.Tensor]:

@@ -238,6 +238,31 @@ def test_a_teacher_without_its_prediction_head_is_refused(tmp_path):
         load_teacher("bert", str(tmp_path / "base"))
 
 
+def as_on_the_hub(kind: str, state: dict) -> dict:
+    """Name a teacher's weights as the checkpoints of 2018 and 2019 do, with what else those hold."""
+    tied = {"bert": "cls.predictions.decoder.bias", "gpt2": "lm_head", "roberta": "lm_head.decoder"}[kind]
+    state = {name: tensor for name, tensor in state.items() if not name.startswith(tied)}
+    if kind == "gpt2":
+        extra = {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(LAYERS)}
+        return {name.removeprefix("transformer."): tensor for name, tensor in state.items()} | extra
+    extra = {f"{kind}.pooler.dense.weight": torch.zeros(32, 32), f"{kind}.embeddings.position_ids": torch.arange(64)[None]}
+    if kind == "bert":
+        extra["cls.seq_relationship.weight"] = torch.zeros(2, 32)
+        old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
+        for new, name in old.items():
+            state = {key.replace(new, name): tensor for key, tensor in state.items()}
+    return state | extra
+
+
+@pytest.mark.parametrize("kind", STUDENTS)
+def test_teachers_in_the_form_in_which_the_hub_has_them(kind, tmp_path):
+    teacher = make_model(kind, VOCAB).eval()
+    teacher.config.save_pretrained(tmp_path)
+    torch.save(as_on_the_hub(kind, teacher.state_dict()), tmp_path / "pytorch_model.bin")
+    ids = torch.arange(5, 25)[None]
+    assert torch.equal(load_teacher(kind, str(tmp_path))(ids).logits, teacher(ids).logits)
+
+
 def test_a_teacher_of_another_type_is_refused(teachers):
     with pytest.raises(InputError, match="is a gpt2 model, expected bert"):
         load_teacher("bert", str(teachers["gpt2"]))
