@@ -325,6 +325,7 @@ def special_ids(model_type: str, tokenizer) -> dict[str, int | None]:
 
 def max_input_length(model_type: str, tokenizer, config) -> int:
     """Return the longest sequence, in ids, that both the tokenizer and the teacher's position table admit."""
+    # Differs from the original: not from a table of model names, which fails for any other name.
     positions = config.max_position_embeddings - ARCHITECTURES[model_type].reserved_positions
     return int(min(tokenizer.model_max_length, positions))
 
@@ -428,6 +429,7 @@ def read_student_config(model_type: str, path: str, initializer_range: float | N
         raise InputError(f"{flag} {path}: has {config.num_hidden_layers} layers, expected at least 1; correct it")
     if unknown:
         logger.warning("%s %s: %s mean nothing to a %s model; misspelt?", flag, path, _some(unknown), model_type)
+    # Differs from the original: 2019 parsed the flag and ignored it.
     if initializer_range is not None:
         config.initializer_range = initializer_range
     config.architectures = [architecture.model_class]
@@ -544,6 +546,7 @@ def load_student_weights(student: torch.nn.Module, model_type: str, path: str) -
     storages = {own[n].data_ptr() for n in given if n in own}
     missing = [n for n in own if n not in given and own[n].data_ptr() not in storages]
     optional = [n for n in missing if n.startswith(row.head_transform or ("\0",))]
+    # Differs from the original: 2019 loaded whatever fitted, in silence.
     kinds = {"lacks": [n for n in missing if n not in optional], **_misfits(given, own)}
     remedy = "extract them anew for this student's configuration"
     problems = [f"{source}: {kind} {_some(names)}; {remedy}" for kind, names in kinds.items() if names]

@@ -48,6 +48,7 @@ class MicroBatch:
 
 def masking_weights(counts_V: torch.Tensor, smoothing: float, special_ids: Iterable[int]) -> torch.Tensor:
     """Weigh each token id for masking: max(count, 1) ^ -smoothing, 0 for special tokens; float64."""
+    # Differs from the original: always float64. In half precision frequent tokens' weights became 0.
     weights_V = counts_V.clamp(min=1).double() ** -smoothing
     weights_V[list(special_ids)] = 0.0
     return weights_V
@@ -301,6 +302,7 @@ class Distiller:
         """
         self.optimizer.zero_grad(set_to_none=True)
         losses_MK = self.accumulate(batches, numbers, num_mine)
+        # Differs from the original: nothing non-finite is applied. 2019 ended with exit status 0.
         self._check_losses(losses_MK, numbers)
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
@@ -319,10 +321,12 @@ class Distiller:
     def accumulate(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int) -> torch.Tensor:
         """Leave the update's mean gradient in .grad; return every rank's losses_MK. One gradient all-reduce."""
         self.model.train()
+        # Differs from the original: a last partial update is divided by its own size.
         share = self.world_size / len(numbers)  # DDP takes the mean over ranks
         scale = self.scaler.scale(torch.full((), share, device=self.device)) if self.scaler.is_enabled() else share
         losses_MK = torch.zeros(len(numbers), 1 + len(self.model.alphas), dtype=torch.float64, device=self.device)
         for done, batch in enumerate(batches, start=1):
+            # Differs from the original: gradients travel once an update, not with each micro-batch.
             with self._without_reduction(done < num_mine):
                 means_K = self._backward(batch, scale)
             losses_MK[batch.number - numbers[0], 1:] = means_K

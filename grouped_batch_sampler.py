@@ -85,6 +85,7 @@ class GroupedBatchSampler:
     def epoch_batches(self, epoch: int) -> list[np.ndarray]:
         """Plan one epoch: a new order of the sequences for each (seed, epoch)."""
         if self._planned_epoch is None or self._planned_epoch[0] != epoch:
+            # Differs from the original: 2019 gave every epoch the order of the first.
             order = keyed_numpy_generator(self.seed, epoch, "order").permutation(len(self.lengths))
             if self.groups is None:
                 batches = plain_batches(order, self.batch_size)
@@ -101,6 +102,7 @@ class GroupedBatchSampler:
 
     def updates(self, num_micro_batches: int, accumulation: int, rank: int, world_size: int) -> Iterator[Update]:
         """Yield the run's updates: the next accumulation x world_size micro-batches, dealt to the ranks."""
+        # Differs from the original: counted over the run. 2019 counted anew each epoch, and left-over gradients leaked.
         planned: list[PlannedBatch] = []
         for batch in self.micro_batches(num_micro_batches):
             planned.append(batch)

@@ -28,6 +28,8 @@ MAX_UNKNOWN_SHARE = 0.5  # sequences with this share of unknown tokens or more a
 class _ArrayUnpickler(pickle.Unpickler):
     """Load lists of numpy arrays and ints, and nothing else: a pickle may otherwise execute what it likes."""
 
+    # Differs from the original: 2019 unpickled, and so executed, anything.
+
     ADMITTED = {
         ("numpy", "dtype"),
         ("numpy", "ndarray"),

@@ -124,6 +124,7 @@ class TrainConfig:
     max_steps: int | None = option("number of updates, in place of N_EPOCH; the schedule spans them", None)
     max_length: int | None = option("longest sequence, in token ids; default: what the teacher admits", None)
     batch_size: int = option("sequences a micro-batch, on each process", 5)
+    # Differs from the original: 2019's flag switched grouping off.
     group_by_size: bool = option("make batches of sequences of like lengths", True)
     gradient_accumulation_steps: int = option("micro-batches an update, on each process", 50)
     warmup_prop: float = option("share of the updates over which the learning rate rises", 0.05)
@@ -454,6 +455,7 @@ class RunFolder:
         self.tokenizer = tokenizer
         self._claim(config)
         write_json(self.path / "parameters.json", as_flags(config))
+        # Differs from the original: outside a checkout, or with a detached head, the run goes on.
         write_json(self.path / "git_log.json", git_facts(Path(__file__).parent))
         with atomic_path(self.path / "config.json") as temporary:
             temporary.write_text(student.config.to_json_string(), encoding="utf-8")
@@ -466,6 +468,7 @@ class RunFolder:
         if problem:
             raise InputError(problem)
         if os.path.lexists(self.path):
+            # Differs from the original: moved aside, where 2019 deleted.
             # abspath: a trailing slash would make rename follow a link into the folder behind it.
             aside = _free_name(f"{os.path.abspath(self.path)}.old-{time.strftime('%Y%m%d-%H%M%S')}")
             os.rename(os.path.abspath(self.path), aside)
@@ -562,6 +565,7 @@ class Progress:
     def log(self, epoch: int, report: StepReport) -> None:
         """Write the scalars of SummaryWriter; x = micro-batches that each process has taken."""
         now = time.perf_counter()
+        # Differs from the original: means since the last log, over all ranks; 2019 logged one micro-batch.
         means = (self.log_sums_K / self.log_count).tolist()
         scalars = {f"losses/{name}": mean for name, mean in zip(self.names, means, strict=True)}
         scalars |= {
@@ -597,6 +601,7 @@ def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder |
                 batches, [batch.number for batch in update.planned], len(update.mine),
                 wants_statistics=is_logged and runtime.is_main,
             )  # fmt: skip
+            # Differs from the original: logs and checkpoints follow the update that they fall in; 2019's came before it.
             progress.record(update, report, num_iterations)
             if not runtime.is_main:
                 continue

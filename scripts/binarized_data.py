@@ -76,6 +76,7 @@ def binarize(path: str, tokenizer, start_id: int, end_id: int) -> tuple[list[np.
     with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc="binarize", **bar_options()) as bar:
         while batch := list(itertools.islice(lines, LINES_PER_BATCH)):
             texts = [text for text, _ in batch if text]
+            # Differs from the original: blank lines are no sequences of two boundary tokens.
             num_blank += len(batch) - len(texts)
             # The batch call runs on all cores; verbose=False: long lines are cut when the dataset is made.
             encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
@@ -89,6 +90,7 @@ def binarize(path: str, tokenizer, start_id: int, end_id: int) -> tuple[list[np.
 
 def id_dtype(tokenizer) -> tuple[type, int]:
     """Choose the ids' dtype: uint16 while the vocabulary, added tokens included, has fewer than 65536 entries."""
+    # Differs from the original: added tokens count, and ids are checked; 2019 wrapped at 16 bits in silence.
     largest_id = max(tokenizer.get_vocab().values())
     return (np.uint16 if largest_id + 1 < 2**16 else np.int32), largest_id
 
