@@ -23,12 +23,12 @@ make_environment() {
         base="$(find_python)"
         "$base" -m venv --clear "$ROOT/.venv"
     fi
-    stamp="$ROOT/.venv/installed-$(cd "$ROOT" && cat "$@" | cksum | tr ' ' -)"
-    if [ ! -e "$stamp" ]; then
-        echo "Installing $*"
-        for file in "$@"; do
+    for file in "$@"; do
+        stamp="$ROOT/.venv/installed-$(cksum < "$ROOT/$file" | tr ' ' -)"
+        if [ ! -e "$stamp" ]; then
+            echo "Installing $file"
             "$PYTHON" -m pip install --quiet --disable-pip-version-check -r "$ROOT/$file"
-        done
-        touch "$stamp"
-    fi
+            touch "$stamp"
+        fi
+    done
 }
