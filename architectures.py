@@ -448,6 +448,8 @@ def build_student(model_type: str, config, source: str = "--student_config") -> 
 def size_mismatches(student_config, teacher_config, source: str) -> list[str]:
     """Say, a line each, in which sizes a student's configuration and its teacher's disagree though they must not."""
     sizes = {"vocab_size": "vocabulary", "hidden_size": "width", "max_position_embeddings": "number of positions"}
+    if ARCHITECTURES[student_config.model_type].reserved_positions:  # its positions are counted from the padding id
+        sizes["pad_token_id"] = "padding id"
     return [
         f"{source}: {what} is {getattr(student_config, name)}, the teacher's is {getattr(teacher_config, name)}; "
         f"they must be equal, set {student_config.attribute_map.get(name, name)} in the student's JSON"

@@ -230,6 +230,12 @@ def test_bad_files_are_named_in_one_line(make, world, tmp_path, status_and_error
     assert not list(tmp_path.glob("run.old*"))
 
 
+def test_a_roberta_student_must_count_positions_as_its_teacher_does(world, tmp_path, status_and_errors):
+    config = edit_json(world.config("roberta"), tmp_path / "c.json", pad_token_id=0)
+    status, errors = status_and_errors(train.main, world.flags("roberta", tmp_path / "run", student_config=config))
+    assert status == 2 and "c.json: padding id is 0, the teacher's is 1" in errors[0]
+
+
 def test_an_existing_run_folder_is_refused_without_force(world, tmp_path, status_and_errors):
     (tmp_path / "run").mkdir()
     status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run"))
