@@ -19,7 +19,7 @@ import numpy as np
 import torch
 import transformers
 
-from utils import InputError, logger, require_file
+from utils import InputError, logger, one_line, require_file
 
 StateDict = Mapping[str, torch.Tensor]
 
@@ -200,7 +200,7 @@ def load_tokenizer(model_type: str, name: str, flag: str, do_lower_case: bool | 
     except InputError:
         raise
     except Exception as error:  # what a damaged or foreign file can raise has no end
-        raise InputError(f"{flag} {name}: no {model_type} tokenizer could be loaded ({_one_line(error)})") from error
+        raise InputError(f"{flag} {name}: no {model_type} tokenizer could be loaded ({one_line(error)})") from error
 
 
 def _load_tokenizer(model_type: str, name: str, flag: str, do_lower_case: bool | None):
@@ -215,7 +215,7 @@ def _load_tokenizer(model_type: str, name: str, flag: str, do_lower_case: bool |
             lower_case = not _has_capitals(files, f"{flag} {name}")
         if lower_case is not None:
             options["do_lower_case"] = lower_case
-    with _quiet_transformers():
+    with quiet_transformers():
         tokenizer = getattr(transformers, architecture.tokenizer_class).from_pretrained(name, **options)
     if not tokenizer.model_max_length > 2:
         raise InputError(f"{flag} {name}: model_max_length is {tokenizer.model_max_length}, expected above 2; correct it")
@@ -240,7 +240,7 @@ def _tokenizer_files(architecture: Architecture, name: str, flag: str) -> dict[s
 
 def _fetch(name: str, files: Sequence[str], flag: str) -> dict[str, str]:
     paths: dict[str, str | None] = {}
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             for file in files:
                 paths[file] = transformers.utils.cached_file(name, file, _raise_exceptions_for_missing_entries=False)
@@ -258,13 +258,8 @@ def _is_in_hub_cache(name: str) -> bool:
 
 def _not_found(flag: str, name: str, error: Exception) -> str:
     if os.path.isdir(name):
-        return f"{flag} {name}: holds no readable config.json of a model ({_one_line(error)}); name a model's folder"
-    return f"{flag} {name}: neither a local folder nor a model that the hub gave ({_one_line(error)})"
-
-
-def _one_line(error: Exception, limit: int = 160) -> str:
-    text = " ".join(str(error).split()) or type(error).__name__
-    return text if len(text) <= limit else text[: limit - 2] + ".."
+        return f"{flag} {name}: holds no readable config.json of a model ({one_line(error)}); name a model's folder"
+    return f"{flag} {name}: neither a local folder nor a model that the hub gave ({one_line(error)})"
 
 
 def _read_json(path: str | None, where: str) -> dict:
@@ -273,7 +268,7 @@ def _read_json(path: str | None, where: str) -> dict:
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8"))
     except ValueError as error:
-        raise InputError(f"{where}: {Path(path).name} is no readable JSON ({_one_line(error)}); take another copy") from error
+        raise InputError(f"{where}: {Path(path).name} is no readable JSON ({one_line(error)}); take another copy") from error
     if not isinstance(content, dict):
         raise InputError(f"{where}: {Path(path).name} holds a {type(content).__name__}, expected an object; take another copy")
     return content
@@ -336,7 +331,7 @@ def max_input_length(model_type: str, tokenizer, config) -> int:
 
 
 @contextlib.contextmanager
-def _quiet_transformers() -> Iterator[None]:
+def quiet_transformers() -> Iterator[None]:
     """Keep transformers' warnings, progress bars and retry messages back: what is wrong is said by us, in one line."""
     hub_logger = logging.getLogger("huggingface_hub")
     verbosity, hub_level = transformers.logging.get_verbosity(), hub_logger.level
@@ -355,7 +350,7 @@ def _quiet_transformers() -> Iterator[None]:
 
 def load_config(model_type: str | None, name: str, flag: str):
     """Load a model's configuration by hub name or folder. Raises InputError where it is not of model_type (None: any)."""
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             config = transformers.AutoConfig.from_pretrained(name)
         except Exception as error:
@@ -368,13 +363,13 @@ def load_config(model_type: str | None, name: str, flag: str):
 def load_model(model_type: str, name: str, flag: str) -> torch.nn.Module:
     """Load a whole language model in float32. Raises InputError where weights are missing or not finite."""
     load_config(model_type, name, flag)
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             model, report = getattr(transformers, ARCHITECTURES[model_type].model_class).from_pretrained(
                 name, dtype=torch.float32, return_dict=True, output_loading_info=True, ignore_mismatched_sizes=True
             )
         except Exception as error:
-            raise InputError(f"{flag} {name}: its weights could not be loaded ({_one_line(error)})") from error
+            raise InputError(f"{flag} {name}: its weights could not be loaded ({one_line(error)})") from error
     row = ARCHITECTURES[model_type]
     misfits = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
     of_a_layer = re.compile(rf"(^|\.){re.escape(row.layers.split('.', 1)[1])}\d+\.")
@@ -422,7 +417,7 @@ def read_student_config(model_type: str, path: str, initializer_range: float | N
         unknown = [key for key in content if not hasattr(config_class(), key)]
         config = config_class(**{key: value for key, value in content.items() if key not in OF_THE_RUN})
     except Exception as error:
-        raise InputError(f"{flag} {path}: not a {model_type} configuration ({_one_line(error)}); correct it") from error
+        raise InputError(f"{flag} {path}: not a {model_type} configuration ({one_line(error)}); correct it") from error
     if declared != model_type:
         raise InputError(f"{flag} {path}: is for a {declared} model, expected {model_type}; name another file")
     if config.num_hidden_layers < 1:
@@ -438,11 +433,11 @@ def read_student_config(model_type: str, path: str, initializer_range: float | N
 
 def build_student(model_type: str, config, source: str = "--student_config") -> torch.nn.Module:
     """Make a student with random weights. Raises InputError naming `source` where the configuration contradicts itself."""
-    with _quiet_transformers():
+    with quiet_transformers():
         try:
             return getattr(transformers, ARCHITECTURES[model_type].model_class)(config)
         except Exception as error:  # sizes and names of layers that don't exist: each fails in its own way
-            raise InputError(f"{source}: no model can be made of it ({_one_line(error)}); correct the JSON") from error
+            raise InputError(f"{source}: no model can be made of it ({one_line(error)}); correct the JSON") from error
 
 
 def size_mismatches(student_config, teacher_config, source: str) -> list[str]:
@@ -588,7 +583,7 @@ def _read_state_dict(path: str, flag: str) -> dict[str, torch.Tensor]:
     except OSError:
         raise
     except Exception as error:
-        raise InputError(f"{flag} {path}: not a state dict that torch can load safely ({_one_line(error)})") from error
+        raise InputError(f"{flag} {path}: not a state dict that torch can load safely ({one_line(error)})") from error
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in state.items()
     ):

@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from utils import InputError, logger, require_file
+from utils import InputError, logger, one_line, require_file
 
 MIN_LENGTH = 11  # sequences of this many ids, boundary tokens included, or fewer are removed
 MAX_UNKNOWN_SHARE = 0.5  # sequences with this share of unknown tokens or more are removed
@@ -53,8 +53,7 @@ def read_pickle(path: str | os.PathLike, what: str) -> Any:
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        reason = " ".join(str(error).split()) or type(error).__name__
-        raise InputError(f"{what} {path}: not a readable pickle of token ids ({reason}); make it again") from error
+        raise InputError(f"{what} {path}: not a readable pickle of token ids ({one_line(error)}); make it again") from error
 
 
 def read_token_file(path: str | os.PathLike, what: str = "--data_file") -> tuple[np.ndarray, np.ndarray]:

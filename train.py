@@ -4,7 +4,6 @@ Launch as one process (`python train.py ..`) or as several (`torchrun`, `python 
 """
 
 import argparse
-import contextlib
 import dataclasses
 import functools
 import json
@@ -37,6 +36,7 @@ from architectures import (
     load_teacher,
     load_tokenizer,
     max_input_length,
+    quiet_transformers,
     read_student_config,
     size_mismatches,
     special_ids,
@@ -66,6 +66,7 @@ from utils import (
     is_one_of_several,
     keyed_seed,
     logger,
+    one_line,
     output_problem,
     run_program,
     save_weights,
@@ -377,8 +378,8 @@ def check_forward(model: torch.nn.Module, source: str, dataset: LmSeqsDataset) -
             hidden_BTD = model.base_model(token_ids_BT).last_hidden_state
             logits_NV = head_of(model, hidden_BTD[0, :1])
     except Exception as error:
-        reason = " ".join(str(error).split())[:160]
-        raise InputError(f"{source}: the model fails on {token_ids_BT.shape[1]} tokens ({reason}); correct its JSON") from error
+        where = f"{source}: the model fails on {token_ids_BT.shape[1]} tokens"
+        raise InputError(f"{where} ({one_line(error)}); correct its JSON") from error
     if not (torch.isfinite(hidden_BTD).all() and torch.isfinite(logits_NV).all()):
         raise InputError(f"{source}: the model gives NaN or infinite values before any training; correct its JSON or weights")
 
@@ -491,13 +492,9 @@ class RunFolder:
     def finish(self) -> None:
         """Make the folder one that from_pretrained loads, and write pytorch_model.bin last: its presence means done."""
         with tempfile.TemporaryDirectory(prefix=".export-", dir=self.path) as folder:
-            verbosity = transformers.logging.get_verbosity()
-            transformers.logging.set_verbosity_error()
-            transformers.logging.disable_progress_bar()
-            self.student.save_pretrained(folder)
-            self.tokenizer.save_pretrained(folder)
-            transformers.logging.enable_progress_bar()
-            transformers.logging.set_verbosity(verbosity)
+            with quiet_transformers():
+                self.student.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
             for file in sorted(Path(folder).iterdir()):
                 with atomic_path(self.path / file.name) as temporary:
                     os.replace(file, temporary)
@@ -518,8 +515,7 @@ def _free_name(name: str) -> str:
 class Progress:
     """Counters and means of a run, and what is shown and logged of them (on the main process)."""
 
-    def __init__(self, config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None):
-        self.config = config
+    def __init__(self, parts: Parts, runtime: Runtime, folder: RunFolder | None):
         self.parts = parts
         self.folder = folder
         self.names = ["loss", *(f"loss_{name}" for name in parts.distiller.model.alphas)]
@@ -587,7 +583,7 @@ class Progress:
 
 def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None) -> None:
     """Train: an update, then whatever falls due after it."""
-    progress = Progress(config, parts, runtime, folder)
+    progress = Progress(parts, runtime, folder)
     accumulation = config.gradient_accumulation_steps
     updates = parts.sampler.updates(parts.num_micro_batches, accumulation, runtime.rank, runtime.world_size)
     with progress.bar, logging_redirect_tqdm([logger]):
@@ -649,8 +645,7 @@ def main(argv: list[str] | None = None) -> None:
             logger.error("Stopped: %s. %s", error, folder.describe_saved())
         sys.exit(EXIT_NON_FINITE)
     if folder is not None:
-        with contextlib.closing(folder.writer):
-            folder.finish()
+        folder.finish()
         logger.info("Done: %s holds the student, for from_pretrained.", config.dump_path)
 
 

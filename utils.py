@@ -55,7 +55,7 @@ def run_program(main: Callable[[], None]) -> None:
         report_problems(str(error), from_any_rank=isinstance(error, RankError))
         sys.exit(EXIT_INPUT_ERROR)
     except OSError as error:
-        report_problems(" ".join(str(error).split()))
+        report_problems(one_line(error, limit=None))
         sys.exit(EXIT_INPUT_ERROR)
     except KeyboardInterrupt:
         report_problems("interrupted")
@@ -63,6 +63,12 @@ def run_program(main: Callable[[], None]) -> None:
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def one_line(error: Exception, limit: int | None = 160) -> str:
+    """Put an error's message on one line, cut to `limit` characters (None: whole); its type's name where it has none."""
+    text = " ".join(str(error).split()) or type(error).__name__
+    return text if limit is None or len(text) <= limit else text[: limit - 2] + ".."
 
 
 def report_problems(message: str, from_any_rank: bool = False) -> None:
@@ -227,7 +233,7 @@ def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:
         facts["repo_sha"] = repo.head.object.hexsha
         facts["repo_branch"] = repo.active_branch.name
     except (ValueError, TypeError) as error:
-        logger.warning("The git head is unborn or detached (%s): git_log.json says so.", " ".join(str(error).split()))
+        logger.warning("The git head is unborn or detached (%s): git_log.json says so.", one_line(error))
     return facts
 
 
@@ -278,7 +284,7 @@ class Runtime:
         except InputError as error:
             problem = str(error)
         except OSError as error:
-            problem = " ".join(str(error).split())
+            problem = one_line(error, limit=None)
         if self.world_size == 1:
             if problem:
                 raise InputError(problem)
@@ -402,8 +408,9 @@ def _join_the_others(backend: str) -> None:
         dist.init_process_group(backend, init_method="env://", timeout=PROCESS_GROUP_TIMEOUT)
     except (OSError, RuntimeError, ValueError) as error:  # no such host, port in use, a rank that never came
         where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
-        reason = " ".join(str(error).split())[:200]
-        raise RankError(f"{where}: the processes could not meet ({reason}); check address, port and every rank") from error
+        raise RankError(
+            f"{where}: the processes could not meet ({one_line(error)}); check address, port and every rank"
+        ) from error
 
 
 def choose_device(

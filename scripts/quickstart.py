@@ -95,7 +95,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--seed", type=int, default=56, help="seed of everything (default: %(default)s)")
     parser.add_argument("--max_length", type=int, default=64, help="longest sequence, in ids (default: %(default)s)")
     parser.add_argument("--student_steps", type=int, help="updates of the student (default: 700, with --short 60)")
-    parser.add_argument("--short", action="store_true", help="a minute's version of it, to see that it works")
+    parser.add_argument("--short", action="store_true", help="a version of two minutes, to see that it works")
     return parser.parse_args(argv)
 
 
@@ -165,9 +165,10 @@ def user_lines(path: str) -> Iterator[str]:
     with open(path, encoding="utf-8-sig") as file:
         try:
             for line in file:
-                if line.strip() and line not in seen:
-                    seen.add(line)
-                    yield line.strip()
+                stripped = line.strip()
+                if stripped and stripped not in seen:
+                    seen.add(stripped)
+                    yield stripped
         except UnicodeDecodeError as error:
             raise InputError(f"--text {path}: is not UTF-8 ({error}); convert it") from error
 
@@ -200,9 +201,8 @@ def train_teacher(plan: Plan, vocab_size: int) -> None:
          "--num_steps", plan.scale.teacher_steps, "--max_length", plan.max_length, "--seed", plan.seed, "--force")  # fmt: skip
 
 
-def write_student_config(plan: Plan, teacher_config) -> None:
-    """Write the configuration of a student with half the teacher's layers, all else as the teacher's."""
-    num_layers = max(teacher_config.num_hidden_layers // 2, 1)
+def write_student_config(plan: Plan, teacher_config, num_layers: int) -> None:
+    """Write the configuration of a student with num_layers layers, all else as the teacher's."""
     if plan.student_type == "distilbert":
         content = {
             "model_type": "distilbert", "vocab_size": teacher_config.vocab_size, "dim": teacher_config.hidden_size,
@@ -217,13 +217,13 @@ def write_student_config(plan: Plan, teacher_config) -> None:
 
 
 def extract_first_weights(plan: Plan, num_layers: int) -> None:
-    """Take every other layer of the teacher."""
+    """Take num_layers layers of the teacher, evenly spaced."""
     flags = ["--vocab_transform"] if plan.objective == "mlm" else []
     program = "scripts/extract.py"
     if plan.teacher_type == "bert":
         program, flags = "scripts/extract_distilbert.py", [*flags, "--fold_token_types"]
     call(program, "--model_type", plan.teacher_type, "--model_name", plan.teacher, "--dump_checkpoint",
-         plan.folder / "first_weights.pth", "--num_layers", max(num_layers // 2, 1), *flags)  # fmt: skip
+         plan.folder / "first_weights.pth", "--num_layers", num_layers, *flags)  # fmt: skip
 
 
 def train_student(plan: Plan, name: str, alphas: list[str]) -> None:
@@ -414,19 +414,21 @@ def main(argv: list[str] | None = None) -> None:
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
     plan = make_plan(args)
     make_text(plan, args.text)
-    if not args.teacher:
+    is_embedded = args.teacher is None
+    if is_embedded:
         train_vocabulary(plan)
     tokenizer = load_tokenizer(plan.teacher_type, plan.teacher, "--teacher")
-    if args.teacher:
-        teacher_config = transformers.AutoConfig.from_pretrained(plan.teacher)
-        make_tokens(plan, teacher_config.vocab_size)
-        held_out_batches(plan, tokenizer, teacher_config)  # an error here costs seconds, after training minutes
+    if is_embedded:
+        teacher_config = transformers.BertConfig(**TEACHER, vocab_size=len(tokenizer))
     else:
-        make_tokens(plan, len(tokenizer))
-        train_teacher(plan, len(tokenizer))
-        teacher_config = transformers.AutoConfig.from_pretrained(plan.teacher)
-    write_student_config(plan, teacher_config)
-    extract_first_weights(plan, teacher_config.num_hidden_layers)
+        teacher_config = load_config(plan.teacher_type, plan.teacher, "--teacher")
+    make_tokens(plan, teacher_config.vocab_size)
+    held_out_batches(plan, tokenizer, teacher_config)  # an error here costs seconds, after training minutes
+    if is_embedded:
+        train_teacher(plan, teacher_config.vocab_size)
+    num_layers = max(teacher_config.num_hidden_layers // 2, 1)
+    write_student_config(plan, teacher_config, num_layers)
+    extract_first_weights(plan, num_layers)
     train_student(plan, "distilled", README_ALPHAS[plan.objective])
     train_student(plan, "without_teacher", ALONE_ALPHAS[plan.objective])
     report(plan, started)

@@ -32,6 +32,11 @@ def test_own_text_and_teacher_give_the_table(kind, own_text, teachers, tmp_path,
     assert held_out and not held_out & set((tmp_path / "out" / "train.txt").read_text().splitlines())
 
 
+def test_a_line_that_stands_twice_is_taken_once(tmp_path):
+    (tmp_path / "text").write_text("bake\n limo \nbake \n\nlimo\nbake")  # the last without a line end
+    assert list(quickstart.user_lines(str(tmp_path / "text"))) == ["bake", "limo"]
+
+
 BAD = {
     "no text": (["--text", "{tmp}/nowhere"], "nowhere: no such file"),
     "short text": (["--text", "{tmp}/short", "--teacher", "{bert}"], "expected at least 40 lines"),
