@@ -51,6 +51,8 @@ def run_program(main: Callable[[], None]) -> None:
     """
     try:
         main()
+        if dist.is_available() and dist.is_initialized():
+            _leave_together()
     except InputError as error:
         report_problems(str(error), from_any_rank=isinstance(error, RankError))
         sys.exit(EXIT_INPUT_ERROR)
@@ -63,6 +65,19 @@ def run_program(main: Callable[[], None]) -> None:
     finally:
         if dist.is_available() and dist.is_initialized():
             dist.destroy_process_group()
+
+
+def _leave_together() -> NoReturn:
+    """End this process, which finished its work, when every rank has finished its own.
+
+    Not by returning: in 1 of 28 runs of two ranks gloo's teardown aborted the rank that was done first ("terminate
+    called without an active exception", torch 2.13), and the launcher then killed the one that was still writing.
+    """
+    dist.barrier()
+    logging.shutdown()
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)
 
 
 def one_line(error: Exception, limit: int | None = 160) -> str:
