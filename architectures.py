@@ -2,26 +2,33 @@
 
 ARCHITECTURES has one row a model type, PAIRS one row a (teacher, student) that can be distilled. The functions below
 load tokenizers, teachers and students by hub name or local folder, and make a student's first weights out of a
-teacher's layers (Sanh et al., 2019, section 3: the student is initialized by taking one layer out of two).
+teacher's layers (Sanh et al., 2019, section 3: the student is initialized by taking one layer out of two). torch is
+imported where it is used: programs that want a tokenizer only do without.
 """
+
+from __future__ import annotations
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import logging
 import os
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import huggingface_hub
 import numpy as np
-import torch
 import transformers
 
 from utils import InputError, logger, one_line, require_file
 
-StateDict = Mapping[str, torch.Tensor]
+if TYPE_CHECKING:
+    import torch
+
+    StateDict = Mapping[str, torch.Tensor]
 
 
 def _distilbert_head(model, hidden_ND):
@@ -318,6 +325,24 @@ def special_ids(model_type: str, tokenizer) -> dict[str, int | None]:
     return {role: getattr(tokenizer, f"{token}_id") for role, token in roles.items()}
 
 
+def vocabulary_fingerprint(tokenizer) -> str:
+    """Return the SHA-256 of the vocabulary, added tokens included: files of one fingerprint mean the same by their ids."""
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def describe_tokenizer(model_type: str, name: str, tokenizer, do_lower_case: bool | None = None) -> dict:
+    """Describe a tokenizer for the card of a token file."""
+    return {
+        "type": model_type,
+        "name": name,
+        "do_lower_case": do_lower_case,
+        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+        "vocabulary_sha256": vocabulary_fingerprint(tokenizer),
+        "special_ids": special_ids(model_type, tokenizer),
+    }
+
+
 def max_input_length(model_type: str, tokenizer, config) -> int:
     """Return the longest sequence, in ids, that both the tokenizer and the teacher's position table admit."""
     # Differs from the original: not from a table of model names, which fails for any other name.
@@ -362,6 +387,8 @@ def load_config(model_type: str | None, name: str, flag: str):
 
 def load_model(model_type: str, name: str, flag: str) -> torch.nn.Module:
     """Load a whole language model in float32. Raises InputError where weights are missing or not finite."""
+    import torch
+
     load_config(model_type, name, flag)
     with quiet_transformers():
         try:
@@ -392,6 +419,8 @@ def load_teacher(model_type: str, name: str, flag: str = "--teacher_name") -> to
 
 def check_finite(state_dict: StateDict, where: str) -> None:
     """Raise InputError naming the tensors in which something is NaN or infinite."""
+    import torch
+
     wrong = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
     if wrong:
         raise InputError(f"{where}: {_some(wrong)} hold NaN or infinite values; take another checkpoint")
@@ -572,11 +601,13 @@ def _misfits(given: StateDict, own: StateDict) -> dict[str, list[str]]:
             for n in shared
             if own[n].shape != given[n].shape
         ],
-        "has another value for": [f"{n} (tied to {m})" for n, m in twins if n != m and not torch.equal(given[n], given[m])],
+        "has another value for": [f"{n} (tied to {m})" for n, m in twins if n != m and not given[n].equal(given[m])],
     }
 
 
 def _read_state_dict(path: str, flag: str) -> dict[str, torch.Tensor]:
+    import torch
+
     require_file(path, flag)
     try:
         state = torch.load(path, map_location="cpu", weights_only=True)
@@ -592,5 +623,7 @@ def _read_state_dict(path: str, flag: str) -> dict[str, torch.Tensor]:
 
 
 def _is_plain(tensor: object) -> bool:
+    import torch
+
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return isinstance(tensor, torch.Tensor) and tensor.dtype in kinds and tensor.layout == torch.strided and not tensor.is_meta

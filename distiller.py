@@ -45,6 +45,17 @@ class MicroBatch:
     rows: Mapping[str, torch.Tensor]
     num_tokens: int
 
+    def pinned(self) -> "MicroBatch":
+        """Return the batch in page-locked memory, from where a GPU copies it while the host goes on."""
+        pinned = {id(tensor): tensor.pin_memory() for tensor in (self.input_ids_BT, self.labels_BT, *self.rows.values())}
+        return dataclasses.replace(
+            self,
+            input_ids_BT=pinned[id(self.input_ids_BT)],
+            attention_mask_BT=None if self.attention_mask_BT is None else self.attention_mask_BT.pin_memory(),
+            labels_BT=pinned[id(self.labels_BT)],
+            rows={kind: pinned[id(rows_N)] for kind, rows_N in self.rows.items()},
+        )
+
 
 def masking_weights(counts_V: torch.Tensor, smoothing: float, special_ids: Iterable[int]) -> torch.Tensor:
     """Weigh each token id for masking: max(count, 1) ^ -smoothing, 0 for special tokens; float64."""

@@ -6,13 +6,14 @@ whole updates to the ranks is ours: W ranks at accumulation A take what one rank
 """
 
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from utils import keyed_numpy_generator
+from utils import InputError, keyed_numpy_generator
 
 BIN_WIDTH = 4
+CHUNK_BATCHES = 2**16
 
 
 def length_groups(lengths: np.ndarray, max_length: int) -> np.ndarray:
@@ -21,34 +22,108 @@ def length_groups(lengths: np.ndarray, max_length: int) -> np.ndarray:
     max_length 0 leaves one edge, 10.
     """
     edges = np.arange(3, max_length, BIN_WIDTH) if max_length > 0 else np.array([10])
-    return np.searchsorted(edges, lengths, side="right")
+    group_of_length = np.searchsorted(edges, np.arange(max(max_length, 11) + 1), side="right")
+    longest = len(group_of_length) - 1
+    return group_of_length.astype(np.min_scalar_type(len(edges)))[np.minimum(lengths, longest)]
 
 
-def grouped_batches(order: np.ndarray, groups: np.ndarray, batch_size: int) -> list[np.ndarray]:
+@dataclasses.dataclass(frozen=True)
+class Batches(Sequence):
+    """Batches of sequences, end to end in one array: 4 bytes a sequence, 8 a batch.
+
+    sequences: batch after batch; ends: where each batch ends.
+    """
+
+    sequences: np.ndarray
+    ends: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.ends)
+
+    def __getitem__(self, number: int) -> np.ndarray:
+        if not -len(self) <= number < len(self):
+            raise IndexError(number)
+        number %= len(self)
+        return self.sequences[self.ends[number - 1] if number else 0 : self.ends[number]]
+
+
+def plain_batches(order: np.ndarray, batch_size: int) -> Batches:
+    """Cut `order` into consecutive batches; the last may be shorter."""
+    ends = np.arange(batch_size, len(order) + batch_size, batch_size)
+    return Batches(order, np.minimum(ends, len(order)))
+
+
+def grouped_batches(order: np.ndarray, groups: np.ndarray, batch_size: int) -> Batches:
     """Cut `order` (a permutation of the sequences) into batches of one group each.
 
     Batches come in the order in which groups fill up while `order` is read; what is left over is joined by ascending
     group, reading order inside, and cut again. ceil(N / batch_size) batches, each sequence once.
     """
-    order = np.asarray(order)
-    by_group = np.argsort(groups[order], kind="stable")  # places in the reading order, group by group
-    sorted_groups = groups[order][by_group]
-    starts = np.flatnonzero(np.r_[True, sorted_groups[1:] != sorted_groups[:-1]]) if len(order) else np.array([], int)
-    full, left_over, filled_at = [], [], []
-    for places in np.split(by_group, starts[1:]):
-        num_full = len(places) // batch_size
-        for k in range(num_full):
-            batch = places[k * batch_size : (k + 1) * batch_size]
-            full.append(order[batch])
-            filled_at.append(batch[-1])
-        left_over.append(order[places[num_full * batch_size :]])
-    batches = [full[k] for k in np.argsort(filled_at)] if full else []
-    return batches + plain_batches(np.concatenate(left_over), batch_size)
+    full, rest, _ = _fill_groups(order, groups, np.full(_num_groups(groups), batch_size))
+    return _joined(full, plain_batches(rest, batch_size))
 
 
-def plain_batches(order: np.ndarray, batch_size: int) -> list[np.ndarray]:
-    """Cut `order` into consecutive batches; the last may be shorter."""
-    return [order[k : k + batch_size] for k in range(0, len(order), batch_size)]
+def budget_batches(order: np.ndarray, groups: np.ndarray, longest: np.ndarray, max_tokens: int) -> Batches:
+    """Cut `order` into batches of one group each, of as many sequences as keep the padded batch within max_tokens.
+
+    longest: bounds the length in each group, at most max_tokens. Order and left-overs as in grouped_batches. The number of
+    batches depends on the groups' sizes alone, and so is the same for every order.
+    """
+    full, rest, groups_of_rest = _fill_groups(order, groups, max_tokens // longest)
+    return _joined(full, Batches(rest, _ends_within(longest[groups_of_rest], max_tokens)))
+
+
+def _num_groups(groups: np.ndarray) -> int:
+    return int(groups.max(initial=0)) + 1
+
+
+def _fill_groups(order: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -> tuple[Batches, np.ndarray, np.ndarray]:
+    """Read `order` into groups of `sizes` a batch: (full batches as they fill up, what is left over, its groups)."""
+    group_of_place = groups[order]
+    by_group, num_full = np.empty_like(order), 0
+    filled_at, rest, groups_of_rest, batch_sizes = [], [], [], []
+    for group in range(_num_groups(groups)):
+        places = np.flatnonzero(group_of_place == group)  # in reading order
+        size = int(sizes[group])
+        num_batches = len(places) // size
+        count = num_batches * size
+        by_group[num_full : num_full + count] = order[places[:count]]
+        num_full += count
+        filled_at.append(places[size - 1 : count : size].astype(np.int32 if len(order) < 2**31 else np.int64))
+        batch_sizes.append(np.full(num_batches, size, np.int32))
+        rest.append(order[places[count:]])
+        groups_of_rest.append(np.full(len(rest[-1]), group))
+    full = _reordered(by_group[:num_full], np.concatenate(batch_sizes), np.argsort(np.concatenate(filled_at)))
+    return full, np.concatenate(rest), np.concatenate(groups_of_rest)
+
+
+def _reordered(sequences: np.ndarray, sizes: np.ndarray, batches: np.ndarray) -> Batches:
+    """Put consecutive batches of the given sizes into another order, a chunk of batches at a time."""
+    starts = np.cumsum(sizes) - sizes
+    ends = np.cumsum(sizes[batches])
+    result, place = np.empty_like(sequences), 0
+    for k in range(0, len(batches), CHUNK_BATCHES):
+        chunk = batches[k : k + CHUNK_BATCHES]
+        count = int(sizes[chunk].sum())
+        within = np.arange(count) - np.repeat(np.cumsum(sizes[chunk]) - sizes[chunk], sizes[chunk])
+        result[place : place + count] = sequences[np.repeat(starts[chunk], sizes[chunk]) + within]
+        place += count
+    return Batches(result, ends)
+
+
+def _ends_within(longest: np.ndarray, max_tokens: int) -> np.ndarray:
+    """Cut sequences of ascending bounded lengths where one more would take the padded batch over max_tokens."""
+    ends, start = [], 0
+    while start < len(longest):
+        bounds = longest[start : start + max_tokens // int(longest[start])]
+        start += int(np.count_nonzero(bounds * np.arange(1, len(bounds) + 1) <= max_tokens))
+        ends.append(start)
+    return np.array(ends, np.int64)
+
+
+def _joined(first: Batches, second: Batches) -> Batches:
+    offset = len(first.sequences)
+    return Batches(np.concatenate([first.sequences, second.sequences]), np.concatenate([first.ends, second.ends + offset]))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,28 +146,63 @@ class Update:
 class GroupedBatchSampler:
     """Plan the micro-batches of a whole run from the sequences' lengths."""
 
-    def __init__(self, lengths: np.ndarray, batch_size: int, max_length: int, *, group_by_size: bool, seed: int):
+    def __init__(
+        self, lengths: np.ndarray, batch_size: int, max_length: int, *, group_by_size: bool, seed: int,
+        max_tokens: int | None = None,
+    ):  # fmt: skip
+        """max_tokens: a micro-batch takes as many sequences as its padded size stays within, in place of batch_size.
+
+        Raises InputError where a sequence is longer than that, or where sequences are not grouped by length.
+        """
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
         self.seed = seed
         self.groups = length_groups(self.lengths, max_length) if group_by_size else None
-        self._planned_epoch: tuple[int, list[np.ndarray]] | None = None
+        self.max_tokens = max_tokens
+        self._planned_epoch: tuple[int, Batches] | None = None
+        self._num_batches: int | None = None
+        if max_tokens is not None:
+            self._bound_groups(max_length)
+
+    def _bound_groups(self, max_length: int) -> None:
+        if self.groups is None:
+            raise InputError("--max_tokens with --no-group_by_size: the budget is planned by length; leave one of them out")
+        longest = int(self.lengths.max(initial=0))
+        if longest > self.max_tokens:
+            raise InputError(
+                f"--max_tokens {self.max_tokens}: the longest sequence has {longest} ids; raise it, or set --max_length"
+            )
+        self.longest_of_group = np.arange(_num_groups(self.groups)) * BIN_WIDTH + 2  # group k ends below edge 3 + 4 k
+        self.longest_of_group[-1] = longest
 
     def __len__(self) -> int:
         """Count the micro-batches of an epoch."""
-        return -(-len(self.lengths) // self.batch_size)
+        if self._num_batches is None:
+            num = -(-len(self.lengths) // self.batch_size)
+            self._num_batches = num if self.max_tokens is None else len(self.epoch_batches(0))
+        return self._num_batches
 
-    def epoch_batches(self, epoch: int) -> list[np.ndarray]:
+    def epoch_batches(self, epoch: int) -> Batches:
         """Plan one epoch: a new order of the sequences for each (seed, epoch)."""
         if self._planned_epoch is None or self._planned_epoch[0] != epoch:
-            # Differs from the original: 2019 gave every epoch the order of the first.
-            order = keyed_numpy_generator(self.seed, epoch, "order").permutation(len(self.lengths))
-            if self.groups is None:
-                batches = plain_batches(order, self.batch_size)
-            else:
-                batches = grouped_batches(order, self.groups, self.batch_size)
-            self._planned_epoch = (epoch, batches)
+            self._planned_epoch = None  # its memory serves the next one
+            self._planned_epoch = (epoch, self._plan(self._order(epoch)))
         return self._planned_epoch[1]
+
+    def _order(self, epoch: int) -> np.ndarray:
+        # Differs from the original: 2019 gave every epoch the order of the first.
+        num = len(self.lengths)
+        in_file_order = np.arange(num, dtype=np.int32 if num < 2**31 else np.int64)
+        generator = keyed_numpy_generator(self.seed, epoch, "order")
+        generator.shuffle(in_file_order)
+        return in_file_order
+
+    def _plan(self, order: np.ndarray) -> Batches:
+        if self.groups is None:
+            return plain_batches(order, self.batch_size)
+        if self.max_tokens is None:
+            return grouped_batches(order, self.groups, self.batch_size)
+        return budget_batches(order, self.groups, self.longest_of_group, self.max_tokens)
 
     def micro_batches(self, num_micro_batches: int) -> Iterator[PlannedBatch]:
         """Yield the run's micro-batches 0, 1, .. as a single process would take them, over the ends of epochs."""

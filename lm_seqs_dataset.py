@@ -1,88 +1,32 @@
 """The sequences that a model is trained on, out of a token file.
 
-Here: reading the pickled list of the 2019 kind (without executing anything in it), and `LmSeqsDataset`, which splits
-long sequences and filters short and unknown ones as index arithmetic over one flat array of ids.
+`LmSeqsDataset` splits long sequences and filters short and unknown ones as index arithmetic over one flat array of ids:
+a sequence is a view, 14 bytes, and no id is copied before it goes into a batch. What a store's card already tells (no
+boundary token inside a sequence, where unknown tokens abound) is not looked up again, so that a store is not read
+when it is opened.
 """
 
 import dataclasses
-import itertools
 import os
-import pickle
 from collections.abc import Iterable
-from typing import Any
 
 import numpy as np
 import torch
 
-from utils import InputError, logger, one_line, require_file
+from token_files import TokenFile, check_ids_below, check_vocabulary, open_token_file, read_checked_card, read_pickle
+from utils import InputError, logger
 
 MIN_LENGTH = 11  # sequences of this many ids, boundary tokens included, or fewer are removed
 MAX_UNKNOWN_SHARE = 0.5  # sequences with this share of unknown tokens or more are removed
+CHUNK_SEQUENCES = 2**18  # that are split and filtered in one go
+CHUNK_IDS = 2**22
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# Reading pickles of the 2019 kind
-# --------------------------------------------------------------------------------------------------------------------
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Load lists of numpy arrays and ints, and nothing else: a pickle may otherwise execute what it likes."""
-
-    # Differs from the original: 2019 unpickled, and so executed, anything.
-
-    ADMITTED = {
-        ("numpy", "dtype"),
-        ("numpy", "ndarray"),
-        ("_codecs", "encode"),
-        *itertools.product(("numpy._core.numeric", "numpy.core.numeric"), ("_frombuffer",)),
-        *itertools.product(("numpy._core.multiarray", "numpy.core.multiarray"), ("_reconstruct", "scalar")),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ADMITTED:
-            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no token file needs")
-        return super().find_class(module, name)
-
-
-def read_pickle(path: str | os.PathLike, what: str) -> Any:
-    """Read a pickle of lists, ints and numpy arrays. Raises InputError for any other content or a damaged file."""
-    require_file(path, what)
-    try:
-        with open(path, "rb") as file:
-            return _ArrayUnpickler(file).load()
-    except OSError:
-        raise
-    except Exception as error:  # a damaged pickle can raise nearly anything
-        raise InputError(f"{what} {path}: not a readable pickle of token ids ({one_line(error)}); make it again") from error
-
-
-def read_token_file(path: str | os.PathLike, what: str = "--data_file") -> tuple[np.ndarray, np.ndarray]:
-    """Read a token file: (ids_M of all sequences end to end, lengths_N as int64). Raises InputError."""
-    content = read_pickle(path, what)
-    if not isinstance(content, list) or not content:
-        found = "an empty list" if isinstance(content, list) else type(content).__name__
-        raise InputError(f"{what} {path}: expected a list of token-id arrays, got {found}; make it with binarized_data.py")
-    sequences = [_as_ids(sequence, number, path, what) for number, sequence in enumerate(content)]
-    lengths = np.fromiter(map(len, sequences), np.int64, len(sequences))
-    ids_M = np.concatenate(sequences)
-    return ids_M if ids_M.dtype.kind in "iu" else ids_M.astype(np.int64), lengths  # uint64 beside int64 gives floats
-
-
-def _as_ids(sequence: Any, number: int, path: str | os.PathLike, what: str) -> np.ndarray:
-    try:
-        array = np.asarray(sequence) if isinstance(sequence, (list, np.ndarray)) else None
-    except ValueError:  # a list of lists of unequal lengths
-        array = None
-    if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
-        found = type(sequence).__name__ if array is None else f"{array.dtype} of shape {array.shape}"
-        raise InputError(f"{what} {path}: sequence {number} is {found}, expected a 1-D array of integers; make it again")
-    return array
-
-
-def read_token_counts(path: str | os.PathLike, vocab_size: int, model: str) -> np.ndarray:
+def read_token_counts(path: str | os.PathLike, vocab_size: int, model: str, vocabulary: str | None = None) -> np.ndarray:
     """Read the occurrences of each id, int64 (V,), for the model that `model` names (its flag and name).
 
-    Raises InputError for anything but a list of vocab_size non-negative ints.
+    vocabulary: fingerprint of the model's vocabulary, compared with the card's where there is one. Raises InputError for
+    anything but a list of vocab_size non-negative ints, and for counts of another vocabulary.
     """
     what = "--token_counts"
     content = read_pickle(path, what)
@@ -97,18 +41,8 @@ def read_token_counts(path: str | os.PathLike, vocab_size: int, model: str) -> n
             f"{what} {path}: has {len(counts_V)} entries, the vocabulary of {model} has {vocab_size}; "
             f"count again with --vocab_size {vocab_size}"
         )
+    check_vocabulary(read_checked_card(path, what), vocabulary, f"{what} {path}", model)
     return counts_V.astype(np.int64)
-
-
-def check_ids_below(ids_M: np.ndarray, vocab_size: int, path: str | os.PathLike, what: str) -> None:
-    """Raise InputError that names the largest id, the file and the vocabulary's source, if an id is out of it."""
-    largest, smallest = int(ids_M.max()), int(ids_M.min())
-    if largest >= vocab_size or smallest < 0:
-        wrong = largest if largest >= vocab_size else smallest
-        raise InputError(
-            f"{path}: token id {wrong} is outside the vocabulary of {what}, ids 0 to {vocab_size - 1}; "
-            "binarize with the tokenizer of that vocabulary, or correct the size"
-        )
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -129,96 +63,183 @@ class SpecialIds:
 class LmSeqsDataset:
     """Sequences of token ids, cut to the model's maximum and filtered, as views of one flat array.
 
-    A sequence is ids[start : start + length], with the start id in front and the end id behind where the cut took
+    A sequence is ids[start : start + its own ids], with the start id in front and the end id behind where the cut took
     them away. Steps and order as in 2019: split, remove short, remove unknown.
+    starts (int64), lengths (int32, boundary tokens included), adds_start, adds_end (bool): one entry a sequence.
     """
 
-    def __init__(
-        self, ids_M: np.ndarray, raw_lengths_N: np.ndarray, special: SpecialIds, max_length: int, source: str = "the data"
-    ):
-        """ids_M: all sequences end to end; raw_lengths_N: their lengths; source: names them in an error."""
+    def __init__(self, tokens: TokenFile, special: SpecialIds, max_length: int, source: str = "the data"):
+        """tokens: the token file; source: names it in an error. Raises InputError where boundary tokens are missing."""
         if max_length <= MIN_LENGTH:
             raise InputError(f"--max_length {max_length}: sequences of {MIN_LENGTH} ids or fewer are removed; expected more")
-        self.ids = ids_M
+        self.tokens = tokens
         self.special = special
         self.max_length = max_length
-        ends = np.cumsum(raw_lengths_N)
-        self._check_boundaries(ends - raw_lengths_N, ends, source)
-        self._split(ends - raw_lengths_N, raw_lengths_N)
-        self._remove(self.lengths <= MIN_LENGTH, f"of {MIN_LENGTH} ids or fewer")
-        if special.unknown is not None:
-            self._remove(self._unknown_share() >= MAX_UNKNOWN_SHARE, f"with {MAX_UNKNOWN_SHARE:.0%} unknown tokens or more")
+        self._known = _what_the_card_tells(tokens, special)
+        self._select(source)
 
     @classmethod
-    def from_file(cls, path: str | os.PathLike, special: SpecialIds, max_length: int, vocab_size: int, model: str):
-        """Read, check and filter a token file for the model that `model` names (its flag and name).
+    def from_file(
+        cls, path: str | os.PathLike, special: SpecialIds, max_length: int, vocab_size: int, model: str,
+        vocabulary: str | None = None,
+    ):  # fmt: skip
+        """Open, check and filter a token file for the model that `model` names (its flag and name).
 
-        Raises InputError naming the file where it is unreadable, has ids outside the vocabulary, sequences without
-        boundary tokens, or nothing left after filtering.
+        vocabulary: fingerprint of the model's vocabulary, compared with the file's where that has a card. Raises
+        InputError naming the file where it is unreadable, of another vocabulary, has ids outside the vocabulary,
+        sequences without boundary tokens, or nothing left after filtering.
         """
-        ids_M, lengths_N = read_token_file(path)
-        check_ids_below(ids_M, vocab_size, f"--data_file {path}", model)
-        dataset = cls(ids_M, lengths_N, special, max_length, f"--data_file {path}")
+        source = f"--data_file {path}"
+        tokens = open_token_file(path)
+        check_vocabulary(tokens.card, vocabulary, source, model)
+        largest_id = tokens.card.get("counts", {}).get("largest_id")
+        check_ids_below(tokens.ids_M if largest_id is None else np.array([largest_id]), vocab_size, source, model)
+        dataset = cls(tokens, special, max_length, source)
         if len(dataset) == 0:
             raise InputError(
-                f"--data_file {path}: none of its {len(lengths_N)} sequences is left after filtering (more than {MIN_LENGTH} "
+                f"{source}: none of its {len(tokens.lengths_N)} sequences is left after filtering (more than {MIN_LENGTH} "
                 "ids, less than half unknown tokens); put more text on a line, or check --max_length and the tokenizer"
             )
         return dataset
 
-    def _check_boundaries(self, starts: np.ndarray, ends: np.ndarray, source: str) -> None:
-        wrong = (self.ids[starts] != self.special.start) | (self.ids[ends - 1] != self.special.end)
+    def _select(self, source: str) -> None:
+        """Split and filter, a chunk of the file's sequences at a time."""
+        raw_N = self.tokens.lengths_N
+        num_views = sum(
+            int(self._num_pieces(raw_N[k : k + CHUNK_SEQUENCES]).sum()) for k in range(0, len(raw_N), CHUNK_SEQUENCES)
+        )
+        self.starts = np.empty(num_views, np.int64)  # pages that stay untouched take no memory
+        self.lengths = np.empty(num_views, np.int32)
+        self.adds_start, self.adds_end = np.empty(num_views, bool), np.empty(num_views, bool)
+        num_kept = first_id = num_short = num_unknown = num_long = 0
+        for first in range(0, len(raw_N), CHUNK_SEQUENCES):
+            raw_lengths = raw_N[first : first + CHUNK_SEQUENCES].astype(np.int64)
+            ends = first_id + np.cumsum(raw_lengths)
+            self._check_boundaries(first, ends - raw_lengths, ends, source)
+            views = self._split(ends - raw_lengths, raw_lengths)
+            is_short = views["lengths"] <= MIN_LENGTH
+            is_unknown = ~is_short & self._is_mostly_unknown(views, first, first_id, ends)
+            kept = ~(is_short | is_unknown)
+            place = slice(num_kept, num_kept + int(kept.sum()))
+            for name, values in views.items():
+                getattr(self, name)[place] = values[kept]
+            num_long += int((raw_lengths > self.max_length).sum())
+            num_short, num_unknown = num_short + int(is_short.sum()), num_unknown + int(is_unknown.sum())
+            num_kept, first_id = place.stop, int(ends[-1])
+        for name in ("starts", "lengths", "adds_start", "adds_end"):
+            getattr(self, name).resize(num_kept, refcheck=False)
+        self._log(num_long, num_views, num_short, num_unknown)
+
+    def _log(self, num_long: int, num_views: int, num_short: int, num_unknown: int) -> None:
+        logger.info("Split %d sequences longer than %d ids: %d sequences.", num_long, self.max_length, num_views)
+        logger.info("Removed %d sequences of %d ids or fewer: %d left.", num_short, MIN_LENGTH, num_views - num_short)
+        if self.special.unknown is not None:
+            logger.info(
+                "Removed %d sequences with %.0f%% unknown tokens or more: %d left.",
+                num_unknown, 100 * MAX_UNKNOWN_SHARE, len(self.starts),
+            )  # fmt: skip
+
+    def _check_boundaries(self, first: int, starts: np.ndarray, ends: np.ndarray, source: str) -> None:
+        if self._known.has_boundaries:
+            return
+        ids_M = self.tokens.ids_M
+        wrong = (ids_M[starts] != self.special.start) | (ids_M[ends - 1] != self.special.end)
         if wrong.any():
             number = int(np.flatnonzero(wrong)[0])
-            first, last = int(self.ids[starts[number]]), int(self.ids[ends[number] - 1])
+            begins, finishes = int(ids_M[starts[number]]), int(ids_M[ends[number] - 1])
             raise InputError(
-                f"{source}: sequence {number} begins with id {first} and ends with id {last}, expected "
-                f"{self.special.start} and {self.special.end} ({int(wrong.sum())} such sequences); "
+                f"{source}: sequence {first + number} begins with id {begins} and ends with id {finishes}, expected "
+                f"{self.special.start} and {self.special.end} ({int(wrong.sum())} such sequences around it); "
                 "binarize the text with the teacher's tokenizer and its --tokenizer_type"
             )
 
-    def _split(self, starts: np.ndarray, lengths: np.ndarray) -> None:
+    def _num_pieces(self, lengths: np.ndarray) -> np.ndarray:
+        size = self.max_length - 2
+        return np.where(lengths > self.max_length, -(-lengths // size), 1)
+
+    def _split(self, starts: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
         """Cut sequences longer than max_length into pieces of max_length - 2 ids, and restore their boundaries."""
         size = self.max_length - 2
-        is_long = lengths > self.max_length
-        num_pieces = np.where(is_long, -(-lengths // size), 1)
+        num_pieces = self._num_pieces(lengths)
         piece = np.arange(num_pieces.sum()) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
-        long_of_piece = np.repeat(is_long, num_pieces)
         left = np.repeat(lengths, num_pieces) - piece * size
-        self.starts = np.repeat(starts, num_pieces) + piece * size
-        self.num_own = np.where(long_of_piece, np.minimum(left, size), left)
-        self.adds_start = self.ids[self.starts] != self.special.start
-        self.adds_end = self.ids[self.starts + self.num_own - 1] != self.special.end
-        self.lengths = self.num_own + self.adds_start + self.adds_end
-        logger.info("Split %d sequences longer than %d ids: %d sequences.", is_long.sum(), self.max_length, len(self.lengths))
+        is_cut = np.repeat(lengths > self.max_length, num_pieces)
+        own = np.where(is_cut, np.minimum(left, size), left)
+        views = {"starts": np.repeat(starts, num_pieces) + piece * size}
+        views["adds_start"] = self._lacks(is_cut & (piece > 0), views["starts"], self.special.start)
+        views["adds_end"] = self._lacks(is_cut & (left > own), views["starts"] + own - 1, self.special.end)
+        views["lengths"] = own + views["adds_start"] + views["adds_end"]
+        return views
 
-    def _unknown_share(self) -> np.ndarray:
+    def _lacks(self, is_inside: np.ndarray, places: np.ndarray, boundary_id: int) -> np.ndarray:
+        """Say which pieces do not have the boundary id at their end, of those whose end is inside a sequence."""
+        if self._known.has_inner_boundaries:
+            is_inside[is_inside] = self.tokens.ids_M[places[is_inside]] != boundary_id
+        return is_inside
+
+    def _is_mostly_unknown(self, views: dict[str, np.ndarray], first: int, first_id: int, ends: np.ndarray) -> np.ndarray:
         unknown = self.special.unknown
-        places = np.flatnonzero(self.ids == unknown)  # few, beside a running count at every id
-        counts = np.searchsorted(places, self.starts + self.num_own) - np.searchsorted(places, self.starts)
-        counts = counts + self.adds_start * (self.special.start == unknown) + self.adds_end * (self.special.end == unknown)
-        return counts / self.lengths
+        if unknown is None:
+            return np.zeros(len(views["starts"]), bool)
+        places = self._places_of(unknown, first, first_id, ends)
+        view_ends = views["starts"] + views["lengths"] - views["adds_start"] - views["adds_end"]
+        counts = np.searchsorted(places, view_ends) - np.searchsorted(places, views["starts"])
+        for adds, boundary_id in ((views["adds_start"], self.special.start), (views["adds_end"], self.special.end)):
+            counts = counts + adds * (boundary_id == unknown)
+        return counts / views["lengths"] >= MAX_UNKNOWN_SHARE
 
-    def _remove(self, is_removed: np.ndarray, which: str) -> None:
-        kept = ~is_removed
-        for name in ("starts", "num_own", "adds_start", "adds_end", "lengths"):
-            setattr(self, name, getattr(self, name)[kept])
-        logger.info("Removed %d sequences %s: %d left.", is_removed.sum(), which, kept.sum())
+    def _places_of(self, unknown: int, first: int, first_id: int, ends: np.ndarray) -> np.ndarray:
+        """Find the unknown ids in a chunk of sequences, in ascending order; those that can't matter may be left out."""
+        ranges = [(first_id, int(ends[-1]))]
+        if self._known.many_unknown is not None:
+            listed = self._known.many_unknown
+            numbers = listed[np.searchsorted(listed, first) : np.searchsorted(listed, first + len(ends))] - first
+            ranges = [(int(ends[k - 1]) if k else first_id, int(ends[k])) for k in numbers.tolist()]
+        found = [
+            np.flatnonzero(self.tokens.ids_M[k : min(k + CHUNK_IDS, end)] == unknown) + k
+            for start, end in ranges
+            for k in range(start, end, CHUNK_IDS)
+        ]
+        return np.concatenate(found) if found else np.empty(0, np.int64)
 
     def __len__(self) -> int:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
         """Return one sequence's ids as int64, its boundary tokens included."""
-        start = self.starts[index]
-        own = self.ids[start : start + self.num_own[index]].astype(np.int64)
-        front = [self.special.start] if self.adds_start[index] else []
-        behind = [self.special.end] if self.adds_end[index] else []
-        return np.concatenate([np.array(front, np.int64), own, np.array(behind, np.int64)])
+        return self.collate([index])[0][0].numpy()
 
     def collate(self, indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make a batch: token_ids_BT padded to the longest with the pad id, and lengths_B, both int64."""
-        sequences = [torch.from_numpy(self[index]) for index in indices]
-        lengths_B = torch.tensor([len(sequence) for sequence in sequences])
-        padded = torch.nn.utils.rnn.pad_sequence(sequences, batch_first=True, padding_value=self.special.pad)
-        return padded, lengths_B
+        """Make a batch: token_ids_BT padded to the longest with the pad id, and lengths_B, both int64. One gather.
+
+        Raises InputError where the ids' bytes differ from their checksum.
+        """
+        index_B = np.asarray(indices)
+        starts_B, lengths_B = self.starts[index_B], self.lengths[index_B].astype(np.int64)
+        adds_start_B, adds_end_B = self.adds_start[index_B], self.adds_end[index_B]
+        self.tokens.check(starts_B, starts_B + lengths_B - adds_start_B - adds_end_B)
+        column_T = np.arange(lengths_B.max())
+        # Places before the file's first id and behind its last hold boundary tokens or padding: any id will do there.
+        token_ids_BT = self.tokens.ids_M.take((starts_B - adds_start_B)[:, None] + column_T, mode="clip").astype(np.int64)
+        token_ids_BT[adds_start_B, 0] = self.special.start
+        token_ids_BT[adds_end_B, lengths_B[adds_end_B] - 1] = self.special.end
+        token_ids_BT[column_T >= lengths_B[:, None]] = self.special.pad
+        return torch.from_numpy(token_ids_BT), torch.from_numpy(lengths_B)
+
+
+@dataclasses.dataclass(frozen=True)
+class _Known:
+    """What need not be looked up in the ids. many_unknown: see token_files.MANY_UNKNOWN; None: not known."""
+
+    has_boundaries: bool = False
+    has_inner_boundaries: bool = True
+    many_unknown: np.ndarray | None = None
+
+
+def _what_the_card_tells(tokens: TokenFile, special: SpecialIds) -> _Known:
+    ids = tokens.card.get("tokenizer", {}).get("special_ids", {})
+    if (ids.get("start"), ids.get("end")) != (special.start, special.end):
+        return _Known()
+    listed = tokens.card.get("many_unknown") if ids.get("unknown") == special.unknown else None
+    many_unknown = None if listed is None else np.array(listed, np.int64)
+    return _Known(True, tokens.card["counts"]["boundary_ids_inside"] > 0, many_unknown)

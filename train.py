@@ -4,8 +4,10 @@ Launch as one process (`python train.py ..`) or as several (`torchrun`, `python 
 """
 
 import argparse
+import contextlib
 import dataclasses
 import functools
+import itertools
 import json
 import logging
 import math
@@ -14,7 +16,7 @@ import sys
 import tempfile
 import time
 import typing
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import numpy as np
@@ -40,11 +42,13 @@ from architectures import (
     read_student_config,
     size_mismatches,
     special_ids,
+    vocabulary_fingerprint,
 )
 from distiller import (
     ADAM_BETAS,
     DistillationModel,
     Distiller,
+    MicroBatch,
     MlmPreparation,
     NonFiniteError,
     StepReport,
@@ -55,6 +59,7 @@ from distiller import (
 from grouped_batch_sampler import GroupedBatchSampler, Update
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
 from losses import LOSSES
+from token_files import token_file_problem
 from utils import (
     InputError,
     OneLineParser,
@@ -68,6 +73,7 @@ from utils import (
     logger,
     one_line,
     output_problem,
+    prefetched,
     run_program,
     save_weights,
     setup_logging,
@@ -77,6 +83,7 @@ from utils import (
 
 EXIT_NON_FINITE = 1
 FEW_UPDATES = 20
+MICRO_BATCHES_AHEAD = 8  # made ready while the step computes
 
 # --------------------------------------------------------------------------------------------------------------------
 # Configuration: each option once
@@ -98,7 +105,7 @@ class TrainConfig:
 
     force: bool = option("move an existing dump_path aside (to DUMP_PATH.old-TIME) instead of refusing it", False)
     dump_path: str = option("folder that receives log, checkpoints and the student")
-    data_file: str = option("token file made by scripts/binarized_data.py")
+    data_file: str = option("token file made by scripts/binarized_data.py: a pickle, or a store by its prefix")
 
     student_type: str = option("student's model type", choices=STUDENT_TYPES)
     student_config: str = option("student's configuration, JSON")
@@ -125,6 +132,9 @@ class TrainConfig:
     max_steps: int | None = option("number of updates, in place of N_EPOCH; the schedule spans them", None)
     max_length: int | None = option("longest sequence, in token ids; default: what the teacher admits", None)
     batch_size: int = option("sequences a micro-batch, on each process", 5)
+    max_tokens: int | None = option(
+        "padded tokens a micro-batch, at the most, in place of BATCH_SIZE: long and short sequences cost alike", None
+    )
     # Differs from the original: 2019's flag switched grouping off.
     group_by_size: bool = option("make batches of sequences of like lengths", True)
     gradient_accumulation_steps: int = option("micro-batches an update, on each process", 50)
@@ -154,7 +164,8 @@ class TrainConfig:
 def number_problems(config: TrainConfig) -> list[str]:
     """Say what is wrong with single numbers."""
     positive_int = [
-        "n_epoch", "batch_size", "gradient_accumulation_steps", "log_interval", "checkpoint_interval", "max_steps"
+        "n_epoch", "batch_size", "gradient_accumulation_steps", "log_interval", "checkpoint_interval", "max_steps",
+        "max_tokens",
     ]  # fmt: skip
     bounds = {
         **{name: (lambda x: x >= 1, "at least 1") for name in positive_int},
@@ -217,6 +228,8 @@ def type_problems(config: TrainConfig) -> list[str]:
             kind = "masked" if is_masked else "causal"
             remedy = "add --mlm, with --alpha_mlm above 0 and --alpha_clm 0" if is_masked else "leave --mlm out"
             problems.append(f"{flag} {model_type} {'with' if config.mlm else 'without'} --mlm: it is a {kind} model; {remedy}")
+    if config.max_tokens is not None and not config.group_by_size:
+        problems.append("--max_tokens with --no-group_by_size: the budget is planned by length; leave one of them out")
     if config.freeze_token_type_embds and ARCHITECTURES[student].token_type_embeddings is None:
         problems.append(f"--freeze_token_type_embds with --student_type {student}: it has no token types; leave it out")
     return problems
@@ -225,7 +238,8 @@ def type_problems(config: TrainConfig) -> list[str]:
 def path_problems(config: TrainConfig) -> list[str]:
     """Say which files are missing, and whether the run folder is in the way."""
     files = {name: getattr(config, name) for name in INPUT_FILES}
-    problems = [file_problem(path, f"--{name}") for name, path in files.items() if path is not None]
+    checks = {"data_file": token_file_problem}
+    problems = [checks.get(name, file_problem)(path, f"--{name}") for name, path in files.items() if path is not None]
     return [problem for problem in [*problems, dump_path_problem(config)] if problem]
 
 
@@ -242,7 +256,7 @@ def dump_path_problem(config: TrainConfig) -> str | None:
         return problem
     if not config.force:
         return f"--dump_path {path}: exists already; choose another, or move it aside with --force"
-    inputs = [getattr(config, name) for name in INPUT_FILES] + [config.teacher_name]
+    inputs = [getattr(config, name) for name in INPUT_FILES] + [config.teacher_name, f"{config.data_file}.bin"]
     inside = [name for name in inputs if name and os.path.exists(name) and _is_within(name, path)]
     if inside:
         return f"--dump_path {path}: holds {inside[0]}, which this run reads; choose another folder"
@@ -341,8 +355,9 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
     check_forward(student, f"--student_config {config.student_config}", dataset)
     check_forward(teacher, f"--teacher_name {config.teacher_name}", dataset)
     sampler = GroupedBatchSampler(
-        dataset.lengths, config.batch_size, dataset.max_length, group_by_size=config.group_by_size, seed=config.seed
-    )
+        dataset.lengths, config.batch_size, dataset.max_length, group_by_size=config.group_by_size, seed=config.seed,
+        max_tokens=config.max_tokens,
+    )  # fmt: skip
     num_micro_batches, num_updates = run_length(config, len(sampler), runtime.world_size)
     distiller = make_distiller(config, runtime, student, teacher, num_updates)
     return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches)
@@ -367,7 +382,9 @@ def make_dataset(config: TrainConfig, tokenizer, teacher) -> LmSeqsDataset:
     max_length = min(max_length, config.max_length or max_length)
     special = SpecialIds(**special_ids(config.teacher_type, tokenizer))
     model = f"--teacher_name {config.teacher_name}"
-    return LmSeqsDataset.from_file(config.data_file, special, max_length, teacher.config.vocab_size, model)
+    return LmSeqsDataset.from_file(
+        config.data_file, special, max_length, teacher.config.vocab_size, model, vocabulary_fingerprint(tokenizer)
+    )
 
 
 def check_forward(model: torch.nn.Module, source: str, dataset: LmSeqsDataset) -> None:
@@ -388,7 +405,8 @@ def make_preparation(config: TrainConfig, tokenizer, vocab_size: int) -> typing.
     """Choose how batches are prepared: masked (with the token counts) or causal. Raises InputError."""
     if not config.mlm:
         return prepare_clm
-    counts_V = read_token_counts(config.token_counts, vocab_size, f"--teacher_name {config.teacher_name}")
+    model = f"--teacher_name {config.teacher_name}"
+    counts_V = read_token_counts(config.token_counts, vocab_size, model, vocabulary_fingerprint(tokenizer))
     weights_V = masking_weights(torch.from_numpy(counts_V), config.mlm_smoothing, tokenizer.all_special_ids)
     return MlmPreparation(
         weights_V, tokenizer.mask_token_id, config.mlm_mask_prop, config.word_mask, config.word_keep, config.word_rand,
@@ -586,13 +604,14 @@ def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder |
     progress = Progress(parts, runtime, folder)
     accumulation = config.gradient_accumulation_steps
     updates = parts.sampler.updates(parts.num_micro_batches, accumulation, runtime.rank, runtime.world_size)
-    with progress.bar, logging_redirect_tqdm([logger]):
-        for update in updates:
+    stream = contextlib.closing(prefetched(prepared(parts, updates), MICRO_BATCHES_AHEAD))
+    with progress.bar, logging_redirect_tqdm([logger]), stream as items:
+        for update in items:
             num_iterations = -(-len(update.planned) // runtime.world_size)
             is_last = update.planned[-1].number == parts.num_micro_batches - 1
             is_logged = is_last or progress.crosses(config.log_interval, num_iterations)
             is_saved = progress.crosses(config.checkpoint_interval, num_iterations)
-            batches = progress.advancing(prepared_batches(parts, update), runtime.world_size)
+            batches = progress.advancing(itertools.islice(items, len(update.mine)), runtime.world_size)
             report = parts.distiller.step(
                 batches, [batch.number for batch in update.planned], len(update.mine),
                 wants_statistics=is_logged and runtime.is_main,
@@ -611,10 +630,18 @@ def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder |
                 folder.save_checkpoint()
 
 
-def prepared_batches(parts: Parts, update: Update) -> Iterator:
+def prepared(parts: Parts, updates: Iterable[Update]) -> Iterator[Update | MicroBatch]:
+    """Yield each update, then this rank's micro-batches of it, collated, masked and ready to be copied to the device."""
+    for update in updates:
+        yield update
+        yield from prepared_batches(parts, update)
+
+
+def prepared_batches(parts: Parts, update: Update) -> Iterator[MicroBatch]:
     """Collate and prepare this rank's micro-batches, one at a time."""
-    for batch in update.mine:
-        yield parts.prepare(batch.number, *parts.dataset.collate(batch.sequences))
+    for planned in update.mine:
+        batch = parts.prepare(planned.number, *parts.dataset.collate(planned.sequences))
+        yield batch.pinned() if parts.distiller.device.type == "cuda" else batch
 
 
 def epochs_ended(update: Update, batches_per_epoch: int) -> list[int]:

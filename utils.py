@@ -1,8 +1,11 @@
 """Facts about a run that every program needs, and that depend on nothing else of ours.
 
 The leaf of the import graph: input errors and exit statuses, logging, atomic writes, keyed seeds, git facts, and
-`Runtime` (which process this is, and on which device it computes).
+`Runtime` (which process this is, and on which device it computes). torch is imported where it is used: the programs
+that only prepare data start in a second and in a few tens of MB without it.
 """
+
+from __future__ import annotations
 
 import argparse
 import contextlib
@@ -13,16 +16,19 @@ import hashlib
 import json
 import logging
 import os
+import queue
 import socket
 import sys
 import tempfile
-from collections.abc import Callable, Iterator, Mapping, Sequence
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn
 
 import numpy as np
-import torch
-import torch.distributed as dist
+
+if TYPE_CHECKING:
+    import torch
 
 logger = logging.getLogger("distil")
 
@@ -51,7 +57,7 @@ def run_program(main: Callable[[], None]) -> None:
     """
     try:
         main()
-        if dist.is_available() and dist.is_initialized():
+        if _is_among_others():
             _leave_together()
     except InputError as error:
         report_problems(str(error), from_any_rank=isinstance(error, RankError))
@@ -63,8 +69,14 @@ def run_program(main: Callable[[], None]) -> None:
         report_problems("interrupted")
         sys.exit(EXIT_INTERRUPTED)
     finally:
-        if dist.is_available() and dist.is_initialized():
-            dist.destroy_process_group()
+        if _is_among_others():
+            sys.modules["torch.distributed"].destroy_process_group()
+
+
+def _is_among_others() -> bool:
+    """True where this process has joined a process group; without torch.distributed imported it can't have."""
+    dist = sys.modules.get("torch.distributed")
+    return dist is not None and dist.is_available() and dist.is_initialized()
 
 
 def _leave_together() -> NoReturn:
@@ -73,7 +85,7 @@ def _leave_together() -> NoReturn:
     Not by returning: in 1 of 28 runs of two ranks gloo's teardown aborted the rank that was done first ("terminate
     called without an active exception", torch 2.13), and the launcher then killed the one that was still writing.
     """
-    dist.barrier()
+    sys.modules["torch.distributed"].barrier()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -180,6 +192,12 @@ def bar_options() -> dict[str, Any]:
     return {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 10}
 
 
+def _torch():
+    import torch
+
+    return torch
+
+
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to the disk and rename it to `path`.
@@ -216,6 +234,35 @@ def _flush_to_disk(path: Path) -> None:
         os.close(descriptor)
 
 
+def prefetched(items: Iterable, num_ahead: int) -> Iterator:
+    """Yield `items`, made by a thread of its own that runs up to num_ahead of them ahead; its errors are raised here."""
+    waiting: queue.Queue = queue.Queue(num_ahead)
+    is_abandoned, end = threading.Event(), object()
+
+    def make() -> None:
+        try:
+            for item in items:
+                waiting.put((item, None))
+                if is_abandoned.is_set():
+                    return
+            waiting.put((end, None))
+        except BaseException as error:
+            waiting.put((end, error))
+
+    thread = threading.Thread(target=make, name="prefetch", daemon=True)
+    thread.start()
+    try:
+        while (got := waiting.get())[0] is not end:
+            yield got[0]
+        if got[1] is not None:
+            raise got[1]
+    finally:
+        is_abandoned.set()
+        while thread.is_alive():  # it may wait for a place in the queue
+            with contextlib.suppress(queue.Empty):
+                waiting.get(timeout=0.01)
+
+
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     with atomic_path(path) as temporary:
@@ -230,7 +277,7 @@ def save_weights(path: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         plain[name] = on_host.setdefault(key, tensor.detach().cpu() if key not in on_host else tensor)
     with atomic_path(path) as temporary:
-        torch.save(plain, temporary)
+        _torch().save(plain, temporary)
 
 
 def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:
@@ -283,7 +330,7 @@ class Runtime:
     rank: int = 0
     world_size: int = 1
     local_rank: int = 0
-    device: torch.device = torch.device("cpu")
+    device: torch.device = dataclasses.field(default_factory=lambda: _torch().device("cpu"))
 
     @property
     def is_main(self) -> bool:
@@ -305,7 +352,7 @@ class Runtime:
                 raise InputError(problem)
             return
         problems: list[str | None] = [None] * self.world_size
-        dist.all_gather_object(problems, problem)
+        _torch().distributed.all_gather_object(problems, problem)
         lines = {line: None for text in problems if text for line in text.splitlines()}
         if lines:
             raise InputError("\n".join(lines))
@@ -402,9 +449,10 @@ def start_runtime(n_gpu: int, local_rank_flag: int, environment: Mapping[str, st
     """
     launched = read_launcher(os.environ if environment is None else environment, local_rank_flag)
     rank, world_size, local_rank, per_machine = launched or (0, 1, 0, 1)
-    device = choose_device(n_gpu, world_size, local_rank, per_machine, torch.cuda.device_count(), launched is not None)
+    gpus_here = _torch().cuda.device_count()
+    device = choose_device(n_gpu, world_size, local_rank, per_machine, gpus_here, launched is not None)
     if device.type == "cuda":
-        torch.cuda.set_device(device)
+        _torch().cuda.set_device(device)
     backend = "nccl" if device.type == "cuda" else "gloo"
     if launched is not None:
         _join_the_others(backend)
@@ -420,7 +468,7 @@ def start_runtime(n_gpu: int, local_rank_flag: int, environment: Mapping[str, st
 def _join_the_others(backend: str) -> None:
     try:
         socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would look for the name until the timeout
-        dist.init_process_group(backend, init_method="env://", timeout=PROCESS_GROUP_TIMEOUT)
+        _torch().distributed.init_process_group(backend, init_method="env://", timeout=PROCESS_GROUP_TIMEOUT)
     except (OSError, RuntimeError, ValueError) as error:  # no such host, port in use, a rank that never came
         where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         raise RankError(
@@ -433,7 +481,7 @@ def choose_device(
 ) -> torch.device:
     """Choose a process's device. No GPU, or n_gpu 0: the CPU. GPUs, but fewer than asked for: InputError."""
     if n_gpu == 0 or gpus_here == 0:
-        return torch.device("cpu")
+        return _torch().device("cpu")
     if n_gpu > 1 and not is_launched:
         raise InputError(f"--n_gpu {n_gpu}: this is a single process; start {n_gpu} with torchrun --nproc_per_node={n_gpu}")
     if n_gpu > 1 and n_gpu != world_size:
@@ -443,4 +491,4 @@ def choose_device(
             f"{per_machine} processes on this machine, which has {gpus_here} GPU(s): one GPU a process is expected; "
             f"start {gpus_here} process(es), or pass --n_gpu 0 for the CPU"
         )
-    return torch.device("cuda", local_rank)
+    return _torch().device("cuda", local_rank)

@@ -1,12 +1,18 @@
-"""Turn text into token ids: one sequence a line -> {dump_file}.{tokenizer name}.pickle, a shuffled list of id arrays."""
+"""Turn text into token ids: one sequence a line -> {dump_file}.{tokenizer name}.pickle, a shuffled list of id arrays.
+
+With --format store: {dump_file}.{tokenizer name}.bin and .idx, which training maps into memory. Either way a .json beside
+it says what it is. Any corpus that fits on the disk: text is read as a stream, tokenized on all cores, spooled, and
+shuffled from the disk; memory does not grow with it. The same text, tokenizer and seed give the same bytes.
+"""
 
 import argparse
-import itertools
+import contextlib
+import dataclasses
 import logging
+import math
 import os
-import pickle
-import random
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -16,108 +22,282 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import load_tokenizer, short_name, special_ids
+from architectures import describe_tokenizer, load_tokenizer, short_name, special_ids
+from encoding import Encoding, WorkerPool
+from shuffle import Spool, shuffled
+from text_sources import BLOCK_BYTES, ERRORS, Block, Source, find_sources, read_blocks
+from token_files import MANY_UNKNOWN, MAX_LISTED, write_token_counts, writing_tokens
 from utils import (
     InputError,
     OneLineParser,
     atomic_path,
     bar_options,
     logger,
-    require_file,
     require_output,
     run_program,
     setup_logging,
 )
 
-LINES_PER_BATCH = 2000
+MAX_VOCAB_SIZE = 2**27  # no vocabulary comes near; a larger number is a slip of the hand
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = OneLineParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--file_path", default="data/dump.txt", help="UTF-8 text, one sequence a line (default: %(default)s)")
-    parser.add_argument("--tokenizer_type", default="bert", choices=["bert", "roberta", "gpt2"], help="(default: %(default)s)")
-    parser.add_argument("--tokenizer_name", default="bert-base-uncased", help="hub name or local folder (default: %(default)s)")
-    parser.add_argument("--dump_file", default="data/dump", help="prefix of the output (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=56, help="seed of the shuffle (default: %(default)s)")
-    parser.add_argument(
-        "--do_lower_case",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help="bert only; default: what the tokenizer's configuration says, without one whether the vocabulary has no capitals",
-    )
+    parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--file_path", default="data/dump.txt",
+        help="UTF-8 text, one sequence a line: a file, a folder, or a quoted glob; .txt, .jsonl, both also as .gz; what "
+        "the datasets library opens (.parquet, .csv, ..) (default: %(default)s)")  # fmt: skip
+    add("--text_field", default="text", help="the text's field or column in .jsonl, .parquet, .. (default: %(default)s)")
+    add("--errors", default="strict", choices=ERRORS,
+        help="what becomes of text that is not UTF-8: stop, skip the line, replace the bytes; counted "
+        "(default: %(default)s)")  # fmt: skip
+    add("--tokenizer_type", default="bert", choices=["bert", "roberta", "gpt2"], help="(default: %(default)s)")
+    add("--tokenizer_name", default="bert-base-uncased", help="hub name or local folder (default: %(default)s)")
+    add("--do_lower_case", action=argparse.BooleanOptionalAction, default=None,
+        help="bert only; default: what the tokenizer's configuration says, without one whether the vocabulary has no "
+        "capitals")  # fmt: skip
+    add("--dump_file", default="data/dump", help="prefix of the output (default: %(default)s)")
+    add("--format", default="pickle", choices=["pickle", "store"],
+        help="pickle: the list of 2019, read into memory; store: mapped into memory, for large corpora "
+        "(default: %(default)s)")  # fmt: skip
+    add("--seed", type=int, default=56, help="seed of the shuffle (default: %(default)s)")
+    add("--num_workers", type=int, default=None, help="processes that tokenize (default: one a core)")
+    add("--token_counts_dump", default=None, help="also count the ids, as token_counts.py does, into this file")
+    add("--vocab_size", type=int, default=None, help="entries of the counts (default: the tokenizer's vocabulary)")
+    add("--report", nargs="?", const="", default=None, metavar="PNG",
+        help="draw the sequences' lengths (default file: the output's name and .lengths.png)")  # fmt: skip
     return parser.parse_args(argv)
 
 
-def read_lines(path: str) -> Iterator[tuple[str, int]]:
-    """Yield (stripped line, its size in bytes). Raises InputError naming file and line where the text is not UTF-8."""
-    with open(path, "rb") as file:
-        for number, raw in enumerate(file, start=1):
-            try:
-                # Differs from the original: a byte-order mark in front of the file is no text.
-                text = raw.decode("utf-8-sig" if number == 1 else "utf-8")
-            except UnicodeDecodeError as error:
-                raise InputError(
-                    f"--file_path {path}:{number}: byte {error.start + 1} of the line is not UTF-8 "
-                    f"(0x{raw[error.start]:02x}); convert the file to UTF-8"
-                ) from error
-            yield text.strip(), len(raw)
+# --------------------------------------------------------------------------------------------------------------------
+# What is counted on the way
+# --------------------------------------------------------------------------------------------------------------------
 
 
-def binarize(path: str, tokenizer, start_id: int, end_id: int) -> tuple[list[np.ndarray], int]:
-    """Tokenize a file's lines: (one array a non-blank line, number of blank lines).
+class Tally:
+    """What is counted while text becomes ids, in memory that does not grow with the text."""
 
-    ids = start id, the line's ids without special tokens of the tokenizer's own, end id.
-    """
-    dtype, largest_id = id_dtype(tokenizer)
-    sequences: list[np.ndarray] = []
-    num_blank = 0
-    lines = read_lines(path)
-    with tqdm(total=os.path.getsize(path), unit="B", unit_scale=True, desc="binarize", **bar_options()) as bar:
-        while batch := list(itertools.islice(lines, LINES_PER_BATCH)):
-            texts = [text for text, _ in batch if text]
-            # Differs from the original: blank lines are no sequences of two boundary tokens.
-            num_blank += len(batch) - len(texts)
-            # The batch call runs on all cores; verbose=False: long lines are cut when the dataset is made.
-            encoded = tokenizer(texts, add_special_tokens=False, verbose=False)["input_ids"] if texts else []
-            for ids in encoded:
-                if max(ids, default=0) > largest_id:
-                    raise InputError(f"--tokenizer_name: it gave id {max(ids)}, but its vocabulary ends at {largest_id}")
-                sequences.append(np.array([start_id, *ids, end_id], dtype=dtype))
-            bar.update(sum(size for _, size in batch))
-    return sequences, num_blank
+    def __init__(self, encoding: Encoding):
+        self.encoding = encoding
+        self.counts_V = np.zeros(encoding.largest_id + 1, np.int64)
+        self.num_of_length: dict[int, int] = {}
+        self.num_words = self.num_blank = self.num_bad = 0
+        self.num_bytes = 0  # of text on the disk
+
+    def take(self, block) -> None:
+        """Count an encoded block."""
+        self.counts_V += np.bincount(block.ids_M, minlength=len(self.counts_V))
+        for length, number in zip(*(a.tolist() for a in np.unique(block.lengths_N, return_counts=True)), strict=True):
+            self.num_of_length[length] = self.num_of_length.get(length, 0) + number
+        self.num_words += block.num_words
+        self.num_blank += block.num_blank
+        self.num_bad += block.num_bad
+        self.num_bytes += block.num_bytes
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts as the card has them."""
+        num_sequences = sum(self.num_of_length.values())
+        ends = {self.encoding.start_id, self.encoding.end_id}
+        unknown = self.encoding.unknown_id
+        return {
+            "sequences": num_sequences,
+            "ids": int(self.counts_V.sum()),
+            "words": self.num_words,
+            "unknown": 0 if unknown is None or unknown in ends else int(self.counts_V[unknown]),
+            "blank_lines": self.num_blank,
+            "bad_lines": self.num_bad,
+            "longest": max(self.num_of_length, default=0),
+            "largest_id": int(np.flatnonzero(self.counts_V)[-1]) if num_sequences else -1,
+            "boundary_ids_inside": int(self.counts_V[list(ends)].sum()) - 2 * num_sequences,
+        }
 
 
-def id_dtype(tokenizer) -> tuple[type, int]:
-    """Choose the ids' dtype: uint16 while the vocabulary, added tokens included, has fewer than 65536 entries."""
-    # Differs from the original: added tokens count, and ids are checked; 2019 wrapped at 16 bits in silence.
-    largest_id = max(tokenizer.get_vocab().values())
-    return (np.uint16 if largest_id + 1 < 2**16 else np.int32), largest_id
+class UnknownList:
+    """Number the sequences with so many unknown ids that training may have to leave them out; None if there are too many."""
+
+    def __init__(self, unknown_id: int | None):
+        self.unknown_id = unknown_id
+        self.numbers: list[int] | None = []
+        self.num_seen = 0
+
+    def take(self, ids_M: np.ndarray, lengths_N: np.ndarray) -> None:
+        """Look at the next sequences."""
+        is_unknown = ids_M == self.unknown_id
+        if self.numbers is not None and self.unknown_id is not None and is_unknown.any():
+            starts_N = np.cumsum(lengths_N, dtype=np.int64) - lengths_N
+            per_sequence = np.add.reduceat(is_unknown, starts_N, dtype=np.int64)
+            self.numbers += (np.flatnonzero(per_sequence >= MANY_UNKNOWN) + self.num_seen).tolist()
+            self.numbers = self.numbers if len(self.numbers) <= MAX_LISTED else None
+        self.num_seen += len(lengths_N)
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the program: tokenize, shuffle, write."""
-    args = parse(argv)
-    setup_logging(logging.INFO)
-    require_file(args.file_path, "--file_path")
+# --------------------------------------------------------------------------------------------------------------------
+# The way of the data
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def spool_ids(sources: list[Source], encoding: Encoding, num_workers: int, folder: Path) -> tuple[Spool, Tally]:
+    """Tokenize all sources into a spool on the disk, in reading order."""
+    tally = Tally(encoding)
+    spool = Spool(folder / "spool", encoding.dtype)
+    total = sum(source.num_bytes for source in sources)
+    with (
+        contextlib.closing(spool),
+        WorkerPool(encoding, num_workers) as pool,
+        tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", **bar_options()) as bar,
+    ):
+        for block in pool.map(all_blocks(sources, encoding.text_field)):
+            spool.append(block.ids_M, block.lengths_N)
+            tally.take(block)
+            bar.update(block.num_bytes)
+    return spool, tally
+
+
+def all_blocks(sources: list[Source], text_field: str) -> Iterator[Block]:
+    """Yield the blocks of all sources, one source after the other."""
+    for source in sources:
+        yield from read_blocks(source, text_field)
+
+
+def write_shuffled(spool: Spool, path: str, file_format: str, seed: int, card: dict, unknown_id: int | None) -> None:
+    """Write a spool's sequences in shuffled order, as a token file with its card."""
+    listed = UnknownList(unknown_id)
+    bar = tqdm(total=spool.num_ids, unit="id", unit_scale=True, desc="shuffle and write", **bar_options())
+    with bar, writing_tokens(path, file_format, spool.dtype) as (writer, written_card):
+        for ids_M, lengths_N in shuffled(spool, seed, "shuffle"):
+            writer.append(ids_M, lengths_N)
+            listed.take(ids_M, lengths_N)
+            bar.update(len(ids_M))
+        written_card |= {**card, "many_unknown": listed.numbers}
+
+
+def draw_lengths(num_of_length: dict[int, int], path: str, title: str) -> None:
+    """Draw how many sequences have which length, in ids, on logarithmic axes."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    lengths, numbers = (np.array(list(column)) for column in zip(*sorted(num_of_length.items()), strict=True))
+    edges = np.unique(np.round(np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 60)).astype(int))
+    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
+    axes.hist(lengths, bins=edges, weights=numbers, color="tab:blue", edgecolor="white", linewidth=0.3)
+    axes.set(title=title, xlabel="ids in the sequence, boundary tokens included", ylabel="sequences", xscale="log")
+    with atomic_path(path) as temporary:
+        figure.savefig(temporary, dpi=110, format="png")
+    plt.close(figure)
+
+
+def summary(tally: Tally) -> list[str]:
+    """Say in a few lines what was made."""
+    counts = tally.counts()
+    words, ids = max(counts["words"], 1), counts["ids"]
+    per_word = (ids - 2 * counts["sequences"]) / words
+    return [
+        f"{counts['sequences']:,} sequences, {ids:,} ids ({tally.encoding.dtype}), longest {counts['longest']:,}.",
+        f"{counts['words']:,} words, {per_word:.3f} ids a word, {counts['unknown'] / ids:.4%} of the ids unknown.",
+        f"Skipped {counts['blank_lines']:,} blank lines; {counts['bad_lines']:,} lines with text that could not be read "
+        f"(--errors {tally.encoding.errors}).",
+    ]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The program
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class Outputs:
+    """Where everything goes. path: the pickle, or the store's prefix; counts, report: None where not wanted."""
+
+    path: str
+    files: list[str]
+    counts: str | None
+    report: str | None
+
+
+def plan_outputs(args: argparse.Namespace, sources: list[Source]) -> Outputs:
+    """Name the outputs and check them before any work. Raises InputError."""
     if not os.path.basename(args.dump_file):
         raise InputError(f"--dump_file {args.dump_file}: ends with a slash; expected a prefix such as {args.dump_file}dump")
     # Differs from the original: a folder or owner/name gives its last component to the file's name, not its whole path.
-    path = f"{args.dump_file}.{short_name(args.tokenizer_name)}.pickle"
-    require_output(path, "--dump_file", [args.file_path])
+    stem = f"{args.dump_file}.{short_name(args.tokenizer_name)}"
+    path = f"{stem}.pickle" if args.format == "pickle" else stem
+    files = [path, f"{path}.json"] if args.format == "pickle" else [f"{stem}.bin", f"{stem}.idx", f"{stem}.json"]
+    report = args.report if args.report != "" else f"{stem}.lengths.png"
+    outputs = [("--dump_file", file) for file in files]
+    outputs += [("--token_counts_dump", args.token_counts_dump)] if args.token_counts_dump is not None else []
+    outputs += [("--report", report)] if report is not None else []
+    for flag, file in outputs:
+        require_output(file, flag, [source.path for source in sources])
+    names = [os.path.abspath(file) for _, file in outputs]
+    if len(set(names)) < len(names):
+        raise InputError(f"--token_counts_dump, --report: two outputs have one name beside {path}; name another file")
+    return Outputs(path, files, args.token_counts_dump, report)
+
+
+def check_numbers(args: argparse.Namespace) -> int:
+    """Return the number of worker processes. Raises InputError where a number makes no sense."""
+    if args.num_workers is not None and not 1 <= args.num_workers <= 1024:
+        raise InputError(f"--num_workers {args.num_workers}: expected 1 to 1024")
+    if args.vocab_size is not None and args.token_counts_dump is None:
+        raise InputError(f"--vocab_size {args.vocab_size}: is for --token_counts_dump only; add that, or leave it out")
+    if args.vocab_size is not None and not 1 <= args.vocab_size <= MAX_VOCAB_SIZE:
+        raise InputError(f"--vocab_size {args.vocab_size}: expected 1 to {MAX_VOCAB_SIZE}")
+    return args.num_workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+
+
+def make_encoding(args: argparse.Namespace) -> tuple[Encoding, dict]:
+    """Load the tokenizer: (how lines become ids, the tokenizer's part of the card). Raises InputError."""
     tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_name, "--tokenizer_name", args.do_lower_case)
+    description = describe_tokenizer(args.tokenizer_type, args.tokenizer_name, tokenizer, args.do_lower_case)
     special = special_ids(args.tokenizer_type, tokenizer)
+    largest_id = description["vocab_size"] - 1
+    if args.vocab_size is not None and args.vocab_size <= largest_id:
+        raise InputError(f"--vocab_size {args.vocab_size}: the tokenizer has ids up to {largest_id}; expected more than that")
+    ids = special["start"], special["end"], largest_id, special["unknown"]
+    return Encoding(tokenizer.backend_tokenizer, *ids, args.text_field, args.errors), description
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the program: tokenize, shuffle, write, sum up."""
+    args = parse(argv)
+    setup_logging(logging.INFO)
+    num_workers = check_numbers(args)
+    sources = find_sources(args.file_path)
+    outputs = plan_outputs(args, sources)
+    encoding, description = make_encoding(args)
     started = time.perf_counter()
-    sequences, num_blank = binarize(args.file_path, tokenizer, special["start"], special["end"])
-    if not sequences:
-        raise InputError(f"--file_path {args.file_path}: has {num_blank} lines, all blank; expected one sequence a line")
-    random.Random(args.seed).shuffle(sequences)
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        pickle.dump(sequences, file, protocol=pickle.HIGHEST_PROTOCOL)
-    num_ids = sum(map(len, sequences))
-    logger.info("Skipped %d blank lines.", num_blank)
-    logger.info("Wrote %s: %d sequences, %d ids (%s) in %.1f s.", path, len(sequences), num_ids, sequences[0].dtype,
-                time.perf_counter() - started)  # fmt: skip
+    num_blocks = math.ceil(sum(source.num_bytes for source in sources) / BLOCK_BYTES)
+    folder = Path(outputs.path).parent
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=f".{Path(outputs.path).name}.", suffix=".tmp", dir=folder) as scratch:
+        spool, tally = spool_ids(sources, encoding, min(num_workers, num_blocks), Path(scratch))
+        if not spool.num_sequences:
+            num, kind = tally.num_blank + tally.num_bad, "blank or unreadable" if tally.num_bad else "blank"
+            raise InputError(f"--file_path {args.file_path}: has {num} lines, all {kind}; expected one sequence a line")
+        tokenized_s = time.perf_counter() - started
+        card = {
+            "tokenizer": description, "dtype": str(encoding.dtype), "seed": args.seed, "errors": args.errors,
+            "text_field": args.text_field, "sources": [{"path": s.path, "bytes": s.num_bytes} for s in sources],
+            "counts": tally.counts(),
+        }  # fmt: skip
+        write_shuffled(spool, outputs.path, args.format, args.seed, card, encoding.unknown_id)
+    if outputs.counts is not None:
+        counts_V = np.pad(tally.counts_V, (0, (args.vocab_size or len(tally.counts_V)) - len(tally.counts_V)))
+        write_token_counts(outputs.counts, counts_V, {"tokenizer": description, "counts": tally.counts()})
+        logger.info("Wrote %s.", outputs.counts)
+    if outputs.report is not None:
+        draw_lengths(tally.num_of_length, outputs.report, f"{tally.counts()['sequences']:,} sequences of {outputs.path}")
+        logger.info("Drew %s.", outputs.report)
+    for line in summary(tally):
+        logger.info(line)
+    seconds = time.perf_counter() - started
+    logger.info(
+        "Wrote %s in %.1f s: tokenized %.1f MB/s on %d process(es), shuffled and written %.1f s.", " ".join(outputs.files),
+        seconds, tally.num_bytes / 1e6 / tokenized_s, min(num_workers, num_blocks), seconds - tokenized_s,
+    )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -1,30 +1,49 @@
-"""Count how often each token id occurs in a token file: a pickled list of vocab_size ints, for masking by rarity."""
+"""Count how often each token id occurs in a token file: a pickled list of vocab_size ints, for masking by rarity.
+
+A store is read through the page cache, a piece at a time; several files of one vocabulary are counted together.
+"""
 
 import argparse
 import logging
-import pickle
 import sys
 from pathlib import Path
 
 import numpy as np
+from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from lm_seqs_dataset import check_ids_below, read_token_file
-from utils import InputError, OneLineParser, atomic_path, logger, require_output, run_program, setup_logging
+from token_files import CHUNK, TokenFile, check_ids_below, check_vocabulary, open_token_file, write_token_counts
+from utils import InputError, OneLineParser, bar_options, logger, require_output, run_program, setup_logging
 
 MAX_VOCAB_SIZE = 2**27  # no vocabulary comes near; a larger number is a slip of the hand
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
-    parser = OneLineParser(description=__doc__, allow_abbrev=False)
-    parser.add_argument("--data_file", default="data/dump.bert-base-uncased.pickle", help="(default: %(default)s)")
+    parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument(
+        "--data_file", nargs="+", default=["data/dump.bert-base-uncased.pickle"],
+        help="token file, or several: pickles, or stores by their prefix (default: %(default)s)",
+    )  # fmt: skip
     parser.add_argument(
         "--token_counts_dump", default="data/token_counts.bert-base-uncased.pickle", help="output (default: %(default)s)"
     )
     parser.add_argument("--vocab_size", type=int, default=30522, help="entries of the vocabulary (default: %(default)s)")
     return parser.parse_args(argv)
+
+
+def count_ids(tokens: TokenFile, vocab_size: int, source: str, output: str) -> np.ndarray:
+    """Count each id of a token file, (V,), in constant memory. Raises InputError for an id outside, or a damaged block."""
+    counts_V = np.zeros(vocab_size, np.int64)
+    with tqdm(total=len(tokens.ids_M), unit="id", unit_scale=True, desc="count", **bar_options()) as bar:
+        for start in range(0, len(tokens.ids_M), CHUNK):
+            chunk = tokens.ids_M[start : start + CHUNK]
+            tokens.check(np.array([start]), np.array([start + len(chunk)]))
+            check_ids_below(chunk, vocab_size, source, output)
+            counts_V += np.bincount(chunk, minlength=vocab_size)
+            bar.update(len(chunk))
+    return counts_V
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -33,17 +52,28 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging(logging.INFO)
     if not 1 <= args.vocab_size <= MAX_VOCAB_SIZE:
         raise InputError(f"--vocab_size {args.vocab_size}: expected 1 to {MAX_VOCAB_SIZE}")
-    require_output(args.token_counts_dump, "--token_counts_dump", [args.data_file])
-    ids_M, lengths_N = read_token_file(args.data_file)
+    for path in (args.token_counts_dump, f"{args.token_counts_dump}.json"):
+        require_output(path, "--token_counts_dump", [name for file in args.data_file for name in files_of(file)])
     output = f"--vocab_size {args.vocab_size} (for --token_counts_dump {args.token_counts_dump})"
-    check_ids_below(ids_M, args.vocab_size, f"--data_file {args.data_file}", output)
-    counts_V = np.bincount(ids_M, minlength=args.vocab_size)
-    with atomic_path(args.token_counts_dump) as temporary, open(temporary, "wb") as file:
-        pickle.dump(counts_V.tolist(), file, protocol=pickle.HIGHEST_PROTOCOL)
+    counts_V, tokenizer, num_sequences = np.zeros(args.vocab_size, np.int64), None, 0
+    for path in args.data_file:
+        tokens = open_token_file(path)
+        if tokenizer is not None:
+            check_vocabulary(tokens.card, tokenizer["vocabulary_sha256"], f"--data_file {path}", args.data_file[0])
+        tokenizer = tokenizer or tokens.card.get("tokenizer")
+        counts_V += count_ids(tokens, args.vocab_size, f"--data_file {path}", output)
+        num_sequences += len(tokens.lengths_N)
+    card = {"tokenizer": tokenizer} if tokenizer else {}
+    write_token_counts(args.token_counts_dump, counts_V, {**card, "sources": [{"path": path} for path in args.data_file]})
     logger.info(
         "Wrote %s: %d ids of %d sequences, %d of %d vocabulary entries occur.",
-        args.token_counts_dump, len(ids_M), len(lengths_N), np.count_nonzero(counts_V), args.vocab_size,
+        args.token_counts_dump, counts_V.sum(), num_sequences, np.count_nonzero(counts_V), args.vocab_size,
     )  # fmt: skip
+
+
+def files_of(path: str) -> list[str]:
+    """List the files that a token file may consist of."""
+    return [path, *(f"{path}{suffix}" for suffix in (".bin", ".idx", ".json"))]
 
 
 if __name__ == "__main__":

@@ -8,7 +8,8 @@ import pytest
 import torch
 from conftest import as_uint16, load_golden, write_pickle
 
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds, check_ids_below, read_token_counts, read_token_file
+from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
+from token_files import TokenFile, check_ids_below, open_token_file
 from utils import InputError
 
 SPECIAL = SpecialIds(start=1, end=2, pad=0, unknown=3)
@@ -16,7 +17,8 @@ SPECIAL = SpecialIds(start=1, end=2, pad=0, unknown=3)
 
 def make_dataset(sequences, special: SpecialIds, max_length: int) -> LmSeqsDataset:
     arrays = [np.asarray(sequence) for sequence in sequences]
-    return LmSeqsDataset(np.concatenate(arrays), np.array([len(array) for array in arrays]), special, max_length)
+    tokens = TokenFile("tokens", np.concatenate(arrays), np.array([len(array) for array in arrays]))
+    return LmSeqsDataset(tokens, special, max_length)
 
 
 def read_counts(path):
@@ -48,8 +50,8 @@ def test_a_batch_is_padded_to_its_longest_sequence():
 
 def test_nothing_is_copied_by_splitting():
     long = np.array([1, *np.arange(500) % 40 + 5, 2], dtype=np.uint16)
-    dataset = LmSeqsDataset(long, np.array([len(long)]), SPECIAL, 34)
-    assert dataset.ids is long and dataset.lengths.max() == 34
+    dataset = LmSeqsDataset(TokenFile("tokens", long, np.array([len(long)])), SPECIAL, 34)
+    assert dataset.tokens.ids_M is long and dataset.lengths.max() == 34
     inner = np.concatenate([dataset[k][1:-1] for k in range(len(dataset))])
     assert inner.tolist() == long[1:-1].tolist()[: len(inner)]
 
@@ -64,7 +66,7 @@ class Evil:
         return os.system, ("touch executed",)
 
 
-@pytest.mark.parametrize("read", [read_token_file, read_counts])
+@pytest.mark.parametrize("read", [open_token_file, read_counts])
 def test_a_pickle_that_executes_code_is_refused_unexecuted(read, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     path = write_pickle(tmp_path / "evil.pickle", [Evil()])
@@ -78,14 +80,15 @@ def test_only_exact_names_are_admitted_to_a_pickle(tmp_path):
     path = tmp_path / "prefix.pickle"
     path.write_bytes(code)
     with pytest.raises(InputError, match="numpy.testing.rundocs"):
-        read_token_file(path)
+        open_token_file(path)
 
 
 @pytest.mark.parametrize("protocol", range(2, 6))
 def test_token_files_of_any_pickle_protocol_are_read(protocol, tmp_path):
     path = tmp_path / "data.pickle"
     path.write_bytes(pickle.dumps(as_uint16([[1, 5, 2], [1, 6, 7, 2]]), protocol=protocol))
-    ids_M, lengths_N = read_token_file(path)
+    tokens = open_token_file(path)
+    ids_M, lengths_N = tokens.ids_M, tokens.lengths_N
     assert ids_M.tolist() == [1, 5, 2, 1, 6, 7, 2] and lengths_N.tolist() == [3, 4]
 
 
@@ -105,7 +108,7 @@ def test_token_files_of_any_pickle_protocol_are_read(protocol, tmp_path):
 def test_a_pickle_of_something_else_is_named(content, found, tmp_path):
     path = write_pickle(tmp_path / "data.pickle", content)
     with pytest.raises(InputError, match=found) as caught:
-        read_token_file(path)
+        open_token_file(path)
     assert "data.pickle" in str(caught.value)
 
 
@@ -121,7 +124,7 @@ def test_a_cut_off_pickle_is_named(tmp_path):
     for size in (1, len(whole) // 2, len(whole) - 1):
         path.write_bytes(whole[:size])
         with pytest.raises(InputError, match="data.pickle"):
-            read_token_file(path)
+            open_token_file(path)
 
 
 def test_an_id_outside_the_vocabulary_is_named_with_both_files():

@@ -17,7 +17,9 @@ import extract
 import extract_distilbert
 import token_counts
 from architectures import load_tokenizer
-from lm_seqs_dataset import read_token_counts, read_token_file
+from encoding import Encoding
+from lm_seqs_dataset import read_token_counts
+from token_files import open_token_file
 
 TYPES = ("bert", "roberta", "gpt2")
 
@@ -74,16 +76,8 @@ def test_long_lines_are_kept_whole(teachers, tmp_path, recwarn):
 
 
 def test_the_dtype_follows_the_largest_id():
-    class Vocabulary:
-        def __init__(self, largest):
-            self.largest = largest
-
-        def get_vocab(self):
-            return {"a": 0, "b": self.largest}
-
-    assert binarized_data.id_dtype(Vocabulary(65534)) == (np.uint16, 65534)
-    assert binarized_data.id_dtype(Vocabulary(65535)) == (np.int32, 65535)
-    assert binarized_data.id_dtype(Vocabulary(119546)) == (np.int32, 119546)
+    for largest, dtype in ((65534, np.uint16), (65535, np.int32), (119546, np.int32)):
+        assert Encoding(None, 1, 2, largest, None).dtype == dtype
 
 
 def test_counts_are_a_list_of_the_vocabularys_length(tmp_path):
@@ -143,7 +137,8 @@ def test_hub_names_work_like_folders(files, teachers, tmp_path):
     for program, *arguments in commands:
         done = run_process(sys.executable, ROOT / "scripts" / program, *arguments, cwd=tmp_path, timeout_s=60, **offline)
         assert done.returncode == 0, done.stderr
-    found, _ = read_token_file(tmp_path / "out.tiny-bert.pickle")
+    tokens = open_token_file(tmp_path / "out.tiny-bert.pickle")
+    found, _ = tokens.ids_M, tokens.lengths_N
     tokenizer = load_tokenizer("bert", str(teachers["bert"]), "")
     assert found.tolist() == tokenizer.encode("bake limo")
     missing = [*commands[0][1:4], "owner/no-such", "--dump_file", "other"]
@@ -196,8 +191,8 @@ def test_bad_input_is_one_line_and_leaves_the_output_alone(name, teachers, tmp_p
 
 def test_token_files_from_the_program_are_read_back(world):
     for kind in TYPES:
-        ids_M, lengths_N = read_token_file(world.data(kind))
-        assert lengths_N.sum() == len(ids_M) and len(lengths_N) == 240
+        tokens = open_token_file(world.data(kind))
+        assert tokens.lengths_N.sum() == len(tokens.ids_M) and len(tokens.lengths_N) == 240
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -209,7 +204,8 @@ ALLOWED = {
     "utils": set(),
     "losses": {"utils"},
     "architectures": {"utils"},
-    "lm_seqs_dataset": {"utils"},
+    "token_files": {"utils"},
+    "lm_seqs_dataset": {"utils", "token_files"},
     "grouped_batch_sampler": {"utils"},
     "distiller": {"utils", "losses"},
     "train": MODULES - {"train"},
@@ -228,6 +224,21 @@ def test_imports_point_one_way():
         assert imported(ROOT / f"{name}.py") & MODULES <= allowed, name
     for path in (ROOT / "scripts").glob("*.py"):
         assert "train" not in imported(path), path
+
+
+def test_preparing_data_does_without_torch(teachers, text_file, tmp_path):
+    """A second to start, and memory for as many processes as there are cores."""
+    code = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
+import binarized_data, token_counts, utils
+flags = ["--file_path", {str(text_file)!r}, "--tokenizer_name", {str(teachers["bert"])!r}, "--dump_file", "out"]
+utils.run_program(lambda: binarized_data.main(flags))
+token_counts.main(["--data_file", "out.tiny-bert.pickle", "--token_counts_dump", "counts", "--vocab_size", "200"])
+assert "torch" not in sys.modules
+"""
+    done = run_process(sys.executable, "-c", code, cwd=tmp_path, timeout_s=60)
+    assert done.returncode == 0, done.stderr
 
 
 def test_importing_a_module_has_no_effect(tmp_path):

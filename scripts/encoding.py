@@ -1,0 +1,245 @@
+"""Blocks of text -> token ids, in worker processes.
+
+WordPiece and byte-level BPE treat what stands between two spaces without regard to its neighbours, so the ids of such a
+chunk are remembered: most of a text is chunks that were seen before, and a dictionary answers several times faster than
+the tokenizers library encodes. Which tokenizers that holds for, and where it does not, is said at `chunk_rule`.
+"""
+
+import array
+import collections
+import concurrent.futures
+import dataclasses
+import itertools
+import json
+import multiprocessing
+import operator
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterable, Iterator
+
+import numpy as np
+from tokenizers import Tokenizer
+
+from text_sources import Block, texts_of
+from utils import InputError
+
+MAX_CHUNK_CHARS = 32  # a longer chunk hardly comes again: it is not kept
+MAX_REMEMBERED = 2**17  # chunks of a generation; there are two, about 25 MB each
+AHEAD = 2  # blocks a worker has waiting
+
+
+@dataclasses.dataclass(frozen=True)
+class Encoding:
+    """How lines become ids. tokenizer: of the tokenizers library; largest_id: what its vocabulary ends at."""
+
+    tokenizer: Tokenizer
+    start_id: int
+    end_id: int
+    largest_id: int
+    unknown_id: int | None
+    text_field: str = "text"
+    errors: str = "strict"
+
+    @property
+    def dtype(self) -> np.dtype:
+        """uint16 while the vocabulary, added tokens included, has fewer than 65536 entries; else int32."""
+        # Differs from the original: added tokens count, and ids are checked; 2019 wrapped at 16 bits in silence.
+        return np.dtype(np.uint16 if self.largest_id + 1 < 2**16 else np.int32)
+
+
+@dataclasses.dataclass(frozen=True)
+class EncodedBlock:
+    """A block's sequences: ids end to end and their lengths; what was counted; num_bytes as in Block."""
+
+    ids_M: np.ndarray
+    lengths_N: np.ndarray
+    num_words: int
+    num_blank: int
+    num_bad: int
+    num_bytes: int
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Chunks whose ids do not depend on their neighbours
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def chunk_rule(tokenizer: Tokenizer) -> str | None:
+    """Say how a line may be cut at its spaces without changing the ids: "bert", "byte_level", or None: not at all.
+
+    bert: BertNormalizer works a character at a time (NFD reorders marks only behind a letter, and a space is none),
+    BertPreTokenizer cuts at every white space: any cut at U+0020 is exact, and the space itself is dropped.
+    byte_level: GPT-2's pattern never joins a character with a space that follows it, and looks ahead only inside a run
+    of white space: a cut in front of a space is exact in lines whose only white space is single spaces.
+    Added tokens are found in the text first: with a space in them, or eating that behind them, none of this holds.
+    """
+    description = json.loads(tokenizer.to_str())
+    if any(token["rstrip"] or any(map(str.isspace, token["content"])) for token in description["added_tokens"]):
+        return None
+    normalizer, pre_tokenizer, model = (description[part] or {} for part in ("normalizer", "pre_tokenizer", "model"))
+    kinds = normalizer.get("type"), pre_tokenizer.get("type"), model.get("type")
+    if kinds == ("BertNormalizer", "BertPreTokenizer", "WordPiece"):
+        return "bert"
+    if kinds == (None, "ByteLevel", "BPE") and pre_tokenizer.get("use_regex", True) and not model.get("dropout"):
+        return "byte_level"
+    return None
+
+
+class LineEncoder:
+    """Encode lines: start id, the line's ids without special tokens of the tokenizer's own, end id."""
+
+    def __init__(self, encoding: Encoding, *, remembers: bool = True):
+        """remembers: False encodes every line by the library, for comparison."""
+        self.tokenizer = encoding.tokenizer
+        self.tokenizer.no_truncation()
+        self.tokenizer.no_padding()
+        self.typecode = {2: "H", 4: "i"}[encoding.dtype.itemsize]
+        self.dtype = encoding.dtype
+        self.largest_id = encoding.largest_id
+        self.start, self.end = self._bytes_of([encoding.start_id]), self._bytes_of([encoding.end_id])
+        self.rule = chunk_rule(self.tokenizer) if remembers else None
+        # Two generations: when the young one is full it becomes the old one, and what is still in use is taken back.
+        self.young: dict[str, bytes] = {}
+        self.old: dict[str, bytes] = {}
+        self.passing: list[str] = []  # chunks in the young one that are too long to stay
+
+    def encode(self, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
+        """Return (ids_M of all lines end to end, lengths_N as int32). Raises ValueError for an id out of the vocabulary."""
+        encode = {"bert": self._encode_bert, "byte_level": self._encode_byte_level, None: self._encode_whole}[self.rule]
+        sequences = [self.start + ids + self.end for ids in encode(lines)]
+        lengths_N = np.fromiter(map(len, sequences), np.int32, len(sequences)) // self.dtype.itemsize
+        ids_M = np.frombuffer(b"".join(sequences), self.dtype)
+        if len(ids_M) and int(ids_M.max()) > self.largest_id:
+            raise ValueError(f"the tokenizer gave id {int(ids_M.max())}, but its vocabulary ends at {self.largest_id}")
+        return ids_M, lengths_N
+
+    def _encode_whole(self, lines: list[str]) -> list[bytes]:
+        encoded = self.tokenizer.encode_batch_fast(lines, add_special_tokens=False)
+        return [self._bytes_of(one.ids) for one in encoded]
+
+    def _encode_bert(self, lines: list[str]) -> list[bytes]:
+        chunks_of_line = [line.split(" ") for line in lines]
+        ids_of = self._looked_up(chunks_of_line)
+        return [b"".join(map(ids_of, chunks)) for chunks in chunks_of_line]
+
+    def _encode_byte_level(self, lines: list[str]) -> list[bytes]:
+        chunks_of_line = [line.split() for line in lines]
+        is_plain = [" ".join(chunks) == line for chunks, line in zip(chunks_of_line, lines, strict=True)]
+        others = iter(self._encode_whole(list(itertools.compress(lines, map(operator.not_, is_plain)))))
+        # A chunk's key stands for a space and the chunk; the first of a line has none, which "\n" in its key tells.
+        keys_of_line = [["\n" + chunks[0], *chunks[1:]] for chunks in itertools.compress(chunks_of_line, is_plain)]
+        ids_of = self._looked_up(keys_of_line)
+        joined = (b"".join(map(ids_of, keys)) for keys in keys_of_line)
+        return [next(joined if plain else others) for plain in is_plain]
+
+    def _looked_up(self, chunks_of_line: list[list[str]]) -> Callable[[str], bytes]:
+        """Make sure that the ids of all chunks are known; return the function that gives them."""
+        for chunk in self.passing:
+            del self.young[chunk]
+        if len(self.young) > MAX_REMEMBERED:
+            self.young, self.old = {}, self.young
+        young, old = self.young, self.old
+        missing = [chunk for chunk in set(itertools.chain.from_iterable(chunks_of_line)) if chunk not in young]
+        young.update((chunk, old[chunk]) for chunk in missing if chunk in old)
+        new = [chunk for chunk in missing if chunk not in young]
+        young.update(zip(new, self._encode_whole(list(map(self._text_of, new))), strict=True))
+        self.passing = [chunk for chunk in new if len(chunk) > MAX_CHUNK_CHARS]
+        return young.__getitem__
+
+    def _text_of(self, chunk: str) -> str:
+        if self.rule == "bert":
+            return chunk
+        return chunk[1:] if chunk.startswith("\n") else " " + chunk
+
+    def _bytes_of(self, ids: Iterable[int]) -> bytes:
+        return array.array(self.typecode, ids).tobytes()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Workers
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class BlockEncoder:
+    """Encode a block of text. Raises InputError naming file and line where the text can't be used."""
+
+    def __init__(self, encoding: Encoding):
+        self.encoding = encoding
+        self.encoder = LineEncoder(encoding)
+
+    def __call__(self, block: Block) -> EncodedBlock:
+        """Decode, strip, leave blank lines out, encode."""
+        texts, num_bad = texts_of(block, self.encoding.text_field, self.encoding.errors)
+        lines = [stripped for text in texts if (stripped := text.strip())]
+        ids_M, lengths_N = self.encoder.encode(lines)
+        num_words = sum(len(line.split()) for line in lines)
+        # Differs from the original: blank lines are no sequences of two boundary tokens.
+        return EncodedBlock(ids_M, lengths_N, num_words, len(texts) - len(lines), num_bad, block.num_bytes)
+
+
+class WorkerPool:
+    """Encode blocks on several processes, in order. Use as a context manager; the processes start at once.
+
+    Started before any thread of this process, they are forked where the system can, and share its memory.
+    """
+
+    def __init__(self, encoding: Encoding, num_workers: int):
+        """num_workers: processes; 1 = this one."""
+        self.num_workers = num_workers
+        if num_workers == 1:
+            self.encode = BlockEncoder(encoding)
+            return
+        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+        self.executor = concurrent.futures.ProcessPoolExecutor(
+            num_workers, multiprocessing.get_context(method), _start_worker, (encoding, os.getpid())
+        )
+        self.executor.submit(os.getpid).result()
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *error) -> None:
+        if self.num_workers > 1:
+            self.executor.shutdown(cancel_futures=True)
+
+    def map(self, blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
+        """Yield the blocks encoded, in their order, with a few of them under way. Raises InputError of the first."""
+        if self.num_workers == 1:
+            yield from map(self.encode, blocks)
+            return
+        under_way: collections.deque[concurrent.futures.Future] = collections.deque()
+        try:
+            for block in blocks:
+                under_way.append(self.executor.submit(_encode_block, block))
+                if len(under_way) >= self.num_workers * AHEAD:
+                    yield under_way.popleft().result()
+            while under_way:
+                yield under_way.popleft().result()
+        except concurrent.futures.process.BrokenProcessPool as error:
+            raise InputError(
+                "a worker process was ended from outside (is the memory full?); run again with a smaller --num_workers"
+            ) from error
+
+
+_encode_in_worker: BlockEncoder
+
+
+def _start_worker(encoding: Encoding, parent: int) -> None:
+    global _encode_in_worker
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends its workers
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
+    threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
+    _encode_in_worker = BlockEncoder(encoding)
+
+
+def _end_with(parent: int) -> None:
+    """End this process soon after its parent was killed: it would wait for work for ever."""
+    while os.getppid() == parent:
+        time.sleep(1)
+    os._exit(1)
+
+
+def _encode_block(block: Block) -> EncodedBlock:
+    return _encode_in_worker(block)

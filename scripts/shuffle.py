@@ -1,0 +1,121 @@
+"""A uniform, seeded shuffle of sequences that do not fit into memory.
+
+Sequences are spooled to the disk as they come. A spool that is too large for memory is scattered: each sequence goes to
+one of several smaller spools, drawn uniformly and independently; those are shuffled one after the other, and their
+concatenation is a uniform permutation of all (Rao 1961; Sandelius 1962). Reading and writing is sequential throughout.
+"""
+
+import os
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+
+from utils import keyed_numpy_generator
+
+CHUNK_IDS = 2**20  # moved in one go
+CHUNK_SEQUENCES = 2**16
+SPOOL_IDS = 2**23  # shuffled in memory: 16 or 32 MiB
+MAX_FAN_OUT = 64
+BUFFER_BYTES = 2**16
+
+
+class Spool:
+    """Sequences on the disk, in the order in which they were written: a file of ids and one of lengths (int32)."""
+
+    def __init__(self, path: Path, dtype: np.dtype):
+        self.path, self.dtype = path, np.dtype(dtype)
+        self.ids_file, self.lengths_file = (
+            open(path.with_name(f"{path.name}.{kind}"), "wb", BUFFER_BYTES)  # noqa: SIM115 (closed by close)
+            for kind in ("ids", "lengths")
+        )
+        self.num_ids = self.num_sequences = 0
+
+    def append(self, ids_M: np.ndarray, lengths_N: np.ndarray) -> None:
+        """Write sequences: their ids end to end, and their lengths."""
+        self.ids_file.write(np.ascontiguousarray(ids_M, self.dtype).data)
+        self.lengths_file.write(lengths_N.astype(np.int32).data)
+        self.num_ids += len(ids_M)
+        self.num_sequences += len(lengths_N)
+
+    def close(self) -> None:
+        """End writing."""
+        self.ids_file.close()
+        self.lengths_file.close()
+
+    def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+        """Yield (ids_M, lengths_N) of consecutive sequences, as `cuts` cuts them."""
+        with open(self.ids_file.name, "rb") as ids_file, open(self.lengths_file.name, "rb") as lengths_file:
+            while len(lengths_N := np.fromfile(lengths_file, np.int32, CHUNK_SEQUENCES)):
+                for first, last in cuts(lengths_N):
+                    part = lengths_N[first:last]
+                    yield np.fromfile(ids_file, self.dtype, int(part.sum(dtype=np.int64))), part
+
+    def read(self) -> tuple[np.ndarray, np.ndarray]:
+        """Read everything: (ids_M, lengths_N)."""
+        return np.fromfile(self.ids_file.name, self.dtype), np.fromfile(self.lengths_file.name, np.int32)
+
+    def remove(self) -> None:
+        """Delete the files."""
+        os.unlink(self.ids_file.name)
+        os.unlink(self.lengths_file.name)
+
+
+def cuts(lengths_N: np.ndarray) -> Iterator[tuple[int, int]]:
+    """Cut consecutive sequences into ranges [first, last) of CHUNK_IDS ids at the most, unless one alone is longer."""
+    ends = np.cumsum(lengths_N, dtype=np.int64)
+    first = 0
+    while first < len(lengths_N):
+        limit = (ends[first - 1] if first else 0) + CHUNK_IDS
+        last = max(int(np.searchsorted(ends, limit, side="right")), first + 1)
+        yield first, last
+        first = last
+
+
+def gathered(
+    ids_M: np.ndarray, starts_N: np.ndarray, lengths_N: np.ndarray, order: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Bring sequences order[0], order[1], .. together: (their ids end to end, their lengths)."""
+    lengths = lengths_N[order]
+    new_starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    places = np.arange(int(lengths.sum(dtype=np.int64))) + np.repeat(starts_N[order] - new_starts, lengths)
+    return ids_M[places], lengths
+
+
+def shuffled(spool: Spool, *key: int | str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield a spool's sequences in an order that depends on `key` and the sequences alone; the spool is used up."""
+    if spool.num_ids <= SPOOL_IDS or spool.num_sequences == 1:
+        ids_M, lengths_N = spool.read()
+        spool.remove()
+        order = keyed_numpy_generator(*key, "within").permutation(len(lengths_N))
+        yield from _in_pieces(ids_M, lengths_N, order)
+        return
+    for number, part in enumerate(_scatter(spool, *key)):
+        yield from shuffled(part, *key, number)
+
+
+def _in_pieces(ids_M: np.ndarray, lengths_N: np.ndarray, order: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Reorder, CHUNK_IDS ids at a time: an index of 8 bytes an id is made in between."""
+    starts_N = np.cumsum(lengths_N, dtype=np.int64) - lengths_N
+    for first, last in cuts(lengths_N[order]):
+        yield gathered(ids_M, starts_N, lengths_N, order[first:last])
+
+
+def _scatter(spool: Spool, *key: int | str) -> list[Spool]:
+    num_parts = min(-(-spool.num_ids // SPOOL_IDS) + 1, MAX_FAN_OUT)
+    parts = [Spool(spool.path.with_name(f"{spool.path.name}-{number}"), spool.dtype) for number in range(num_parts)]
+    generator = keyed_numpy_generator(*key, "scatter")
+    for ids_M, lengths_N in spool.chunks():
+        part_of_sequence = generator.integers(num_parts, size=len(lengths_N))
+        starts_N = np.cumsum(lengths_N, dtype=np.int64) - lengths_N
+        ids_M, lengths = gathered(ids_M, starts_N, lengths_N, np.argsort(part_of_sequence, kind="stable"))
+        counts = np.bincount(part_of_sequence, minlength=num_parts)
+        ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
+        first = 0
+        for part, count in zip(parts, counts.tolist(), strict=True):
+            part.append(ids_M[ends[first] : ends[first + count]], lengths[first : first + count])
+            first += count
+    for part in parts:
+        part.close()
+    spool.remove()
+    return parts

@@ -1,0 +1,504 @@
+"""Token files: sequences of token ids on the disk, in either of two formats, told apart by what is in them.
+
+- The pickled list of 2019: one 1-D array of ids a sequence. It is read into memory, without executing anything in it.
+- The store, in the layout of Megatron-LM's indexed dataset: `.bin` holds all ids end to end, `.idx` a header, the
+  sequences' lengths (int32), their byte offsets (int64) and the document index (int64). It is memory-mapped: opening it
+  costs nothing, and all processes of a machine share one copy in the page cache.
+
+Beside either stands a JSON file, the *card*: tokenizer and its vocabulary's fingerprint, what was counted, and checksums. Files
+without a card are read, too, with a notice.
+"""
+
+import base64
+import contextlib
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import pickle
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from utils import InputError, RankError, atomic_path, logger, one_line, require_file, write_json
+
+CARD_FORMAT, CARD_VERSION = "distil-tokens", 1
+MAGIC, STORE_VERSION = b"MMIDIDX\x00\x00", 1
+HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, number of sequences, entries of the document index
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # Megatron-LM's codes
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+BLOCK_BYTES = 2**16  # one checksum each
+DIGEST_BYTES = 8  # the beginning of a block's SHA-256
+CHUNK = 2**20  # sequences or ids that are looked at in one go
+# Fewer unknown ids than this in a sequence, and no piece of it that is trained on can be half unknown.
+MANY_UNKNOWN = 6
+MAX_LISTED = 2**16
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenFile:
+    """Sequences of ids. ids_M: all of them end to end; lengths_N: of each sequence; card: {} where there is none."""
+
+    path: str
+    ids_M: np.ndarray
+    lengths_N: np.ndarray
+    card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    blocks: "CheckedBlocks | None" = None
+
+    def check(self, starts: np.ndarray, ends: np.ndarray) -> None:
+        """Compare the blocks that hold ids[start:end] with their checksums, each once. Raises InputError."""
+        if self.blocks is not None:
+            size = self.ids_M.itemsize
+            self.blocks.check(starts * size, ends * size)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Cards and checksums
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def write_card(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
+    """Write a card: format and version in front, a checksum of its own behind."""
+    card = {"format": CARD_FORMAT, "version": CARD_VERSION, **content}
+    write_json(path, {**card, "card_sha256": _card_digest(card)})
+
+
+def read_card(path: str | os.PathLike, what: str) -> dict[str, Any]:
+    """Read a card; {} where there is none. Raises InputError where it is damaged, foreign or newer than this program."""
+    if not os.path.isfile(path):
+        return {}
+    try:
+        card = json.loads(Path(path).read_bytes())
+        is_ours = card["format"] == CARD_FORMAT
+    except (ValueError, KeyError, TypeError) as error:
+        raise InputError(f"{what} {path}: is no card of a token file ({one_line(error)}); make the token file again") from error
+    if not is_ours:
+        raise InputError(f"{what} {path}: has format {card['format']!r}, expected {CARD_FORMAT!r}; make the token file again")
+    if card.get("version") != CARD_VERSION:
+        raise InputError(
+            f"{what} {path}: is of version {card.get('version')}, this program reads version {CARD_VERSION}; update the program"
+        )
+    if card.pop("card_sha256", None) != _card_digest(card):
+        raise InputError(f"{what} {path}: its checksum is wrong: damaged, or edited; make the token file again")
+    return card
+
+
+def _card_digest(card: Mapping[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
+
+
+def check_vocabulary(card: Mapping[str, Any], vocabulary: str | None, source: str, model: str) -> None:
+    """Raise InputError where a file's card says that it was made with another vocabulary than the model's.
+
+    vocabulary: the fingerprint of the model's; None: not known. source, model: name the file and the model.
+    """
+    of_file = card.get("tokenizer") or {}
+    if vocabulary is not None and of_file.get("vocabulary_sha256", vocabulary) != vocabulary:
+        raise InputError(
+            f"{source}: was made with the tokenizer {of_file.get('name')} ({of_file.get('vocab_size')} entries, fingerprint "
+            f"{of_file['vocabulary_sha256'][:12]}), the vocabulary of {model} is another (fingerprint {vocabulary[:12]}); "
+            "binarize and count with that model's tokenizer"
+        )
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """Return a file's SHA-256 as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _digest(block: bytes | memoryview) -> bytes:
+    return hashlib.sha256(block).digest()[:DIGEST_BYTES]
+
+
+class BlockDigests:
+    """Collect the checksums of a file that is being written, a block at a time."""
+
+    def __init__(self) -> None:
+        self._digests = bytearray()
+        self._rest = b""
+
+    def update(self, data: bytes) -> None:
+        """Take what is written next."""
+        data = self._rest + data
+        whole = len(data) - len(data) % BLOCK_BYTES
+        for start in range(0, whole, BLOCK_BYTES):
+            self._digests += _digest(memoryview(data)[start : start + BLOCK_BYTES])
+        self._rest = data[whole:]
+
+    def text(self) -> str:
+        """Return all checksums as text, for the card."""
+        last = _digest(self._rest) if self._rest else b""
+        return base64.b64encode(bytes(self._digests) + last).decode()
+
+
+class CheckedBlocks:
+    """A memory-mapped file whose blocks are compared with their checksums when they are first touched."""
+
+    def __init__(self, path: str, digests: str, what: str):
+        """digests: text from the card. Raises InputError where it does not fit the file's size."""
+        self.path, self.what = path, what
+        self.data = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
+        expected = np.frombuffer(base64.b64decode(digests), dtype=f"V{DIGEST_BYTES}")
+        num_blocks = -(-len(self.data) // BLOCK_BYTES)
+        if len(expected) != num_blocks:
+            raise InputError(
+                f"{what} {path}: has {len(self.data)} bytes, its card counts {len(expected)} blocks of {BLOCK_BYTES}: cut off, "
+                "or of another file; make it again"
+            )
+        self.expected = expected
+        self.is_checked = np.zeros(num_blocks, bool)
+
+    def check(self, starts: np.ndarray, ends: np.ndarray) -> None:
+        """Check the blocks under the byte ranges [start, end). Raises InputError naming file, block and place."""
+        first, last = starts // BLOCK_BYTES, (ends - 1) // BLOCK_BYTES
+        widest = int((last - first).max(initial=-1))
+        for step in range(widest + 1):
+            touched = first[first + step <= last] + step
+            for block in np.unique(touched[~self.is_checked[touched]]).tolist():
+                self._check_block(block)
+
+    def check_all(self) -> Iterator[int]:
+        """Check every block; yield the bytes of each, for a progress bar."""
+        for block in range(len(self.expected)):
+            self._check_block(block)
+            yield min(BLOCK_BYTES, len(self.data) - block * BLOCK_BYTES)
+
+    def _check_block(self, block: int) -> None:
+        start = block * BLOCK_BYTES
+        if _digest(self.data[start : start + BLOCK_BYTES]) != self.expected[block].tobytes():
+            end = min(start + BLOCK_BYTES, len(self.data))
+            raise RankError(
+                f"{self.what} {self.path}: bytes {start} to {end - 1} differ from their checksum: the file is damaged; "
+                "restore it from a copy, or make it again"
+            )
+        self.is_checked[block] = True
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def open_token_file(path: str | os.PathLike, what: str = "--data_file") -> TokenFile:
+    """Open a token file of either format. A store is named by its prefix, or by any of its files.
+
+    Raises InputError naming the file where it is missing, cut off, damaged or of another kind.
+    """
+    prefix = store_prefix(path)
+    if prefix is not None:
+        return _open_store(prefix, what)
+    require_file(path, what)
+    return _open_pickle(os.fspath(path), what)
+
+
+def store_prefix(path: str | os.PathLike) -> str | None:
+    """Return the prefix of the store that `path` names; None where it names none."""
+    path = os.fspath(path)
+    stem, suffix = os.path.splitext(path)
+    candidates = [path] + [stem] * (suffix in (".bin", ".idx", ".json"))
+    for prefix in candidates:
+        if os.path.isfile(f"{prefix}.idx") and not (prefix == path and os.path.isfile(path)):
+            return prefix
+        if suffix in (".bin", ".idx") and prefix == stem and os.path.isfile(path):
+            return prefix
+    return None
+
+
+def token_file_problem(path: str | os.PathLike, what: str) -> str | None:
+    """Say in one line why `path` names no token file that can be read; None if it may be one."""
+    try:
+        prefix = store_prefix(path)
+        for name in (path,) if prefix is None else (f"{prefix}.idx", f"{prefix}.bin"):
+            require_file(name, what)
+    except InputError as error:
+        return str(error)
+    return None
+
+
+def _open_store(prefix: str, what: str) -> TokenFile:
+    index, data = f"{prefix}.idx", f"{prefix}.bin"
+    for path in (index, data):
+        require_file(path, what)
+    card = read_card(f"{prefix}.json", what)
+    if card:
+        checked_index = CheckedBlocks(index, _checksums(card, "idx", prefix, what), what)
+        for _ in checked_index.check_all():
+            pass
+    else:
+        logger.info("%s %s: no %s.json stands beside it, so its checksums are unknown.", what, data, prefix)
+    dtype, lengths_N = _read_index(index, data, what)
+    blocks = CheckedBlocks(data, _checksums(card, "bin", prefix, what), what) if card else None
+    ids_M = np.memmap(data, dtype=dtype, mode="r").view(np.ndarray)
+    return TokenFile(prefix, ids_M, lengths_N, card, blocks)
+
+
+def _checksums(card: Mapping[str, Any], name: str, prefix: str, what: str) -> str:
+    try:
+        return card["checksums"][name]
+    except (KeyError, TypeError) as error:
+        raise InputError(f"{what} {prefix}.json: is no card of a store, it has no checksums; make the store again") from error
+
+
+def _read_index(index: str, data: str, what: str) -> tuple[np.dtype, np.ndarray]:
+    """Check a store's index against itself and the size of its data: (dtype of ids, lengths_N, memory-mapped)."""
+    size, data_size = os.path.getsize(index), os.path.getsize(data)
+    with open(index, "rb") as file:
+        head = file.read(HEADER.size)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
+        raise InputError(f"{what} {index}: is no index of a store (it does not begin with {MAGIC!r}); make it again")
+    _, version, code, num_sequences, num_documents = HEADER.unpack(head)
+    if version != STORE_VERSION:
+        raise InputError(f"{what} {index}: is of version {version}, expected {STORE_VERSION}; make it again")
+    if code not in DTYPES:
+        raise InputError(f"{what} {index}: its dtype code {code} is none of integers; expected one of {sorted(DTYPES)}")
+    expected = HEADER.size + 12 * num_sequences + 8 * num_documents
+    if num_sequences == 0 or size not in (expected, expected + num_sequences):  # the latter with Megatron-LM's modes
+        raise InputError(
+            f"{what} {index}: has {size} bytes, {num_sequences} sequences take {expected}: cut off or damaged; make it again"
+        )
+    dtype = np.dtype(DTYPES[code])
+    lengths_N = np.memmap(index, "<i4", "r", HEADER.size, (num_sequences,)).view(np.ndarray)
+    offsets_N = np.memmap(index, "<i8", "r", HEADER.size + 4 * num_sequences, (num_sequences,)).view(np.ndarray)
+    end = 0
+    for start in range(0, num_sequences, CHUNK):
+        lengths = lengths_N[start : start + CHUNK].astype(np.int64)
+        ends = end + np.cumsum(lengths) * dtype.itemsize
+        wrong = (lengths <= 0) | (offsets_N[start : start + CHUNK] != ends - lengths * dtype.itemsize)
+        if wrong.any():
+            number = start + int(np.flatnonzero(wrong)[0])
+            raise InputError(
+                f"{what} {index}: sequence {number} has length {lengths_N[number]} at byte {offsets_N[number]}, which does "
+                "not follow from those before it; make the store again"
+            )
+        end = int(ends[-1])
+    if end != data_size:
+        raise InputError(f"{what} {data}: has {data_size} bytes, its index expects {end}: cut off or foreign; make it again")
+    return dtype, lengths_N
+
+
+class _ArrayUnpickler(pickle.Unpickler):
+    """Load lists of numpy arrays and ints, and nothing else: a pickle may otherwise execute what it likes."""
+
+    # Differs from the original: 2019 unpickled, and so executed, anything.
+
+    ADMITTED = {
+        ("numpy", "dtype"),
+        ("numpy", "ndarray"),
+        ("_codecs", "encode"),
+        *itertools.product(("numpy._core.numeric", "numpy.core.numeric"), ("_frombuffer",)),
+        *itertools.product(("numpy._core.multiarray", "numpy.core.multiarray"), ("_reconstruct", "scalar")),
+    }
+
+    def find_class(self, module: str, name: str) -> Any:
+        if (module, name) not in self.ADMITTED:
+            raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no token file needs")
+        return super().find_class(module, name)
+
+
+def read_pickle(path: str | os.PathLike, what: str) -> Any:
+    """Read a pickle of lists, ints and numpy arrays. Raises InputError for any other content or a damaged file."""
+    require_file(path, what)
+    try:
+        with open(path, "rb") as file:
+            return _ArrayUnpickler(file).load()
+    except OSError:
+        raise
+    except Exception as error:  # a damaged pickle can raise nearly anything
+        raise InputError(f"{what} {path}: not a readable pickle of token ids ({one_line(error)}); make it again") from error
+
+
+def read_checked_card(path: str | os.PathLike, what: str) -> dict[str, Any]:
+    """Read the card beside a pickle and compare the pickle with the checksum in it; {} where there is no card."""
+    card = read_card(f"{path}.json", what)
+    if not card:
+        logger.info("%s %s: no %s.json stands beside it, so its checksum is unknown.", what, path, path)
+    elif card.get("sha256") != file_digest(path):
+        raise InputError(
+            f"{what} {path}: differs from the checksum in {path}.json: damaged, or changed since; make it again, or remove "
+            "the .json if the change was meant"
+        )
+    return card
+
+
+def _open_pickle(path: str, what: str) -> TokenFile:
+    card = read_checked_card(path, what)
+    content = read_pickle(path, what)
+    if not isinstance(content, list) or not content:
+        found = "an empty list" if isinstance(content, list) else type(content).__name__
+        raise InputError(f"{what} {path}: expected a list of token-id arrays, got {found}; make it with binarized_data.py")
+    sequences = [_as_ids(sequence, number, path, what) for number, sequence in enumerate(content)]
+    del content
+    lengths_N = np.fromiter(map(len, sequences), np.int64, len(sequences))
+    ids_M = np.concatenate(sequences)
+    ids_M = ids_M if ids_M.dtype.kind in "iu" else ids_M.astype(np.int64)  # uint64 beside int64 gives floats
+    return TokenFile(path, ids_M, lengths_N, card)
+
+
+def _as_ids(sequence: Any, number: int, path: str, what: str) -> np.ndarray:
+    try:
+        array = np.asarray(sequence) if isinstance(sequence, (list, np.ndarray)) else None
+    except ValueError:  # a list of lists of unequal lengths
+        array = None
+    if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
+        found = type(sequence).__name__ if array is None else f"{array.dtype} of shape {array.shape}"
+        raise InputError(f"{what} {path}: sequence {number} is {found}, expected a 1-D array of integers; make it again")
+    return array
+
+
+def check_ids_below(ids_M: np.ndarray, vocab_size: int, path: str | os.PathLike, what: str) -> None:
+    """Raise InputError that names the first id outside, the file and the vocabulary's source."""
+    for start in range(0, len(ids_M), CHUNK):
+        chunk = ids_M[start : start + CHUNK]
+        if int(chunk.max()) >= vocab_size or int(chunk.min()) < 0:
+            wrong = int(chunk[np.flatnonzero((chunk >= vocab_size) | (chunk < 0))[0]])
+            raise InputError(
+                f"{path}: token id {wrong} is outside the vocabulary of {what}, ids 0 to {vocab_size - 1}; "
+                "binarize with the tokenizer of that vocabulary, or correct the size"
+            )
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class PickleWriter:
+    """Write the pickled list of 2019 one sequence at a time: what pickle.load returns is a list of numpy arrays.
+
+    The opcodes are written by hand, for pickle.dump wants the whole list in memory. Protocol 5; an array is
+    numpy.ndarray(shape, dtype, bytes), by public names that every version of numpy has.
+    """
+
+    # numpy.ndarray is memo 0, the dtype memo 1; then an empty list.
+    BEGINNING = b"\x80\x05cnumpy\nndarray\nq\x000cnumpy\ndtype\n\x8c\x03%s\x85Rq\x010]"
+    SEQUENCE = struct.Struct("<2sBi1s2sBQ")  # get memo 0; an int32 as 1-tuple; get memo 1; bytes of a 64-bit length
+    PER_APPEND = 1000  # sequences behind one mark, as pickle.dump has it
+
+    def __init__(self, file: BinaryIO, dtype: np.dtype):
+        self.file = file
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.num_open = 0
+        file.write(self.BEGINNING % self.dtype.str.encode())
+
+    def append(self, ids_M: np.ndarray, lengths_N: np.ndarray) -> None:
+        """Write sequences: their ids end to end, and their lengths."""
+        data = memoryview(np.ascontiguousarray(ids_M, self.dtype)).cast("B")
+        parts, place = [], 0
+        for length in lengths_N.tolist():
+            if self.num_open == 0:
+                parts.append(b"(")
+            size = length * self.dtype.itemsize
+            parts += [self._head(length, size), data[place : place + size], b"\x87R"]
+            place += size
+            self.num_open = (self.num_open + 1) % self.PER_APPEND
+            if self.num_open == 0:
+                parts.append(b"e")
+        self.file.write(b"".join(parts))
+
+    def _head(self, length: int, size: int) -> bytes:
+        return self.SEQUENCE.pack(b"h\x00", ord("J"), length, b"\x85", b"h\x01", 0x96, size)
+
+    def close(self) -> None:
+        """Write the end of the pickle."""
+        self.file.write((b"e" if self.num_open else b"") + b".")
+
+
+class StoreWriter:
+    """Write a store's `.bin` and `.idx` one chunk of sequences at a time, in constant memory, with their checksums."""
+
+    def __init__(self, data: BinaryIO, index: BinaryIO, lengths: BinaryIO, dtype: np.dtype):
+        """lengths: a scratch file, readable, for what goes into the index at the end."""
+        self.data, self.index, self.lengths = data, index, lengths
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.digests = {"bin": BlockDigests(), "idx": BlockDigests()}
+        self.num_sequences = 0
+
+    def append(self, ids_M: np.ndarray, lengths_N: np.ndarray) -> None:
+        """Write sequences: their ids end to end, and their lengths."""
+        data = np.ascontiguousarray(ids_M, self.dtype).tobytes()
+        self.data.write(data)
+        self.digests["bin"].update(data)
+        self.lengths.write(lengths_N.astype("<i4").tobytes())
+        self.num_sequences += len(lengths_N)
+
+    def close(self) -> None:
+        """Write the index: header, lengths, byte offsets, and one document a sequence."""
+        code = CODES[self.dtype.newbyteorder("=")]
+        self._to_index(HEADER.pack(MAGIC, STORE_VERSION, code, self.num_sequences, self.num_sequences + 1))
+        for lengths in self._written_lengths():
+            self._to_index(lengths.tobytes())
+        end = 0
+        for lengths in self._written_lengths():
+            ends = end + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
+            self._to_index((ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8").tobytes())
+            end = int(ends[-1])
+        for start in range(0, self.num_sequences + 1, CHUNK):
+            self._to_index(np.arange(start, min(start + CHUNK, self.num_sequences + 1), dtype="<i8").tobytes())
+
+    def _written_lengths(self) -> Iterator[np.ndarray]:
+        self.lengths.seek(0)
+        while data := self.lengths.read(4 * CHUNK):
+            yield np.frombuffer(data, "<i4")
+
+    def _to_index(self, data: bytes) -> None:
+        self.index.write(data)
+        self.digests["idx"].update(data)
+
+    def checksums(self) -> dict[str, Any]:
+        """Return the checksums of both files, as the card has them."""
+        return {
+            "algorithm": f"first {DIGEST_BYTES} bytes of the SHA-256 of each block of {BLOCK_BYTES} bytes, base64",
+            **{name: digests.text() for name, digests in self.digests.items()},
+        }
+
+
+@contextlib.contextmanager
+def writing_tokens(path: str, file_format: str, dtype: np.dtype) -> Iterator[tuple["PickleWriter | StoreWriter", dict]]:
+    """Yield (a writer, the card to be filled in) for a pickle at `path`, or a store whose prefix is `path`.
+
+    Everything is written under temporary names. On success the card goes last; a card of an earlier file goes first, so
+    that none ever stands beside a file that it does not describe.
+    """
+    card: dict[str, Any] = {}
+    if file_format == "pickle":
+        with _replaced(f"{path}.json", path) as (temporary,):
+            with open(temporary, "wb") as file:
+                writer = PickleWriter(file, dtype)
+                yield writer, card
+                writer.close()
+            card["sha256"] = file_digest(temporary)
+    else:
+        with _replaced(f"{path}.json", f"{path}.bin", f"{path}.idx") as (data_path, index_path):
+            with open(data_path, "wb") as data, open(index_path, "wb") as index, _scratch_beside(path) as lengths:
+                writer = StoreWriter(data, index, lengths, dtype)
+                yield writer, card
+                writer.close()
+            card["checksums"] = writer.checksums()
+    write_card(f"{path}.json", {"kind": file_format, **card})
+
+
+@contextlib.contextmanager
+def _replaced(card: str, *paths: str | os.PathLike) -> Iterator[list[Path]]:
+    with contextlib.ExitStack() as stack:
+        yield [stack.enter_context(atomic_path(path)) for path in paths]
+        Path(card).unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def _scratch_beside(path: str) -> Iterator[BinaryIO]:
+    with tempfile.TemporaryFile(dir=os.path.dirname(os.path.abspath(path))) as file:
+        yield file
+
+
+def write_token_counts(path: str | os.PathLike, counts_V: np.ndarray, card: Mapping[str, Any]) -> None:
+    """Write counts as 2019 did, a pickled list of ints, with a card beside it."""
+    with _replaced(f"{path}.json", path) as (temporary,):
+        temporary.write_bytes(pickle.dumps(counts_V.tolist(), protocol=pickle.HIGHEST_PROTOCOL))
+        digest = file_digest(temporary)
+    write_card(f"{path}.json", {"kind": "counts", **card, "sha256": digest})
