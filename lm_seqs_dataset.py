@@ -13,11 +13,18 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from token_files import TokenFile, check_ids_below, check_vocabulary, open_token_file, read_checked_card, read_pickle
+from token_files import (
+    MAX_UNKNOWN_SHARE,
+    MIN_LENGTH,
+    TokenFile,
+    check_ids_below,
+    check_vocabulary,
+    open_token_file,
+    read_checked_card,
+    read_pickle,
+)
 from utils import InputError, logger
 
-MIN_LENGTH = 11  # sequences of this many ids, boundary tokens included, or fewer are removed
-MAX_UNKNOWN_SHARE = 0.5  # sequences with this share of unknown tokens or more are removed
 CHUNK_SEQUENCES = 2**18  # that are split and filtered in one go
 CHUNK_IDS = 2**22
 

@@ -15,6 +15,7 @@ import dataclasses
 import hashlib
 import itertools
 import json
+import math
 import os
 import pickle
 import struct
@@ -35,8 +36,10 @@ CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 BLOCK_BYTES = 2**16  # one checksum each
 DIGEST_BYTES = 8  # the beginning of a block's SHA-256
 CHUNK = 2**20  # sequences or ids that are looked at in one go
-# Fewer unknown ids than this in a sequence, and no piece of it that is trained on can be half unknown.
-MANY_UNKNOWN = 6
+MIN_LENGTH = 11  # sequences of this many ids, boundary tokens included, or fewer are not trained on
+MAX_UNKNOWN_SHARE = 0.5  # nor are those with this share of unknown tokens or more
+# With fewer unknown ids than this in a sequence, no piece of it that is long enough has too many.
+MANY_UNKNOWN = math.ceil((MIN_LENGTH + 1) * MAX_UNKNOWN_SHARE)
 MAX_LISTED = 2**16
 
 
@@ -75,7 +78,7 @@ def read_card(path: str | os.PathLike, what: str) -> dict[str, Any]:
     try:
         card = json.loads(Path(path).read_bytes())
         is_ours = card["format"] == CARD_FORMAT
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
         raise InputError(f"{what} {path}: is no card of a token file ({one_line(error)}); make the token file again") from error
     if not is_ours:
         raise InputError(f"{what} {path}: has format {card['format']!r}, expected {CARD_FORMAT!r}; make the token file again")
@@ -144,7 +147,10 @@ class CheckedBlocks:
         """digests: text from the card. Raises InputError where it does not fit the file's size."""
         self.path, self.what = path, what
         self.data = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
-        expected = np.frombuffer(base64.b64decode(digests), dtype=f"V{DIGEST_BYTES}")
+        try:
+            expected = np.frombuffer(base64.b64decode(digests, validate=True), dtype=f"V{DIGEST_BYTES}")
+        except (ValueError, TypeError) as error:
+            raise InputError(f"{what} {path}: the checksums in its card are none ({one_line(error)}); make it again") from error
         num_blocks = -(-len(self.data) // BLOCK_BYTES)
         if len(expected) != num_blocks:
             raise InputError(
@@ -193,19 +199,20 @@ def open_token_file(path: str | os.PathLike, what: str = "--data_file") -> Token
     prefix = store_prefix(path)
     if prefix is not None:
         return _open_store(prefix, what)
+    stem, suffix = os.path.splitext(path)
+    path = stem if suffix == ".json" and os.path.isfile(stem) else os.fspath(path)  # a pickle, named by its card
     require_file(path, what)
-    return _open_pickle(os.fspath(path), what)
+    return _open_pickle(path, what)
 
 
 def store_prefix(path: str | os.PathLike) -> str | None:
     """Return the prefix of the store that `path` names; None where it names none."""
     path = os.fspath(path)
     stem, suffix = os.path.splitext(path)
-    candidates = [path] + [stem] * (suffix in (".bin", ".idx", ".json"))
-    for prefix in candidates:
-        if os.path.isfile(f"{prefix}.idx") and not (prefix == path and os.path.isfile(path)):
-            return prefix
-        if suffix in (".bin", ".idx") and prefix == stem and os.path.isfile(path):
+    if suffix in (".bin", ".idx") and os.path.isfile(path):
+        return stem
+    for prefix in (path, *[stem] * (suffix in (".bin", ".idx", ".json"))):
+        if not os.path.isfile(prefix) and any(os.path.isfile(prefix + part) for part in (".idx", ".bin")):
             return prefix
     return None
 
@@ -318,7 +325,11 @@ def read_checked_card(path: str | os.PathLike, what: str) -> dict[str, Any]:
     card = read_card(f"{path}.json", what)
     if not card:
         logger.info("%s %s: no %s.json stands beside it, so its checksum is unknown.", what, path, path)
-    elif card.get("sha256") != file_digest(path):
+    elif "sha256" not in card:
+        raise InputError(
+            f"{what} {path}: {path}.json is the card of a {card.get('kind')}, not of this file; give one of them another name"
+        )
+    elif card["sha256"] != file_digest(path):
         raise InputError(
             f"{what} {path}: differs from the checksum in {path}.json: damaged, or changed since; make it again, or remove "
             "the .json if the change was meant"

@@ -12,11 +12,13 @@ import contextlib
 import dataclasses
 import datetime
 import difflib
+import errno
 import hashlib
 import json
 import logging
 import os
 import queue
+import signal
 import socket
 import sys
 import tempfile
@@ -42,6 +44,13 @@ PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=10)
 # --------------------------------------------------------------------------------------------------------------------
 
 
+REMEDIES = {
+    errno.ENOSPC: "; free some space, or write elsewhere",
+    errno.EDQUOT: "; free some of your quota, or write elsewhere",
+    errno.EFBIG: "; the system admits no file of that size, raise the limit (ulimit -f) or write elsewhere",
+}
+
+
 class InputError(ValueError):
     """What the user gave cannot be used. Each line of the message names what, got, expected, and a remedy."""
 
@@ -63,7 +72,7 @@ def run_program(main: Callable[[], None]) -> None:
         report_problems(str(error), from_any_rank=isinstance(error, RankError))
         sys.exit(EXIT_INPUT_ERROR)
     except OSError as error:
-        report_problems(one_line(error, limit=None))
+        report_problems(f"{one_line(error, limit=None)}{REMEDIES.get(error.errno, '')}")
         sys.exit(EXIT_INPUT_ERROR)
     except KeyboardInterrupt:
         report_problems("interrupted")
@@ -210,13 +219,31 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     os.close(descriptor)
     temporary = Path(name)
     try:
-        yield temporary
+        with naming(path):
+            yield temporary
+        with naming(path):
+            _flush_to_disk(temporary)
         _give_default_permissions(temporary)
-        _flush_to_disk(temporary)
         os.replace(temporary, path)
         _flush_to_disk(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Put `path` into a system error that names no file: a full disk shows in a write, which knows none."""
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM end the program as Ctrl-C does, by way of every clean-up, with status 143."""
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _give_default_permissions(path: Path) -> None:

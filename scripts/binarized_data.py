@@ -26,13 +26,15 @@ from architectures import describe_tokenizer, load_tokenizer, short_name, specia
 from encoding import Encoding, WorkerPool
 from shuffle import Spool, shuffled
 from text_sources import BLOCK_BYTES, ERRORS, Block, Source, find_sources, read_blocks
-from token_files import MANY_UNKNOWN, MAX_LISTED, write_token_counts, writing_tokens
+from token_files import MANY_UNKNOWN, MAX_LISTED, MIN_LENGTH, write_token_counts, writing_tokens
 from utils import (
     InputError,
     OneLineParser,
     atomic_path,
     bar_options,
+    exit_on_sigterm,
     logger,
+    naming,
     require_output,
     run_program,
     setup_logging,
@@ -143,6 +145,7 @@ def spool_ids(sources: list[Source], encoding: Encoding, num_workers: int, folde
     spool = Spool(folder / "spool", encoding.dtype)
     total = sum(source.num_bytes for source in sources)
     with (
+        naming(folder),
         contextlib.closing(spool),
         WorkerPool(encoding, num_workers) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", **bar_options()) as bar,
@@ -164,7 +167,7 @@ def write_shuffled(spool: Spool, path: str, file_format: str, seed: int, card: d
     """Write a spool's sequences in shuffled order, as a token file with its card."""
     listed = UnknownList(unknown_id)
     bar = tqdm(total=spool.num_ids, unit="id", unit_scale=True, desc="shuffle and write", **bar_options())
-    with bar, writing_tokens(path, file_format, spool.dtype) as (writer, written_card):
+    with bar, naming(path), writing_tokens(path, file_format, spool.dtype) as (writer, written_card):
         for ids_M, lengths_N in shuffled(spool, seed, "shuffle"):
             writer.append(ids_M, lengths_N)
             listed.take(ids_M, lengths_N)
@@ -194,8 +197,10 @@ def summary(tally: Tally) -> list[str]:
     counts = tally.counts()
     words, ids = max(counts["words"], 1), counts["ids"]
     per_word = (ids - 2 * counts["sequences"]) / words
+    num_short = sum(number for length, number in tally.num_of_length.items() if length <= MIN_LENGTH)
+    short = f"{num_short:,} of them of {MIN_LENGTH} ids or fewer, which are not trained on"
     return [
-        f"{counts['sequences']:,} sequences, {ids:,} ids ({tally.encoding.dtype}), longest {counts['longest']:,}.",
+        f"{counts['sequences']:,} sequences ({short}), {ids:,} ids ({tally.encoding.dtype}), longest {counts['longest']:,}.",
         f"{counts['words']:,} words, {per_word:.3f} ids a word, {counts['unknown'] / ids:.4%} of the ids unknown.",
         f"Skipped {counts['blank_lines']:,} blank lines; {counts['bad_lines']:,} lines with text that could not be read "
         f"(--errors {tally.encoding.errors}).",
@@ -301,4 +306,5 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     run_program(main)

@@ -5,6 +5,7 @@ import pytest
 from conftest import load_golden
 
 from grouped_batch_sampler import GroupedBatchSampler, grouped_batches, length_groups
+from utils import InputError
 
 
 @pytest.mark.parametrize("case", load_golden("parity.json")["sampler"], ids=lambda case: f"{len(case['lengths'])}")
@@ -79,3 +80,65 @@ def test_dealing_balances_the_ranks_padded_sizes():
     for update in zip(*(sampler.updates(400, 16, rank, 2) for rank in range(2)), strict=True):
         loads = [sum(len(b.sequences) * sampler.lengths[b.sequences].max() for b in rank.mine) for rank in update]
         assert max(loads) / min(loads) < 1.05
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Batches by a token budget
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def budget_sampler(num=3000, max_tokens=512, max_length=64, seed=5, longest=64) -> GroupedBatchSampler:
+    lengths = np.random.default_rng(0).integers(12, longest + 1, num)
+    return GroupedBatchSampler(lengths, 5, max_length, group_by_size=True, seed=seed, max_tokens=max_tokens)
+
+
+def padded_sizes(sampler, batches) -> list[int]:
+    return [len(batch) * int(sampler.lengths[batch].max()) for batch in batches]
+
+
+@pytest.mark.parametrize("num", [1, 7, 500, 3000])
+@pytest.mark.parametrize(
+    "max_tokens, max_length, longest", [(512, 64, 64), (64, 64, 64), (1000, 512, 200), (63, 63, 63), (700, 65, 65)]
+)
+def test_a_budget_is_kept_and_every_sequence_taken_once(num, max_tokens, max_length, longest):
+    sampler = budget_sampler(num, max_tokens, max_length, longest=longest)
+    batches = sampler.epoch_batches(0)
+    assert sorted(np.concatenate(list(batches)).tolist()) == list(range(num))
+    assert max(padded_sizes(sampler, batches)) <= max_tokens
+    assert len(batches) == len(sampler)
+
+
+def test_a_budget_is_used_and_lengths_stay_alike():
+    sampler = budget_sampler(20_000, max_tokens=2048)
+    batches = list(sampler.epoch_batches(0))
+    sizes = np.array(padded_sizes(sampler, batches))
+    assert np.median(sizes) > 0.9 * 2048, "long and short batches cost alike"
+    assert np.mean([np.ptp(sampler.lengths[batch]) for batch in batches]) < 4.5
+    assert max(map(len, batches)) > 3 * min(len(batch) for batch in batches[: len(batches) // 2])
+
+
+def test_every_epoch_has_as_many_batches():
+    sampler = budget_sampler(777, max_tokens=300)
+    assert len({len(sampler.epoch_batches(epoch)) for epoch in range(12)}) == 1
+
+
+def test_ranks_share_batches_of_a_budget():
+    shares = [list(budget_sampler().updates(400, 3, rank, 2)) for rank in range(2)]
+    numbers = sorted(batch.number for share in shares for update in share for batch in update.mine)
+    assert numbers == list(range(400))
+
+
+def test_a_budget_below_the_longest_sequence_is_refused():
+    with pytest.raises(InputError, match="--max_tokens 63: the longest sequence has 64 ids; raise it, or set --max_length"):
+        budget_sampler(max_tokens=63)
+    with pytest.raises(InputError, match="--max_tokens with --no-group_by_size"):
+        GroupedBatchSampler(np.array([20]), 5, 64, group_by_size=False, seed=1, max_tokens=99)
+
+
+def test_the_order_of_1_epoch_is_that_of_numpys_permutation():
+    """Plans of earlier versions stay: the order is drawn in 32 bits now, from the same numbers."""
+    from utils import keyed_numpy_generator
+
+    sampler = make_sampler(1000, 4, group_by_size=False, seed=9)
+    expected = keyed_numpy_generator(9, 3, "order").permutation(1000)
+    assert np.concatenate(list(sampler.epoch_batches(3))).tolist() == expected.tolist()

@@ -527,3 +527,79 @@ def test_a_cased_bare_vocabulary_stays_cased_through_a_run(world, tmp_path, text
                            data_file=str(tmp_path / "d.cased.pickle"), token_counts=counts))  # fmt: skip
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
     assert tokenizer.encode("Da") != tokenizer.encode("da")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The token store
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def store(world, text_file, tmp_path_factory) -> str:
+    """The data of the BERT pair as a store, and the prefix that names it."""
+    folder = tmp_path_factory.mktemp("store")
+    binarized_data.main(["--file_path", str(text_file), "--tokenizer_name", str(world.teachers["bert"]), "--dump_file",
+                         str(folder / "data"), "--format", "store"])  # fmt: skip
+    return str(folder / "data.tiny-bert")
+
+
+def test_a_run_from_the_store_is_the_run_from_the_pickle(world, store, tmp_path):
+    for name, data_file in (("pickle", world.data("bert")), ("store", store), ("named_by_bin", f"{store}.bin")):
+        train.main(world.flags("bert", tmp_path / name, data_file=data_file, max_steps=4))
+    names = ("pickle", "store", "named_by_bin")
+    states = [torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True) for name in names]
+    assert all(torch.equal(states[0][key], state[key]) for state in states for key in states[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_a_token_budget_trains(kind, world, tmp_path):
+    config = train.parse_config(world.flags(kind, tmp_path / "run", max_tokens=300))
+    parts = train.set_up(config, train.Runtime())
+    sizes = [parts.dataset.collate(batch)[0].numel() for batch in parts.sampler.epoch_batches(0)]
+    assert max(sizes) <= 300 and sum(sizes) / len(sizes) > 200
+    train.main(world.flags(kind, tmp_path / "run", max_tokens=300, max_steps=2))
+    assert (tmp_path / "run" / "pytorch_model.bin").exists()
+
+
+def test_damage_found_while_training_stops_the_run(world, store, tmp_path, status_and_errors):
+    damaged = tmp_path / "data.tiny-bert"
+    for suffix in (".idx", ".json", ".bin"):
+        content = bytearray(Path(f"{store}{suffix}").read_bytes())
+        if suffix == ".bin":
+            content[3000] ^= 1
+        Path(f"{damaged}{suffix}").write_bytes(content)
+    status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run", data_file=damaged))
+    assert status == 2 and len(errors) == 1 and "data.tiny-bert.bin: bytes 0 to" in errors[0]
+
+
+def test_data_of_another_vocabulary_is_refused_by_name(world, store, tmp_path, status_and_errors):
+    """Of the same size, so that nothing else would notice."""
+    teacher = tmp_path / "other-bert"
+    shutil.copytree(world.teachers["bert"], teacher)
+    tokenizer = json.loads((teacher / "tokenizer.json").read_text())
+    words = tokenizer["model"]["vocab"]
+    first, second = list(words)[-2:]
+    words[first], words[second] = words[second], words[first]
+    (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
+    flags = world.flags("bert", tmp_path / "run", teacher_name=teacher, data_file=store)
+    status, errors = status_and_errors(train.main, flags)
+    assert status == 2 and "was made with the tokenizer" in errors[0] and "other-bert is another" in errors[0]
+
+
+BAD_STORE_FLAGS = {
+    "budget": ({"max_tokens": 20}, "--max_tokens 20: the longest sequence has"),
+    "budget without groups": ({"max_tokens": 300, "no-group_by_size": True}, "--max_tokens with --no-group_by_size"),
+    "no budget": ({"max_tokens": 0}, "--max_tokens 0: expected at least 1"),
+    "no store": ({"data_file": "/nowhere/data"}, "--data_file /nowhere/data: no such file"),
+    "half a store": ({"data_file": "{tmp}/half"}, "half.bin: no such file"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_STORE_FLAGS)
+def test_bad_data_flags_are_one_line(name, world, store, tmp_path, status_and_errors):
+    shutil.copy(f"{store}.idx", tmp_path / "half.idx")
+    changes, expected = BAD_STORE_FLAGS[name]
+    changes = {key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in changes.items()}
+    status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run", **changes))
+    assert status == 2 and len(errors) == 1 and expected in errors[0], errors
+    assert not (tmp_path / "run").exists()
