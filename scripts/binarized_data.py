@@ -9,7 +9,6 @@ import argparse
 import contextlib
 import dataclasses
 import logging
-import math
 import os
 import sys
 import tempfile
@@ -23,9 +22,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from architectures import describe_tokenizer, load_tokenizer, short_name, special_ids
-from encoding import Encoding, WorkerPool
+from encoding import Encoding, WorkerPool, divide_work
 from shuffle import Spool, shuffled
-from text_sources import BLOCK_BYTES, ERRORS, Block, Source, find_sources, read_blocks
+from text_sources import ERRORS, Block, Source, find_sources, read_blocks
 from token_files import MANY_UNKNOWN, MAX_LISTED, MIN_LENGTH, write_token_counts, writing_tokens
 from utils import (
     InputError,
@@ -139,28 +138,29 @@ class UnknownList:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def spool_ids(sources: list[Source], encoding: Encoding, num_workers: int, folder: Path) -> tuple[Spool, Tally]:
+def spool_ids(sources: list[Source], encoding: Encoding, num_cores: int, folder: Path) -> tuple[Spool, Tally]:
     """Tokenize all sources into a spool on the disk, in reading order."""
     tally = Tally(encoding)
     spool = Spool(folder / "spool", encoding.dtype)
     total = sum(source.num_bytes for source in sources)
+    num_workers, block_bytes = divide_work(total, num_cores)
     with (
         naming(folder),
         contextlib.closing(spool),
         WorkerPool(encoding, num_workers) as pool,
         tqdm(total=total, unit="B", unit_scale=True, desc="tokenize", **bar_options()) as bar,
     ):
-        for block in pool.map(all_blocks(sources, encoding.text_field)):
+        for block in pool.map(all_blocks(sources, encoding.text_field, block_bytes)):
             spool.append(block.ids_M, block.lengths_N)
             tally.take(block)
             bar.update(block.num_bytes)
     return spool, tally
 
 
-def all_blocks(sources: list[Source], text_field: str) -> Iterator[Block]:
+def all_blocks(sources: list[Source], text_field: str, block_bytes: int) -> Iterator[Block]:
     """Yield the blocks of all sources, one source after the other."""
     for source in sources:
-        yield from read_blocks(source, text_field)
+        yield from read_blocks(source, text_field, block_bytes=block_bytes)
 
 
 def write_shuffled(spool: Spool, path: str, file_format: str, seed: int, card: dict, unknown_id: int | None) -> None:
@@ -274,11 +274,10 @@ def main(argv: list[str] | None = None) -> None:
     outputs = plan_outputs(args, sources)
     encoding, description = make_encoding(args)
     started = time.perf_counter()
-    num_blocks = math.ceil(sum(source.num_bytes for source in sources) / BLOCK_BYTES)
     folder = Path(outputs.path).parent
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{Path(outputs.path).name}.", suffix=".tmp", dir=folder) as scratch:
-        spool, tally = spool_ids(sources, encoding, min(num_workers, num_blocks), Path(scratch))
+        spool, tally = spool_ids(sources, encoding, num_workers, Path(scratch))
         if not spool.num_sequences:
             num, kind = tally.num_blank + tally.num_bad, "blank or unreadable" if tally.num_bad else "blank"
             raise InputError(f"--file_path {args.file_path}: has {num} lines, all {kind}; expected one sequence a line")
@@ -300,8 +299,8 @@ def main(argv: list[str] | None = None) -> None:
         logger.info(line)
     seconds = time.perf_counter() - started
     logger.info(
-        "Wrote %s in %.1f s: tokenized %.1f MB/s on %d process(es), shuffled and written %.1f s.", " ".join(outputs.files),
-        seconds, tally.num_bytes / 1e6 / tokenized_s, min(num_workers, num_blocks), seconds - tokenized_s,
+        "Wrote %s in %.1f s: tokenized at %.1f MB/s on %d core(s), shuffled and written in %.1f s.", " ".join(outputs.files),
+        seconds, tally.num_bytes / 1e6 / tokenized_s, num_workers, seconds - tokenized_s,
     )  # fmt: skip
 
 

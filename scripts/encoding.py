@@ -11,9 +11,7 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import itertools
-import json
 import multiprocessing
-import operator
 import os
 import signal
 import threading
@@ -23,12 +21,14 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from tokenizers import Tokenizer
 
-from text_sources import Block, texts_of
+from text_sources import BLOCK_BYTES, Block, texts_of
 from utils import InputError
 
+NEW_PER_TEXT, NEW_PER_BATCH = 50, 5000  # chunks that are encoded in one text, and in one call
 MAX_CHUNK_CHARS = 32  # a longer chunk hardly comes again: it is not kept
 MAX_REMEMBERED = 2**17  # chunks of a generation; there are two, about 25 MB each
 AHEAD = 2  # blocks a worker has waiting
+MIN_BYTES_PER_WORKER = 2**17
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class EncodedBlock:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def chunk_rule(tokenizer: Tokenizer) -> str | None:
+def chunk_rule(tokenizer: Tokenizer, end_id: int) -> str | None:
     """Say how a line may be cut at its spaces without changing the ids: "bert", "byte_level", or None: not at all.
 
     bert: BertNormalizer works a character at a time (NFD reorders marks only behind a letter, and a space is none),
@@ -75,17 +75,57 @@ def chunk_rule(tokenizer: Tokenizer) -> str | None:
     byte_level: GPT-2's pattern never joins a character with a space that follows it, and looks ahead only inside a run
     of white space: a cut in front of a space is exact in lines whose only white space is single spaces.
     Added tokens are found in the text first: with a space in them, or eating that behind them, none of this holds.
+    The end token has to be one of those: it tells chunks apart.
     """
-    description = json.loads(tokenizer.to_str())
-    if any(token["rstrip"] or any(map(str.isspace, token["content"])) for token in description["added_tokens"]):
+    added = tokenizer.get_added_tokens_decoder()
+    if any(token.rstrip or any(map(str.isspace, token.content)) for token in added.values()):
         return None
-    normalizer, pre_tokenizer, model = (description[part] or {} for part in ("normalizer", "pre_tokenizer", "model"))
-    kinds = normalizer.get("type"), pre_tokenizer.get("type"), model.get("type")
+    if end_id not in added or added[end_id].normalized or added[end_id].single_word:
+        return None
+    parts = tokenizer.normalizer, tokenizer.pre_tokenizer, tokenizer.model
+    kinds = tuple(None if part is None else type(part).__name__ for part in parts)
     if kinds == ("BertNormalizer", "BertPreTokenizer", "WordPiece"):
         return "bert"
-    if kinds == (None, "ByteLevel", "BPE") and pre_tokenizer.get("use_regex", True) and not model.get("dropout"):
+    if kinds == (None, "ByteLevel", "BPE") and tokenizer.pre_tokenizer.use_regex and not tokenizer.model.dropout:
         return "byte_level"
     return None
+
+
+FIRST = "\n"  # begins the key of a line's first chunk, which no space precedes; stripped lines hold none
+
+
+def _byte_level_keys(line: str) -> list[str] | None:
+    chunks = line.split()
+    if " ".join(chunks) != line:
+        return None
+    chunks[0] = FIRST + chunks[0]
+    return chunks
+
+
+# Line -> keys of its chunks; None where the rule does not hold for the line.
+KEYS: dict[str, Callable[[str], list[str] | None]] = {"bert": lambda line: line.split(" "), "byte_level": _byte_level_keys}
+
+
+def choose_separator(tokenizer: Tokenizer, rule: str, end_id: int) -> tuple[str, int]:
+    """Choose what stands between chunks that are encoded in one text: (text, the one id that only it has).
+
+    The end token always does, being found in the text before anything else is done; plain characters are faster. For
+    BERT ";", a word by itself wherever it stands; for byte-level BPE the line end, a token by itself before a letter or
+    a space.
+    """
+    end_token = tokenizer.id_to_token(end_id)
+    if rule == "byte_level":
+        candidates = [] if tokenizer.pre_tokenizer.add_prefix_space else [("\n", "\n")]
+        candidates.append((end_token, end_token))
+    else:
+        candidates = [(";", " ; "), (end_token, f" {end_token} ")]
+    in_added = "".join(token.content for token in tokenizer.get_added_tokens_decoder().values())
+    for token, text in candidates:
+        ids = tokenizer.encode(token, add_special_tokens=False).ids
+        unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
+        if len(ids) == 1 and ids[0] != unknown and (token == end_token or token not in in_added):
+            return text, ids[0]
+    raise AssertionError("chunk_rule makes sure that the end token is one")
 
 
 class LineEncoder:
@@ -100,59 +140,75 @@ class LineEncoder:
         self.dtype = encoding.dtype
         self.largest_id = encoding.largest_id
         self.start, self.end = self._bytes_of([encoding.start_id]), self._bytes_of([encoding.end_id])
-        self.rule = chunk_rule(self.tokenizer) if remembers else None
+        self.rule = chunk_rule(self.tokenizer, encoding.end_id) if remembers else None
+        if self.rule:
+            self.separator, self.separator_id = choose_separator(self.tokenizer, self.rule, encoding.end_id)
+            self.mark = self.separator.strip(" ")
+        self.joint = " " if self.rule == "byte_level" else ""  # what stands before a chunk that is not the first
         # Two generations: when the young one is full it becomes the old one, and what is still in use is taken back.
         self.young: dict[str, bytes] = {}
         self.old: dict[str, bytes] = {}
         self.passing: list[str] = []  # chunks in the young one that are too long to stay
 
     def encode(self, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return (ids_M of all lines end to end, lengths_N as int32). Raises ValueError for an id out of the vocabulary."""
-        encode = {"bert": self._encode_bert, "byte_level": self._encode_byte_level, None: self._encode_whole}[self.rule]
-        sequences = [self.start + ids + self.end for ids in encode(lines)]
+        """Return (ids_M of all lines end to end, lengths_N as int32). Raises InputError for an id beyond."""
+        ids_of_line = self._encode_whole(lines) if self.rule is None else self._encode_by_chunks(lines)
+        sequences = [self.start + ids + self.end for ids in ids_of_line]
         lengths_N = np.fromiter(map(len, sequences), np.int32, len(sequences)) // self.dtype.itemsize
         ids_M = np.frombuffer(b"".join(sequences), self.dtype)
         if len(ids_M) and int(ids_M.max()) > self.largest_id:
-            raise ValueError(f"the tokenizer gave id {int(ids_M.max())}, but its vocabulary ends at {self.largest_id}")
+            raise InputError(f"--tokenizer_name: it gave id {int(ids_M.max())}, but its vocabulary ends at {self.largest_id}")
         return ids_M, lengths_N
 
     def _encode_whole(self, lines: list[str]) -> list[bytes]:
         encoded = self.tokenizer.encode_batch_fast(lines, add_special_tokens=False)
         return [self._bytes_of(one.ids) for one in encoded]
 
-    def _encode_bert(self, lines: list[str]) -> list[bytes]:
-        chunks_of_line = [line.split(" ") for line in lines]
-        ids_of = self._looked_up(chunks_of_line)
-        return [b"".join(map(ids_of, chunks)) for chunks in chunks_of_line]
+    def _encode_by_chunks(self, lines: list[str]) -> list[bytes]:
+        chunks_of_line = list(map(KEYS[self.rule], lines))
+        new = self._unknown_chunks([chunks for chunks in chunks_of_line if chunks is not None])
+        self._remember(new)
+        whole = iter(self._encode_whole([line for line, chunks in zip(lines, chunks_of_line, strict=True) if chunks is None]))
+        ids_of = self.young.__getitem__
+        return [next(whole) if chunks is None else b"".join(map(ids_of, chunks)) for chunks in chunks_of_line]
 
-    def _encode_byte_level(self, lines: list[str]) -> list[bytes]:
-        chunks_of_line = [line.split() for line in lines]
-        is_plain = [" ".join(chunks) == line for chunks, line in zip(chunks_of_line, lines, strict=True)]
-        others = iter(self._encode_whole(list(itertools.compress(lines, map(operator.not_, is_plain)))))
-        # A chunk's key stands for a space and the chunk; the first of a line has none, which "\n" in its key tells.
-        keys_of_line = [["\n" + chunks[0], *chunks[1:]] for chunks in itertools.compress(chunks_of_line, is_plain)]
-        ids_of = self._looked_up(keys_of_line)
-        joined = (b"".join(map(ids_of, keys)) for keys in keys_of_line)
-        return [next(joined if plain else others) for plain in is_plain]
-
-    def _looked_up(self, chunks_of_line: list[list[str]]) -> Callable[[str], bytes]:
-        """Make sure that the ids of all chunks are known; return the function that gives them."""
+    def _unknown_chunks(self, chunks_of_line: list[list[str]]) -> list[str]:
+        """List the chunks that are not remembered, each once; those of the old generation are taken back."""
         for chunk in self.passing:
             del self.young[chunk]
+        self.passing = []
         if len(self.young) > MAX_REMEMBERED:
             self.young, self.old = {}, self.young
         young, old = self.young, self.old
         missing = [chunk for chunk in set(itertools.chain.from_iterable(chunks_of_line)) if chunk not in young]
         young.update((chunk, old[chunk]) for chunk in missing if chunk in old)
-        new = [chunk for chunk in missing if chunk not in young]
-        young.update(zip(new, self._encode_whole(list(map(self._text_of, new))), strict=True))
-        self.passing = [chunk for chunk in new if len(chunk) > MAX_CHUNK_CHARS]
-        return young.__getitem__
+        return [chunk for chunk in missing if chunk not in young]
 
-    def _text_of(self, chunk: str) -> str:
-        if self.rule == "bert":
-            return chunk
-        return chunk[1:] if chunk.startswith("\n") else " " + chunk
+    def _remember(self, new: list[str]) -> None:
+        for k in range(0, len(new), NEW_PER_BATCH):
+            batch = new[k : k + NEW_PER_BATCH]
+            texts = [chunk[1:] if chunk[:1] == FIRST else self.joint + chunk for chunk in batch]
+            self.young.update(zip(batch, self._encode_new(texts), strict=True))
+        self.passing = [chunk for chunk in new if len(chunk) > MAX_CHUNK_CHARS]
+
+    def _encode_new(self, chunks: list[str]) -> list[bytes]:
+        """Encode chunks, several in one text: by themselves they take twice as long."""
+        apart = self._encode_whole([chunk for chunk in chunks if self.mark in chunk])
+        joined = self._encode_joined([chunk for chunk in chunks if self.mark not in chunk])
+        given = {True: iter(apart), False: iter(joined)}
+        return [next(given[self.mark in chunk]) for chunk in chunks]
+
+    def _encode_joined(self, chunks: list[str]) -> list[bytes]:
+        texts = [self.separator.join(chunks[k : k + NEW_PER_TEXT]) for k in range(0, len(chunks), NEW_PER_TEXT)]
+        found: list[bytes] = []
+        for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
+            ids = np.array(one.ids, self.dtype)
+            data, size = ids.tobytes(), self.dtype.itemsize
+            ends = (np.flatnonzero(ids == self.separator_id) * size).tolist()
+            starts = [0, *(end + size for end in ends)]
+            found += [data[start:end] for start, end in zip(starts, [*ends, len(data)], strict=True)]
+        # A character that is another way to write the separator shows in their number.
+        return found if len(found) == len(chunks) else self._encode_whole(chunks)
 
     def _bytes_of(self, ids: Iterable[int]) -> bytes:
         return array.array(self.typecode, ids).tobytes()
@@ -184,6 +240,12 @@ class BlockEncoder:
         ids_M, lengths_N = self.encoder.encode(lines)
         # Differs from the original: blank lines are no sequences of two boundary tokens.
         return EncodedBlock(ids_M, lengths_N, sum(map(count_words, lines)), len(texts) - len(lines), num_bad, block.num_bytes)
+
+
+def divide_work(num_bytes: int, num_cores: int) -> tuple[int, int]:
+    """Return (worker processes, bytes a block) for a text of num_bytes: a small one is no work for many."""
+    num_workers = max(min(num_cores, num_bytes // MIN_BYTES_PER_WORKER), 1)
+    return num_workers, min(max(num_bytes // (8 * num_workers), 1), BLOCK_BYTES)
 
 
 class WorkerPool:

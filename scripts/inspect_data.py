@@ -457,7 +457,7 @@ def _card_lines(card: Mapping[str, Any]) -> Iterator[str]:
         size, fingerprint = tokenizer.get("vocab_size"), str(tokenizer.get("vocabulary_sha256"))[:12]
         yield _row("made with", f"{tokenizer.get('name')} ({tokenizer.get('type')}{lower_case}), {size} entries, "
                                 f"fingerprint {fingerprint}")  # fmt: skip
-    made = {"seed": "seed of the shuffle", "errors": "bad lines"}
+    made = {"seed": "seed of the shuffle", "errors": "text not UTF-8"}
     yield from (_row(label, card[name]) for name, label in made.items() if card.get(name) is not None)
     for label, source in _first_sources(card.get("sources")):
         yield _row(label, source)

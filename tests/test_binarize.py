@@ -202,7 +202,7 @@ def test_chunks_are_remembered_only_where_that_is_exact(teachers):
     for kind, change in (("bert", {"content": "New York"}), ("gpt2", {"content": "<x>", "rstrip": True})):
         how, tokenizer = make_encoding(kind, teachers[kind])
         tokenizer.add_tokens([transformers.AddedToken(**change)])
-        assert encoding.chunk_rule(tokenizer.backend_tokenizer) is None
+        assert encoding.chunk_rule(tokenizer.backend_tokenizer, how.end_id) is None
 
 
 def test_words_are_what_white_space_separates():
@@ -310,8 +310,7 @@ def test_every_source_gives_the_same_ids(teachers, tmp_path):
 
 
 def test_a_rerun_gives_the_same_bytes_on_any_number_of_processes(teachers, text_file, tmp_path, monkeypatch):
-    monkeypatch.setattr(text_sources, "BLOCK_BYTES", 700)
-    monkeypatch.setattr(binarized_data, "BLOCK_BYTES", 700)
+    monkeypatch.setattr(encoding, "MIN_BYTES_PER_WORKER", 500)
     monkeypatch.setattr(shuffle, "SPOOL_IDS", 2000)
     found = []
     for num_workers in ("1", "2", "2"):
