@@ -80,10 +80,12 @@ def _num_groups(groups: np.ndarray) -> int:
 def _fill_groups(order: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -> tuple[Batches, np.ndarray, np.ndarray]:
     """Read `order` into groups of `sizes` a batch: (full batches as they fill up, what is left over, its groups)."""
     group_of_place = groups[order]
+    places_by_group = np.argsort(group_of_place, kind="stable")  # in reading order inside a group
+    bounds = np.searchsorted(group_of_place[places_by_group], np.arange(_num_groups(groups) + 1))
     by_group, num_full = np.empty_like(order), 0
     filled_at, rest, groups_of_rest, batch_sizes = [], [], [], []
     for group in range(_num_groups(groups)):
-        places = np.flatnonzero(group_of_place == group)  # in reading order
+        places = places_by_group[bounds[group] : bounds[group + 1]]
         size = int(sizes[group])
         num_batches = len(places) // size
         count = num_batches * size
@@ -93,6 +95,7 @@ def _fill_groups(order: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -> tu
         batch_sizes.append(np.full(num_batches, size, np.int32))
         rest.append(order[places[count:]])
         groups_of_rest.append(np.full(len(rest[-1]), group))
+    del places_by_group, places
     full = _reordered(by_group[:num_full], np.concatenate(batch_sizes), np.argsort(np.concatenate(filled_at)))
     return full, np.concatenate(rest), np.concatenate(groups_of_rest)
 

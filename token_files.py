@@ -239,7 +239,7 @@ def _open_store(prefix: str, what: str) -> TokenFile:
             pass
     else:
         logger.info("%s %s: no %s.json stands beside it, so its checksums are unknown.", what, data, prefix)
-    dtype, lengths_N = _read_index(index, data, what)
+    dtype, lengths_N = _read_index(index, data, what, is_checked=bool(card))
     blocks = CheckedBlocks(data, _checksums(card, "bin", prefix, what), what) if card else None
     ids_M = np.memmap(data, dtype=dtype, mode="r").view(np.ndarray)
     return TokenFile(prefix, ids_M, lengths_N, card, blocks)
@@ -252,8 +252,11 @@ def _checksums(card: Mapping[str, Any], name: str, prefix: str, what: str) -> st
         raise InputError(f"{what} {prefix}.json: is no card of a store, it has no checksums; make the store again") from error
 
 
-def _read_index(index: str, data: str, what: str) -> tuple[np.dtype, np.ndarray]:
-    """Check a store's index against itself and the size of its data: (dtype of ids, lengths_N, memory-mapped)."""
+def _read_index(index: str, data: str, what: str, is_checked: bool) -> tuple[np.dtype, np.ndarray]:
+    """Check a store's index against the size of its data: (dtype of ids, lengths_N, memory-mapped).
+
+    is_checked: its checksums are right, so that what StoreWriter wrote need not be checked against itself.
+    """
     size, data_size = os.path.getsize(index), os.path.getsize(data)
     with open(index, "rb") as file:
         head = file.read(HEADER.size)
@@ -272,21 +275,29 @@ def _read_index(index: str, data: str, what: str) -> tuple[np.dtype, np.ndarray]
     dtype = np.dtype(DTYPES[code])
     lengths_N = np.memmap(index, "<i4", "r", HEADER.size, (num_sequences,)).view(np.ndarray)
     offsets_N = np.memmap(index, "<i8", "r", HEADER.size + 4 * num_sequences, (num_sequences,)).view(np.ndarray)
-    end = 0
-    for start in range(0, num_sequences, CHUNK):
-        lengths = lengths_N[start : start + CHUNK].astype(np.int64)
-        ends = end + np.cumsum(lengths) * dtype.itemsize
-        wrong = (lengths <= 0) | (offsets_N[start : start + CHUNK] != ends - lengths * dtype.itemsize)
-        if wrong.any():
-            number = start + int(np.flatnonzero(wrong)[0])
-            raise InputError(
-                f"{what} {index}: sequence {number} has length {lengths_N[number]} at byte {offsets_N[number]}, which does "
-                "not follow from those before it; make the store again"
-            )
-        end = int(ends[-1])
+    end = int(offsets_N[-1]) + int(lengths_N[-1]) * dtype.itemsize
+    if not is_checked:
+        end = _check_offsets(lengths_N, offsets_N, dtype.itemsize, f"{what} {index}")
     if end != data_size:
         raise InputError(f"{what} {data}: has {data_size} bytes, its index expects {end}: cut off or foreign; make it again")
     return dtype, lengths_N
+
+
+def _check_offsets(lengths_N: np.ndarray, offsets_N: np.ndarray, itemsize: int, where: str) -> int:
+    """Check that each sequence begins where the one before it ends; return the end of the last, in bytes."""
+    end = 0
+    for start in range(0, len(lengths_N), CHUNK):
+        lengths = lengths_N[start : start + CHUNK].astype(np.int64)
+        ends = end + np.cumsum(lengths) * itemsize
+        wrong = (lengths <= 0) | (offsets_N[start : start + CHUNK] != ends - lengths * itemsize)
+        if wrong.any():
+            number = start + int(np.flatnonzero(wrong)[0])
+            raise InputError(
+                f"{where}: sequence {number} has length {lengths_N[number]} at byte {offsets_N[number]}, which does not follow "
+                "from those before it; make the store again"
+            )
+        end = int(ends[-1])
+    return end
 
 
 class _ArrayUnpickler(pickle.Unpickler):

@@ -370,6 +370,7 @@ def write_synthetic(path: Path, num_sequences: int, file_format: str, has_card: 
             writer.append(ids, lengths)
             num_ids += len(ids)
         written_card |= card
+    os.sync()  # what is measured next should not wait for this to reach the disk
     if not has_card:
         Path(f"{path}.json").unlink()
     return 2 * num_ids
