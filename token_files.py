@@ -9,6 +9,7 @@ Beside either stands a JSON file, the *card*: tokenizer and its vocabulary's fin
 without a card are read, too, with a notice.
 """
 
+import array
 import base64
 import contextlib
 import dataclasses
@@ -331,6 +332,76 @@ def read_pickle(path: str | os.PathLike, what: str) -> Any:
         raise InputError(f"{what} {path}: not a readable pickle of token ids ({one_line(error)}); make it again") from error
 
 
+class _Sink:
+    """Take the arrays of a pickle as they are read: their ids go end to end into one buffer, and no array is made."""
+
+    TAKEN = None  # what stands in the list for an array that was taken
+
+    def __init__(self) -> None:
+        self.dtype: np.dtype | None = None
+        self.ids = bytearray()
+        self.lengths = array.array("q")
+
+    def take(self, shape: tuple, dtype: np.dtype, buffer: Any, *_order: str) -> None:
+        """Stand for numpy.ndarray(shape, dtype, buffer). Raises ValueError for what is no sequence like those before."""
+        self.dtype = self.dtype or dtype
+        is_ids = dtype == self.dtype and dtype.kind in "iu" and len(shape) == 1 and shape[0] > 0
+        if not is_ids or memoryview(buffer).nbytes != shape[0] * dtype.itemsize:
+            raise ValueError("not a 1-D array of integers of one width")
+        self.ids += buffer
+        self.lengths.append(shape[0])
+
+    def take_frombuffer(self, buffer: Any, dtype: np.dtype, shape: tuple, *_order: str) -> None:
+        """Stand for numpy's _frombuffer, by which protocol 5 makes arrays."""
+        self.take(shape, dtype, buffer)
+
+
+class _SunkArray:
+    """Stand for an array that older protocols make in two steps: empty, then its state."""
+
+    __slots__ = ()
+    sink: _Sink  # set in a subclass made for each file
+
+    def __new__(cls, *_arguments: Any) -> "_SunkArray":
+        return object.__new__(cls)
+
+    def __setstate__(self, state: tuple) -> None:
+        _version, shape, dtype, _is_fortran, buffer = state
+        self.sink.take(shape, dtype, buffer)
+
+
+class _SinkingUnpickler(_ArrayUnpickler):
+    """Load a list of arrays into a _Sink, in a fraction of the memory that the arrays would take."""
+
+    def __init__(self, file: BinaryIO, sink: _Sink):
+        super().__init__(file)
+        self.stand_ins = {
+            "ndarray": sink.take,
+            "_frombuffer": sink.take_frombuffer,
+            "_reconstruct": type("_SunkArray", (_SunkArray,), {"__slots__": (), "sink": sink}),
+        }
+
+    def find_class(self, module: str, name: str) -> Any:
+        found = super().find_class(module, name)
+        return self.stand_ins.get(name, found)
+
+
+def _read_sequences(path: str) -> tuple[np.ndarray, np.ndarray] | None:
+    """Read a pickled list of 1-D arrays of one integer type: (ids_M, lengths_N). None where it is anything else."""
+    sink = _Sink()
+    try:
+        with open(path, "rb") as file:
+            content = _SinkingUnpickler(file, sink).load()
+    except OSError:
+        raise
+    except Exception:  # said by who looks closer
+        return None
+    is_flat = isinstance(content, list) and len(content) == len(sink.lengths) > 0
+    if not is_flat or not all(item is _Sink.TAKEN or isinstance(item, _SunkArray) for item in content):
+        return None
+    return np.frombuffer(sink.ids, sink.dtype), np.frombuffer(sink.lengths, np.int64)
+
+
 def read_checked_card(path: str | os.PathLike, what: str) -> dict[str, Any]:
     """Read the card beside a pickle and compare the pickle with the checksum in it; {} where there is no card."""
     card = read_card(f"{path}.json", what)
@@ -350,6 +421,9 @@ def read_checked_card(path: str | os.PathLike, what: str) -> dict[str, Any]:
 
 def _open_pickle(path: str, what: str) -> TokenFile:
     card = read_checked_card(path, what)
+    sequences = _read_sequences(path)
+    if sequences is not None:
+        return TokenFile(path, *sequences, card)
     content = read_pickle(path, what)
     if not isinstance(content, list) or not content:
         found = "an empty list" if isinstance(content, list) else type(content).__name__

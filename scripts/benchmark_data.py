@@ -169,14 +169,15 @@ def program_memory(*command: object) -> tuple[float, dict[str, int]]:
 def run_stage(name: str, *arguments: object) -> tuple[dict, int]:
     """Run a stage in a process of its own: (what it found, its peak of anonymous memory above that after its imports)."""
     command = [sys.executable, __file__, "--stage", name, "--arguments", *map(str, arguments)]
-    process = subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
-    if process.stdout.readline() != "ready\n":
-        raise InputError(f"stage {name}: did not start; its message stands above")
-    before = anonymous_bytes(process.pid)
-    process.stdin.write("\n")
-    process.stdin.close()
-    peak = watched(lambda: anonymous_bytes(process.pid), process, 0.002)
-    return json.loads(process.stdout.read()), peak - before
+    pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    with subprocess.Popen(command, text=True, **pipes) as process:
+        if process.stdout.readline() != "ready\n":
+            raise InputError(f"stage {name}: did not start: {process.communicate()[1].strip()}")
+        before = anonymous_bytes(process.pid)
+        process.stdin.write("\n")
+        process.stdin.close()
+        peak = watched(lambda: anonymous_bytes(process.pid), process, 0.002)
+        return json.loads(process.stdout.read()), peak - before
 
 
 def in_stage(stage: Callable[[], dict]) -> None:

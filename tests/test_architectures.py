@@ -366,9 +366,10 @@ def test_real_vocabularies_give_the_ids_of_2019(name, tmp_path):
     golden = load_golden("tokens.json")
     kind = {"roberta-base": "roberta", "gpt2": "gpt2"}.get(name, "bert")
     (tmp_path / "text.txt").write_text("\n".join(golden["lines"]), encoding="utf-8")
-    binarized_data.main(["--file_path", str(tmp_path / "text.txt"), "--tokenizer_type", kind, "--tokenizer_name",
-                         f"{REAL_VOCABULARIES}/{name}/", "--dump_file", str(tmp_path / "out")])  # fmt: skip
-    tokens = open_token_file(tmp_path / f"out.{name}.pickle")
-    ids_M, lengths_N = tokens.ids_M, tokens.lengths_N
-    found = [ids.tolist() for ids in torch.from_numpy(ids_M.astype("int64")).split(lengths_N.tolist())]
-    assert sorted(found) == sorted(golden["ids"][name])
+    vocabulary = f"{REAL_VOCABULARIES}/{name}/"
+    for file_format, path in (("pickle", f"out.{name}.pickle"), ("store", f"out.{name}")):
+        binarized_data.main(["--file_path", str(tmp_path / "text.txt"), "--tokenizer_type", kind, "--tokenizer_name",
+                             vocabulary, "--dump_file", str(tmp_path / "out"), "--format", file_format])  # fmt: skip
+        tokens = open_token_file(tmp_path / path)
+        found = [ids.tolist() for ids in torch.from_numpy(tokens.ids_M.astype("int64")).split(tokens.lengths_N.tolist())]
+        assert sorted(found) == sorted(golden["ids"][name])

@@ -145,6 +145,9 @@ def checkout(tmp_path_factory, text_file, teachers) -> Path:
     (folder / "data").mkdir()
     (folder / "training_configs").mkdir()
     shutil.copy(text_file, folder / "data" / "dump.txt")
+    (folder / "data" / "documents").mkdir()
+    documents = text_file.read_text(encoding="utf-8").replace("\n", "\n\n")
+    (folder / "data" / "documents" / "a.txt").write_text(documents, encoding="utf-8")
     names = {"bert-base-uncased": "bert", "roberta-base": "roberta", "gpt2": "gpt2"}
     configs = {"bert": "distilbert-base-uncased", "roberta": "distilroberta-base", "gpt2": "distilgpt2"}
     for name, kind in names.items():
@@ -167,7 +170,7 @@ def run_block(block: str, checkout: Path, teachers, **environment: str) -> None:
     check(run_process("bash", "-euc", block, cwd=checkout, PATH=path, **environment))
 
 
-@pytest.mark.parametrize("kind", ["DistilBERT", "initialization", "DistilRoBERTa", "DistilGPT2"])
+@pytest.mark.parametrize("kind", ["DistilBERT", "initialization", "DistilRoBERTa", "DistilGPT2", "corpus"])
 def test_the_readmes_workflow_runs_as_printed(kind, checkout, teachers):
     block = readme_commands()[kind]
     needs_data = kind == "initialization" and not (checkout / BERT_DATA).exists()

@@ -32,6 +32,15 @@ def test_a_gpu_trains_as_the_cpu_does(launcher, kind, world, tmp_path):
         torch.testing.assert_close(gpu[name], cpu[name], rtol=0, atol=2e-3)  # 3 updates of at most 5e-4, other dropout
 
 
+def test_batches_are_copied_from_pinned_memory():
+    from distiller import prepare_clm
+
+    batch = prepare_clm(0, torch.arange(20).reshape(2, 10), torch.tensor([10, 7])).pinned()
+    tensors = [batch.input_ids_BT, batch.labels_BT, *batch.rows.values()]
+    assert all(tensor.is_pinned() for tensor in tensors)
+    assert torch.equal(batch.input_ids_BT.to("cuda", non_blocking=True).cpu(), torch.arange(20).reshape(2, 10))
+
+
 def test_half_precision_trains_on_a_gpu(world, tmp_path):
     done = run_process(sys.executable, ROOT / "train.py", *world.flags("bert", tmp_path / "run", max_steps=5, fp16=True))
     assert done.returncode == 0, done.stderr

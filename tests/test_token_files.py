@@ -58,6 +58,30 @@ def test_the_pickle_is_a_plain_list_of_writable_arrays(tmp_path):
     assert [ids.tolist() for ids in content] == sequences_of(open_token_file(path))
 
 
+@pytest.mark.parametrize("protocol", [*range(2, 6), "ours"])
+def test_arrays_are_taken_out_of_a_pickle_without_being_made(protocol, tmp_path):
+    sequences = random_sequences(300)
+    path = tmp_path / "data"
+    if protocol == "ours":
+        write_tokens(path, "pickle", sequences)
+    else:
+        path.write_bytes(pickle.dumps(as_uint16(sequences), protocol=protocol))
+    ids_M, lengths_N = token_files._read_sequences(str(path))
+    assert ids_M.dtype == np.uint16 and ids_M.tolist() == [i for sequence in sequences for i in sequence]
+    assert lengths_N.tolist() == list(map(len, sequences))
+
+
+def test_pickles_that_are_no_plain_list_of_arrays_are_read_the_long_way(tmp_path):
+    one = np.array([1, 5, 2], np.uint16)
+    readable = [[one, one], [one, np.array([1, 5, 2])], [one, [1, 5, 2]]]
+    others = [[one.reshape(1, 3)], [one[:0]], [one * 1.5], (one,), [one, [one]]]
+    for content in [*readable, *others]:
+        path = write_pickle(tmp_path / "data", content)
+        assert token_files._read_sequences(path) is None or content is readable[0]
+    for content in readable:
+        assert sequences_of(open_token_file(write_pickle(tmp_path / "data", content))) == [[1, 5, 2]] * 2
+
+
 def test_the_stores_bytes_follow_the_published_layout(tmp_path):
     """Megatron-LM's indexed dataset, version 1: header, lengths, byte offsets, document index; field by field."""
     sequences = random_sequences(7)
