@@ -144,25 +144,26 @@ def watched(sample: Callable[[], int], process: subprocess.Popen, every_s: float
             largest = max(largest, sample())
         time.sleep(every_s)
     if process.returncode != 0:
-        raise InputError(
-            f"{' '.join(map(str, process.args))}: ended with status {process.returncode}; its message stands above"
-        )
+        said = " ".join(process.stderr.read().splitlines()[-1:])
+        raise InputError(f"{' '.join(map(str, process.args))}: ended with status {process.returncode}: {said}")
     return largest
 
 
 def program_memory(*command: object) -> tuple[float, dict[str, int]]:
     """Run one of our programs: (seconds, largest sums over its processes of rss and pss, in bytes)."""
     started = time.perf_counter()
-    process = subprocess.Popen([sys.executable, *map(str, command)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-    root, largest = psutil.Process(process.pid), {"rss": 0, "pss": 0}
+    largest = {"rss": 0, "pss": 0}
+    words = [sys.executable, *map(str, command)]
+    with subprocess.Popen(words, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process:
+        root = psutil.Process(process.pid)
 
-    def sample() -> int:
-        infos = [one.memory_full_info() for one in (root, *root.children(recursive=True))]
-        for kind in largest:
-            largest[kind] = max(largest[kind], sum(getattr(info, kind) for info in infos))
-        return 0
+        def sample() -> int:
+            infos = [one.memory_full_info() for one in (root, *root.children(recursive=True))]
+            for kind in largest:
+                largest[kind] = max(largest[kind], sum(getattr(info, kind) for info in infos))
+            return 0
 
-    watched(sample, process, 0.05)
+        watched(sample, process, 0.05)
     return time.perf_counter() - started, largest
 
 

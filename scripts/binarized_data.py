@@ -176,7 +176,7 @@ def write_shuffled(spool: Spool, path: str, file_format: str, seed: int, card: d
 
 
 def draw_lengths(num_of_length: dict[int, int], path: str, title: str) -> None:
-    """Draw how many sequences have which length, in ids, on logarithmic axes."""
+    """Draw how many sequences have which length, in ids, the lengths on a logarithmic axis."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -265,11 +265,32 @@ def make_encoding(args: argparse.Namespace) -> tuple[Encoding, dict]:
     return Encoding(tokenizer.backend_tokenizer, *ids, args.text_field, args.errors), description
 
 
+def make_card(args: argparse.Namespace, description: dict, sources: list[Source], tally: Tally) -> dict:
+    """Describe what was made, for the card; nothing in it depends on time or machine."""
+    return {
+        "tokenizer": description, "dtype": str(tally.encoding.dtype), "seed": args.seed, "errors": args.errors,
+        "text_field": args.text_field, "sources": [{"path": s.path, "bytes": s.num_bytes} for s in sources],
+        "counts": tally.counts(),
+    }  # fmt: skip
+
+
+def write_extras(args: argparse.Namespace, outputs: Outputs, description: dict, tally: Tally) -> None:
+    """Write the token counts and the picture where they are wanted."""
+    if outputs.counts is not None:
+        num_more = (args.vocab_size or len(tally.counts_V)) - len(tally.counts_V)
+        card = {"tokenizer": description, "counts": tally.counts()}
+        write_token_counts(outputs.counts, np.pad(tally.counts_V, (0, num_more)), card)
+        logger.info("Wrote %s.", outputs.counts)
+    if outputs.report is not None:
+        draw_lengths(tally.num_of_length, outputs.report, f"{tally.counts()['sequences']:,} sequences of {outputs.path}")
+        logger.info("Drew %s.", outputs.report)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the program: tokenize, shuffle, write, sum up."""
     args = parse(argv)
     setup_logging(logging.INFO)
-    num_workers = check_numbers(args)
+    num_cores = check_numbers(args)
     sources = find_sources(args.file_path)
     outputs = plan_outputs(args, sources)
     encoding, description = make_encoding(args)
@@ -277,30 +298,20 @@ def main(argv: list[str] | None = None) -> None:
     folder = Path(outputs.path).parent
     folder.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(prefix=f".{Path(outputs.path).name}.", suffix=".tmp", dir=folder) as scratch:
-        spool, tally = spool_ids(sources, encoding, num_workers, Path(scratch))
+        spool, tally = spool_ids(sources, encoding, num_cores, Path(scratch))
         if not spool.num_sequences:
             num, kind = tally.num_blank + tally.num_bad, "blank or unreadable" if tally.num_bad else "blank"
             raise InputError(f"--file_path {args.file_path}: has {num} lines, all {kind}; expected one sequence a line")
         tokenized_s = time.perf_counter() - started
-        card = {
-            "tokenizer": description, "dtype": str(encoding.dtype), "seed": args.seed, "errors": args.errors,
-            "text_field": args.text_field, "sources": [{"path": s.path, "bytes": s.num_bytes} for s in sources],
-            "counts": tally.counts(),
-        }  # fmt: skip
+        card = make_card(args, description, sources, tally)
         write_shuffled(spool, outputs.path, args.format, args.seed, card, encoding.unknown_id)
-    if outputs.counts is not None:
-        counts_V = np.pad(tally.counts_V, (0, (args.vocab_size or len(tally.counts_V)) - len(tally.counts_V)))
-        write_token_counts(outputs.counts, counts_V, {"tokenizer": description, "counts": tally.counts()})
-        logger.info("Wrote %s.", outputs.counts)
-    if outputs.report is not None:
-        draw_lengths(tally.num_of_length, outputs.report, f"{tally.counts()['sequences']:,} sequences of {outputs.path}")
-        logger.info("Drew %s.", outputs.report)
+    write_extras(args, outputs, description, tally)
     for line in summary(tally):
         logger.info(line)
     seconds = time.perf_counter() - started
     logger.info(
         "Wrote %s in %.1f s: tokenized at %.1f MB/s on %d core(s), shuffled and written in %.1f s.", " ".join(outputs.files),
-        seconds, tally.num_bytes / 1e6 / tokenized_s, num_workers, seconds - tokenized_s,
+        seconds, tally.num_bytes / 1e6 / tokenized_s, num_cores, seconds - tokenized_s,
     )  # fmt: skip
 
 
