@@ -21,13 +21,13 @@ import os
 import pickle
 import struct
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 
-from utils import InputError, RankError, atomic_path, logger, one_line, require_file, write_json
+from utils import InputError, RankError, atomic_path, atomic_paths, logger, one_line, require_file, require_output
 
 CARD_FORMAT, CARD_VERSION = "distil-tokens", 1
 MAGIC, STORE_VERSION = b"MMIDIDX\x00\x00", 1
@@ -68,8 +68,34 @@ class TokenFile:
 
 def write_card(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
     """Write a card: format and version in front, a checksum of its own behind."""
+    with atomic_path(path) as temporary:
+        _write_card_to(temporary, content)
+
+
+def _write_card_to(path: Path, content: Mapping[str, Any]) -> None:
     card = {"format": CARD_FORMAT, "version": CARD_VERSION, **content}
-    write_json(path, {**card, "card_sha256": _card_digest(card)})
+    path.write_text(json.dumps({**card, "card_sha256": _card_digest(card)}, indent=2) + "\n", encoding="utf-8")
+
+
+def is_card(path: str | os.PathLike) -> bool:
+    """True for a file that begins as cards do, damaged or not."""
+    with open(path, "rb") as file:
+        return f'"format": "{CARD_FORMAT}"'.encode() in file.read(100)
+
+
+def require_card_output(path: str, flag: str, inputs: Sequence[str] = ()) -> None:
+    """Raise InputError where a card can't be written to `path`, or would overwrite what is no card."""
+    require_output(path, flag, inputs)
+    if os.path.isfile(path) and not is_card(path):
+        raise InputError(f"{flag}: would overwrite {path}, which this program did not make; choose another name")
+
+
+def require_counts_output(path: str, flag: str, inputs: Sequence[str] = ()) -> None:
+    """Raise InputError where counts and their card can't be written, or would stand where a store's card does."""
+    require_output(path, flag, inputs)
+    if store_prefix(path) is not None:
+        raise InputError(f"{flag} {path}: is the prefix of a store, whose card is {path}.json; choose another name")
+    require_card_output(f"{path}.json", flag, inputs)
 
 
 def read_card(path: str | os.PathLike, what: str) -> dict[str, Any]:
@@ -561,29 +587,23 @@ def writing_tokens(path: str, file_format: str, dtype: np.dtype) -> Iterator[tup
     Everything is written under temporary names. On success the card goes last; a card of an earlier file goes first, so
     that none ever stands beside a file that it does not describe.
     """
-    card: dict[str, Any] = {}
+    card: dict[str, Any] = {"kind": file_format}
     if file_format == "pickle":
-        with _replaced(f"{path}.json", path) as (temporary,):
+        with atomic_paths(path, f"{path}.json", stale=[f"{path}.json"]) as (temporary, card_path):
             with open(temporary, "wb") as file:
                 writer = PickleWriter(file, dtype)
                 yield writer, card
                 writer.close()
-            card["sha256"] = file_digest(temporary)
-    else:
-        with _replaced(f"{path}.json", f"{path}.bin", f"{path}.idx") as (data_path, index_path):
-            with open(data_path, "wb") as data, open(index_path, "wb") as index, _scratch_beside(path) as lengths:
-                writer = StoreWriter(data, index, lengths, dtype)
-                yield writer, card
-                writer.close()
-            card["checksums"] = writer.checksums()
-    write_card(f"{path}.json", {"kind": file_format, **card})
-
-
-@contextlib.contextmanager
-def _replaced(card: str, *paths: str | os.PathLike) -> Iterator[list[Path]]:
-    with contextlib.ExitStack() as stack:
-        yield [stack.enter_context(atomic_path(path)) for path in paths]
-        Path(card).unlink(missing_ok=True)
+            _write_card_to(card_path, {**card, "sha256": file_digest(temporary)})
+        return
+    # Half-way no index is there, without which nothing is taken for a store.
+    files = [f"{path}{suffix}" for suffix in (".bin", ".idx", ".json")]
+    with atomic_paths(*files, stale=files[1:]) as (data_path, index_path, card_path):
+        with open(data_path, "wb") as data, open(index_path, "wb") as index, _scratch_beside(path) as lengths:
+            writer = StoreWriter(data, index, lengths, dtype)
+            yield writer, card
+            writer.close()
+        _write_card_to(card_path, {**card, "checksums": writer.checksums()})
 
 
 @contextlib.contextmanager
@@ -594,7 +614,6 @@ def _scratch_beside(path: str) -> Iterator[BinaryIO]:
 
 def write_token_counts(path: str | os.PathLike, counts_V: np.ndarray, card: Mapping[str, Any]) -> None:
     """Write counts as 2019 did, a pickled list of ints, with a card beside it."""
-    with _replaced(f"{path}.json", path) as (temporary,):
+    with atomic_paths(path, f"{path}.json", stale=[f"{path}.json"]) as (temporary, card_path):
         temporary.write_bytes(pickle.dumps(counts_V.tolist(), protocol=pickle.HIGHEST_PROTOCOL))
-        digest = file_digest(temporary)
-    write_card(f"{path}.json", {"kind": "counts", **card, "sha256": digest})
+        _write_card_to(card_path, {"kind": "counts", **card, "sha256": file_digest(temporary)})

@@ -64,22 +64,31 @@ def run_program(main: Callable[[], None]) -> None:
 
     Under a launcher the message comes once a machine; every rank exits with the same status.
     """
+    status = _run(main)
+    if _is_among_others():
+        _leave_together(status)
+    if status:
+        sys.exit(status)
+
+
+def _run(main: Callable[[], None]) -> int:
     try:
         main()
-        if _is_among_others():
-            _leave_together()
     except InputError as error:
         report_problems(str(error), from_any_rank=isinstance(error, RankError))
-        sys.exit(EXIT_INPUT_ERROR)
+        return EXIT_INPUT_ERROR
     except OSError as error:
         report_problems(f"{one_line(error, limit=None)}{REMEDIES.get(error.errno, '')}")
-        sys.exit(EXIT_INPUT_ERROR)
+        return EXIT_INPUT_ERROR
+    except MemoryError:
+        report_problems("the memory is full; end other programs, or take a machine with more")
+        return EXIT_INPUT_ERROR
     except KeyboardInterrupt:
         report_problems("interrupted")
-        sys.exit(EXIT_INTERRUPTED)
-    finally:
-        if _is_among_others():
-            sys.modules["torch.distributed"].destroy_process_group()
+        return EXIT_INTERRUPTED
+    except SystemExit as end:
+        return end.code if isinstance(end.code, int) else int(end.code is not None)
+    return 0
 
 
 def _is_among_others() -> bool:
@@ -88,17 +97,19 @@ def _is_among_others() -> bool:
     return dist is not None and dist.is_available() and dist.is_initialized()
 
 
-def _leave_together() -> NoReturn:
-    """End this process, which finished its work, when every rank has finished its own.
+def _leave_together(status: int) -> NoReturn:
+    """End this process with a status; after success, when every rank has finished its own work.
 
     Not by returning: in 1 of 28 runs of two ranks gloo's teardown aborted the rank that was done first ("terminate
-    called without an active exception", torch 2.13), and the launcher then killed the one that was still writing.
+    called without an active exception", torch 2.13), and the launcher then killed the one that was still writing; the same
+    was seen where one rank found an error that the others could not know.
     """
-    sys.modules["torch.distributed"].barrier()
+    if status == 0:
+        sys.modules["torch.distributed"].barrier()
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
-    os._exit(0)
+    os._exit(status)
 
 
 def one_line(error: Exception, limit: int | None = 160) -> str:
@@ -213,21 +224,62 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 
     A reader sees the old file or the whole new one. On failure the temporary file goes and `path` is as before.
     """
-    path = Path(path)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".tmp", dir=path.parent)
-    os.close(descriptor)
-    temporary = Path(name)
+    with atomic_paths(path) as (temporary,):
+        yield temporary
+
+
+@contextlib.contextmanager
+def atomic_paths(*paths: str | os.PathLike, stale: Sequence[str | os.PathLike] = ()) -> Iterator[list[Path]]:
+    """Do as atomic_path for files that belong together: all are flushed before the first is renamed, in their order.
+
+    stale: old files that would contradict the new ones half-way, removed before the first is renamed. Signals that end
+    the program wait until the last one is.
+    """
+    targets = [Path(path) for path in paths]
+    temporaries: list[Path] = []
     try:
-        with naming(path):
-            yield temporary
-        with naming(path):
-            _flush_to_disk(temporary)
-        _give_default_permissions(temporary)
-        os.replace(temporary, path)
-        _flush_to_disk(path.parent)
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(prefix=f".{target.name}.", suffix=".tmp", dir=target.parent)
+            os.close(descriptor)
+            temporaries.append(Path(name))
+        with naming(targets[0]):
+            yield temporaries
+            for temporary in temporaries:
+                _give_default_permissions(temporary)
+                _flush_to_disk(temporary)
+        with holding_signals():
+            for path in stale:
+                Path(path).unlink(missing_ok=True)
+            for temporary, target in zip(temporaries, targets, strict=True):
+                os.replace(temporary, target)
+            _flush_to_disk(targets[0].parent)
     finally:
-        temporary.unlink(missing_ok=True)
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+ENDING_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+
+
+@contextlib.contextmanager
+def holding_signals() -> Iterator[None]:
+    """Let signals that end the program wait until the end of the block.
+
+    By handlers, not by a mask: a mask is one thread's, and the system gives a signal to any thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    previous = {number: signal.signal(number, lambda got, _: caught.append(got)) for number in ENDING_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if caught:
+            signal.raise_signal(caught[0])
 
 
 @contextlib.contextmanager

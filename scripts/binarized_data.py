@@ -25,7 +25,15 @@ from architectures import describe_tokenizer, load_tokenizer, short_name, specia
 from encoding import Encoding, WorkerPool, divide_work
 from shuffle import Spool, shuffled
 from text_sources import ERRORS, Block, Source, find_sources, read_blocks
-from token_files import MANY_UNKNOWN, MAX_LISTED, MIN_LENGTH, write_token_counts, writing_tokens
+from token_files import (
+    MANY_UNKNOWN,
+    MAX_LISTED,
+    MIN_LENGTH,
+    require_card_output,
+    require_counts_output,
+    write_token_counts,
+    writing_tokens,
+)
 from utils import (
     InputError,
     OneLineParser,
@@ -186,6 +194,7 @@ def draw_lengths(num_of_length: dict[int, int], path: str, title: str) -> None:
     edges = np.unique(np.round(np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 60)).astype(int))
     figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
     axes.hist(lengths, bins=edges, weights=numbers, color="tab:blue", edgecolor="white", linewidth=0.3)
+    title = title.encode(errors="replace").decode().replace("$", r"\$")  # "$" would begin a formula
     axes.set(title=title, xlabel="ids in the sequence, boundary tokens included", ylabel="sequences", xscale="log")
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
@@ -231,12 +240,18 @@ def plan_outputs(args: argparse.Namespace, sources: list[Source]) -> Outputs:
     path = f"{stem}.pickle" if args.format == "pickle" else stem
     files = [path, f"{path}.json"] if args.format == "pickle" else [f"{stem}.bin", f"{stem}.idx", f"{stem}.json"]
     report = args.report if args.report != "" else f"{stem}.lengths.png"
-    outputs = [("--dump_file", file) for file in files]
-    outputs += [("--token_counts_dump", args.token_counts_dump)] if args.token_counts_dump is not None else []
-    outputs += [("--report", report)] if report is not None else []
-    for flag, file in outputs:
-        require_output(file, flag, [source.path for source in sources])
-    names = [os.path.abspath(file) for _, file in outputs]
+    inputs = [source.path for source in sources]
+    for file in files[:-1]:
+        require_output(file, "--dump_file", inputs)
+    require_card_output(files[-1], "--dump_file", inputs)
+    others = []
+    if args.token_counts_dump is not None:
+        require_counts_output(args.token_counts_dump, "--token_counts_dump", inputs)
+        others += [args.token_counts_dump, f"{args.token_counts_dump}.json"]
+    if report is not None:
+        require_output(report, "--report", inputs)
+        others.append(report)
+    names = [os.path.realpath(file) for file in files + others]
     if len(set(names)) < len(names):
         raise InputError(f"--token_counts_dump, --report: two outputs have one name beside {path}; name another file")
     return Outputs(path, files, args.token_counts_dump, report)

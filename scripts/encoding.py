@@ -22,13 +22,13 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from text_sources import BLOCK_BYTES, Block, texts_of
-from utils import InputError
+from utils import InputError, holding_signals
 
 NEW_PER_TEXT, NEW_PER_BATCH = 50, 5000  # chunks that are encoded in one text, and in one call
 MAX_CHUNK_CHARS = 32  # a longer chunk hardly comes again: it is not kept
 MAX_REMEMBERED = 2**17  # chunks of a generation; there are two, about 25 MB each
 AHEAD = 2  # blocks a worker has waiting
-MIN_BYTES_PER_WORKER = 2**17
+MIN_BYTES_PER_WORKER, MIN_BLOCK_BYTES = 2**17, 2**16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -245,7 +245,7 @@ class BlockEncoder:
 def divide_work(num_bytes: int, num_cores: int) -> tuple[int, int]:
     """Return (worker processes, bytes a block) for a text of num_bytes: a small one is no work for many."""
     num_workers = max(min(num_cores, num_bytes // MIN_BYTES_PER_WORKER), 1)
-    return num_workers, min(max(num_bytes // (8 * num_workers), 1), BLOCK_BYTES)
+    return num_workers, min(max(num_bytes // (8 * num_workers), MIN_BLOCK_BYTES), BLOCK_BYTES)
 
 
 class WorkerPool:
@@ -264,7 +264,8 @@ class WorkerPool:
         self.executor = concurrent.futures.ProcessPoolExecutor(
             num_workers, multiprocessing.get_context(method), _start_worker, (encoding, os.getpid())
         )
-        with _holding_signals():
+        # Signals wait: what a handler raises in the middle of a fork is lost.
+        with holding_signals(), _saying_that_a_worker_died():
             self.executor.submit(os.getpid).result()
 
     def __enter__(self):
@@ -280,33 +281,23 @@ class WorkerPool:
             yield from map(self.encode, blocks)
             return
         under_way: collections.deque[concurrent.futures.Future] = collections.deque()
-        try:
+        with _saying_that_a_worker_died():
             for block in blocks:
                 under_way.append(self.executor.submit(_encode_block, block))
                 if len(under_way) >= self.num_workers * AHEAD:
                     yield under_way.popleft().result()
             while under_way:
                 yield under_way.popleft().result()
-        except concurrent.futures.process.BrokenProcessPool as error:
-            raise InputError(
-                "a worker process was ended from outside (is the memory full?); run again with a smaller --num_workers"
-            ) from error
-
-
-ENDING = {signal.SIGINT, signal.SIGTERM}
 
 
 @contextlib.contextmanager
-def _holding_signals() -> Iterator[None]:
-    """Let signals that end the program wait: what a handler raises in the middle of a fork is lost."""
-    if not hasattr(signal, "pthread_sigmask"):
-        yield
-        return
-    signal.pthread_sigmask(signal.SIG_BLOCK, ENDING)
+def _saying_that_a_worker_died() -> Iterator[None]:
     try:
         yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
+    except concurrent.futures.process.BrokenProcessPool as error:
+        raise InputError(
+            "a worker process was ended from outside (is the memory full?); run again with a smaller --num_workers"
+        ) from error
 
 
 _encode_in_worker: BlockEncoder
@@ -316,8 +307,6 @@ def _start_worker(encoding: Encoding, parent: int) -> None:
     global _encode_in_worker
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    if hasattr(signal, "pthread_sigmask"):
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, ENDING)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
     _encode_in_worker = BlockEncoder(encoding)

@@ -587,6 +587,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.json is not None:
         check_output(args.json, paths)
     tokens = open_token_file(args.file, "FILE")
+    paths = paths if prefix is not None else [tokens.path, f"{tokens.path}.json"]  # a pickle may be named by its card
     tokenizer, said_of_tokenizer = choose_tokenizer(args, tokens.card)
     verified = {"verified": verify(tokens, paths)} if args.verify else {}
     special = special_of(tokens.card, args.tokenizer_type or section(tokens.card, "tokenizer").get("type"), tokenizer)

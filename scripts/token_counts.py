@@ -13,8 +13,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from token_files import CHUNK, TokenFile, check_ids_below, check_vocabulary, open_token_file, write_token_counts
-from utils import InputError, OneLineParser, bar_options, logger, require_output, run_program, setup_logging
+from token_files import (
+    CHUNK,
+    TokenFile,
+    check_ids_below,
+    check_vocabulary,
+    open_token_file,
+    require_counts_output,
+    write_token_counts,
+)
+from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging
 
 MAX_VOCAB_SIZE = 2**27  # no vocabulary comes near; a larger number is a slip of the hand
 
@@ -52,8 +60,8 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging(logging.INFO)
     if not 1 <= args.vocab_size <= MAX_VOCAB_SIZE:
         raise InputError(f"--vocab_size {args.vocab_size}: expected 1 to {MAX_VOCAB_SIZE}")
-    for path in (args.token_counts_dump, f"{args.token_counts_dump}.json"):
-        require_output(path, "--token_counts_dump", [name for file in args.data_file for name in files_of(file)])
+    inputs = [name for file in args.data_file for name in files_of(file)]
+    require_counts_output(args.token_counts_dump, "--token_counts_dump", inputs)
     output = f"--vocab_size {args.vocab_size} (for --token_counts_dump {args.token_counts_dump})"
     counts_V, tokenizer, num_sequences = np.zeros(args.vocab_size, np.int64), None, 0
     for path in args.data_file:

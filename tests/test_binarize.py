@@ -82,6 +82,66 @@ def test_folders_and_globs_are_read_in_a_fixed_order(tmp_path, caplog):
     assert len(find_sources(str(tmp_path / "**" / "*.txt"))) == 3
 
 
+def write_parquet(path: Path, texts: list, **columns) -> None:
+    import pyarrow
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.table({"text": texts, **columns}), path)
+
+
+def test_a_files_name_is_no_pattern(tmp_path):
+    write_parquet(tmp_path / "a[1].parquet", ["mine"])
+    write_parquet(tmp_path / "a1.parquet", ["another's"])
+    (tmp_path / "b*.json").write_text('{"text": "mine"}')
+    (tmp_path / "bb.json").write_text('{"text": "another\'s"}')
+    for name in ("a[1].parquet", "b*.json"):
+        assert all_texts(tmp_path / name) == ["mine"]
+
+
+def test_shards_without_rows_or_bytes_are_passed_over(tmp_path):
+    write_parquet(tmp_path / "a.parquet", [])
+    (tmp_path / "b.parquet").touch()
+    (tmp_path / "c.txt").touch()
+    write_parquet(tmp_path / "d.parquet", ["x", None, "y"])
+    assert all_texts(tmp_path) == ["x", "", "y"]
+
+
+def test_only_the_texts_column_of_parquet_is_read(tmp_path):
+    import pyarrow
+
+    odd = pyarrow.array([[("k", 1)], None], pyarrow.map_(pyarrow.string(), pyarrow.int64()))
+    plain = pyarrow.array(["ein", "zwei"])
+    columns = {"plain": plain, "large": plain.cast(pyarrow.large_string()), "dictionary": plain.dictionary_encode()}
+    for name, column in columns.items():
+        write_parquet(tmp_path / f"{name}.parquet", column, odd=odd)
+        assert all_texts(tmp_path / f"{name}.parquet") == ["ein", "zwei"]
+
+
+def test_tables_of_text_are_read_to_the_letter(tmp_path):
+    rows = ["NA", "null", "12", "a, b", 'say "x"', '"quoted', "ein\u2028zwei"]
+    quoted = "".join(f'"{row.replace(chr(34), chr(34) * 2)}",1\n' for row in rows)
+    (tmp_path / "a.csv").write_text("text,id\n" + quoted, encoding="utf-8")
+    (tmp_path / "b.csv.gz").write_bytes(gzip.compress(("text,id\n" + quoted).encode()))
+    (tmp_path / "c.tsv").write_text("id\ttext\n" + "".join(f"1\t{row}\n" for row in rows), encoding="utf-8")
+    for name in ("a.csv", "b.csv.gz", "c.tsv"):
+        assert all_texts(tmp_path / name) == rows, name
+    (tmp_path / "bad.csv").write_bytes(b"text\ngut\nab\xfc\n")
+    assert all_texts(tmp_path / "bad.csv", errors="skip") == ["gut"]
+    assert all_texts(tmp_path / "bad.csv", errors="replace") == ["gut", "ab\ufffd"]
+
+
+def test_no_file_is_read_twice_and_links_are_followed(tmp_path):
+    (tmp_path / "corpus").mkdir()
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "corpus" / "a.txt").write_text("a\n")
+    (tmp_path / "elsewhere" / "b.txt").write_text("b\n")
+    (tmp_path / "corpus" / "loop").symlink_to(tmp_path / "corpus")
+    (tmp_path / "corpus" / "more").symlink_to(tmp_path / "elsewhere")
+    (tmp_path / "corpus" / "again.txt").symlink_to(tmp_path / "corpus" / "a.txt")
+    (tmp_path / "corpus" / "gone.txt").symlink_to(tmp_path / "nowhere")
+    assert sorted(all_texts(tmp_path / "corpus")) == sorted(all_texts(tmp_path / "corpus" / "**")) == ["a", "b"]
+
+
 @pytest.mark.parametrize("block_bytes", [1, 2, 3, 7, 64])
 def test_blocks_may_end_anywhere(block_bytes, tmp_path):
     data = "\ufeffab\r\ncd\ref\n\n\u2028gh\u0085i\r\n\rzé".encode()
@@ -112,7 +172,11 @@ BAD_SOURCES = {
     "list.jsonl": (b'{"text": "a"}\n\n[1]\n', r"list\.jsonl:3: is no JSON object \(a list"),
     "field.jsonl": (b'{"text": "a"}\n{"title": 1, "body": "b"}\n', r"field\.jsonl:2: has no field 'text', only title, body"),
     "number.jsonl": (b'{"text": 5}\n', r"number\.jsonl:1: 'text' is of type int"),
-    "half.jsonl": (b'{"text": "\\ud83d"}\n', r"half\.jsonl:1: 'text' holds half of a surrogate pair"),
+    "half.jsonl": (b'{"text": "\\ud83d"}\n', r"half\.jsonl:1: 'text' is not UTF-8, or holds half of a surrogate pair"),
+    "latin.csv": (b"id,text\n1,gut\n2,ab\xfc\n", r"latin\.csv:2: 'text' is not UTF-8"),
+    "open.csv": (b'id,text\n1,"gut\n', r"open\.csv: from row 1 on it can't be read as csv"),
+    "list.json": (b'[{"text": ["a", "b"]}]', r"list\.json:1: 'text' is of type list"),
+    "packed.zst": (b"\x28\xb5\x2f\xfd", r"packed\.zst: is packed in a way that is not read"),
     "deep.jsonl": (b'{"text": ' + b"[" * 10**5 + b"\n", r"deep\.jsonl:1: is no JSON object"),
     "field.csv": (b"title,body\na,b\n", r"field\.csv:1: has no field 'text', only title, body"),
     "bad.parquet": (b"PAR1nothing", r"bad\.parquet: from row 1 on it can't be read as parquet"),
@@ -229,6 +293,13 @@ def test_an_error_in_a_worker_is_the_programs(teachers, tmp_path):
         list(pool.map(read_blocks(find_sources(str(tmp_path / "a.txt"))[0], "text", block_bytes=100)))
 
 
+def test_a_worker_that_dies_at_its_start_is_said(teachers, monkeypatch):
+    how, _ = make_encoding("bert", teachers["bert"])
+    monkeypatch.setattr(encoding, "_start_worker", lambda *_: os._exit(9))
+    with pytest.raises(InputError, match="a worker process was ended from outside"):
+        WorkerPool(how, 2)
+
+
 def test_a_worker_that_dies_is_said(teachers, text_file):
     how, _ = make_encoding("bert", teachers["bert"])
     with WorkerPool(how, 2) as pool:
@@ -298,6 +369,13 @@ def test_both_formats_hold_the_same_sequences_in_the_same_order(kind, teachers, 
     assert np.array_equal(pickled.ids_M, stored.ids_M) and np.array_equal(pickled.lengths_N, stored.lengths_N)
     facts = [{**tokens.card, "kind": None, "checksums": None, "sha256": None} for tokens in (pickled, stored)]
     assert facts[0] == facts[1] and facts[0]["counts"]["sequences"] == 240
+
+
+def test_outputs_in_the_corpus_folder_are_not_taken_for_text(teachers, tmp_path):
+    (tmp_path / "a.txt").write_text("bake limo\n")
+    flags = ["--token_counts_dump", str(tmp_path / "counts.pickle")]
+    first, again = (open_token_file(run(tmp_path, teachers["bert"], "bert", tmp_path, *flags)).ids_M for _ in range(2))
+    assert first.tolist() == again.tolist()
 
 
 def test_every_source_gives_the_same_ids(teachers, tmp_path):
@@ -373,6 +451,11 @@ def test_the_card_counts_what_is_there(teachers, tmp_path):
     assert tokens.card["sources"] == [{"path": str(tmp_path / "text"), "bytes": (tmp_path / "text").stat().st_size}]
 
 
+def test_any_name_can_be_drawn(tmp_path):
+    for name in ("a_$b^{", "x\udcff", "c\\d"):
+        binarized_data.draw_lengths({12: 3, 40: 1}, str(tmp_path / "picture.png"), f"4 sequences of {name}")
+
+
 def test_the_report_is_a_picture(teachers, text_file, tmp_path):
     run(tmp_path, teachers["bert"], "bert", text_file, "--report")
     assert (tmp_path / "out.tiny-bert.lengths.png").read_bytes().startswith(b"\x89PNG")
@@ -400,6 +483,9 @@ BAD = {
     "vocab small": (["--file_path", "{tmp}/text", "--vocab_size", "9", "--token_counts_dump", "{tmp}/c"], "has ids up to"),
     "one name": (["--file_path", "{tmp}/text", "--token_counts_dump", "{tmp}/old.tiny-bert.pickle"],
                  "two outputs have one name"),
+    "card over input": (["--file_path", "{tmp}/corpus.json", "--token_counts_dump", "{tmp}/corpus"], "would overwrite"),
+    "card over notes": (["--file_path", "{tmp}/text", "--token_counts_dump", "{tmp}/notes"], "overwrite {tmp}/notes.json"),
+    "counts over a store": (["--file_path", "{tmp}/text", "--token_counts_dump", "{tmp}/st"], "st: is the prefix of a store"),
     "report": (["--file_path", "{tmp}/text", "--report", "{tmp}/void"], "--report {tmp}/void: is a folder"),
     "input": (["--file_path", "{tmp}/text", "--report", "{tmp}/text"], "would overwrite"),
     "inside input": (["--file_path", "{tmp}/latin", "--token_counts_dump", "{tmp}/latin/x"], "latin is no folder"),
@@ -411,7 +497,8 @@ BAD = {
 def test_bad_input_is_one_line_and_leaves_nothing(name, teachers, tmp_path, status_and_errors):
     (tmp_path / "void").mkdir()
     for file, content in {"empty": b"", "latin": b"gut\nab\xfc\n", "bad": b"\xff\n", "text": b"bake limo\n",
-                          "a.jsonl": b'{"text": "bake"}\n', "old.tiny-bert.pickle": b"old"}.items():  # fmt: skip
+                          "a.jsonl": b'{"text": "bake"}\n', "corpus.json": b'{"text": "bake"}\n', "notes.json": b"{}",
+                          "st.idx": b"x", "old.tiny-bert.pickle": b"old"}.items():  # fmt: skip
         (tmp_path / file).write_bytes(content)
     arguments, expected = ([part.format(tmp=tmp_path) for part in parts] for parts in (BAD[name][0], [BAD[name][1]]))
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()}
@@ -420,6 +507,39 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, teachers, tmp_path, stat
     assert status == 2 and len(errors) == 1 and expected[0] in errors[0], errors
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir() if path.is_file()} == before
     assert not list(tmp_path.glob(".*"))
+
+
+@pytest.mark.parametrize("file_format", ["pickle", "store"])
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_between_the_renames_leaves_no_mix_of_old_and_new(number, file_format, teachers, lines, tmp_path):
+    (tmp_path / "text").write_text("\n".join(lines))
+    code = f"""
+import os, sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
+import binarized_data, utils
+utils.exit_on_sigterm()
+rename, renamed = os.replace, []
+def replace(*paths):
+    rename(*paths)
+    renamed.append(paths)
+    if len(renamed) == 1 and sys.argv[1] != "0":
+        os.kill(os.getpid(), int(sys.argv[1]))
+os.replace = replace
+flags = ["--file_path", "text", "--tokenizer_name", {str(teachers["bert"])!r}, "--dump_file", "out"]
+utils.run_program(lambda: binarized_data.main([*flags, "--format", {file_format!r}, "--seed", sys.argv[2]]))
+"""
+    name = "out.tiny-bert" + (".pickle" if file_format == "pickle" else "")
+    contents = []
+    for how, seed in ((0, 1), (0, 2), (0, 1)):
+        assert run_process(sys.executable, "-c", code, how, seed, cwd=tmp_path).returncode == 0
+        contents.append(open_token_file(tmp_path / name).ids_M.tolist())
+    done = run_process(sys.executable, "-c", code, int(number), 2, cwd=tmp_path)
+    assert done.returncode == (143 if number == signal.SIGTERM else -9)
+    if number == signal.SIGTERM or file_format == "pickle":  # the signal waited; a pickle alone is whole
+        assert open_token_file(tmp_path / name).ids_M.tolist() == contents[1]
+    else:
+        with pytest.raises(InputError, match="no such file"):
+            open_token_file(tmp_path / name)
 
 
 def wait_for(condition, timeout_s: float = 30) -> None:
