@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
 import json
 import logging
@@ -31,8 +32,13 @@ if TYPE_CHECKING:
     StateDict = Mapping[str, torch.Tensor]
 
 
-def _distilbert_head(model, hidden_ND):
-    return model.vocab_projector(model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_ND))))
+def _distilbert_transform(model, hidden_ND):
+    return model.vocab_layer_norm(model.activation(model.vocab_transform(hidden_ND)))
+
+
+def _roberta_transform(model, hidden_ND):
+    head = model.lm_head
+    return head.layer_norm(transformers.activations.gelu(head.dense(hidden_ND)))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -41,7 +47,8 @@ class Architecture:
 
     model_class, config_class, tokenizer_class: names in transformers.
     vocab_files: what a tokenizer folder without tokenizer.json must hold.
-    head: (model, hidden states (N, D)) -> logits (N, V), the model's own prediction head.
+    transform: (model, hidden states (N, D)) -> (N, D), the prediction head's own layers before the last linear map.
+    projection: module path of that map, from (N, D) to logits (N, V).
     layers: what stands before the layer's number in a parameter's name.
     position_embeddings, token_type_embeddings: module paths, None where there are none.
     head_transform: prefixes of the prediction head's own dense layer and norm, which --vocab_transform takes along.
@@ -55,7 +62,8 @@ class Architecture:
     config_class: str
     tokenizer_class: str
     vocab_files: tuple[str, ...]
-    head: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+    transform: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+    projection: str
     layers: str
     position_embeddings: str
     token_type_embeddings: str | None = None
@@ -79,7 +87,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "BertConfig",
         "BertTokenizer",
         ("vocab.txt",),
-        head=lambda model, hidden_ND: model.cls(hidden_ND),
+        transform=lambda model, hidden_ND: model.cls.predictions.transform(hidden_ND),
+        projection="cls.predictions.decoder",
         layers="bert.encoder.layer.",
         position_embeddings="bert.embeddings.position_embeddings",
         token_type_embeddings="bert.embeddings.token_type_embeddings",
@@ -91,7 +100,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "DistilBertConfig",
         "BertTokenizer",
         ("vocab.txt",),
-        head=_distilbert_head,
+        transform=_distilbert_transform,
+        projection="vocab_projector",
         layers="distilbert.transformer.layer.",
         position_embeddings="distilbert.embeddings.position_embeddings",
         head_transform=("vocab_transform.", "vocab_layer_norm."),
@@ -101,7 +111,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "RobertaConfig",
         "RobertaTokenizer",
         ("vocab.json", "merges.txt"),
-        head=lambda model, hidden_ND: model.lm_head(hidden_ND),
+        transform=_roberta_transform,
+        projection="lm_head.decoder",
         layers="roberta.encoder.layer.",
         position_embeddings="roberta.embeddings.position_embeddings",
         token_type_embeddings="roberta.embeddings.token_type_embeddings",
@@ -114,7 +125,8 @@ ARCHITECTURES: dict[str, Architecture] = {
         "GPT2Config",
         "GPT2Tokenizer",
         ("vocab.json", "merges.txt"),
-        head=lambda model, hidden_ND: model.lm_head(hidden_ND),
+        transform=lambda model, hidden_ND: hidden_ND,
+        projection="lm_head",
         layers="transformer.h.",
         position_embeddings="transformer.wpe",
         obsolete=r"\.attn\.(masked_)?bias$",
@@ -494,9 +506,27 @@ def freeze_embeddings(student: torch.nn.Module, model_type: str, *, positions: b
         student.get_submodule(architecture.token_type_embeddings).requires_grad_(False)
 
 
+@dataclasses.dataclass(frozen=True)
+class PredictionHead:
+    """A model's way from last hidden states to logits: its own layers, then a linear map."""
+
+    transform: Callable[[torch.Tensor], torch.Tensor]
+    projection: torch.nn.Linear
+
+    def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Return logits_NV."""
+        return self.projection(self.transform(hidden_ND))
+
+
+def prediction_head(model: torch.nn.Module) -> PredictionHead:
+    """Find a model's prediction head."""
+    row = ARCHITECTURES[model.config.model_type]
+    return PredictionHead(functools.partial(row.transform, model), model.get_submodule(row.projection))
+
+
 def head_of(model: torch.nn.Module, hidden_ND: torch.Tensor) -> torch.Tensor:
     """Project last hidden states to the vocabulary with the model's own prediction head: logits_NV."""
-    return ARCHITECTURES[model.config.model_type].head(model, hidden_ND)
+    return prediction_head(model)(hidden_ND)
 
 
 def head_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:

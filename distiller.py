@@ -17,7 +17,16 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from losses import IGNORED_LABEL, LOSSES, Term, at_least_float32, head_losses, rows_per_chunk
+from losses import (
+    IGNORED_LABEL,
+    LOSSES,
+    Projection,
+    Term,
+    at_least_float32,
+    head_losses,
+    projected_losses,
+    rows_per_chunk,
+)
 from utils import keyed_seed
 
 Head = Callable[[torch.Tensor], torch.Tensor]
@@ -167,6 +176,7 @@ class DistillationModel(nn.Module):
         alphas: Mapping[str, float],
         temperature: float,
         chunk_rows: int | None = None,
+        fast_head: bool = True,
     ):
         super().__init__()
         self.student = student
@@ -174,7 +184,9 @@ class DistillationModel(nn.Module):
         self.head_parameters = list(head_parameters)
         self.alphas = {name: alpha for name, alpha in alphas.items() if alpha > 0}
         self.temperature = temperature
-        self.chunk_rows = chunk_rows or rows_per_chunk(next(student.parameters()).device.type)
+        self.chunk_rows = chunk_rows
+        # Where the head is more than layers and one linear map, or the plain version is asked for, autograd does it all.
+        self.uses_fast_head = fast_head and hasattr(head, "projection")
 
     @property
     def needs_teacher(self) -> bool:
@@ -201,6 +213,12 @@ class DistillationModel(nn.Module):
             means[name] = mean.detach()
         return total, torch.stack([means[name] for name in self.alphas])
 
+    @staticmethod
+    def _projection(head, hidden_ND: torch.Tensor) -> Projection:
+        with torch.no_grad() if not hidden_ND.requires_grad else contextlib.nullcontext():
+            rows_ND = head.transform(hidden_ND)
+        return Projection(rows_ND, head.projection.weight, head.projection.bias)
+
     def _active(self, reads: str) -> list[str]:
         return [name for name in self.alphas if LOSSES[name].reads == reads]
 
@@ -214,16 +232,21 @@ class DistillationModel(nn.Module):
         selected_N = needed.to(device, non_blocking=True)
         terms = [self._term(name, batch, needed, scale, device) for name in names]
         reads_teacher = any(LOSSES[name].needs_teacher for name in names)
-        total, sums_K = head_losses(
-            self.head,
-            self.head_parameters,
-            hidden_ND[selected_N],
-            teacher_head if reads_teacher else None,
-            teacher_ND[selected_N] if reads_teacher else None,
-            terms,
-            self.temperature,
-            self.chunk_rows,
-        )
+        student_ND = hidden_ND[selected_N]
+        teacher_ND = teacher_ND[selected_N] if reads_teacher else None
+        if self.uses_fast_head:
+            total, sums_K = projected_losses(
+                self._projection(self.head, student_ND),
+                self._projection(teacher_head, teacher_ND) if reads_teacher else None,
+                terms,
+                self.temperature,
+                self.chunk_rows,
+            )
+        else:
+            total, sums_K = head_losses(
+                self.head, self.head_parameters, student_ND, teacher_head if reads_teacher else None, teacher_ND, terms,
+                self.temperature, self.chunk_rows or rows_per_chunk(device.type),
+            )  # fmt: skip
         counts = [max(len(term.offsets), 1) for term in terms]
         return total, {name: value / count for name, value, count in zip(names, sums_K, counts, strict=True)}
 
@@ -238,6 +261,7 @@ class DistillationModel(nn.Module):
             offsets,
             None if labels_N is None else labels_N.to(device, non_blocking=True),
             self.alphas[name] / max(len(rows_N), 1) * scale,
+            loss.gradient,
         )
 
 

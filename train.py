@@ -6,7 +6,6 @@ Launch as one process (`python train.py ..`) or as several (`torchrun`, `python 
 import argparse
 import contextlib
 import dataclasses
-import functools
 import itertools
 import json
 import logging
@@ -38,6 +37,7 @@ from architectures import (
     load_teacher,
     load_tokenizer,
     max_input_length,
+    prediction_head,
     quiet_transformers,
     read_student_config,
     size_mismatches,
@@ -445,16 +445,14 @@ def run_length(config: TrainConfig, batches_per_epoch: int, world_size: int) -> 
 def make_distiller(config: TrainConfig, runtime: Runtime, student, teacher, num_updates: int) -> Distiller:
     """Put the models on the device, and optimizer and schedule around the student."""
     student.to(runtime.device)
-    model = DistillationModel(
-        student, functools.partial(head_of, student), head_parameters(student), config.alphas, config.temperature
-    )
+    model = DistillationModel(student, prediction_head(student), head_parameters(student), config.alphas, config.temperature)
     teacher = teacher.to(runtime.device) if model.needs_teacher else None
     groups = split_for_weight_decay(student, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=ADAM_BETAS, eps=config.adam_epsilon)
     num_warmup = math.ceil(config.warmup_prop * num_updates)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
     return Distiller(
-        model, teacher, functools.partial(head_of, teacher) if teacher is not None else None, optimizer, schedule,
+        model, teacher, prediction_head(teacher) if teacher is not None else None, optimizer, schedule,
         max_grad_norm=config.max_grad_norm, seed=config.seed, world_size=runtime.world_size,
         amp_dtype=torch.float16 if config.fp16 else None,
     )  # fmt: skip

@@ -4,7 +4,6 @@ The quickstart's teacher comes from here. It is the distillation loop without a 
 """
 
 import argparse
-import functools
 import logging
 import os
 import sys
@@ -18,10 +17,10 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from architectures import (
     build_student,
-    head_of,
     head_parameters,
     load_tokenizer,
     max_input_length,
+    prediction_head,
     read_student_config,
     special_ids,
 )
@@ -86,8 +85,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def make_distiller(args: argparse.Namespace, model) -> Distiller:
     """Put loss, optimizer and schedule around the model; there is no teacher."""
-    head = functools.partial(head_of, model)
-    objective = DistillationModel(model, head, head_parameters(model), {"mlm": 1.0}, temperature=1.0)
+    objective = DistillationModel(model, prediction_head(model), head_parameters(model), {"mlm": 1.0}, temperature=1.0)
     optimizer = torch.optim.AdamW(split_for_weight_decay(model, 0.01), lr=args.learning_rate, betas=ADAM_BETAS)
     num_warmup = int(args.warmup_prop * args.num_steps)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup, args.num_steps)

@@ -1,12 +1,14 @@
 """The objectives: against the 2019 code's numbers, and against loops written apart from them."""
 
+import dataclasses
 import math
 
 import pytest
 import torch
 from conftest import load_golden
 
-from losses import LOSSES, Term, head_losses, weighted_sums
+import losses
+from losses import LOSSES, Projection, Term, head_losses, projected_losses, weighted_sums
 
 GOLDEN = load_golden("parity.json")["losses"]
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
@@ -37,11 +39,16 @@ def make_terms(alphas, rows, targets):
         if loss.reads == "logits":
             rows_N = rows[loss.rows]
             labels_N = targets[loss.rows][rows_N] if loss.rows in targets else None
-            terms[name] = Term(loss.formula, rows_N, rows_N, labels_N, alpha / max(len(rows_N), 1))
+            terms[name] = Term(loss.formula, rows_N, rows_N, labels_N, alpha / max(len(rows_N), 1), loss.gradient)
     return terms
 
 
-@pytest.mark.parametrize("chunk_rows", [None, 1, 3, 1000])
+def identity_projection(logits_NV: torch.Tensor) -> Projection:
+    """Stand for a head whose logits are its input."""
+    return Projection(logits_NV, torch.eye(logits_NV.shape[1], dtype=logits_NV.dtype), None)
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 1, 3, 1000, "fast", "fast, 3"])
 @pytest.mark.parametrize("case", GOLDEN, ids=lambda case: str(case["seed"]))
 def test_losses_and_gradients_equal_the_2019_code(case, chunk_rows):
     def tensor(key):
@@ -54,6 +61,9 @@ def test_losses_and_gradients_equal_the_2019_code(case, chunk_rows):
     plain = (student_NV, teacher_NV, list(terms.values()), case["T"])
     if chunk_rows is None:
         total, sums_K = weighted_sums(*plain)
+    elif isinstance(chunk_rows, str):
+        projections = identity_projection(student_NV), identity_projection(teacher_NV)
+        total, sums_K = projected_losses(*projections, *plain[2:], 3 if "3" in chunk_rows else None)
     else:
         total, sums_K = head_losses(lambda x: x, [], plain[0], lambda x: x, *plain[1:], chunk_rows)
     values = {name: s.item() / len(terms[name].offsets) for name, s in zip(terms, sums_K, strict=True)}
@@ -191,3 +201,106 @@ def test_half_precision_logits_are_widened_before_the_losses():
     assert total.dtype == sums_K.dtype == torch.float32
     exact, _ = weighted_sums(head(student_ND).double(), head(teacher_ND).double(), terms, 2.0)
     assert total.item() == pytest.approx(exact.item(), rel=1e-4)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The fast head
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def projection_case(num_rows, vocab, width=32, seed=0, spread=1.0, names=("ce", "mlm", "mse")):
+    """Make float64 rows, weights and terms: ce and mse at all rows, mlm at some."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def random(*shape):
+        return torch.randn(*shape, generator=generator, dtype=torch.float64)
+
+    student, teacher = ([random(num_rows, width), random(vocab, width) * spread / width**0.5, random(vocab)] for _ in range(2))
+    everywhere, some = torch.arange(num_rows), torch.arange(0, num_rows, 3)
+    terms = []
+    for name in names:
+        rows = some if LOSSES[name].rows == "masked" else everywhere
+        labels = torch.randint(vocab, (len(rows),), generator=generator) if LOSSES[name].rows == "masked" else None
+        weight = {"ce": 5.0, "mlm": 2.0, "mse": 0.01}[name] / max(len(rows), 1)
+        terms.append(Term(LOSSES[name].formula, rows, rows, labels, weight, LOSSES[name].gradient))
+    return student, teacher, terms
+
+
+def run_head(student, teacher, terms, dtype, is_fast, chunk_rows=None):
+    """Return (total, sums_K, gradients by rows, weight, bias), from values rounded to dtype."""
+    leaves = [tensor.to(dtype).requires_grad_() for tensor in student]
+    fixed = [tensor.to(dtype) for tensor in teacher]
+    if is_fast:
+        total, sums_K = projected_losses(Projection(*leaves), Projection(*fixed), terms, 2.0, chunk_rows)
+    else:
+        logits = [torch.nn.functional.linear(*tensors) for tensors in (leaves, fixed)]
+        total, sums_K = weighted_sums(*map(losses.at_least_float32, logits), terms, 2.0)
+    total.backward()
+    return [total.detach(), sums_K, *(leaf.grad for leaf in leaves)]
+
+
+@pytest.mark.parametrize("chunk_rows", [None, 1, 5, 40])
+@pytest.mark.parametrize("num_rows", [0, 1, 33, 70])
+@pytest.mark.parametrize("names", [("ce", "mlm", "mse"), ("mlm",), ("ce",), ("mlm", "ce")])
+def test_the_fast_head_equals_the_plain_one(num_rows, names, chunk_rows):
+    case = projection_case(num_rows, 57, names=names)
+    for fast, plain in zip(
+        run_head(*case, torch.float64, True, chunk_rows), run_head(*case, torch.float64, False), strict=True
+    ):
+        torch.testing.assert_close(fast, plain, **FLOAT64)
+
+
+def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
+    return ((found.double() - exact).norm() / exact.norm()).item()
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("vocab, num_rows", [(30522, 40), (119547, 12), (30522, 1)])
+def test_the_fast_heads_gradient_is_as_near_to_float64_as_the_plain_ones(vocab, num_rows, dtype):
+    student, teacher, terms = projection_case(num_rows, vocab, width=64)
+    rounded = [[tensor.to(dtype).double() for tensor in tensors] for tensors in (student, teacher)]
+    exact = run_head(*rounded, terms, torch.float64, False)
+    fast, plain = (run_head(student, teacher, terms, dtype, is_fast) for is_fast in (True, False))
+    for k, name in ((0, "total"), (2, "rows"), (3, "weight"), (4, "bias")):
+        mine, others = relative_error(fast[k], exact[k]), relative_error(plain[k], exact[k])
+        # 1.1 and 1e-7: two roundings of one size, in another order
+        assert mine <= 1.1 * others + 1e-7, (name, mine, others)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_extreme_logits_give_no_nan(dtype):
+    student, teacher, terms = projection_case(20, 301, spread=3e3)
+    found = run_head(student, teacher, terms, dtype, True)
+    assert max(abs((student[0] @ student[1].T).max().item()), 0) > 1e4
+    assert all(torch.isfinite(tensor).all() for tensor in found)
+
+
+def test_an_objective_without_a_gradient_by_hand_is_differentiated():
+    student, teacher, terms = projection_case(20, 57)
+    by_autograd = [dataclasses.replace(term, gradient=None) for term in terms]
+    for found, expected in zip(run_head(student, teacher, by_autograd, torch.float64, True, 7),
+                               run_head(student, teacher, terms, torch.float64, True), strict=True):  # fmt: skip
+        torch.testing.assert_close(found, expected, **FLOAT64)
+
+
+def test_a_frozen_projection_gets_no_gradient():
+    student, teacher, terms = projection_case(20, 57)
+    student[0].requires_grad_()
+    total, _ = projected_losses(Projection(*student), Projection(*teacher), terms, 2.0)
+    total.backward()
+    assert student[0].grad.abs().sum() > 0 and student[1].grad is student[2].grad is None
+
+
+def test_a_filled_up_vocabulary_changes_nothing():
+    """As on a GPU in half precision; here by hand, for a CPU does not fill up."""
+    student, teacher, terms = projection_case(20, 57)
+    filled = [
+        [rows, torch.nn.functional.pad(w, (0, 0, 0, 71)), torch.nn.functional.pad(b, (0, 71))]
+        for rows, w, b in (student, teacher)
+    ]
+    found = losses._walk_chunks(
+        Projection(*student), *(Projection(*tensors) for tensors in filled), terms, 2.0, 6, (True, True)
+    )
+    expected = run_head(student, teacher, terms, torch.float64, False)
+    for mine, other in zip([found[0], found[1], *found[2]], expected, strict=True):
+        torch.testing.assert_close(mine, other, **FLOAT64)
