@@ -32,6 +32,7 @@ from utils import keyed_seed
 Head = Callable[[torch.Tensor], torch.Tensor]
 
 ADAM_BETAS = (0.9, 0.98)
+NORMALIZATIONS = ("micro_batches", "tokens")
 MIN_LOSS_SCALE = 2**-10  # the scaler halves its scale at each overflow; below this it will not find one that fits
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -193,22 +194,28 @@ class DistillationModel(nn.Module):
         """True where an active objective reads the teacher."""
         return any(LOSSES[name].needs_teacher for name in self.alphas)
 
-    def forward(self, batch: MicroBatch | None, teacher_hidden_BTD, teacher_head: Head | None, scale: float | torch.Tensor):
-        """Return (scale x weighted loss, unweighted means_K in the order of alphas).
+    def forward(
+        self, batch: MicroBatch | None, teacher_hidden_BTD, teacher_head: Head | None, scale: float | torch.Tensor,
+        counts_K: torch.Tensor | None = None,
+    ):  # fmt: skip
+        """Return (scale x weighted loss, unweighted losses_K in the order of alphas).
 
-        batch None: a rank without a micro-batch takes part in the gradient exchange with zeros.
+        A loss is the sum over its rows, divided by their number in this batch, or by counts_K where given. batch None: a
+        rank without a micro-batch takes part in the gradient exchange with zeros.
         """
         if batch is None:
             touched = [parameter.flatten()[0] for parameter in self.parameters() if parameter.requires_grad]
             return torch.stack(touched).sum() * 0.0, None
         hidden_ND = last_hidden_state(self.student, batch).flatten(0, 1)
         teacher_ND = None if teacher_hidden_BTD is None else teacher_hidden_BTD.flatten(0, 1)
-        total, means = self._logit_losses(batch, hidden_ND, teacher_ND, teacher_head, scale)
+        own = [max(len(batch.rows[LOSSES[name].rows]), 1) for name in self.alphas]
+        counts = dict(zip(self.alphas, own if counts_K is None else counts_K, strict=True))
+        total, means = self._logit_losses(batch, hidden_ND, teacher_ND, teacher_head, scale, counts)
         for name in self._active("hidden"):
             loss, rows_N = LOSSES[name], batch.rows[LOSSES[name].rows].to(hidden_ND.device)
             teacher_rows_ND = None if teacher_ND is None else at_least_float32(teacher_ND[rows_N])
             student_rows_ND = at_least_float32(hidden_ND[rows_N])
-            mean = loss.formula(student_rows_ND, teacher_rows_ND, None, self.temperature) / max(len(rows_N), 1)
+            mean = loss.formula(student_rows_ND, teacher_rows_ND, None, self.temperature) / counts[name]
             total = total + mean * (self.alphas[name] * scale)
             means[name] = mean.detach()
         return total, torch.stack([means[name] for name in self.alphas])
@@ -222,7 +229,7 @@ class DistillationModel(nn.Module):
     def _active(self, reads: str) -> list[str]:
         return [name for name in self.alphas if LOSSES[name].reads == reads]
 
-    def _logit_losses(self, batch: MicroBatch, hidden_ND, teacher_ND, teacher_head, scale):
+    def _logit_losses(self, batch: MicroBatch, hidden_ND, teacher_ND, teacher_head, scale, counts: Mapping):
         """Select once the rows that any logit objective reads, project them, apply the objectives."""
         names = self._active("logits")
         if not names:
@@ -230,7 +237,7 @@ class DistillationModel(nn.Module):
         device = hidden_ND.device
         needed = torch.cat([batch.rows[LOSSES[name].rows] for name in names]).unique()  # ascending
         selected_N = needed.to(device, non_blocking=True)
-        terms = [self._term(name, batch, needed, scale, device) for name in names]
+        terms = [self._term(name, batch, needed, scale / counts[name], device) for name in names]
         reads_teacher = any(LOSSES[name].needs_teacher for name in names)
         student_ND = hidden_ND[selected_N]
         teacher_ND = teacher_ND[selected_N] if reads_teacher else None
@@ -247,8 +254,7 @@ class DistillationModel(nn.Module):
                 self.head, self.head_parameters, student_ND, teacher_head if reads_teacher else None, teacher_ND, terms,
                 self.temperature, self.chunk_rows or rows_per_chunk(device.type),
             )  # fmt: skip
-        counts = [max(len(term.offsets), 1) for term in terms]
-        return total, {name: value / count for name, value, count in zip(names, sums_K, counts, strict=True)}
+        return total, {name: value / counts[name] for name, value in zip(names, sums_K, strict=True)}
 
     def _term(self, name: str, batch: MicroBatch, needed: torch.Tensor, scale, device) -> Term:
         loss = LOSSES[name]
@@ -260,7 +266,7 @@ class DistillationModel(nn.Module):
             offsets.to(device, non_blocking=True),
             offsets,
             None if labels_N is None else labels_N.to(device, non_blocking=True),
-            self.alphas[name] / max(len(rows_N), 1) * scale,
+            self.alphas[name] * scale,
             loss.gradient,
         )
 
@@ -301,7 +307,10 @@ class Distiller:
 
     model: the DistillationModel. teacher, teacher_head: None where no teacher is used. optimizer, schedule: stepped
     once an update. max_grad_norm: gradients' norm is clipped to it. seed: keys dropout by micro-batch. world_size: ranks
-    that share an update. amp_dtype: None, or the dtype of torch's mixed precision.
+    that share an update. amp_dtype: None, or the dtype of torch's mixed precision, to which the teacher is converted.
+    normalization: "micro_batches" takes the mean over each micro-batch's rows, then over the update's micro-batches, as in
+    2019; "tokens" the mean over the update's rows, so that every token counts alike however the update is cut up.
+    compiles: run teacher and student through torch.compile.
     """
 
     def __init__(
@@ -316,6 +325,8 @@ class Distiller:
         seed: int,
         world_size: int = 1,
         amp_dtype: torch.dtype | None = None,
+        normalization: str = "micro_batches",
+        compiles: bool = False,
     ):
         self.model = model
         self.teacher, self.teacher_head = (teacher, teacher_head) if model.needs_teacher else (None, None)
@@ -325,6 +336,12 @@ class Distiller:
         self.seed = seed
         self.world_size = world_size
         self.amp_dtype = amp_dtype
+        self.normalization = normalization
+        if amp_dtype is not None and self.teacher is not None:
+            self.teacher.to(amp_dtype)
+        if compiles:
+            for module in filter(None, (model.student, self.teacher)):
+                module.base_model.compile(dynamic=True)  # in place: parameters keep their names
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
         self.wrapped = _wrap_for_ranks(model) if world_size > 1 else model
@@ -357,13 +374,16 @@ class Distiller:
         """Leave the update's mean gradient in .grad; return every rank's losses_MK. One gradient all-reduce."""
         self.model.train()
         # Differs from the original: a last partial update is divided by its own size.
-        share = self.world_size / len(numbers)  # DDP takes the mean over ranks
+        share, counts_K = self.world_size / len(numbers), None  # DDP takes the mean over ranks
+        if self.normalization == "tokens":
+            batches = list(batches)  # all of the update's masks are drawn before the first is counted in
+            counts_K = self._count_rows(batches) / len(numbers)
         scale = self.scaler.scale(torch.full((), share, device=self.device)) if self.scaler.is_enabled() else share
         losses_MK = torch.zeros(len(numbers), 1 + len(self.model.alphas), dtype=torch.float64, device=self.device)
         for done, batch in enumerate(batches, start=1):
             # Differs from the original: gradients travel once an update, not with each micro-batch.
             with self._without_reduction(done < num_mine):
-                means_K = self._backward(batch, scale)
+                means_K = self._backward(batch, scale, counts_K)
             losses_MK[batch.number - numbers[0], 1:] = means_K
         if num_mine == 0:
             self.wrapped(None, None, None, scale)[0].backward()
@@ -372,17 +392,26 @@ class Distiller:
         losses_MK[:, 0] = losses_MK[:, 1:] @ losses_MK.new_tensor(list(self.model.alphas.values()))
         return losses_MK.cpu()
 
+    def _count_rows(self, batches: Sequence[MicroBatch]) -> torch.Tensor:
+        """Count the rows of each objective in the whole update, on every rank: (K,), 1 at least."""
+        rows = [LOSSES[name].rows for name in self.model.alphas]
+        counts = [sum(len(batch.rows[kind]) for batch in batches) for kind in rows]
+        counts_K = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        if self.world_size > 1:
+            torch.distributed.all_reduce(counts_K)
+        return counts_K.clamp(min=1)
+
     def _without_reduction(self, is_wanted: bool) -> contextlib.AbstractContextManager:
         return self.wrapped.no_sync() if is_wanted and self.world_size > 1 else contextlib.nullcontext()
 
-    def _backward(self, batch: MicroBatch, scale) -> torch.Tensor:
+    def _backward(self, batch: MicroBatch, scale, counts_K: torch.Tensor | None) -> torch.Tensor:
         torch.manual_seed(keyed_seed(self.seed, batch.number, "dropout"))
+        hidden_BTD = None
+        if self.teacher is not None:
+            with torch.no_grad():
+                hidden_BTD = last_hidden_state(self.teacher, batch)
         with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            hidden_BTD = None
-            if self.teacher is not None:
-                with torch.no_grad():
-                    hidden_BTD = last_hidden_state(self.teacher, batch)
-            loss, means_K = self.wrapped(batch, hidden_BTD, self.teacher_head, scale)
+            loss, means_K = self.wrapped(batch, hidden_BTD, self.teacher_head, scale, counts_K)
         loss.backward()
         return means_K
 

@@ -46,6 +46,7 @@ from architectures import (
 )
 from distiller import (
     ADAM_BETAS,
+    NORMALIZATIONS,
     DistillationModel,
     Distiller,
     MicroBatch,
@@ -63,12 +64,14 @@ from token_files import token_file_problem
 from utils import (
     InputError,
     OneLineParser,
+    RankError,
     Runtime,
     atomic_path,
     bar_options,
     file_problem,
     git_facts,
     is_one_of_several,
+    keep_freed_memory,
     keyed_seed,
     logger,
     one_line,
@@ -147,8 +150,16 @@ class TrainConfig:
         "standard deviation of random first weights; default: the student configuration's (0.02 in those shipped)", None
     )
 
+    loss_normalization: str = option(
+        "micro_batches: means over each micro-batch, then over the update's, as in 2019; tokens: over the update's tokens",
+        "micro_batches", choices=NORMALIZATIONS,
+    )  # fmt: skip
+
+    bf16: bool = option("mixed precision in bfloat16", False)
     fp16: bool = option("mixed precision in float16, with a gradient scaler", False)
     fp16_opt_level: str = option("accepted for old command lines, without effect: torch's own mixed precision is used", "O1")
+    activation_checkpointing: bool = option("compute the student's activations twice, to keep fewer of them", False)
+    compile: bool = option("compile teacher and student (torch.compile): minutes at first, faster then", False)
     n_gpu: int = option("GPUs over all processes, one a process; 0: CPU", 1)
     local_rank: int = option("given by old launchers; leave it alone", -1)
     seed: int = option("seed of order, masks, dropout and first weights", 56)
@@ -228,6 +239,8 @@ def type_problems(config: TrainConfig) -> list[str]:
             kind = "masked" if is_masked else "causal"
             remedy = "add --mlm, with --alpha_mlm above 0 and --alpha_clm 0" if is_masked else "leave --mlm out"
             problems.append(f"{flag} {model_type} {'with' if config.mlm else 'without'} --mlm: it is a {kind} model; {remedy}")
+    if config.bf16 and config.fp16:
+        problems.append("--bf16 and --fp16: two precisions; leave one of them out")
     if config.max_tokens is not None and not config.group_by_size:
         problems.append("--max_tokens with --no-group_by_size: the budget is planned by length; leave one of them out")
     if config.freeze_token_type_embds and ARCHITECTURES[student].token_type_embeddings is None:
@@ -343,6 +356,7 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
     """Load and check data, tokenizer, teacher and student. Raises InputError."""
     if not config.mlm and config.restrict_ce_to_mask:
         logger.warning("--restrict_ce_to_mask has no effect without --mlm.")
+    check_device(config, runtime.device)
     if config.fp16:
         logger.info("--fp16: torch's own mixed precision; --fp16_opt_level %s has no effect.", config.fp16_opt_level)
     student_config = read_student_config(config.student_type, config.student_config, config.initializer_range)
@@ -361,6 +375,30 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
     num_micro_batches, num_updates = run_length(config, len(sampler), runtime.world_size)
     distiller = make_distiller(config, runtime, student, teacher, num_updates)
     return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches)
+
+
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Raise InputError where the device can't do what is asked; say what it does only slowly."""
+    if config.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+        name = torch.cuda.get_device_name(device)
+        raise InputError(f"--bf16: {name} does not compute in bfloat16; use --fp16, or neither for float32")
+    if config.bf16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_device_supported():
+        logger.warning("--bf16: this CPU has no instructions for bfloat16, which makes it slower than float32.")
+    if config.fp16 and device.type == "cpu":
+        logger.warning("--fp16: on a CPU float16 is slow; --bf16 has the same size and needs no scaling.")
+    if config.compile:
+        check_compiler(device)
+
+
+def check_compiler(device: torch.device) -> None:
+    """Raise InputError where torch.compile does not work on this machine: better now than after moving folders."""
+    try:
+        torch.compile(lambda x: (x * 2).sin())(torch.ones(8, device=device))
+    except Exception as error:
+        raise InputError(
+            f"--compile: torch.compile fails on this machine ({one_line(error)}); install a C++ compiler (for a GPU Triton, "
+            "too), or leave it out"
+        ) from error
 
 
 def check_sizes(config: TrainConfig, student_config, teacher, tokenizer) -> None:
@@ -423,6 +461,8 @@ def make_student(config: TrainConfig, student_config) -> torch.nn.Module:
     freeze_embeddings(
         student, config.student_type, positions=config.freeze_pos_embs, token_types=config.freeze_token_type_embds
     )
+    if config.activation_checkpointing:
+        student.activation_checkpointing_enable({"use_reentrant": False})
     return student
 
 
@@ -448,13 +488,14 @@ def make_distiller(config: TrainConfig, runtime: Runtime, student, teacher, num_
     model = DistillationModel(student, prediction_head(student), head_parameters(student), config.alphas, config.temperature)
     teacher = teacher.to(runtime.device) if model.needs_teacher else None
     groups = split_for_weight_decay(student, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=ADAM_BETAS, eps=config.adam_epsilon)
+    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=ADAM_BETAS, eps=config.adam_epsilon, fused=True)
     num_warmup = math.ceil(config.warmup_prop * num_updates)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
     return Distiller(
         model, teacher, prediction_head(teacher) if teacher is not None else None, optimizer, schedule,
         max_grad_norm=config.max_grad_norm, seed=config.seed, world_size=runtime.world_size,
-        amp_dtype=torch.float16 if config.fp16 else None,
+        amp_dtype=torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None,
+        normalization=config.loss_normalization, compiles=config.compile,
     )  # fmt: skip
 
 
@@ -610,10 +651,11 @@ def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder |
             is_logged = is_last or progress.crosses(config.log_interval, num_iterations)
             is_saved = progress.crosses(config.checkpoint_interval, num_iterations)
             batches = progress.advancing(itertools.islice(items, len(update.mine)), runtime.world_size)
-            report = parts.distiller.step(
-                batches, [batch.number for batch in update.planned], len(update.mine),
-                wants_statistics=is_logged and runtime.is_main,
-            )  # fmt: skip
+            with saying_out_of_memory(parts, update):
+                report = parts.distiller.step(
+                    batches, [batch.number for batch in update.planned], len(update.mine),
+                    wants_statistics=is_logged and runtime.is_main,
+                )  # fmt: skip
             # Differs from the original: logs and checkpoints follow the update that they fall in; 2019's came before it.
             progress.record(update, report, num_iterations)
             if not runtime.is_main:
@@ -626,6 +668,23 @@ def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder |
                 logger.info("Epoch %d: mean loss %.4f.", epoch, progress.epoch_mean(epoch))
             if is_saved:
                 folder.save_checkpoint()
+
+
+@contextlib.contextmanager
+def saying_out_of_memory(parts: Parts, update: Update) -> Iterator[None]:
+    """Turn an allocation that failed into one line that names the largest micro-batch and the flags to lower."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+        if not is_memory:
+            raise
+        shapes = [(len(b.sequences), int(parts.dataset.lengths[b.sequences].max())) for b in update.mine]
+        num, length = max(shapes, key=lambda shape: shape[0] * shape[1])
+        raise RankError(
+            f"out of memory in a micro-batch of {num} x {length} = {num * length} padded tokens; lower --max_tokens or "
+            "--batch_size (and raise --gradient_accumulation_steps), or try --bf16 or --activation_checkpointing"
+        ) from error
 
 
 def prepared(parts: Parts, updates: Iterable[Update]) -> Iterator[Update | MicroBatch]:
@@ -653,6 +712,8 @@ def main(argv: list[str] | None = None) -> None:
     is_silent = is_one_of_several(os.environ) and os.environ["RANK"] != "0"
     setup_logging(logging.ERROR if is_silent else logging.INFO)
     runtime = start_runtime(config.n_gpu, config.local_rank)
+    if runtime.device.type == "cpu":
+        keep_freed_memory()
     folder = None
     with runtime.sharing_errors():
         parts = set_up(config, runtime)

@@ -32,6 +32,7 @@ DEFAULTS = {
     "gradient_accumulation_steps": 50, "warmup_prop": 0.05, "weight_decay": 0.0, "learning_rate": 5e-4,
     "adam_epsilon": 1e-6, "max_grad_norm": 5.0, "initializer_range": None, "n_gpu": 1, "seed": 56,
     "checkpoint_interval": 4000, "max_steps": None, "max_length": None, "max_tokens": None,
+    "loss_normalization": "micro_batches", "bf16": False, "activation_checkpointing": False, "compile": False,
 }  # fmt: skip
 
 
