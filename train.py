@@ -382,7 +382,9 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
     if config.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
         name = torch.cuda.get_device_name(device)
         raise InputError(f"--bf16: {name} does not compute in bfloat16; use --fp16, or neither for float32")
-    if config.bf16 and device.type == "cpu" and not torch.ops.mkldnn._is_mkldnn_bf16_device_supported():
+    # avx512_bf16, amx_bf16, or what other processors call theirs.
+    has_bf16 = any(value is True for name, value in torch.cpu.get_capabilities().items() if "bf16" in name)
+    if config.bf16 and device.type == "cpu" and not has_bf16:
         logger.warning("--bf16: this CPU has no instructions for bfloat16, which makes it slower than float32.")
     if config.fp16 and device.type == "cpu":
         logger.warning("--fp16: on a CPU float16 is slow; --bf16 has the same size and needs no scaling.")

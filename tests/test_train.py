@@ -604,3 +604,63 @@ def test_bad_data_flags_are_one_line(name, world, store, tmp_path, status_and_er
     status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run", **changes))
     assert status == 2 and len(errors) == 1 and expected in errors[0], errors
     assert not (tmp_path / "run").exists()
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Precision, normalization, memory
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def losses_of(folder: Path) -> list[float]:
+    return [event.value for event in scalars(folder)["losses/loss"]]
+
+
+def test_bfloat16_follows_the_loss_curve_of_float32(world, tmp_path):
+    for name, flags in (("fp32", {}), ("bf16", {"bf16": True})):
+        flags |= {
+            "max_steps": 50,
+            "log_interval": 2,
+            "learning_rate": 1e-3,
+            "student_pretrained_weights": world.first_weights("bert"),
+        }
+        train.main(world.flags("bert", tmp_path / name, **flags))
+    exact, rounded = losses_of(tmp_path / "fp32"), losses_of(tmp_path / "bf16")
+    assert len(exact) == 50 and exact[-1] < 0.9 * exact[0]
+    # bfloat16 has 8 bits of mantissa: 1 in 256, several roundings deep.
+    assert max(abs(x - y) / x for x, y in zip(exact, rounded, strict=True)) < 0.03
+
+
+@pytest.mark.parametrize("flags", [{"activation_checkpointing": True}, {"loss_normalization": "tokens"}])
+@pytest.mark.parametrize("kind", KINDS)
+def test_other_ways_through_the_step_train(flags, kind, world, tmp_path):
+    train.main(world.flags(kind, tmp_path / "run", max_steps=2, **flags))
+    assert all(torch.isfinite(tensor).all() for tensor in torch.load(tmp_path / "run" / "pytorch_model.bin").values())
+
+
+def test_by_tokens_how_an_update_is_cut_up_changes_nothing_but_the_masks(world, tmp_path):
+    """A causal model has no masks, and these students no dropout: 8 sequences at a time or 2, the weights are the same."""
+    config = json.loads(Path(world.config("gpt2")).read_text()) | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    (tmp_path / "student.json").write_text(json.dumps(config))
+    # Without groups the first 4 updates hold the same sequences, however they are cut up.
+    flags = {"student_config": tmp_path / "student.json", "no-group_by_size": True, "max_steps": 4,
+             "loss_normalization": "tokens", "warmup_prop": 0.0}  # fmt: skip
+    for name, size, accumulation in (("whole", 8, 1), ("parts", 2, 4)):
+        train.main(world.flags("gpt2", tmp_path / name, batch_size=size, gradient_accumulation_steps=accumulation, **flags))
+    whole, parts = (torch.load(tmp_path / name / "pytorch_model.bin") for name in ("whole", "parts"))
+    for name in whole:
+        torch.testing.assert_close(whole[name], parts[name], rtol=0, atol=2e-5)  # AdamW enlarges rounding: lr 5e-4 an update
+
+
+def test_two_precisions_at_once_are_refused(world, tmp_path, status_and_errors):
+    status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run", bf16=True, fp16=True))
+    assert status == 2 and errors == ["--bf16 and --fp16: two precisions; leave one of them out"]
+
+
+def test_out_of_memory_names_the_micro_batch_and_the_flags(world, tmp_path, status_and_errors, monkeypatch):
+    def fail(*_arguments, **_options):
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
+
+    monkeypatch.setattr(train.Distiller, "step", fail)
+    status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run"))
+    assert status == 2 and len(errors) == 1
+    assert re.match(r"out of memory in a micro-batch of 5 x \d+ = \d+ padded tokens; lower --max_tokens", errors[0])

@@ -1,0 +1,1116 @@
+"""Measure the distillation step on this machine: real tokens a second, FLOP/s, memory, time by stage; beside the 2019 step.
+
+The update of distiller.py is timed on batches that come as in training, with models of full size and random weights; nothing
+is downloaded. With --reference the same batches go through a plain step of the 2019 kind, in the same run. Every figure
+comes from a process of its own; shares are of what a large matrix product reaches here, and of the GPU's data sheet.
+Before anything is timed, both steps must give the same losses and gradient.
+
+Model FLOPs: those that the mathematics needs for the real tokens, whatever an implementation spends beyond them (padding,
+recomputation, logits of padding). Source: Chowdhery et al., 2022, "PaLM", appendix B.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import functools
+import itertools
+import json
+import logging
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+import transformers
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from architectures import (
+    ARCHITECTURES,
+    build_student,
+    evenly_spaced_layers,
+    extract_student,
+    freeze_embeddings,
+    head_parameters,
+    max_input_length,
+    prediction_head,
+    quiet_transformers,
+    read_student_config,
+    special_ids,
+)
+from distiller import (
+    ADAM_BETAS,
+    DistillationModel,
+    Distiller,
+    MicroBatch,
+    MlmPreparation,
+    StepReport,
+    masking_weights,
+    prepare_clm,
+    split_for_weight_decay,
+)
+from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch
+from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds
+from losses import IGNORED_LABEL
+from token_files import token_file_problem, write_token_counts, writing_tokens
+from utils import (
+    InputError,
+    OneLineParser,
+    git_facts,
+    keep_freed_memory,
+    keyed_numpy_generator,
+    keyed_seed,
+    logger,
+    one_line,
+    prefetched,
+    require_output,
+    run_program,
+    setup_logging,
+    write_json,
+)
+
+ROOT = Path(__file__).resolve().parent.parent
+GIB = 2**30
+TEMPERATURE, LEARNING_RATE, ADAM_EPSILON, MAX_GRAD_NORM = 2.0, 5e-4, 1e-6, 5.0
+SMOOTHING, MASK_PROP, WORD_MASK, WORD_KEEP, WORD_RAND = 0.7, 0.15, 0.8, 0.1, 0.1
+MICRO_BATCHES_AHEAD = 8  # made ready while the step computes, as in training
+STAGE_UPDATES = 3
+CHECKED_LENGTH = 32
+
+# --------------------------------------------------------------------------------------------------------------------
+# What can be measured: tables
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class PairRow:
+    """One teacher and student at base size.
+
+    teacher_sizes: what the teacher's configuration has beyond transformers' defaults. special_tokens: the published
+    vocabulary's, text -> id; an id beyond a smaller vocabulary becomes its last. alphas: the README's.
+    """
+
+    teacher_type: str
+    student_type: str
+    student_config: str
+    teacher_sizes: dict
+    special_tokens: dict[str, int]
+    alphas: dict[str, float]
+
+
+OF_BERT = {"[PAD]": 0, "[UNK]": 100, "[CLS]": 101, "[SEP]": 102, "[MASK]": 103}
+OF_ROBERTA = {"<s>": 0, "<pad>": 1, "</s>": 2, "<unk>": 3, "<mask>": 50264}
+ROBERTA_SIZES = {"vocab_size": 50265, "max_position_embeddings": 514, "type_vocab_size": 1, "layer_norm_eps": 1e-5}
+MASKED = {"ce": 5.0, "mlm": 2.0, "cos": 1.0}
+CAUSAL = {"ce": 5.0, "clm": 0.5, "cos": 1.0}
+PAIR_ROWS = {
+    "bert": PairRow("bert", "distilbert", "distilbert-base-uncased", {"vocab_size": 30522}, OF_BERT, MASKED),
+    "mbert": PairRow("bert", "distilbert", "distilbert-base-multilingual-cased", {"vocab_size": 119547}, OF_BERT, MASKED),
+    "roberta": PairRow("roberta", "roberta", "distilroberta-base", ROBERTA_SIZES, OF_ROBERTA, MASKED),
+    "gpt2": PairRow("gpt2", "gpt2", "distilgpt2", {"vocab_size": 50257}, {"<|endoftext|>": 50256}, CAUSAL),
+}
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+TRAIN_FLAGS = {"fp32": [], "fp16": ["--fp16"], "bf16": ["--bf16"]}  # of train.py
+
+# Dense peaks of the data sheets, TFLOP/s: (tensor cores in half precision, float32 without tensor cores). The first name
+# that is part of the device's counts.
+NOMINAL_PEAKS = {
+    "H100 PCIe": (756, 51),
+    "H100 NVL": (835, 60),
+    "H100": (989, 67),
+    "H200": (989, 67),
+    "A100": (312, 19.5),
+}
+
+# Micro-batches, in sequences, of --sweep; sizes, in rows, of square matrix products, and bytes copied, at base size.
+SWEPT_SIZES = {"cpu": [2, 5, 10], "cuda": [8, 32, 128]}
+MATMUL_SIZES = {"cpu": [1024, 2048], "cuda": [4096, 8192]}
+COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
+DEFAULT_UPDATES = {"cpu": (5, 2), "cuda": (20, 5)}  # measured, warm-up
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """What a process of its own does, in plain values. kind: a key of JOBS; length: the longest sequence, in ids."""
+
+    kind: str
+    pair: str
+    size: str
+    device: str
+    data_file: str
+    length: int
+    batch_size: int
+    micro_batches: int
+    precision: str
+    updates: int
+    warmup: int
+    threads: int | None
+    seed: int
+
+    @property
+    def name(self) -> str:
+        """Name the variant in the tables."""
+        what = {"distiller": "Distiller.step", "reference": "2019 step"}.get(self.kind, self.kind)
+        return f"{what}, {self.precision}, {self.micro_batches} x {self.batch_size} x {self.length}"
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The command line
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the command line."""
+    parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add = parser.add_argument
+    add("--pair", default="bert", choices=list(PAIR_ROWS), help="teacher and student (default: %(default)s)")
+    add("--size", default="base", choices=["base", "tiny"], help="tiny: 2 layers of width 64, to try this program")
+    add("--device", choices=["cpu", "cuda"], help="(default: a GPU where there is one)")
+    add("--data_file", help="token file of the pair's vocabulary (default: synthetic sequences)")
+    add("--length", type=int, help="longest sequence, in ids (default: 128; with --data_file what the teacher admits)")
+    add("--mix", action="store_true", help="synthetic lengths spread as Wikipedia's paragraphs' are (default: all of LENGTH)")
+    add("--batch_size", type=int, nargs="+", help="sequences a micro-batch, one figure or more (default: 5)")
+    add("--micro_batches", type=int, default=1, help="micro-batches an update (default: %(default)s)")
+    add("--precision", nargs="+", choices=list(DTYPES), help="one or more (default: fp32)")
+    add("--sweep", action="store_true", help="several micro-batch sizes, and all precisions of the device")
+    add("--reference", action="store_true", help="also time a plain step of the 2019 kind, on the same batches")
+    add("--end_to_end", action="store_true", help="also time train.py, as a program, on the same sequences")
+    add("--updates", type=int, help="measured updates (default: 5 on a CPU, 20 on a GPU)")
+    add("--warmup", type=int, help="updates before them (default: 2 on a CPU, 5 on a GPU)")
+    add("--rounds", type=int, default=1, help="times that every variant is run, in turn (default: %(default)s)")
+    add("--threads", type=int, help="threads of the CPU (default: torch's choice)")
+    add("--seed", type=int, default=56, help="seed of ids, order, masks, weights and dropout (default: %(default)s)")
+    add("--json", help="write everything that was found to this file")
+    add("--plot", help="draw it into this PNG file")
+    add("--job", help=argparse.SUPPRESS)
+    return parser
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line and settle what depends on the device. Raises InputError."""
+    args = make_parser().parse_args(argv)
+    if args.job:
+        return args
+    if args.device == "cuda" and not torch.cuda.is_available():
+        raise InputError("--device cuda: torch finds no GPU here; leave the flag out for the CPU")
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    updates, warmup = DEFAULT_UPDATES[args.device]
+    args.updates, args.warmup = args.updates or updates, warmup if args.warmup is None else args.warmup
+    args.batch_size = args.batch_size or (SWEPT_SIZES[args.device] if args.sweep else [5])
+    args.precision = args.precision or (precisions_of(args.device) if args.sweep else ["fp32"])
+    longest = longest_length(args)
+    args.length = args.length or (longest if args.data_file else min(128, longest))
+    problems = number_problems(args, longest) + path_problems(args)
+    if problems:
+        raise InputError("\n".join(problems))
+    return args
+
+
+def precisions_of(device: str) -> list[str]:
+    """List the precisions that a device computes in by itself; float16 is emulated on most CPUs."""
+    has_fp16 = device == "cuda" or torch.ops.mkldnn._is_mkldnn_fp16_supported()
+    return ["fp32", "bf16", "fp16"] if has_fp16 else ["fp32", "bf16"]
+
+
+def longest_length(args: argparse.Namespace) -> int:
+    """Return the longest sequence that the pair's teacher admits."""
+    config, row = teacher_config(args.pair, args.size), PAIR_ROWS[args.pair]
+    return config.max_position_embeddings - ARCHITECTURES[row.teacher_type].reserved_positions
+
+
+def number_problems(args: argparse.Namespace, longest: int) -> list[str]:
+    """Say which numbers and precisions can't be used."""
+    problems = [
+        f"--{name} {value}: expected at least 1"
+        for name in ("batch_size", "micro_batches", "updates", "rounds", "threads")
+        for value in (getattr(args, name) if name == "batch_size" else [getattr(args, name)])
+        if value is not None and value < 1
+    ]
+    if args.warmup < 0:
+        problems.append(f"--warmup {args.warmup}: expected 0 or more")
+    if not MIN_LENGTH < args.length <= longest:
+        problems.append(f"--length {args.length}: expected {MIN_LENGTH + 1} to {longest}, what the {args.pair} teacher admits")
+    if args.mix and args.data_file:
+        problems.append("--mix with --data_file: the file has its own lengths; leave one of them out")
+    for precision in set(args.precision) - set(precisions_of(args.device)):
+        problems.append(f"--precision {precision}: this CPU does not compute in it; take bf16, or a GPU")
+    return problems
+
+
+def path_problems(args: argparse.Namespace) -> list[str]:
+    """Say which paths can't be read or written."""
+    problems = [token_file_problem(args.data_file, "--data_file")] if args.data_file else []
+    for flag in ("json", "plot"):
+        try:
+            if getattr(args, flag) is not None:
+                require_output(getattr(args, flag), f"--{flag}", [args.data_file] if args.data_file else [])
+        except InputError as error:
+            problems.append(str(error))
+    if args.plot and Path(args.plot).suffix.lower() != ".png":
+        problems.append(f"--plot {args.plot}: expected a name that ends in .png")
+    return [problem for problem in problems if problem]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Models
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def teacher_config(pair: str, size: str):
+    """Make the configuration of the pair's teacher."""
+    row = PAIR_ROWS[pair]
+    config = getattr(transformers, ARCHITECTURES[row.teacher_type].config_class)(**row.teacher_sizes)
+    return shrunk(config, num_layers=2) if size == "tiny" else config
+
+
+def student_config(pair: str, size: str):
+    """Read the configuration of the pair's student."""
+    row = PAIR_ROWS[pair]
+    config = read_student_config(row.student_type, str(ROOT / "training_configs" / f"{row.student_config}.json"))
+    return shrunk(config, num_layers=1) if size == "tiny" else config
+
+
+def shrunk(config, num_layers: int):
+    """Make a configuration small: width 64, 500 token ids; positions stay as they are."""
+    sizes = {"num_hidden_layers": num_layers, "hidden_size": 64, "num_attention_heads": 2, "vocab_size": 500}
+    sizes |= {name: 128 for name in ("intermediate_size", "hidden_dim") if hasattr(config, name)}
+    sizes |= {name: 499 for name in ("bos_token_id", "eos_token_id") if (getattr(config, name, None) or 0) > 499}
+    for name, value in sizes.items():
+        setattr(config, name, value)
+    return config
+
+
+def make_tokenizer(pair: str, vocab_size: int, max_length: int):
+    """Make a tokenizer of the pair's kind with the published special tokens; its other tokens mean nothing."""
+    row = PAIR_ROWS[pair]
+    special = {token: min(token_id, vocab_size - 1) for token, token_id in row.special_tokens.items()}
+    others = sorted(set(range(vocab_size)) - set(special.values()))
+    tokenizer_class = getattr(transformers, ARCHITECTURES[row.teacher_type].tokenizer_class)
+    merges = {} if row.teacher_type == "bert" else {"merges": []}
+    vocabulary = {**special, **{f"w{token_id}": token_id for token_id in others}}
+    return tokenizer_class(vocab=vocabulary, model_max_length=max_length, **merges)
+
+
+def make_models(job: Job, has_dropout: bool = True) -> tuple[torch.nn.Module, torch.nn.Module]:
+    """Make teacher and student on the device: the student's layers are the teacher's, what training freezes is frozen."""
+    row = PAIR_ROWS[job.pair]
+    torch.manual_seed(keyed_seed(job.seed, "models"))
+    teacher = build_student(row.teacher_type, teacher_config(job.pair, job.size)).eval().requires_grad_(False)
+    student = build_student(row.student_type, student_config(job.pair, job.size))
+    layers = evenly_spaced_layers(teacher.config.num_hidden_layers, student.config.num_hidden_layers)
+    is_masked = ARCHITECTURES[row.student_type].is_masked
+    student.load_state_dict(extract_student(teacher, row.student_type, layers, vocab_transform=is_masked), strict=False)
+    freeze_embeddings(student, row.student_type, positions=True, token_types=True)
+    if not has_dropout:
+        for module in student.modules():
+            if isinstance(module, torch.nn.Dropout):
+                module.p = 0.0
+    return teacher.to(job.device), student.to(job.device)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Batches, as in training
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def synthetic_counts(vocab_size: int) -> np.ndarray:
+    """Return the occurrences that synthetic ids are drawn by, and masked by: 1 / rank, as words' are."""
+    return (1e9 / (np.arange(vocab_size) + 10)).astype(np.int64)
+
+
+def synthetic_lengths(args: argparse.Namespace, generator: np.random.Generator) -> np.ndarray:
+    """Choose as many lengths as any variant needs."""
+    updates = args.warmup + args.updates + STAGE_UPDATES
+    num = min(updates * args.micro_batches * max(args.batch_size), 10**6)
+    if not args.mix:
+        return np.full(num, args.length)
+    return np.clip(generator.gamma(2.0, 26.0, num), MIN_LENGTH + 1, args.length).astype(np.int64)
+
+
+def write_synthetic(args: argparse.Namespace, path: Path) -> None:
+    """Write a store of sequences of random ids between the vocabulary's boundary tokens."""
+    vocab_size = teacher_config(args.pair, args.size).vocab_size
+    tokenizer = make_tokenizer(args.pair, vocab_size, args.length)
+    special = special_ids(PAIR_ROWS[args.pair].teacher_type, tokenizer)
+    generator = keyed_numpy_generator(args.seed, "synthetic")
+    lengths = synthetic_lengths(args, generator)
+    counts_V = synthetic_counts(vocab_size)
+    counts_V[tokenizer.all_special_ids] = 0
+    ids = generator.choice(vocab_size, int(lengths.sum()), p=counts_V / counts_V.sum())
+    ends = np.cumsum(lengths)
+    ids[ends - lengths], ids[ends - 1] = special["start"], special["end"]
+    dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
+    with writing_tokens(str(path), "store", dtype) as (writer, _card):
+        writer.append(ids.astype(dtype), lengths)
+
+
+@dataclasses.dataclass(frozen=True)
+class Workload:
+    """Where a job's micro-batches come from."""
+
+    dataset: LmSeqsDataset
+    sampler: GroupedBatchSampler
+    prepare: Callable
+
+    def planned(self, job: Job, num_updates: int) -> list[list[PlannedBatch]]:
+        """List the micro-batches of each update."""
+        numbers = self.sampler.micro_batches(num_updates * job.micro_batches)
+        return [list(itertools.islice(numbers, job.micro_batches)) for _ in range(num_updates)]
+
+    def lengths(self, update: Iterable[PlannedBatch]) -> np.ndarray:
+        """Return the lengths of an update's sequences, in ids."""
+        return self.dataset.lengths[np.concatenate([planned.sequences for planned in update])].astype(np.int64)
+
+    def batches(self, updates: Iterable[list[PlannedBatch]], device: str) -> Iterator[MicroBatch]:
+        """Collate and prepare micro-batches, a few ahead."""
+
+        def make() -> Iterator[MicroBatch]:
+            for planned in itertools.chain.from_iterable(updates):
+                batch = self.prepare(planned.number, *self.dataset.collate(planned.sequences))
+                yield batch.pinned() if device == "cuda" else batch
+
+        return prefetched(make(), MICRO_BATCHES_AHEAD)
+
+
+def make_workload(job: Job) -> Workload:
+    """Open the token file and plan it as training does."""
+    config, row = teacher_config(job.pair, job.size), PAIR_ROWS[job.pair]
+    tokenizer = make_tokenizer(job.pair, config.vocab_size, job.length)
+    special = SpecialIds(**special_ids(row.teacher_type, tokenizer))
+    max_length = max_input_length(row.teacher_type, tokenizer, config)
+    dataset = LmSeqsDataset.from_file(job.data_file, special, max_length, config.vocab_size, f"--pair {job.pair}")
+    sampler = GroupedBatchSampler(dataset.lengths, job.batch_size, max_length, group_by_size=True, seed=job.seed)
+    prepare = prepare_clm
+    if ARCHITECTURES[row.teacher_type].is_masked:
+        counts_V = torch.from_numpy(synthetic_counts(config.vocab_size))
+        weights_V = masking_weights(counts_V, SMOOTHING, tokenizer.all_special_ids)
+        fates = (MASK_PROP, WORD_MASK, WORD_KEEP, WORD_RAND)
+        prepare = MlmPreparation(weights_V, tokenizer.mask_token_id, *fates, restrict_ce_to_mask=False, seed=job.seed)
+    return Workload(dataset, sampler, prepare)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Model FLOPs
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True)
+class ModelSize:
+    """What a forward pass multiplies with: entries of the layers' matrices and of the prediction head's; layers; width."""
+
+    in_layers: int
+    in_head: int
+    num_layers: int
+    width: int
+
+    def forward_flops(self, lengths_B: np.ndarray) -> int:
+        """Count a forward pass over sequences, every token projected to the vocabulary.
+
+        2 a matrix entry and token; 4 T d a token, layer and sequence of T tokens for the attention. A causal model's
+        attention is counted whole too, as is customary, though half of it is masked.
+        """
+        num_tokens, num_pairs = int(lengths_B.sum()), int((lengths_B**2).sum())
+        return 2 * (self.in_layers + self.in_head) * num_tokens + 4 * self.width * self.num_layers * num_pairs
+
+
+def size_of(model: torch.nn.Module) -> ModelSize:
+    """Count the entries of a model's matrices; tables that are looked up are none."""
+
+    def entries(module: torch.nn.Module) -> int:
+        matrices = [m.weight for m in module.modules() if isinstance(getattr(m, "weight", None), torch.Tensor)
+                    and m.weight.dim() == 2 and not isinstance(m, torch.nn.Embedding)]  # fmt: skip
+        return sum(matrix.numel() for matrix in matrices)
+
+    in_layers = entries(model.base_model)
+    return ModelSize(in_layers, entries(model) - in_layers, model.config.num_hidden_layers, model.config.hidden_size)
+
+
+def update_flops(teacher: ModelSize, student: ModelSize, lengths_B: np.ndarray) -> int:
+    """Count an update: the teacher's forward pass; the student's, and twice as much for its backward pass."""
+    return teacher.forward_flops(lengths_B) + 3 * student.forward_flops(lengths_B)
+
+
+def nominal_peak(device_name: str, precision: str) -> float | None:
+    """Return a GPU's peak by its data sheet, FLOP/s; None where it is not in the table."""
+    for name, (half, single) in NOMINAL_PEAKS.items():
+        if name in device_name:
+            return 1e12 * (single if precision == "fp32" else half)
+    return None
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The steps that are compared
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def make_distiller(job: Job, teacher: torch.nn.Module, student: torch.nn.Module) -> Distiller:
+    """Put our step around the models, as training does."""
+    model = DistillationModel(
+        student, prediction_head(student), head_parameters(student), PAIR_ROWS[job.pair].alphas, TEMPERATURE
+    )
+    groups = split_for_weight_decay(student, 0.0)
+    if job.device == "cpu":
+        keep_freed_memory()  # as train.py does
+    optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=ADAM_BETAS, eps=ADAM_EPSILON, fused=True)
+    return Distiller(
+        model, teacher, prediction_head(teacher), optimizer, None, max_grad_norm=MAX_GRAD_NORM, seed=job.seed,
+        amp_dtype=None if job.precision == "fp32" else DTYPES[job.precision],
+    )  # fmt: skip
+
+
+class PlainStep:
+    """The update as a program of 2019 would write it, from the same formulas, with a Distiller's `step` and `accumulate`.
+
+    Float32, attention spelt out, logits of every position, selections copied, a wait for the device at every loss, an
+    optimizer that goes from parameter to parameter.
+    """
+
+    def __init__(self, job: Job, teacher: torch.nn.Module, student: torch.nn.Module):
+        self.teacher, self.student = teacher, student
+        self.alphas = PAIR_ROWS[job.pair].alphas
+        for model in (teacher, student):
+            model.set_attn_implementation("eager")
+        groups = split_for_weight_decay(student, 0.0)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=LEARNING_RATE, betas=ADAM_BETAS, eps=ADAM_EPSILON, foreach=False, fused=False
+        )
+        self.schedule = transformers.get_constant_schedule(self.optimizer)
+
+    def step(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int) -> StepReport:
+        """Do one update."""
+        losses_MK = torch.tensor(self.accumulate(batches, numbers, num_mine))
+        norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), MAX_GRAD_NORM, foreach=False)
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=False)
+        self.schedule.step()
+        return StepReport(losses_MK, norm.item(), {})
+
+    def accumulate(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int) -> list[list[float]]:
+        """Add up the micro-batches' gradients; return each one's losses, unweighted."""
+        self.student.train()
+        logged = []
+        for batch in batches:
+            losses = self.losses(batch)
+            logged.append([loss.item() for loss in losses.values()])
+            total = sum(self.alphas[name] * loss for name, loss in losses.items())
+            (total / len(numbers)).backward()
+        return logged
+
+    def losses(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        """Compute the micro-batch's losses, unweighted, from whole logits."""
+        device = next(self.student.parameters()).device
+        inputs = {"input_ids": batch.input_ids_BT.to(device), "output_hidden_states": True}
+        if batch.attention_mask_BT is not None:
+            inputs["attention_mask"] = batch.attention_mask_BT.to(device)
+        with torch.no_grad():
+            teacher = self.teacher(**inputs)
+        student = self.student(**inputs)
+        labels_BT = batch.labels_BT.to(device)
+        real_BT = labels_BT != IGNORED_LABEL if batch.attention_mask_BT is None else inputs["attention_mask"].bool()
+        return {
+            "ce": self._divergence(student.logits, teacher.logits, real_BT),
+            **self._prediction(student.logits, labels_BT, is_causal=batch.attention_mask_BT is None),
+            "cos": self._cosine(student.hidden_states[-1], teacher.hidden_states[-1], real_BT),
+        }
+
+    def _divergence(self, student_BTV, teacher_BTV, real_BT) -> torch.Tensor:
+        is_real_BTV = real_BT[:, :, None].expand_as(student_BTV)
+        student_NV = torch.masked_select(student_BTV, is_real_BTV).view(-1, student_BTV.shape[-1])
+        teacher_NV = torch.masked_select(teacher_BTV, is_real_BTV).view(-1, student_BTV.shape[-1])
+        log_probs_NV, probs_NV = F.log_softmax(student_NV / TEMPERATURE, -1), F.softmax(teacher_NV / TEMPERATURE, -1)
+        return torch.nn.KLDivLoss(reduction="batchmean")(log_probs_NV, probs_NV) * TEMPERATURE**2
+
+    def _prediction(self, student_BTV, labels_BT, is_causal: bool) -> dict[str, torch.Tensor]:
+        cross_entropy = torch.nn.CrossEntropyLoss(ignore_index=IGNORED_LABEL)
+        if is_causal:
+            student_BTV, labels_BT = student_BTV[:, :-1].contiguous(), labels_BT[:, 1:].contiguous()
+        loss = cross_entropy(student_BTV.view(-1, student_BTV.shape[-1]), labels_BT.view(-1))
+        return {"clm" if is_causal else "mlm": loss}
+
+    def _cosine(self, student_BTD, teacher_BTD, real_BT) -> torch.Tensor:
+        is_real_BTD = real_BT[:, :, None].expand_as(student_BTD)
+        student_ND = torch.masked_select(student_BTD, is_real_BTD).view(-1, student_BTD.shape[-1])
+        teacher_ND = torch.masked_select(teacher_BTD, is_real_BTD).view(-1, student_BTD.shape[-1])
+        return torch.nn.CosineEmbeddingLoss()(student_ND, teacher_ND, student_ND.new_ones(len(student_ND)))
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Correct first
+# --------------------------------------------------------------------------------------------------------------------
+
+
+# By precision: the largest relative difference of a loss, and of the gradient (the norm of the difference over the norm).
+AGREEMENT = {"fp32": (1e-4, 1e-3), "bf16": (5e-2, 1e-1), "fp16": (1e-2, 3e-2)}
+
+
+def run_check(job: Job) -> dict:
+    """Compare losses and gradient of our step in a precision with the reference's: same weights, no dropout.
+
+    On two short micro-batches. Raises InputError where they are not the same function.
+    """
+    batches = checked_batches(make_workload(job))
+    numbers = list(range(len(batches)))
+    teacher, student = make_models(job, has_dropout=False)
+    move_apart(student)
+    ours = make_distiller(job, teacher, student)
+    losses_MK = ours.accumulate(batches, numbers, len(batches))[:, 1:]
+    grads = flat_gradient(student) / ours.scaler.get_scale()
+    student.zero_grad()
+    reference = PlainStep(job, teacher, student)
+    reference_MK = torch.tensor(reference.accumulate(batches, numbers, len(batches)), dtype=torch.float64)
+    reference_grads = flat_gradient(student)
+    found = {
+        "objectives": list(reference.alphas),
+        "losses": losses_MK.tolist(),
+        "reference_losses": reference_MK.tolist(),
+        "losses_differ_by": ((losses_MK - reference_MK).abs() / reference_MK.abs()).max().item(),
+        "gradients_differ_by": ((grads - reference_grads).norm() / reference_grads.norm()).item(),
+        "gradient_cosine": F.cosine_similarity(grads, reference_grads, dim=0).item(),
+    }
+    of_losses, of_gradients = AGREEMENT[job.precision]
+    if not (found["losses_differ_by"] < of_losses and found["gradients_differ_by"] < of_gradients):
+        raise InputError(
+            f"--precision {job.precision}: Distiller and the 2019 step compute different things, nothing is timed: "
+            f"losses differ by {found['losses_differ_by']:.1e}, gradients by {found['gradients_differ_by']:.1e}, "
+            f"expected less than {of_losses:.0e} and {of_gradients:.0e}; take another precision, or report it"
+        )
+    return found
+
+
+@torch.no_grad()
+def move_apart(student: torch.nn.Module) -> None:
+    """Add noise to a student's weights: beside an untrained teacher whose layers it has, the KL would be all rounding."""
+    for parameter in student.parameters():
+        parameter += 0.05 * torch.randn_like(parameter)
+
+
+def checked_batches(workload: Workload) -> list[MicroBatch]:
+    """Make two micro-batches out of the first sequences' beginnings."""
+    batches = []
+    for sequences in np.array_split(np.arange(min(4, len(workload.dataset))), 2):
+        if len(sequences):
+            token_ids_BT, lengths_B = workload.dataset.collate(sequences)
+            lengths_B = lengths_B.clamp(max=CHECKED_LENGTH)
+            batches.append(workload.prepare(len(batches), token_ids_BT[:, : int(lengths_B.max())], lengths_B))
+    return batches
+
+
+def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
+    """Copy all gradients into one vector, float64."""
+    return torch.cat([p.grad.flatten().double() for p in model.parameters() if p.grad is not None])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Clocks and memory
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def clock_s(device: str) -> float:
+    """Read the host's clock when the device has done all that it was given."""
+    if device == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter()
+
+
+class Stopwatch:
+    """Adds up the seconds spent in wrapped functions, those of wrapped functions inside them left out."""
+
+    def __init__(self, device: str):
+        self.device = device
+        self.seconds: dict[str, float] = {}
+        self._inside: list[float] = []  # a frame for each running function: seconds of the functions inside it
+
+    def wrap(self, stage: str, function: Callable) -> Callable:
+        """Return the function, timed as `stage`; the device is waited for at both ends."""
+
+        def timed(*args, **kwargs):
+            started = clock_s(self.device)
+            self._inside.append(0.0)
+            try:
+                return function(*args, **kwargs)
+            finally:
+                elapsed = clock_s(self.device) - started
+                self.seconds[stage] = self.seconds.get(stage, 0.0) + elapsed - self._inside.pop()
+                if self._inside:
+                    self._inside[-1] += elapsed
+
+        return timed
+
+
+def watch_stages(watch: Stopwatch, step: Distiller | PlainStep) -> None:
+    """Time the stages of a step from now on: what is left of an update is backward, what is left of a step the optimizer."""
+    student = step.model.student if isinstance(step, Distiller) else step.student
+    for stage, owner, method in (
+        ("optimizer", step, "step"),
+        ("backward", step, "accumulate"),
+        ("head and losses", *((step.model, "forward") if isinstance(step, Distiller) else (step, "losses"))),
+        ("teacher", step.teacher.base_model, "forward"),
+        ("student forward", student.base_model, "forward"),
+    ):
+        setattr(owner, method, watch.wrap(stage, getattr(owner, method)))
+
+
+STAGES_ARE = (
+    "Stages come from a separate pass over the next updates, in which the device is waited for at each boundary. Head and "
+    "losses: both projections, and in Distiller their gradients, too. Data: waiting for the next batch."
+)
+STAGES = ("data", "teacher", "student forward", "head and losses", "backward", "optimizer")
+
+
+def process_memory(field: str) -> int:
+    """Return a figure of this process's memory from Linux, in bytes: VmRSS, now; VmHWM, the largest so far."""
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
+
+
+def start_watching_memory(device: str) -> int:
+    """Forget the largest use so far; return the use now, in bytes."""
+    if device == "cuda":
+        torch.cuda.reset_peak_memory_stats()
+        return torch.cuda.memory_allocated()
+    with contextlib.suppress(OSError):  # not everywhere allowed: then the peak may be that of building the models
+        Path("/proc/self/clear_refs").write_text("5")
+    return process_memory("VmRSS")
+
+
+def peak_memory(device: str) -> int:
+    """Return the largest use since then, in bytes: of the GPU's tensors, or of the whole process on a CPU."""
+    return torch.cuda.max_memory_allocated() if device == "cuda" else process_memory("VmHWM")
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Jobs: each in a process of its own
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_steps(job: Job) -> dict:
+    """Time whole updates undisturbed, then a few more stage by stage."""
+    workload = make_workload(job)
+    teacher, student = make_models(job)
+    sizes = size_of(teacher), size_of(student)
+    step = (make_distiller if job.kind == "distiller" else PlainStep)(job, teacher, student)
+    num_timed, num_staged = job.warmup + job.updates, min(job.updates, STAGE_UPDATES)
+    updates = workload.planned(job, num_timed + num_staged)
+    baseline = start_watching_memory(job.device)
+    with contextlib.closing(workload.batches(updates, job.device)) as batches:
+        timed = [time_update(job, step, update, batches) for update in updates[:num_timed]][job.warmup :]
+        peak = peak_memory(job.device)
+        watch = Stopwatch(job.device)
+        watch_stages(watch, step)
+        waiting = stopped_iterator(watch, batches)
+        for update in updates[num_timed:]:
+            time_update(job, step, update, waiting)
+    measured = updates[job.warmup : num_timed]
+    return {
+        "step_s": [seconds for seconds, _ in timed],
+        "skipped_updates": sum(not np.isfinite(norm) for _, norm in timed),
+        "tokens": [int(workload.lengths(update).sum()) for update in measured],
+        "flops": [update_flops(*sizes, workload.lengths(update)) for update in measured],
+        "stages_s": {stage: watch.seconds.get(stage, 0.0) / num_staged for stage in STAGES},
+        "memory": {"models": baseline, "peak": peak},
+    }
+
+
+def time_update(job: Job, step, update: list[PlannedBatch], batches: Iterator[MicroBatch]) -> tuple[float, float]:
+    """Do one update, waiting for its batches included: (seconds, norm of the gradient)."""
+    numbers = [planned.number for planned in update]
+    started = clock_s(job.device)
+    report = step.step(itertools.islice(batches, len(numbers)), numbers, len(numbers))
+    return clock_s(job.device) - started, report.grad_norm
+
+
+def stopped_iterator(watch: Stopwatch, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
+    """Yield the batches, the waiting for each timed."""
+    next_batch = watch.wrap("data", functools.partial(next, batches, None))
+    return iter(next_batch, None)
+
+
+def run_ceilings(job: Job) -> dict:
+    """Measure the fastest matrix product in a precision, FLOP/s, and the fastest copy, bytes read and written a second."""
+    dtype, is_tiny = DTYPES[job.precision], job.size == "tiny"
+    rates = {}
+    for size in [256] if is_tiny else MATMUL_SIZES[job.device]:
+        left, right = (torch.randn(size, size, device=job.device).to(dtype) for _ in range(2))
+        out = torch.empty_like(left)
+        rates[size] = 2 * size**3 / best_seconds(job.device, functools.partial(torch.matmul, left, right, out=out))
+    source = torch.randint(127, (2**22 if is_tiny else COPY_BYTES[job.device],), dtype=torch.int8, device=job.device)
+    target = torch.empty_like(source)
+    copy_s = best_seconds(job.device, lambda: target.copy_(source))
+    return {"matmul_flops": rates, "copy_bytes_s": 2 * source.numel() / copy_s}
+
+
+def best_seconds(device: str, work: Callable[[], object], limit_s: float = 1.0) -> float:
+    """Return the shortest of 3 to 30 runs after one to warm up; for a ceiling the best counts."""
+    work()
+    times: list[float] = []
+    while len(times) < 3 or (sum(times) < limit_s and len(times) < 30):
+        started = clock_s(device)
+        work()
+        times.append(clock_s(device) - started)
+    return min(times)
+
+
+def run_training(job: Job) -> dict:
+    """Run train.py on the same sequences, and read from its log how fast it went once it had started."""
+    every, num_windows = max(job.updates, job.warmup), 3
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as name:
+        folder = Path(name)
+        write_training_inputs(job, folder)
+        iterations = every * job.micro_batches
+        done = subprocess.run(
+            training_command(job, folder, every * (num_windows + 1), iterations), capture_output=True, text=True
+        )
+        if done.returncode != 0:
+            raise InputError(f"train.py: ended with status {done.returncode}: {' '.join(done.stderr.splitlines()[-1:])}")
+        clocks = logged_times(folder / "run")
+    workload = make_workload(job)
+    sizes = [size_of(build_student(row_type, config)) for row_type, config in configurations(job)]
+    updates = workload.planned(job, every * (num_windows + 1))
+    windows = [workload.lengths(itertools.chain(*updates[k * every : (k + 1) * every])) for k in range(1, num_windows + 1)]
+    return {
+        "step_s": [(clocks[(k + 1) * iterations] - clocks[k * iterations]) / every for k in range(1, num_windows + 1)],
+        "skipped_updates": 0,
+        "tokens": [int(lengths_B.sum()) / every for lengths_B in windows],
+        "flops": [update_flops(*sizes, lengths_B) / every for lengths_B in windows],
+        "stages_s": None,
+        "memory": None,
+    }
+
+
+def configurations(job: Job) -> list[tuple[str, transformers.PretrainedConfig]]:
+    """List (model type, configuration) of teacher and student."""
+    row = PAIR_ROWS[job.pair]
+    return [
+        (row.teacher_type, teacher_config(job.pair, job.size)),
+        (row.student_type, student_config(job.pair, job.size)),
+    ]
+
+
+def write_training_inputs(job: Job, folder: Path) -> None:
+    """Write the teacher with a tokenizer, the student's configuration and first weights, and the counts."""
+    cpu_job = dataclasses.replace(job, device="cpu")
+    teacher, student = make_models(cpu_job)
+    with quiet_transformers():
+        teacher.save_pretrained(folder / "teacher")
+    make_tokenizer(job.pair, teacher.config.vocab_size, job.length).save_pretrained(folder / "teacher")
+    torch.save(student.state_dict(), folder / "first_weights.pth")
+    content = {k: v for k, v in student.config.to_diff_dict().items() if k not in ("transformers_version", "dtype")}
+    write_json(folder / "student.json", content)
+    write_token_counts(folder / "counts", synthetic_counts(teacher.config.vocab_size), {})
+
+
+def training_command(job: Job, folder: Path, max_steps: int, log_interval: int) -> list[str]:
+    """Write the command line of train.py that does a job's updates."""
+    row = PAIR_ROWS[job.pair]
+    flags = {
+        "student_type": row.student_type, "student_config": folder / "student.json", "teacher_type": row.teacher_type,
+        "teacher_name": folder / "teacher", "student_pretrained_weights": folder / "first_weights.pth",
+        "data_file": job.data_file, "dump_path": folder / "run", "batch_size": job.batch_size, "max_steps": max_steps,
+        "gradient_accumulation_steps": job.micro_batches, "log_interval": log_interval, "seed": job.seed,
+        "learning_rate": LEARNING_RATE, "n_gpu": int(job.device == "cuda"), "alpha_clm": 0.0,
+    }  # fmt: skip
+    flags |= {f"alpha_{name}": alpha for name, alpha in row.alphas.items()}
+    words = ["--freeze_pos_embs", *TRAIN_FLAGS[job.precision]]
+    if "mlm" in row.alphas:
+        flags["token_counts"], words = folder / "counts", [*words, "--mlm"]
+    pairs = itertools.chain.from_iterable((f"--{name}", str(value)) for name, value in flags.items())
+    return [sys.executable, str(ROOT / "train.py"), *pairs, *words]
+
+
+def logged_times(run_folder: Path) -> dict[int, float]:
+    """Read when each log was written: micro-batches since the start -> seconds."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    log = EventAccumulator(str(run_folder / "log" / "train"), size_guidance={"scalars": 0})
+    log.Reload()
+    return {event.step: event.wall_time for event in log.Scalars("losses/loss")}
+
+
+JOBS = {"check": run_check, "ceilings": run_ceilings, "distiller": run_steps, "reference": run_steps, "train.py": run_training}
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Tell a lack of memory, of the GPU or of the machine, from other errors."""
+    said = str(error)
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
+        words in said for words in ("can't allocate memory", "not enough memory", "out of memory", "CUBLAS_STATUS_ALLOC_FAILED")
+    )
+
+
+def out_of_memory(job: Job) -> str:
+    """Say which micro-batch was too large, and what to lower."""
+    tokens = job.batch_size * job.length
+    return f"{job.name}: out of memory at micro-batches of up to {tokens} tokens; lower --batch_size or --length"
+
+
+def do_job(job: Job) -> None:
+    """Do a job in this process; print what was found as one line of JSON."""
+    if job.threads:
+        torch.set_num_threads(job.threads)
+    try:
+        found = JOBS[job.kind](job)
+    except (RuntimeError, MemoryError) as error:
+        found = {"problem": out_of_memory(job) if is_out_of_memory(error) else f"{job.name}: {one_line(error)}"}
+    print(json.dumps(found), flush=True)
+
+
+def start_job(job: Job) -> dict:
+    """Do a job in a process of its own: what it found. Raises InputError with what it said where it failed."""
+    command = [sys.executable, __file__, "--job", json.dumps(dataclasses.asdict(job))]
+    done = subprocess.run(command, capture_output=True, text=True)
+    if done.returncode == -9:
+        return {"problem": out_of_memory(job)}  # by Linux's own choice
+    if done.returncode != 0:
+        said = (done.stderr.splitlines() or [f"ended with status {done.returncode}"])[-1]
+        raise InputError(said.split("error: ", 1)[-1])
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# From jobs to figures
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def make_jobs(args: argparse.Namespace, data_file: str) -> list[Job]:
+    """List the variants; the reference first in each micro-batch size."""
+    shared = {name: getattr(args, name) for name in
+              ("pair", "size", "device", "length", "micro_batches", "updates", "warmup", "threads", "seed")}  # fmt: skip
+    jobs = []
+    for batch_size in args.batch_size:
+        kinds = [("reference", "fp32")] if args.reference else []
+        kinds += [("distiller", precision) for precision in args.precision]
+        kinds += [("train.py", precision) for precision in args.precision] if args.end_to_end else []
+        jobs += [Job(kind, data_file=data_file, batch_size=batch_size, precision=p, **shared) for kind, p in kinds]
+    return jobs
+
+
+def measure_ceilings(jobs: list[Job]) -> dict[str, dict]:
+    """Measure the device's ceilings in every precision that occurs."""
+    precisions = dict.fromkeys(job.precision for job in jobs)
+    return {p: start_job(dataclasses.replace(jobs[0], kind="ceilings", precision=p)) for p in precisions}
+
+
+def measure(args: argparse.Namespace, jobs: list[Job]) -> list[dict]:
+    """Run every variant, round after round, and merge its rounds. Raises InputError where a lone variant fails."""
+    rounds: list[list[dict]] = [[] for _ in jobs]
+    for number in range(args.rounds):
+        for found, job in zip(rounds, jobs, strict=True):
+            if any("problem" in one for one in found):
+                continue
+            logger.info("Round %d of %d: %s.", number + 1, args.rounds, job.name)
+            found.append(start_job(job))
+            if "problem" in found[-1] and not args.sweep:
+                raise InputError(found[-1]["problem"])
+    return [merged(job, found) for job, found in zip(jobs, rounds, strict=True)]
+
+
+def merged(job: Job, rounds: list[dict]) -> dict:
+    """Join what the rounds of a variant found."""
+    row = {"name": job.name, **dataclasses.asdict(job)}
+    problems = [found["problem"] for found in rounds if "problem" in found]
+    if problems:
+        return {**row, "problem": problems[0]}
+    lists = {key: [x for found in rounds for x in found[key]] for key in ("step_s", "tokens", "flops")}
+    rates = [tokens / seconds for tokens, seconds in zip(lists["tokens"], lists["step_s"], strict=True)]
+    achieved = statistics.median(flops / s for flops, s in zip(lists["flops"], lists["step_s"], strict=True))
+    row |= {
+        **lists,
+        "tokens_s": spread(rates),
+        "flops_s": achieved,
+        "flops_per_token": sum(lists["flops"]) / sum(lists["tokens"]),
+    }
+    row["skipped_updates"] = sum(found["skipped_updates"] for found in rounds)
+    row["round_tokens_s"] = [
+        statistics.median(t / s for t, s in zip(found["tokens"], found["step_s"], strict=True)) for found in rounds
+    ]
+    has_stages, has_memory = rounds[0]["stages_s"] is not None, rounds[0]["memory"] is not None
+    row["stages_s"] = {s: statistics.median(f["stages_s"][s] for f in rounds) for s in STAGES} if has_stages else None
+    row["memory"] = max((f["memory"] for f in rounds), key=lambda memory: memory["peak"]) if has_memory else None
+    return row
+
+
+def spread(values: Sequence[float]) -> dict[str, float]:
+    """Summarize measurements."""
+    return {"median": statistics.median(values), "min": min(values), "max": max(values)}
+
+
+def add_shares(rows: list[dict], ceilings: dict[str, dict], device_name: str) -> None:
+    """Add to each row its share of the measured and the nominal peak, and its ratio to the reference of its batch size."""
+    references = {row["batch_size"]: row for row in rows if row["kind"] == "reference" and "problem" not in row}
+    for row in (row for row in rows if "problem" not in row):
+        measured = max(ceilings[row["precision"]]["matmul_flops"].values())
+        nominal = nominal_peak(device_name, row["precision"])
+        row["mfu_measured"] = row["flops_s"] / measured
+        row["mfu_nominal"] = None if nominal is None else row["flops_s"] / nominal
+        reference = references.get(row["batch_size"])
+        row["ratio"] = None if reference is None else row["tokens_s"]["median"] / reference["tokens_s"]["median"]
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The report
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def describe_machine(device: str, threads: int | None) -> dict:
+    """Describe what was measured on."""
+    cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
+    models = [line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")]
+    return {
+        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
+        "cpu": models[0] if models else platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "threads": threads or torch.get_num_threads(),
+        "load": os.getloadavg()[0],  # processes that want a core, mean of the last minute
+        **{flag: flag in cpu.split() for flag in ("avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")},
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "transformers": transformers.__version__,
+    }
+
+
+def markdown(lines: list[list[str]]) -> str:
+    """Lay lines out as a Markdown table; the first is its head."""
+    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
+    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
+    return "\n".join("| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |" for line in lines)
+
+
+def share(value: float | None) -> str:
+    """Show a share, or that there is none."""
+    return "-" if value is None else f"{value:.1%}"
+
+
+def gib(memory: dict[str, int] | None) -> str:
+    """Show peak memory: what the step added to the models, and all of it."""
+    return "-" if memory is None else f"{(memory['peak'] - memory['models']) / GIB:.2f} / {memory['peak'] / GIB:.2f}"
+
+
+def main_table(rows: list[dict]) -> str:
+    """Lay out a line a variant."""
+    lines = [["variant", "tokens/s (min..max)", "update, ms (min..max)", "MFU of measured", "of nominal",
+              "GiB above models / all", "x reference"]]  # fmt: skip
+    for row in rows:
+        if "problem" in row:
+            lines.append([row["name"], row["problem"].removeprefix(f"{row['name']}: "), "-", "-", "-", "-", "-"])
+            continue
+        rate, step_ms = row["tokens_s"], spread([1000 * seconds for seconds in row["step_s"]])
+        lines.append([
+            row["name"], f"{rate['median']:,.0f} ({rate['min']:,.0f}..{rate['max']:,.0f})",
+            f"{step_ms['median']:,.1f} ({step_ms['min']:,.1f}..{step_ms['max']:,.1f})", share(row["mfu_measured"]),
+            share(row["mfu_nominal"]), gib(row["memory"]), "-" if row["ratio"] is None else f"{row['ratio']:.2f}",
+        ])  # fmt: skip
+    return markdown(lines)
+
+
+def stage_table(rows: list[dict]) -> str:
+    """Lay out the time of each stage of an update, in milliseconds and as a share of their sum."""
+    lines = [["stages of an update, ms", *STAGES, "sum"]]
+    for row in (row for row in rows if row.get("stages_s")):
+        total = sum(row["stages_s"].values())
+        cells = [f"{1000 * row['stages_s'][stage]:,.1f} ({row['stages_s'][stage] / total:.0%})" for stage in STAGES]
+        lines.append([row["name"], *cells, f"{1000 * total:,.1f}"])
+    return markdown(lines)
+
+
+def print_report(found: dict) -> None:
+    """Print what was found."""
+    machine = found["machine"]
+    print(f"\nPair {found['flags']['pair']}, {found['flags']['size']} size; {machine['device']}; {machine['cpu']}, "
+          f"{machine['threads']} threads; torch {machine['torch']}.")  # fmt: skip
+    print(f"Load of the machine when this began: {machine['load']:.1f} processes on {machine['cores']} cores.")
+    for precision, check in found["check"].items():
+        print(f"Distiller in {precision} and the 2019 step in fp32, without dropout: losses differ by "
+              f"{check['losses_differ_by']:.1e}, gradients by {check['gradients_differ_by']:.1e}.")  # fmt: skip
+    for precision, ceiling in found["ceilings"].items():
+        size, rate = max(ceiling["matmul_flops"].items(), key=lambda entry: entry[1])
+        print(f"Ceilings, {precision}: {rate / 1e12:.3f} TFLOP/s ({size}^3 product), copy {ceiling['copy_bytes_s'] / 1e9:.1f} "
+              "GB/s read + written.")  # fmt: skip
+    flops = [row["flops_per_token"] for row in found["rows"] if "problem" not in row]
+    if flops:
+        print(f"Model FLOPs: {min(flops) / 1e6:,.0f} million a real token.")
+    print(f"\n{main_table(found['rows'])}\n\n{stage_table(found['rows'])}\n")
+    print(STAGES_ARE, flush=True)
+    skipped = {row["name"]: row["skipped_updates"] for row in found["rows"] if row.get("skipped_updates")}
+    for name, number in skipped.items():
+        print(f"{name}: {number} measured update(s) overflowed and skipped the optimizer.", flush=True)
+
+
+def draw(rows: list[dict], path: str) -> None:
+    """Draw tokens/s a variant, with the spread, and the stages of an update in a stack."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    rows = [row for row in rows if "problem" not in row][::-1]
+    figure, (left, right) = plt.subplots(1, 2, figsize=(15, 1.8 + 0.42 * len(rows)), layout="constrained", sharey=True)
+    names, rates = [row["name"] for row in rows], [row["tokens_s"] for row in rows]
+    medians = [rate["median"] for rate in rates]
+    spreads = [[r["median"] - r["min"] for r in rates], [r["max"] - r["median"] for r in rates]]
+    left.bar_label(left.barh(names, medians, xerr=spreads, color="tab:blue", ecolor="tab:gray"), fmt="{:,.0f}", padding=4)
+    left.set(title="Real tokens a second: median, min to max", xlabel="tokens/s")
+    left.margins(x=0.15)
+    ends = np.zeros(len(rows))
+    for stage in STAGES:
+        widths = np.array([1000 * row["stages_s"][stage] if row["stages_s"] else 0.0 for row in rows])
+        right.barh(names, widths, left=ends, label=stage)
+        ends += widths
+    right.set(title="Stages of an update (a separate pass)", xlabel="ms")
+    figure.legend(*right.get_legend_handles_labels(), loc="outside lower right", ncols=len(STAGES))
+    Path(path).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(path, dpi=110)
+    plt.close(figure)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# All of it
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def run_all(args: argparse.Namespace, folder: Path) -> dict:
+    """Make the sequences, check, measure."""
+    data_file = args.data_file
+    if data_file is None:
+        data_file = str(folder / "synthetic")
+        write_synthetic(args, Path(data_file))
+    jobs = make_jobs(args, data_file)
+    machine = describe_machine(args.device, args.threads)
+    precisions = dict.fromkeys(["fp32", *args.precision])
+    check = {p: start_job(dataclasses.replace(jobs[0], kind="check", precision=p)) for p in precisions}
+    ceilings = measure_ceilings(jobs)
+    rows = measure(args, jobs)
+    add_shares(rows, ceilings, machine["device"])
+    flags = {name: value for name, value in vars(args).items() if name != "job"}
+    return {"date": time.strftime("%Y-%m-%d %H:%M"), "machine": machine, "git_sha": git_facts(ROOT)["repo_sha"], "flags": flags,
+            "check": check, "ceilings": ceilings, "rows": rows}  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print, write; or do one job in a process of its own."""
+    args = parse(argv)
+    if args.job:
+        do_job(Job(**json.loads(args.job)))
+        return
+    setup_logging(logging.INFO)
+    with tempfile.TemporaryDirectory(prefix="benchmark-") as folder:
+        found = run_all(args, Path(folder))
+    print_report(found)
+    if args.json:
+        write_json(args.json, found)
+        logger.info("Wrote %s.", args.json)
+    if args.plot:
+        draw(found["rows"], args.plot)
+        logger.info("Wrote %s.", args.plot)
+
+
+if __name__ == "__main__":
+    run_program(main)

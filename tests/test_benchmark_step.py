@@ -1,0 +1,182 @@
+"""The benchmark of the step: what it compares is the same function, what it counts is right, it runs; no time is asserted."""
+
+import dataclasses
+import json
+
+import numpy as np
+import pytest
+import torch
+
+import benchmark
+
+FLAGS = ["--size", "tiny", "--device", "cpu", "--updates", "2", "--warmup", "1", "--threads", "1"]
+
+
+def make_job(tmp_path, *flags: str, **changes) -> benchmark.Job:
+    """Write a tiny synthetic store and return the first job of a command line."""
+    args = benchmark.parse([*FLAGS, *flags])
+    benchmark.write_synthetic(args, tmp_path / "store")
+    return dataclasses.replace(benchmark.make_jobs(args, str(tmp_path / "store"))[0], **changes)
+
+
+def base_sizes(pair: str) -> list[benchmark.ModelSize]:
+    """Count teacher and student at base size, without making their weights."""
+    job = benchmark.make_jobs(benchmark.parse(["--pair", pair, "--device", "cpu"]), "unused")[0]
+    with torch.device("meta"):
+        return [benchmark.size_of(benchmark.build_student(*entry)) for entry in benchmark.configurations(job)]
+
+
+@pytest.mark.parametrize("pair", benchmark.PAIR_ROWS)
+def test_both_steps_compute_the_same(pair, tmp_path):
+    found = benchmark.run_check(make_job(tmp_path, "--pair", pair, "--mix", "--length", "40"))
+    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(found["reference_losses"]), rtol=1e-4, atol=0)
+    assert found["gradient_cosine"] > 0.9999 and found["gradients_differ_by"] < 1e-4
+    assert len(found["losses"]) == 2 and found["objectives"] == list(benchmark.PAIR_ROWS[pair].alphas)
+
+
+def test_half_precision_computes_nearly_the_same(tmp_path):
+    found = benchmark.run_check(make_job(tmp_path, precision="bf16"))
+    assert 1e-5 < found["gradients_differ_by"] < 0.1 and found["gradient_cosine"] > 0.99
+
+
+def test_a_reference_that_computes_something_else_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr(benchmark.PlainStep, "_cosine", lambda self, student, teacher, real: student.square().mean())
+    with pytest.raises(benchmark.InputError, match="nothing is timed"):
+        benchmark.run_check(make_job(tmp_path))
+
+
+@pytest.mark.parametrize(("pair", "expected"), [("bert", 640), ("mbert", 1188)])
+def test_model_flops_are_those_counted_by_hand(pair, expected):
+    teacher, student = base_sizes(pair)
+    vocab_size, lengths_B = benchmark.teacher_config(pair, "base").vocab_size, np.full(3, 256)
+    layer, head = 2 * 12 * 768**2 + 4 * 256 * 768, 2 * (768**2 + vocab_size * 768)
+    by_hand = (12 * layer + head) + 3 * (6 * layer + head)
+    assert benchmark.update_flops(teacher, student, lengths_B) / lengths_B.sum() == by_hand
+    assert abs(by_hand / 1e6 - expected) < 1
+
+
+def test_model_flops_of_the_parts_and_of_the_other_pairs():
+    teacher, student = base_sizes("bert")
+    one_B = np.array([256])
+    assert round(teacher.forward_flops(one_B) / 256e6) == 227 and round(3 * student.forward_flops(one_B) / 256e6) == 413
+    for pair, has_transform in (("roberta", True), ("gpt2", False)):
+        for size in base_sizes(pair):
+            vocab_size = benchmark.teacher_config(pair, "base").vocab_size
+            assert size.in_layers == size.num_layers * 12 * 768**2
+            assert size.in_head == 768 * vocab_size + 768**2 * has_transform
+
+
+@pytest.mark.parametrize(("kind", "precision"), [("distiller", "fp32"), ("distiller", "bf16"), ("reference", "fp32")])
+def test_a_variant_is_timed_whole_and_by_stage(kind, precision, tmp_path):
+    job = make_job(tmp_path, "--micro_batches", "2", "--length", "20", kind=kind, precision=precision)
+    found = benchmark.run_steps(job)
+    assert found["tokens"] == [2 * 5 * 20] * 2 and len(found["step_s"]) == 2 and found["skipped_updates"] == 0
+    assert set(found["stages_s"]) == set(benchmark.STAGES) and min(found["stages_s"].values()) > 0
+    assert 0 < found["memory"]["models"] <= found["memory"]["peak"]
+
+
+def test_time_inside_another_stage_is_counted_once():
+    watch = benchmark.Stopwatch("cpu")
+    inner = watch.wrap("inner", lambda: sum(range(10**5)))
+    whole = watch.wrap("whole", watch.wrap("outer", lambda: [inner(), inner()]))
+    started = benchmark.clock_s("cpu")
+    assert whole()[0] == sum(range(10**5))
+    elapsed = benchmark.clock_s("cpu") - started
+    assert set(watch.seconds) == {"inner", "outer", "whole"} and 0 < sum(watch.seconds.values()) <= elapsed
+
+
+def test_shares_and_ratios_come_from_medians(tmp_path):
+    rows = []
+    for kind, step_s in (("reference", [2.0, 4.0, 8.0]), ("distiller", [1.0, 1.0, 9.0])):
+        job = dataclasses.replace(make_job(tmp_path), kind=kind)
+        one = {
+            "step_s": step_s,
+            "tokens": [100] * 3,
+            "flops": [800] * 3,
+            "skipped_updates": 0,
+            "stages_s": None,
+            "memory": None,
+        }
+        rows.append(benchmark.merged(job, [one, one]))
+    benchmark.add_shares(rows, {"fp32": {"matmul_flops": {"256": 1000.0, "512": 1600.0}}}, "NVIDIA H100 80GB HBM3")
+    assert [row["ratio"] for row in rows] == [1.0, 4.0] and [row["mfu_measured"] for row in rows] == [0.125, 0.5]
+    assert rows[1]["mfu_nominal"] == 800 / 67e12 and rows[0]["tokens_s"] == {"median": 25.0, "min": 12.5, "max": 50.0}
+    assert benchmark.nominal_peak("NVIDIA H200", "bf16") == 989e12 and benchmark.nominal_peak("cpu", "fp32") is None
+
+
+def test_a_lack_of_memory_names_the_micro_batch_and_the_flag(tmp_path):
+    with pytest.raises(RuntimeError) as caught:
+        torch.empty(2**60, dtype=torch.int8)
+    assert benchmark.is_out_of_memory(caught.value) and not benchmark.is_out_of_memory(RuntimeError("shapes differ"))
+    said = benchmark.out_of_memory(make_job(tmp_path, "--batch_size", "7", "--length", "20"))
+    assert "micro-batches of up to 140 tokens" in said and "lower --batch_size" in said
+
+
+BAD_FLAGS = {
+    "pair": (["--pair", "t5"], "invalid choice: 't5'"),
+    "length": (["--length", "513"], "--length 513: expected 12 to 512"),
+    "roberta's length": (["--pair", "roberta", "--length", "513"], "--length 513: expected 12 to 512"),
+    "short length": (["--length", "11"], "--length 11: expected 12 to 512"),
+    "batch size": (["--batch_size", "4", "0"], "--batch_size 0: expected at least 1"),
+    "rounds": (["--rounds", "0"], "--rounds 0: expected at least 1"),
+    "updates": (["--updates", "-1"], "--updates -1: expected at least 1"),
+    "warm-up": (["--warmup", "-1"], "--warmup -1: expected 0 or more"),
+    "data file": (["--data_file", "nowhere"], "--data_file nowhere"),
+    "plot": (["--plot", "plot.pdf"], "--plot plot.pdf: expected a name that ends in .png"),
+    "json": (["--json", "/"], "--json /: is a folder"),
+    "unknown flag": (["--referense"], "did you mean --reference?"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_FLAGS)
+def test_bad_flags_are_one_line(name, status_and_errors):
+    flags, message = BAD_FLAGS[name]
+    status, errors = status_and_errors(benchmark.main, ["--device", "cpu", *flags])
+    assert status == 2 and len(errors) == 1 and message in errors[0]
+
+
+def test_what_the_machine_lacks_is_one_line(status_and_errors):
+    if not torch.cuda.is_available():
+        assert status_and_errors(benchmark.main, ["--device", "cuda"])[1][0].startswith("--device cuda: torch finds no GPU")
+    if "fp16" not in benchmark.precisions_of("cpu"):
+        status, errors = status_and_errors(benchmark.main, ["--device", "cpu", "--precision", "fp16"])
+        assert status == 2 and errors == ["--precision fp16: this CPU does not compute in it; take bf16, or a GPU"]
+
+
+@pytest.mark.slow
+def test_a_file_of_another_vocabulary_is_one_line(tmp_path, status_and_errors):
+    benchmark.write_synthetic(benchmark.parse(["--device", "cpu", "--length", "20"]), tmp_path / "store")
+    status, errors = status_and_errors(benchmark.main, [*FLAGS, "--data_file", str(tmp_path / "store")])
+    assert status == 2 and len(errors) == 1 and "--data_file" in errors[0] and "--pair bert" in errors[0]
+
+
+@pytest.mark.slow
+def test_the_whole_program_prints_and_writes(tmp_path, capsys):
+    paths = {"json": tmp_path / "found.json", "plot": tmp_path / "found.png"}
+    outputs = ["--json", str(paths["json"]), "--plot", str(paths["plot"])]
+    benchmark.main([*FLAGS, "--length", "24", "--mix", "--sweep", "--batch_size", "3", "--precision", "fp32", "--reference",
+                    "--end_to_end", *outputs])  # fmt: skip
+    found = json.loads(paths["json"].read_text())
+    assert [row["kind"] for row in found["rows"]] == ["reference", "distiller", "train.py"]
+    assert all(row["ratio"] > 0 and row["mfu_measured"] > 0 and row["mfu_nominal"] is None for row in found["rows"])
+    assert found["rows"][0]["tokens"] == found["rows"][1]["tokens"] and len(found["rows"][2]["step_s"]) == 3
+    assert paths["plot"].read_bytes().startswith(b"\x89PNG")
+    printed = capsys.readouterr().out
+    for words in (
+        "Distiller in fp32 and the 2019 step",
+        "Ceilings, fp32",
+        "| 2019 step, fp32",
+        "| train.py, fp32",
+        "separate pass",
+    ):
+        assert words in printed
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("precision", benchmark.DTYPES)
+def test_a_gpu_is_measured(precision, tmp_path):
+    job = make_job(tmp_path, kind="distiller", precision=precision, device="cuda")
+    benchmark.run_check(job)
+    found, ceilings = benchmark.run_steps(job), benchmark.run_ceilings(job)
+    assert found["memory"]["peak"] > found["memory"]["models"] > 0 and min(ceilings["matmul_flops"].values()) > 0
