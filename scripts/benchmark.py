@@ -11,6 +11,7 @@ recomputation, logits of padding). Source: Chowdhery et al., 2022, "PaLM", appen
 
 import argparse
 import contextlib
+import copy
 import dataclasses
 import functools
 import itertools
@@ -561,11 +562,12 @@ def run_check(job: Job) -> dict:
     numbers = list(range(len(batches)))
     teacher, student = make_models(job, has_dropout=False)
     move_apart(student)
+    untouched_teacher = copy.deepcopy(teacher)  # Distiller converts its own to the precision
     ours = make_distiller(job, teacher, student)
     losses_MK = ours.accumulate(batches, numbers, len(batches))[:, 1:]
     grads = flat_gradient(student) / ours.scaler.get_scale()
     student.zero_grad()
-    reference = PlainStep(job, teacher, student)
+    reference = PlainStep(job, untouched_teacher, student)
     reference_MK = torch.tensor(reference.accumulate(batches, numbers, len(batches)), dtype=torch.float64)
     reference_grads = flat_gradient(student)
     found = {

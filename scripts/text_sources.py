@@ -205,7 +205,8 @@ def _parquet_rows(source: Source, text_field: str, flag: str) -> Iterator[tuple[
     import pyarrow
     import pyarrow.parquet
 
-    with pyarrow.parquet.ParquetFile(source.path) as file:
+    # Without pre_buffer and with a buffer: else the whole column's bytes are fetched first.
+    with pyarrow.parquet.ParquetFile(source.path, pre_buffer=False, buffer_size=BLOCK_BYTES) as file:
         if text_field not in file.schema_arrow.names:
             raise InputError(_no_field(flag, source.path, 1, text_field, file.schema_arrow.names))
         done = 0
