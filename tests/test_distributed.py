@@ -96,6 +96,21 @@ def test_two_ranks_train_as_one_does(launcher, trained):
     assert len(moved) < len(one), "frozen positions are equal to the bit"
 
 
+def test_by_tokens_two_ranks_train_as_one_does(world, tmp_path):
+    """One rank at 4, two ranks at 2; the last of three updates has 2 micro-batches, one a rank."""
+
+    def flags(name, accumulation):
+        changes = {"loss_normalization": "tokens", "batch_size": 24, "n_epoch": 1, "warmup_prop": 0.0}
+        return world.flags("bert", tmp_path / name, gradient_accumulation_steps=accumulation, **changes)
+
+    check(run_process(sys.executable, TRAIN, *flags("alone", 4)))
+    check(run_process(*TORCHRUN, 2, TRAIN, *flags("two", 2)))
+    one, two = (torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True) for name in ("alone", "two"))
+    for name in one:
+        # float32 sums in another order, then Adam, which divides by the gradient's own size
+        torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5)
+
+
 def test_a_rank_without_a_micro_batch_takes_part(world, tmp_path):
     # 240 sequences in batches of 100: three micro-batches, on two ranks at accumulation 1 a last update with one.
     flags = world.flags("gpt2", tmp_path / "run", batch_size=100, gradient_accumulation_steps=1)
