@@ -222,9 +222,7 @@ class DistillationModel(nn.Module):
 
     @staticmethod
     def _projection(head, hidden_ND: torch.Tensor) -> Projection:
-        with torch.no_grad() if not hidden_ND.requires_grad else contextlib.nullcontext():
-            rows_ND = head.transform(hidden_ND)
-        return Projection(rows_ND, head.projection.weight, head.projection.bias)
+        return Projection(head.transform(hidden_ND), head.projection.weight, head.projection.bias)
 
     def _active(self, reads: str) -> list[str]:
         return [name for name in self.alphas if LOSSES[name].reads == reads]
@@ -242,13 +240,10 @@ class DistillationModel(nn.Module):
         student_ND = hidden_ND[selected_N]
         teacher_ND = teacher_ND[selected_N] if reads_teacher else None
         if self.uses_fast_head:
-            total, sums_K = projected_losses(
-                self._projection(self.head, student_ND),
-                self._projection(teacher_head, teacher_ND) if reads_teacher else None,
-                terms,
-                self.temperature,
-                self.chunk_rows,
-            )
+            with torch.no_grad():
+                teacher = self._projection(teacher_head, teacher_ND) if reads_teacher else None
+            student = self._projection(self.head, student_ND)
+            total, sums_K = projected_losses(student, teacher, terms, self.temperature, self.chunk_rows)
         else:
             total, sums_K = head_losses(
                 self.head, self.head_parameters, student_ND, teacher_head if reads_teacher else None, teacher_ND, terms,

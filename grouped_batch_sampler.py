@@ -10,7 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from utils import InputError, keyed_numpy_generator
+from utils import InputError, gathered, keyed_numpy_generator
 
 BIN_WIDTH = 4
 CHUNK_BATCHES = 2**16
@@ -106,11 +106,9 @@ def _reordered(sequences: np.ndarray, sizes: np.ndarray, batches: np.ndarray) ->
     ends = np.cumsum(sizes[batches])
     result, place = np.empty_like(sequences), 0
     for k in range(0, len(batches), CHUNK_BATCHES):
-        chunk = batches[k : k + CHUNK_BATCHES]
-        count = int(sizes[chunk].sum())
-        within = np.arange(count) - np.repeat(np.cumsum(sizes[chunk]) - sizes[chunk], sizes[chunk])
-        result[place : place + count] = sequences[np.repeat(starts[chunk], sizes[chunk]) + within]
-        place += count
+        part, _ = gathered(sequences, starts, sizes, batches[k : k + CHUNK_BATCHES])
+        result[place : place + len(part)] = part
+        place += len(part)
     return Batches(result, ends)
 
 

@@ -166,12 +166,17 @@ def weighted_sums(student_CX, teacher_CX, terms: Sequence[Term], temperature: fl
 
 
 def _term_sum(term: Term, low: int, high: int, student_CX, teacher_CX, temperature: float, first: int) -> torch.Tensor:
+    return term.formula(*_rows_of(term, low, high, student_CX, teacher_CX, first), temperature)
+
+
+def _rows_of(term: Term, low: int, high: int, student_CX, teacher_CX, first: int):
+    """Select what a term reads of rows first .. first + C: (student, teacher, labels)."""
     labels = None if term.labels_N is None else term.labels_N[low:high]
     if high - low < len(student_CX):  # a gather copies: only where the term leaves rows out
         rows = term.rows_N[low:high] - first
         student_CX = student_CX[rows]
         teacher_CX = None if teacher_CX is None else teacher_CX[rows]
-    return term.formula(student_CX, teacher_CX, labels, temperature)
+    return student_CX, teacher_CX, labels
 
 
 def head_losses(
@@ -267,9 +272,7 @@ class _ProjectedLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, _grad_sums):
-        grads, ctx.grads = ctx.grads, None  # scaled in place: a copy of the (V, D) gradient is saved
-        assert grads is not None, "a second backward through projected_losses is not supported"
-        return None, None, None, None, *(None if grad is None else grad.mul_(grad_total) for grad in grads)
+        return None, None, None, None, *_taken_and_scaled(ctx, grad_total)
 
 
 def _walk_chunks(original: Projection, student: Projection, teacher, terms, temperature, chunk_rows: int, wants_grad):
@@ -325,17 +328,20 @@ def _overwrite_by_gradient(logits_CV, teacher_CV, terms: Sequence[Term], tempera
 
 
 def _sum_and_gradient(term: Term, low: int, high: int, student_CV, teacher_CV, temperature: float, first: int):
-    labels = None if term.labels_N is None else term.labels_N[low:high]
-    if high - low < len(student_CV):
-        rows = term.rows_N[low:high] - first
-        student_CV = student_CV[rows]
-        teacher_CV = None if teacher_CV is None else teacher_CV[rows]
+    student_CV, teacher_CV, labels = _rows_of(term, low, high, student_CV, teacher_CV, first)
     if term.gradient is not None:
         return term.gradient(student_CV, teacher_CV, labels, temperature)
     with torch.enable_grad():
         leaf_CV = student_CV.detach().requires_grad_()
         value = term.formula(leaf_CV, teacher_CV, labels, temperature)
     return value.detach(), torch.autograd.grad(value, leaf_CV)[0]
+
+
+def _taken_and_scaled(ctx, grad_total: torch.Tensor) -> list[torch.Tensor | None]:
+    """Scale the gradients that forward made, in place: a copy of the (V, D) gradient is saved."""
+    grads, ctx.grads = ctx.grads, None
+    assert grads is not None, "a second backward through a chunked head is not supported"
+    return [None if grad is None else grad.mul_(grad_total) for grad in grads]
 
 
 def rows_per_chunk(device_type: str) -> int:
@@ -376,6 +382,4 @@ class _ChunkedHead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, _grad_sums):
-        grads, ctx.grads = ctx.grads, None  # scaled in place: a copy of the (V, D) gradient is saved
-        assert grads is not None, "a second backward through head_losses is not supported"
-        return None, None, None, *(None if grad is None else grad.mul_(grad_total) for grad in grads)
+        return None, None, None, *_taken_and_scaled(ctx, grad_total)

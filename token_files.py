@@ -42,6 +42,7 @@ MAX_UNKNOWN_SHARE = 0.5  # nor are those with this share of unknown tokens or mo
 # With fewer unknown ids than this in a sequence, no piece of it that is long enough has too many.
 MANY_UNKNOWN = math.ceil((MIN_LENGTH + 1) * MAX_UNKNOWN_SHARE)
 MAX_LISTED = 2**16
+MAX_VOCAB_SIZE = 2**27
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,6 +76,12 @@ def write_card(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
 def _write_card_to(path: Path, content: Mapping[str, Any]) -> None:
     card = {"format": CARD_FORMAT, "version": CARD_VERSION, **content}
     path.write_text(json.dumps({**card, "card_sha256": _card_digest(card)}, indent=2) + "\n", encoding="utf-8")
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise InputError where --vocab_size is no vocabulary's: no vocabulary comes near the largest, a slip of the hand."""
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise InputError(f"--vocab_size {vocab_size}: expected 1 to {MAX_VOCAB_SIZE}")
 
 
 def is_card(path: str | os.PathLike) -> bool:

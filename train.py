@@ -682,7 +682,7 @@ def saying_out_of_memory(parts: Parts, update: Update) -> Iterator[None]:
         if not is_memory:
             raise
         shapes = [(len(b.sequences), int(parts.dataset.lengths[b.sequences].max())) for b in update.mine]
-        num, length = max(shapes, key=lambda shape: shape[0] * shape[1])
+        num, length = max(shapes, key=lambda shape: shape[0] * shape[1], default=(0, 0))  # a rank may have none
         raise RankError(
             f"out of memory in a micro-batch of {num} x {length} = {num * length} padded tokens; lower --max_tokens or "
             "--batch_size (and raise --gradient_accumulation_steps), or try --bf16 or --activation_checkpointing"

@@ -410,6 +410,17 @@ def keyed_seed(*key: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
+def gathered(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray, order: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Bring runs order[0], order[1], .. of a flat array together: (their values end to end, their lengths).
+
+    starts, lengths: of every run in `values`. An index of 8 bytes a value is made in between.
+    """
+    lengths = lengths[order]
+    new_starts = np.cumsum(lengths, dtype=np.int64) - lengths
+    places = np.arange(int(lengths.sum(dtype=np.int64))) + np.repeat(starts[order] - new_starts, lengths)
+    return values[places], lengths
+
+
 def keyed_numpy_generator(*key: int | str) -> np.random.Generator:
     """Make a numpy generator whose stream depends on the key alone."""
     return np.random.Generator(np.random.Philox(keyed_seed(*key)))

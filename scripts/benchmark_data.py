@@ -25,7 +25,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import prose
-from architectures import describe_tokenizer, load_tokenizer, short_name, special_ids
+from architectures import load_tokenizer, short_name, special_ids
 from encoding import Encoding, LineEncoder, WorkerPool, divide_work
 from text_sources import find_sources, read_blocks, texts_of
 from token_files import open_token_file, writing_tokens
@@ -426,8 +426,7 @@ def measure(args: argparse.Namespace, folder: Path) -> dict:
     if args.languages:
         measure_exactness(args, table, name)
     measure_binarizing(args, table, texts, name, folder)
-    _, tokenizer = make_encoding(args, name)
-    vocab_size = describe_tokenizer(args.tokenizer_type, name, tokenizer)["vocab_size"]
+    vocab_size = make_encoding(args, name)[0].largest_id + 1
     for label in texts:
         measure_counting(table, label, folder / f"out-{label}.{short_name(name)}", vocab_size)
     measure_opening(args, table, folder)

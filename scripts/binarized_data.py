@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import describe_tokenizer, load_tokenizer, short_name, special_ids
+from architectures import describe_tokenizer, load_tokenizer, short_name
 from encoding import Encoding, WorkerPool, divide_work
 from shuffle import Spool, shuffled
 from text_sources import ERRORS, Block, Source, find_sources, read_blocks
@@ -29,6 +29,7 @@ from token_files import (
     MANY_UNKNOWN,
     MAX_LISTED,
     MIN_LENGTH,
+    check_vocab_size,
     require_card_output,
     require_counts_output,
     write_token_counts,
@@ -46,8 +47,6 @@ from utils import (
     run_program,
     setup_logging,
 )
-
-MAX_VOCAB_SIZE = 2**27  # no vocabulary comes near; a larger number is a slip of the hand
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -175,7 +174,7 @@ def write_shuffled(spool: Spool, path: str, file_format: str, seed: int, card: d
     """Write a spool's sequences in shuffled order, as a token file with its card."""
     listed = UnknownList(unknown_id)
     bar = tqdm(total=spool.num_ids, unit="id", unit_scale=True, desc="shuffle and write", **bar_options())
-    with bar, naming(path), writing_tokens(path, file_format, spool.dtype) as (writer, written_card):
+    with bar, writing_tokens(path, file_format, spool.dtype) as (writer, written_card):
         for ids_M, lengths_N in shuffled(spool, seed, "shuffle"):
             writer.append(ids_M, lengths_N)
             listed.take(ids_M, lengths_N)
@@ -263,8 +262,8 @@ def check_numbers(args: argparse.Namespace) -> int:
         raise InputError(f"--num_workers {args.num_workers}: expected 1 to 1024")
     if args.vocab_size is not None and args.token_counts_dump is None:
         raise InputError(f"--vocab_size {args.vocab_size}: is for --token_counts_dump only; add that, or leave it out")
-    if args.vocab_size is not None and not 1 <= args.vocab_size <= MAX_VOCAB_SIZE:
-        raise InputError(f"--vocab_size {args.vocab_size}: expected 1 to {MAX_VOCAB_SIZE}")
+    if args.vocab_size is not None:
+        check_vocab_size(args.vocab_size)
     return args.num_workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
 
 
@@ -272,7 +271,7 @@ def make_encoding(args: argparse.Namespace) -> tuple[Encoding, dict]:
     """Load the tokenizer: (how lines become ids, the tokenizer's part of the card). Raises InputError."""
     tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_name, "--tokenizer_name", args.do_lower_case)
     description = describe_tokenizer(args.tokenizer_type, args.tokenizer_name, tokenizer, args.do_lower_case)
-    special = special_ids(args.tokenizer_type, tokenizer)
+    special = description["special_ids"]
     largest_id = description["vocab_size"] - 1
     if args.vocab_size is not None and args.vocab_size <= largest_id:
         raise InputError(f"--vocab_size {args.vocab_size}: the tokenizer has ids up to {largest_id}; expected more than that")

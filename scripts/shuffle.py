@@ -11,7 +11,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import keyed_numpy_generator
+from utils import gathered, keyed_numpy_generator
 
 CHUNK_IDS = 2**20  # moved in one go
 CHUNK_SEQUENCES = 2**16
@@ -70,16 +70,6 @@ def cuts(lengths_N: np.ndarray) -> Iterator[tuple[int, int]]:
         last = max(int(np.searchsorted(ends, limit, side="right")), first + 1)
         yield first, last
         first = last
-
-
-def gathered(
-    ids_M: np.ndarray, starts_N: np.ndarray, lengths_N: np.ndarray, order: np.ndarray
-) -> tuple[np.ndarray, np.ndarray]:
-    """Bring sequences order[0], order[1], .. together: (their ids end to end, their lengths)."""
-    lengths = lengths_N[order]
-    new_starts = np.cumsum(lengths, dtype=np.int64) - lengths
-    places = np.arange(int(lengths.sum(dtype=np.int64))) + np.repeat(starts_N[order] - new_starts, lengths)
-    return ids_M[places], lengths
 
 
 def shuffled(spool: Spool, *key: int | str) -> Iterator[tuple[np.ndarray, np.ndarray]]:

@@ -17,14 +17,13 @@ from token_files import (
     CHUNK,
     TokenFile,
     check_ids_below,
+    check_vocab_size,
     check_vocabulary,
     open_token_file,
     require_counts_output,
     write_token_counts,
 )
-from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging
-
-MAX_VOCAB_SIZE = 2**27  # no vocabulary comes near; a larger number is a slip of the hand
+from utils import OneLineParser, bar_options, logger, run_program, setup_logging
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -58,8 +57,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program: read, count, write."""
     args = parse(argv)
     setup_logging(logging.INFO)
-    if not 1 <= args.vocab_size <= MAX_VOCAB_SIZE:
-        raise InputError(f"--vocab_size {args.vocab_size}: expected 1 to {MAX_VOCAB_SIZE}")
+    check_vocab_size(args.vocab_size)
     inputs = [name for file in args.data_file for name in files_of(file)]
     require_counts_output(args.token_counts_dump, "--token_counts_dump", inputs)
     output = f"--vocab_size {args.vocab_size} (for --token_counts_dump {args.token_counts_dump})"
