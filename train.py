@@ -60,17 +60,16 @@ from distiller import (
 from grouped_batch_sampler import GroupedBatchSampler, Update
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
 from losses import LOSSES
+from runtime import Runtime, is_one_of_several, start_runtime
 from token_files import token_file_problem
 from utils import (
     InputError,
     OneLineParser,
     RankError,
-    Runtime,
     atomic_path,
     bar_options,
     file_problem,
     git_facts,
-    is_one_of_several,
     keep_freed_memory,
     keyed_seed,
     logger,
@@ -80,7 +79,6 @@ from utils import (
     run_program,
     save_weights,
     setup_logging,
-    start_runtime,
     write_json,
 )
 

@@ -1,16 +1,13 @@
 """Facts about a run that every program needs, and that depend on nothing else of ours.
 
-The leaf of the import graph: input errors and exit statuses, logging, atomic writes, keyed seeds, git facts, and
-`Runtime` (which process this is, and on which device it computes). torch is imported where it is used: the programs
-that only prepare data start in a second and in a few tens of MB without it.
+The leaf of the import graph: input errors and exit statuses, logging, atomic writes, keyed seeds, git facts. torch is
+imported where it is used: the programs that only prepare data start in a second and in a few tens of MB without it.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
-import datetime
 import difflib
 import errno
 import hashlib
@@ -19,7 +16,6 @@ import logging
 import os
 import queue
 import signal
-import socket
 import sys
 import tempfile
 import threading
@@ -36,7 +32,6 @@ logger = logging.getLogger("distil")
 
 EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130
-PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=10)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -424,179 +419,3 @@ def gathered(values: np.ndarray, starts: np.ndarray, lengths: np.ndarray, order:
 def keyed_numpy_generator(*key: int | str) -> np.random.Generator:
     """Make a numpy generator whose stream depends on the key alone."""
     return np.random.Generator(np.random.Philox(keyed_seed(*key)))
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Runtime: which process is this, and where does it compute?
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Runtime:
-    """What is found out when a process starts: its place among the others, and its device."""
-
-    rank: int = 0
-    world_size: int = 1
-    local_rank: int = 0
-    device: torch.device = dataclasses.field(default_factory=lambda: _torch().device("cpu"))
-
-    @property
-    def is_main(self) -> bool:
-        """True in the one process that writes files and talks to the user."""
-        return self.rank == 0
-
-    @contextlib.contextmanager
-    def sharing_errors(self) -> Iterator[None]:
-        """Raise an input or system error of any rank on every rank: none is left waiting, and rank 0 can say it."""
-        problem = None
-        try:
-            yield
-        except InputError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = one_line(error, limit=None)
-        if self.world_size == 1:
-            if problem:
-                raise InputError(problem)
-            return
-        problems: list[str | None] = [None] * self.world_size
-        _torch().distributed.all_gather_object(problems, problem)
-        lines = {line: None for text in problems if text for line in text.splitlines()}
-        if lines:
-            raise InputError("\n".join(lines))
-
-
-LAUNCHER_REMEDY = "start with torchrun or python -m torch.distributed.launch, or unset it for a single process"
-
-
-def is_one_of_several(environment: Mapping[str, str]) -> bool:
-    """True in a process that a launcher started: one for which RANK and LOCAL_RANK are set."""
-    return bool(environment.get("RANK") and environment.get("LOCAL_RANK"))
-
-
-def read_launcher(environment: Mapping[str, str], local_rank_flag: int) -> tuple[int, int, int, int] | None:
-    """Read (rank, world size, local rank, processes on this machine) from a launcher's variables.
-
-    Returns None for a process that no launcher started: it is one of several if and only if RANK and LOCAL_RANK are
-    set. Raises InputError that names every variable missing, malformed or contradicting another.
-    """
-    if not is_one_of_several(environment):
-        if local_rank_flag >= 0:
-            missing = " and ".join(name for name in ("RANK", "LOCAL_RANK") if not environment.get(name))
-            raise RankError(f"--local_rank {local_rank_flag}: {missing} not set in the environment; {LAUNCHER_REMEDY}")
-        return None
-    problems = [
-        f"{name} is not set though RANK and LOCAL_RANK are; {LAUNCHER_REMEDY}"
-        for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
-        if not environment.get(name)
-    ]
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "N_GPU_NODE", "N_NODES", "NODE_RANK",
-             "MASTER_PORT")  # fmt: skip
-    value: dict[str, int] = {}
-    for name in names:
-        if environment.get(name):
-            try:
-                value[name] = int(environment[name])
-            except ValueError:
-                problems.append(f"{name}={environment[name]}: not a whole number; {LAUNCHER_REMEDY}")
-    if not 1 <= value.get("MASTER_PORT", 1) <= 65535:
-        problems.append(f"MASTER_PORT={value['MASTER_PORT']}: expected 1 to 65535; {LAUNCHER_REMEDY}")
-    if problems:
-        raise RankError("\n".join(problems))
-    _check_launcher(value, local_rank_flag)
-    return value["RANK"], value["WORLD_SIZE"], value["LOCAL_RANK"], _processes_on_machine(value)
-
-
-def _processes_on_machine(value: Mapping[str, int]) -> int:
-    if "LOCAL_WORLD_SIZE" in value or "N_GPU_NODE" in value:
-        return value.get("LOCAL_WORLD_SIZE", value.get("N_GPU_NODE"))
-    return max(value["WORLD_SIZE"] // max(value.get("N_NODES", 1), 1), 1)
-
-
-def _check_launcher(value: Mapping[str, int], local_rank_flag: int) -> None:
-    """Raise RankError or InputError for variables that contradict each other, on this rank or on all."""
-    rank, world_size, local_rank = value["RANK"], value["WORLD_SIZE"], value["LOCAL_RANK"]
-    per_machine = value.get("N_GPU_NODE", _processes_on_machine(value))
-    source = "N_GPU_NODE" if "N_GPU_NODE" in value else "LOCAL_WORLD_SIZE"
-    machines = value.get("N_NODES", max(world_size // max(per_machine, 1), 1))
-    machine = value.get("NODE_RANK", 0)
-    expected_machine = value.get("GROUP_RANK", rank // max(per_machine, 1))
-    of_all = [
-        (world_size < 1, f"WORLD_SIZE={world_size}: at least 1 is expected"),
-        (per_machine < 1, f"{source}={per_machine}: at least 1 is expected"),
-        (per_machine > max(world_size, 1), f"{source}={per_machine} contradicts WORLD_SIZE={world_size}"),
-        ("N_GPU_NODE" in value and value.get("LOCAL_WORLD_SIZE", per_machine) != per_machine,
-         f"N_GPU_NODE={per_machine} contradicts LOCAL_WORLD_SIZE={value.get('LOCAL_WORLD_SIZE')}"),
-        ("N_NODES" in value and machines * per_machine != world_size,
-         f"N_NODES={machines} x {per_machine} processes a machine contradicts WORLD_SIZE={world_size}"),
-        ("N_GPU_NODE" in value and world_size % max(per_machine, 1) != 0,
-         f"N_GPU_NODE={per_machine} does not divide WORLD_SIZE={world_size}"),
-    ]  # fmt: skip
-    of_this_rank = [
-        (not 0 <= rank < max(world_size, 1), f"RANK={rank}: expected 0 to WORLD_SIZE - 1 = {world_size - 1}"),
-        (not 0 <= local_rank < max(per_machine, 1),
-         f"LOCAL_RANK={local_rank}: expected 0 to {per_machine - 1}, for {per_machine} processes run on a machine"),
-        (local_rank_flag >= 0 and local_rank_flag != local_rank,
-         f"--local_rank {local_rank_flag} contradicts LOCAL_RANK={local_rank}; leave the flag out"),
-        ("NODE_RANK" in value and machine != expected_machine,
-         f"NODE_RANK={machine} contradicts RANK={rank}, which runs on machine {expected_machine}"),
-        ("NODE_RANK" in value and not 0 <= machine < max(machines, 1),
-         f"NODE_RANK={machine}: expected 0 to N_NODES - 1 = {machines - 1}"),
-    ]  # fmt: skip
-    remedy = "; export what the launcher is told, or unset it"
-    for kind, checks in ((RankError, of_this_rank), (InputError, of_all)):
-        if any(is_wrong for is_wrong, _ in checks):
-            raise kind("\n".join(message + remedy for is_wrong, message in of_all + of_this_rank if is_wrong))
-
-
-def start_runtime(n_gpu: int, local_rank_flag: int, environment: Mapping[str, str] | None = None) -> Runtime:
-    """Find out which process this is, choose its device, and join the others where there are any.
-
-    n_gpu: GPUs over all processes; 0 = the CPU. Raises InputError where the launcher's variables are missing or
-    contradict each other, or where there are GPUs but too few.
-    """
-    launched = read_launcher(os.environ if environment is None else environment, local_rank_flag)
-    rank, world_size, local_rank, per_machine = launched or (0, 1, 0, 1)
-    gpus_here = _torch().cuda.device_count()
-    device = choose_device(n_gpu, world_size, local_rank, per_machine, gpus_here, launched is not None)
-    if device.type == "cuda":
-        _torch().cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
-    if launched is not None:
-        _join_the_others(backend)
-    runtime = Runtime(rank, world_size, local_rank, device)
-    if runtime.is_main:
-        wanted_gpu = n_gpu > 0 and device.type == "cpu"
-        where = "the GPU" if device.type == "cuda" else "the CPU"
-        how = f"{world_size} processes, {backend}" if launched is not None else "one process"
-        logger.info("%s on %s%s.", how, where, f" (--n_gpu {n_gpu}, but this machine has no GPU)" if wanted_gpu else "")
-    return runtime
-
-
-def _join_the_others(backend: str) -> None:
-    try:
-        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would look for the name until the timeout
-        _torch().distributed.init_process_group(backend, init_method="env://", timeout=PROCESS_GROUP_TIMEOUT)
-    except (OSError, RuntimeError, ValueError) as error:  # no such host, port in use, a rank that never came
-        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
-        raise RankError(
-            f"{where}: the processes could not meet ({one_line(error)}); check address, port and every rank"
-        ) from error
-
-
-def choose_device(
-    n_gpu: int, world_size: int, local_rank: int, per_machine: int, gpus_here: int, is_launched: bool
-) -> torch.device:
-    """Choose a process's device. No GPU, or n_gpu 0: the CPU. GPUs, but fewer than asked for: InputError."""
-    if n_gpu == 0 or gpus_here == 0:
-        return _torch().device("cpu")
-    if n_gpu > 1 and not is_launched:
-        raise InputError(f"--n_gpu {n_gpu}: this is a single process; start {n_gpu} with torchrun --nproc_per_node={n_gpu}")
-    if n_gpu > 1 and n_gpu != world_size:
-        raise InputError(f"--n_gpu {n_gpu} contradicts WORLD_SIZE={world_size}; pass --n_gpu {world_size}")
-    if per_machine > gpus_here:
-        raise InputError(
-            f"{per_machine} processes on this machine, which has {gpus_here} GPU(s): one GPU a process is expected; "
-            f"start {gpus_here} process(es), or pass --n_gpu 0 for the CPU"
-        )
-    return _torch().device("cuda", local_rank)

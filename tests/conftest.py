@@ -1,37 +1,16 @@
-"""Stand-ins made on the spot: a text, tokenizers trained on it, tiny teachers of the real classes with random weights."""
+"""Fixtures: the stand-ins, made once a session; and how tests call programs."""
 
 import json
 import os
-import random
+import pickle
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
-import transformers
-from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
+from stand_ins import ROOT, World, make_lines, make_teachers
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
-
-import utils  # noqa: E402
-
-transformers.logging.set_verbosity_error()
-transformers.logging.disable_progress_bar()
-
-WIDTH, LAYERS, POSITIONS = 32, 4, 64
-STUDENT_LAYERS = 2
-
-
-def make_lines(num: int, seed: int = 0) -> list[str]:
-    """Make sentences over a few hundred invented words, frequent and rare ones, of unequal lengths."""
-    rng = random.Random(seed)
-    syllables = ["ba", "ke", "li", "mo", "nu", "ra", "so", "ti", "vu", "ze", "Da", "Fi", "Go"]
-    words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(300)]
-    weights = [1 / (rank + 1) for rank in range(len(words))]
-    return [" ".join(rng.choices(words, weights, k=rng.randint(8, 40))) + "." for _ in range(num)]
+import utils
 
 
 @pytest.fixture(scope="session")
@@ -46,115 +25,10 @@ def text_file(tmp_path_factory, lines) -> Path:
     return path
 
 
-def save_tokenizer(kind: str, folder: Path, text_file: Path, lowercase: bool = True) -> None:
-    """Train a tokenizer of a model type and save it as transformers does."""
-    if kind == "bert":
-        trainer = BertWordPieceTokenizer(lowercase=lowercase)
-        trainer.train([str(text_file)], vocab_size=200, show_progress=False)
-        tokenizer = transformers.BertTokenizer(vocab=trainer.get_vocab(), do_lower_case=lowercase)
-    else:
-        trainer = ByteLevelBPETokenizer()
-        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if kind == "roberta" else ["<|endoftext|>"]
-        trainer.train([str(text_file)], vocab_size=320, show_progress=False, special_tokens=special)
-        trainer.save_model(str(folder))
-        kind_class = transformers.RobertaTokenizer if kind == "roberta" else transformers.GPT2Tokenizer
-        tokenizer = kind_class(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
-    tokenizer.save_pretrained(folder)
-
-
-def make_model(kind: str, vocab_size: int, layers: int = LAYERS, **options):
-    """Make a random language model of a model type, its weights spread enough for predictions to differ."""
-    torch.manual_seed(1)
-    sizes = {"vocab_size": vocab_size, "initializer_range": 0.2, **options}
-    if kind == "gpt2":
-        config = transformers.GPT2Config(
-            n_embd=WIDTH, n_layer=layers, n_head=4, n_positions=POSITIONS, bos_token_id=0, eos_token_id=0, **sizes
-        )
-        return transformers.GPT2LMHeadModel(config)
-    sizes |= {"hidden_size": WIDTH, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64}
-    if kind == "roberta":
-        config = transformers.RobertaConfig(**sizes, max_position_embeddings=POSITIONS + 2, type_vocab_size=1)
-        return transformers.RobertaForMaskedLM(config)
-    return transformers.BertForMaskedLM(transformers.BertConfig(**sizes, max_position_embeddings=POSITIONS))
-
-
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory, text_file) -> dict[str, Path]:
     """Folders of tiny teachers, by model type: model and tokenizer."""
-    folders = {}
-    for kind in ("bert", "roberta", "gpt2"):
-        folders[kind] = tmp_path_factory.mktemp("teachers") / f"tiny-{kind}"
-        folders[kind].mkdir()
-        save_tokenizer(kind, folders[kind], text_file)
-        make_model(kind, vocab_size_of(folders[kind])).save_pretrained(folders[kind])
-    return folders
-
-
-def vocab_size_of(folder: Path) -> int:
-    return len(transformers.AutoTokenizer.from_pretrained(folder))
-
-
-def student_config_of(kind: str, vocab_size: int) -> dict:
-    """Return the JSON of a student for a teacher of a model type."""
-    if kind == "gpt2":
-        return {"n_embd": WIDTH, "n_layer": STUDENT_LAYERS, "n_head": 4, "n_positions": POSITIONS, "vocab_size": vocab_size,
-                "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
-    if kind == "roberta":
-        return {"hidden_size": WIDTH, "num_hidden_layers": STUDENT_LAYERS, "num_attention_heads": 4, "intermediate_size": 64,
-                "vocab_size": vocab_size, "max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1}  # fmt: skip
-    return {"dim": WIDTH, "n_layers": STUDENT_LAYERS, "n_heads": 4, "hidden_dim": 64, "vocab_size": vocab_size,
-            "max_position_embeddings": POSITIONS, "sinusoidal_pos_embds": True}  # fmt: skip
-
-
-class World:
-    """A folder with data, counts, first weights and configuration for each pair, and the flags that train it."""
-
-    STUDENTS = {"bert": "distilbert", "roberta": "roberta", "gpt2": "gpt2"}
-
-    def __init__(self, folder: Path, teachers: dict[str, Path], text_file: Path):
-        import binarized_data
-        import extract
-        import extract_distilbert
-        import token_counts
-
-        self.folder, self.teachers, self.text = folder, teachers, text_file
-        for kind, teacher in teachers.items():
-            binarized_data.main(["--file_path", str(text_file), "--tokenizer_type", kind, "--tokenizer_name", str(teacher),
-                                 "--dump_file", str(folder / "data")])  # fmt: skip
-            token_counts.main(["--data_file", self.data(kind), "--token_counts_dump", self.counts(kind),
-                               "--vocab_size", str(vocab_size_of(teacher))])  # fmt: skip
-            Path(self.config(kind)).write_text(json.dumps(student_config_of(kind, vocab_size_of(teacher))))
-            program = extract_distilbert if kind == "bert" else extract
-            program.main(["--model_type", kind, "--model_name", str(teacher), "--dump_checkpoint", self.first_weights(kind)])
-
-    def data(self, kind: str) -> str:
-        return str(self.folder / f"data.tiny-{kind}.pickle")
-
-    def counts(self, kind: str) -> str:
-        return str(self.folder / f"counts.{kind}.pickle")
-
-    def config(self, kind: str) -> str:
-        return str(self.folder / f"student.{kind}.json")
-
-    def first_weights(self, kind: str) -> str:
-        return str(self.folder / f"first.{kind}.pth")
-
-    def flags(self, kind: str, dump_path: Path, **changes) -> list[str]:
-        """List the flags of train.py for a pair; changes replace or add flags, None removes one, True is a bare flag."""
-        values = {
-            "student_type": self.STUDENTS[kind], "student_config": self.config(kind), "teacher_type": kind,
-            "teacher_name": str(self.teachers[kind]), "data_file": self.data(kind), "dump_path": str(dump_path),
-            "alpha_ce": 5.0, "alpha_cos": 1.0, "gradient_accumulation_steps": 2, "n_epoch": 1,
-        }  # fmt: skip
-        if kind == "gpt2":
-            values |= {"alpha_clm": 0.5}
-        else:
-            values |= {"alpha_mlm": 2.0, "alpha_clm": 0.0, "mlm": True, "token_counts": self.counts(kind)}
-        flags: list[str] = []
-        for name, value in (values | changes).items():
-            if value is not None:
-                flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
-        return flags
+    return make_teachers(tmp_path_factory.mktemp("teachers"), text_file)
 
 
 @pytest.fixture(scope="session")
@@ -193,8 +67,6 @@ def load_golden(name: str) -> dict:
 
 
 def write_pickle(path: Path, content) -> str:
-    import pickle
-
     path.write_bytes(pickle.dumps(content, protocol=pickle.HIGHEST_PROTOCOL))
     return str(path)
 

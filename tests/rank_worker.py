@@ -14,6 +14,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 import utils
+from runtime import start_runtime
 
 build_student, load_teacher = train.build_student, train.load_teacher
 
@@ -23,7 +24,7 @@ def main() -> None:
     train.build_student = lambda *arguments: build_student(*arguments).double()
     train.load_teacher = lambda *arguments: load_teacher(*arguments).double()
     config = train.parse_config(flags)
-    runtime = utils.start_runtime(config.n_gpu, config.local_rank)
+    runtime = start_runtime(config.n_gpu, config.local_rank)
     parts = train.set_up(config, runtime)
     num_reductions = count_reductions(parts.distiller)
     accumulation = config.gradient_accumulation_steps

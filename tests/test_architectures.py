@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import LAYERS, ROOT, load_golden, make_model, save_tokenizer
+from conftest import load_golden
+from stand_ins import LAYERS, ROOT, make_model, save_tokenizer
 
 from architectures import (
     ARCHITECTURES,

@@ -14,7 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 import transformers
-from conftest import ROOT, run_process, vocab_size_of
+from conftest import run_process
+from stand_ins import ROOT, vocab_size_of
 
 import binarized_data
 import encoding

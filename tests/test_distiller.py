@@ -7,7 +7,7 @@ import math
 
 import pytest
 import torch
-from conftest import make_model
+from stand_ins import make_model
 
 from architectures import (
     build_student,

@@ -8,10 +8,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from conftest import ROOT, run_process, student_config_of, vocab_size_of
+from conftest import run_process
+from stand_ins import ROOT, student_config_of, vocab_size_of
 
 import utils
-from utils import InputError, choose_device, read_launcher
+from runtime import choose_device, read_launcher
+from utils import InputError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 LAUNCH = [sys.executable, "-W", "ignore", "-m", "torch.distributed.launch", "--nproc_per_node"]

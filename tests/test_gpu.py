@@ -4,7 +4,8 @@ import sys
 
 import pytest
 import torch
-from conftest import ROOT, run_process
+from conftest import run_process
+from stand_ins import ROOT
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 LAUNCHERS = {

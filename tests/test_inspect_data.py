@@ -10,7 +10,8 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from conftest import ROOT, as_uint16, run_process, vocab_size_of, write_pickle
+from conftest import as_uint16, run_process, write_pickle
+from stand_ins import ROOT, vocab_size_of
 
 import binarized_data
 import inspect_data

@@ -12,7 +12,8 @@ import sys
 from pathlib import Path
 
 import pytest
-from conftest import ROOT, run_process
+from conftest import run_process
+from stand_ins import ROOT
 
 import prepare_text
 from prepare_text import Corpus, length, lines_of, pack, parts_of, sentence_ends, shares, targets

@@ -3,7 +3,7 @@
 import json
 
 import pytest
-from conftest import make_lines
+from stand_ins import make_lines
 
 import quickstart
 

@@ -11,7 +11,8 @@ from pathlib import Path
 import pytest
 import torch
 import transformers
-from conftest import ROOT, as_uint16, make_model, run_process, save_tokenizer, write_pickle
+from conftest import as_uint16, run_process, write_pickle
+from stand_ins import ROOT, make_model, save_tokenizer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import binarized_data
