@@ -235,7 +235,8 @@ def _load_tokenizer(model_type: str, name: str, flag: str, do_lower_case: bool |
         if lower_case is not None:
             options["do_lower_case"] = lower_case
     with quiet_transformers():
-        tokenizer = getattr(transformers, architecture.tokenizer_class).from_pretrained(name, **options)
+        tokenizer_class = getattr(transformers, architecture.tokenizer_class)
+        tokenizer = tokenizer_class.from_pretrained(name, trust_remote_code=False, **options)
     if not tokenizer.model_max_length > 2:
         raise InputError(f"{flag} {name}: model_max_length is {tokenizer.model_max_length}, expected above 2; correct it")
     _check_special_tokens(architecture, tokenizer, files, model_type, name, flag)
@@ -389,7 +390,7 @@ def load_config(model_type: str | None, name: str, flag: str):
     """Load a model's configuration by hub name or folder. Raises InputError where it is not of model_type (None: any)."""
     with quiet_transformers():
         try:
-            config = transformers.AutoConfig.from_pretrained(name)
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)  # the default asks the terminal
         except Exception as error:
             raise InputError(_not_found(flag, name, error)) from error
     if model_type is not None and config.model_type != model_type:
@@ -405,8 +406,9 @@ def load_model(model_type: str, name: str, flag: str) -> torch.nn.Module:
     with quiet_transformers():
         try:
             model, report = getattr(transformers, ARCHITECTURES[model_type].model_class).from_pretrained(
-                name, dtype=torch.float32, return_dict=True, output_loading_info=True, ignore_mismatched_sizes=True
-            )
+                name, dtype=torch.float32, return_dict=True, output_loading_info=True, ignore_mismatched_sizes=True,
+                trust_remote_code=False, weights_only=True,
+            )  # fmt: skip
         except Exception as error:
             raise InputError(f"{flag} {name}: its weights could not be loaded ({one_line(error)})") from error
     row = ARCHITECTURES[model_type]
@@ -640,16 +642,27 @@ def _read_state_dict(path: str, flag: str) -> dict[str, torch.Tensor]:
 
     require_file(path, flag)
     try:
+        if _is_safetensors(path):
+            import safetensors.torch
+
+            return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
     except OSError:
         raise
     except Exception as error:
-        raise InputError(f"{flag} {path}: not a state dict that torch can load safely ({one_line(error)})") from error
+        raise InputError(f"{flag} {path}: not a state dict that can be loaded safely ({one_line(error)})") from error
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in state.items()
     ):
         raise InputError(f"{flag} {path}: expected a plain state dict (name -> tensor); make it with extract.py")
     return dict(state)
+
+
+def _is_safetensors(path: str) -> bool:
+    """Tell by the content: the size of a JSON object comes first. Torch's own files begin otherwise."""
+    with open(path, "rb") as file:
+        head = file.read(9)
+    return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= os.path.getsize(path)
 
 
 def _is_plain(tensor: object) -> bool:

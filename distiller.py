@@ -285,16 +285,27 @@ def last_hidden_state(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
 
 
 class NonFiniteError(RuntimeError):
-    """A loss or gradient became NaN or infinite; the update was not applied."""
+    """A loss, gradient or weight became NaN or infinite; the update was not applied, or nothing was saved.
+
+    numbers: the micro-batches in question. is_located: they are the culprits, and not all that may be.
+    """
+
+    def __init__(self, message: str, numbers: Sequence[int] = (), is_located: bool = False):
+        super().__init__(message)
+        self.numbers, self.is_located = list(numbers), is_located
 
 
 @dataclasses.dataclass(frozen=True)
 class StepReport:
-    """What an update did. losses_MK: float64, each micro-batch's weighted loss, then its unweighted terms."""
+    """What an update did. losses_MK: float64, each micro-batch's weighted loss, then its unweighted terms.
+
+    num_asking: ranks that asked to stop after it; the same on every rank.
+    """
 
     losses_MK: torch.Tensor
     grad_norm: float
     grad_statistics: dict[str, tuple[float, float]]
+    num_asking: int = 0
 
 
 class Distiller:
@@ -341,14 +352,18 @@ class Distiller:
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
         self.wrapped = _wrap_for_ranks(model) if world_size > 1 else model
 
-    def step(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int, wants_statistics: bool = False):
+    def step(
+        self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int, wants_statistics: bool = False,
+        asks_to_stop: Callable[[], bool] = lambda: False,
+    ) -> StepReport:  # fmt: skip
         """Do one update over the micro-batches `numbers`, of which this rank computes `batches` (num_mine of them).
 
-        The gradient is the mean over all of the update's micro-batches, on whichever rank. Raises NonFiniteError, on
-        every rank alike, before anything is applied.
+        The gradient is the mean over all of the update's micro-batches, on whichever rank. asks_to_stop: asked after the
+        last micro-batch, and told to all ranks with the losses. Raises NonFiniteError, on every rank alike, before anything
+        is applied.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        losses_MK = self.accumulate(batches, numbers, num_mine)
+        losses_MK, num_asking = self._accumulate(batches, numbers, num_mine, asks_to_stop)
         # Differs from the original: nothing non-finite is applied. 2019 ended with exit status 0.
         self._check_losses(losses_MK, numbers)
         self.scaler.unscale_(self.optimizer)
@@ -363,10 +378,13 @@ class Distiller:
         self.scaler.update()
         if self.schedule is not None and math.isfinite(norm):
             self.schedule.step()
-        return StepReport(losses_MK, norm, statistics)
+        return StepReport(losses_MK, norm, statistics, num_asking)
 
     def accumulate(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int) -> torch.Tensor:
         """Leave the update's mean gradient in .grad; return every rank's losses_MK. One gradient all-reduce."""
+        return self._accumulate(batches, numbers, num_mine, lambda: False)[0]
+
+    def _accumulate(self, batches, numbers, num_mine, asks_to_stop) -> tuple[torch.Tensor, int]:
         self.model.train()
         # Differs from the original: a last partial update is divided by its own size.
         share, counts_K = self.world_size / len(numbers), None  # DDP takes the mean over ranks
@@ -374,7 +392,9 @@ class Distiller:
             batches = list(batches)  # all of the update's masks are drawn before the first is counted in
             counts_K = self._count_rows(batches) / len(numbers)
         scale = self.scaler.scale(torch.full((), share, device=self.device)) if self.scaler.is_enabled() else share
-        losses_MK = torch.zeros(len(numbers), 1 + len(self.model.alphas), dtype=torch.float64, device=self.device)
+        # A last row carries the wish to stop: one exchange for both.
+        shared = torch.zeros(len(numbers) + 1, 1 + len(self.model.alphas), dtype=torch.float64, device=self.device)
+        losses_MK = shared[:-1]
         for done, batch in enumerate(batches, start=1):
             # Differs from the original: gradients travel once an update, not with each micro-batch.
             with self._without_reduction(done < num_mine):
@@ -382,10 +402,12 @@ class Distiller:
             losses_MK[batch.number - numbers[0], 1:] = means_K
         if num_mine == 0:
             self.wrapped(None, None, None, scale)[0].backward()
+        shared[-1, 0] = float(asks_to_stop())
         if self.world_size > 1:
-            torch.distributed.all_reduce(losses_MK)
+            torch.distributed.all_reduce(shared)
         losses_MK[:, 0] = losses_MK[:, 1:] @ losses_MK.new_tensor(list(self.model.alphas.values()))
-        return losses_MK.cpu()
+        shared = shared.cpu()
+        return shared[:-1], int(shared[-1, 0])
 
     def _count_rows(self, batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Count the rows of each objective in the whole update, on every rank: (K,), 1 at least."""
@@ -415,14 +437,79 @@ class Distiller:
         if wrong:
             place, column = wrong[0]
             name, value = list(self.model.alphas)[column], losses_MK[place, column + 1].item()
-            raise NonFiniteError(f"loss_{name} became {value} in micro-batch {numbers[place]}; the update was not applied")
+            message = f"loss_{name} became {value} in micro-batch {numbers[place]}; the update was not applied"
+            raise NonFiniteError(message, sorted({numbers[row] for row, _ in wrong}), is_located=True)
 
     def _check_overflow(self, norm: float, numbers: Sequence[int]) -> None:
         """Leave a gradient that overflowed half precision to the scaler while it has smaller scales to try; else stop."""
         if self.scaler.is_enabled() and self.scaler.get_scale() >= MIN_LOSS_SCALE:
             return
         where = f"micro-batches {numbers[0]} to {numbers[-1]}"
-        raise NonFiniteError(f"the gradient norm became {norm} in {where}; the update was not applied")
+        raise NonFiniteError(f"the gradient norm became {norm} in {where}; the update was not applied", numbers)
+
+    def non_finite_gradients(self, batches: Iterable[MicroBatch]) -> dict[int, str]:
+        """Compute this rank's micro-batches again, one objective at a time: number -> what is not finite in its gradient.
+
+        For the post-mortem of an update whose gradient was not; nothing is exchanged between ranks.
+        """
+        alphas, found = self.model.alphas, {}
+        for batch in batches:
+            for name in alphas:
+                self.optimizer.zero_grad(set_to_none=True)
+                self.model.alphas = {name: alphas[name]}
+                with self._without_reduction(True):
+                    self._backward(batch, 1.0, None)
+                wrong = [n for n, p in self.model.student.named_parameters() if not _is_finite(p.grad)]
+                if wrong and batch.number not in found:
+                    found[batch.number] = f"the gradient of loss_{name} for {wrong[0]} and {len(wrong) - 1} more parameters"
+        self.model.alphas = alphas
+        self.optimizer.zero_grad(set_to_none=True)
+        return found
+
+    # ---- what a run needs to go on -----------------------------------------------------------------------------------
+
+    def check_finite(self) -> None:
+        """Raise NonFiniteError where a weight or moment is not finite: nothing of the kind is saved."""
+        for name, content in self.tensors().items():
+            for key, tensor in content.items():
+                if not _is_finite(tensor):
+                    raise NonFiniteError(f"{key} of the {name} became NaN or infinite; nothing of it was saved")
+
+    def tensors(self) -> dict[str, dict[str, torch.Tensor]]:
+        """Return the student's state, tied tensors once, and the optimizer's by parameter: "exp_avg/NAME" and so on."""
+        student, names = {}, {}
+        for name, tensor in self.model.student.state_dict().items():
+            names.setdefault(tensor.data_ptr(), name)
+            if names[tensor.data_ptr()] == name:
+                student[name] = tensor
+        states = ((name, self.optimizer.state.get(p, {})) for name, p in self.model.student.named_parameters())
+        return {
+            "student": student,
+            "optimizer": {f"{kind}/{name}": value for name, state in states for kind, value in state.items()},
+        }
+
+    def values(self) -> dict:
+        """Return the state of schedule and gradient scaler, as numbers."""
+        schedule = {} if self.schedule is None else self.schedule.state_dict()
+        schedule = {name: value for name, value in schedule.items() if isinstance(value, (int, float)) or name == "_last_lr"}
+        return {"schedule": schedule, "scaler": self.scaler.state_dict()}
+
+    def load(self, tensors: Mapping[str, Mapping[str, torch.Tensor]], values: Mapping) -> None:
+        """Take the state that `tensors` and `values` returned. Raises ValueError where it is another model's."""
+        own = self.tensors()["student"]
+        _require_same_shapes(tensors["student"], own)
+        parameters = dict(self.model.student.named_parameters())
+        with torch.no_grad():
+            for name, tensor in own.items():
+                tensor.copy_(tensors["student"][name])
+        for key, value in tensors["optimizer"].items():
+            kind, name = key.split("/", 1)
+            self.optimizer.state[parameters[name]][kind] = value.to(self.device)
+        if self.schedule is not None:
+            self.schedule.load_state_dict({**values["schedule"], "lr_lambdas": [None] * len(self.optimizer.param_groups)})
+            for group, rate in zip(self.optimizer.param_groups, self.schedule.get_last_lr(), strict=True):
+                group["lr"] = rate
+        self.scaler.load_state_dict(values["scaler"])
 
     def _grad_statistics(self) -> dict[str, tuple[float, float]]:
         """Mean and standard deviation of each parameter's accumulated gradient, before clipping."""
@@ -431,6 +518,17 @@ class Distiller:
             for name, parameter in self.model.student.named_parameters()
             if parameter.grad is not None
         }
+
+
+def _is_finite(tensor: torch.Tensor | None) -> bool:
+    return tensor is None or bool(torch.isfinite(tensor).all())
+
+
+def _require_same_shapes(given: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]) -> None:
+    for name in [*own, *given]:
+        found, expected = (list(state[name].shape) if name in state else "nothing" for state in (given, own))
+        if found != expected:
+            raise ValueError(f"{name}: {found} in the checkpoint, {expected} in this run's student")
 
 
 def _wrap_for_ranks(model: DistillationModel) -> DistributedDataParallel:

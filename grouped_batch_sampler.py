@@ -205,17 +205,22 @@ class GroupedBatchSampler:
             return grouped_batches(order, self.groups, self.batch_size)
         return budget_batches(order, self.groups, self.longest_of_group, self.max_tokens)
 
-    def micro_batches(self, num_micro_batches: int) -> Iterator[PlannedBatch]:
-        """Yield the run's micro-batches 0, 1, .. as a single process would take them, over the ends of epochs."""
-        for number in range(num_micro_batches):
+    def micro_batches(self, num_micro_batches: int, first: int = 0) -> Iterator[PlannedBatch]:
+        """Yield the run's micro-batches from `first` on as a single process would take them, over the ends of epochs."""
+        for number in range(first, num_micro_batches):
             epoch, place = divmod(number, len(self))
             yield PlannedBatch(number, epoch, self.epoch_batches(epoch)[place])
 
-    def updates(self, num_micro_batches: int, accumulation: int, rank: int, world_size: int) -> Iterator[Update]:
-        """Yield the run's updates: the next accumulation x world_size micro-batches, dealt to the ranks."""
+    def updates(
+        self, num_micro_batches: int, accumulation: int, rank: int, world_size: int, first: int = 0
+    ) -> Iterator[Update]:
+        """Yield the run's updates: the next accumulation x world_size micro-batches, dealt to the ranks.
+
+        first: the micro-batch that the run goes on from.
+        """
         # Differs from the original: counted over the run. 2019 counted anew each epoch, and left-over gradients leaked.
         planned: list[PlannedBatch] = []
-        for batch in self.micro_batches(num_micro_batches):
+        for batch in self.micro_batches(num_micro_batches, first):
             planned.append(batch)
             if len(planned) == accumulation * world_size or batch.number == num_micro_batches - 1:
                 yield Update(planned, self.deal(planned, rank, world_size))

@@ -99,7 +99,7 @@ class LmSeqsDataset:
         source = f"--data_file {path}"
         tokens = open_token_file(path)
         check_vocabulary(tokens.card, vocabulary, source, model)
-        largest_id = tokens.card.get("counts", {}).get("largest_id")
+        largest_id = (tokens.card.get("counts") or {}).get("largest_id")
         check_ids_below(tokens.ids_M if largest_id is None else np.array([largest_id]), vocab_size, source, model)
         dataset = cls(tokens, special, max_length, source)
         if len(dataset) == 0:
@@ -244,9 +244,9 @@ class _Known:
 
 
 def _what_the_card_tells(tokens: TokenFile, special: SpecialIds) -> _Known:
-    ids = tokens.card.get("tokenizer", {}).get("special_ids", {})
+    ids = (tokens.card.get("tokenizer") or {}).get("special_ids") or {}
     if (ids.get("start"), ids.get("end")) != (special.start, special.end):
         return _Known()
     listed = tokens.card.get("many_unknown") if ids.get("unknown") == special.unknown else None
     many_unknown = None if listed is None else np.array(listed, np.int64)
-    return _Known(True, tokens.card["counts"]["boundary_ids_inside"] > 0, many_unknown)
+    return _Known(True, (tokens.card.get("counts") or {}).get("boundary_ids_inside") != 0, many_unknown)

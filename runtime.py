@@ -1,21 +1,32 @@
-"""Which process this is, where it computes, and how it meets the others.
+"""Which process this is, where it computes, how it meets the others, and how it learns that it is to stop.
 
-`start_runtime` reads what a launcher left in the environment (torchrun, torch.distributed.launch, or nothing), chooses
-the device and joins the process group.
+`start_runtime` reads what a launcher left in the environment (torchrun, distributed.launch, or nothing), chooses
+the device and joins the process group. From then on a thread of each process sends heartbeats (`Watch`), so that one that
+hangs or is gone is named: the collectives' own errors name none. `StopSignals` notes what asks the run to end.
 """
 
 import contextlib
 import dataclasses
 import datetime
+import fcntl
+import json
 import os
+import signal
 import socket
-from collections.abc import Iterator, Mapping
+import threading
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping
+from pathlib import Path
+from typing import TextIO
 
+import psutil
 import torch
+from torch import distributed
 
-from utils import InputError, RankError, logger, one_line
+from utils import InputError, RankError, logger, note_signal, one_line, report_problems
 
-PROCESS_GROUP_TIMEOUT = datetime.timedelta(minutes=10)
+TIMEOUT_S = 600  # that processes wait for each other
 
 
 @dataclasses.dataclass(frozen=True)
@@ -26,6 +37,7 @@ class Runtime:
     world_size: int = 1
     local_rank: int = 0
     device: torch.device = dataclasses.field(default_factory=lambda: torch.device("cpu"))
+    watch: "Watch | None" = None
 
     @property
     def is_main(self) -> bool:
@@ -47,18 +59,69 @@ class Runtime:
                 raise InputError(problem)
             return
         problems: list[str | None] = [None] * self.world_size
-        torch.distributed.all_gather_object(problems, problem)
+        distributed.all_gather_object(problems, problem)
         lines = {line: None for text in problems if text for line in text.splitlines()}
         if lines:
             raise InputError("\n".join(lines))
 
+    def from_main(self, value):
+        """Give every rank the object of rank 0 (one that pickle knows)."""
+        if self.world_size == 1:
+            return value
+        box = [value]
+        distributed.broadcast_object_list(box, src=0)
+        return box[0]
 
-LAUNCHER_REMEDY = "start with torchrun or python -m torch.distributed.launch, or unset it for a single process"
+    def tensors_from_main(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        """Give every rank the tensors of rank 0, on the CPU; on other ranks the argument is not looked at."""
+        shapes = self.from_main({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        received = {}
+        for name, (shape, dtype) in shapes.items():
+            tensor = (tensors[name] if self.is_main else torch.empty(shape, dtype=dtype)).to(self.device)
+            if self.world_size > 1:
+                distributed.broadcast(tensor, src=0)
+            received[name] = tensor.cpu()
+        return received
+
+    @contextlib.contextmanager
+    def watching(self, on_orphaned: Callable[[], None]) -> Iterator[None]:
+        """Turn a collective's failure into LostRankError, which says who is missing.
+
+        on_orphaned: called, from another thread, where the launcher that started this process is gone.
+        """
+        if self.watch is not None:
+            self.watch.on_orphaned = on_orphaned
+        try:
+            yield
+        except RuntimeError as error:
+            if self.watch is None or not _is_of_collective(error):
+                raise
+            raise LostRankError(f"{self.watch.describe()} ({one_line(error)})") from error
+        finally:
+            if self.watch is not None:
+                self.watch.close()
+
+
+class LostRankError(RuntimeError):
+    """Another process of the run is gone, or hangs."""
+
+
+def _is_of_collective(error: RuntimeError) -> bool:
+    signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out waiting", "Socket", "recvValue")
+    return isinstance(error, distributed.DistError) or any(sign in str(error) for sign in signs)
+
+
+LAUNCHER_REMEDY = "start with torchrun or python -m distributed.launch, or unset it for a single process"
 
 
 def is_one_of_several(environment: Mapping[str, str]) -> bool:
     """True in a process that a launcher started: one for which RANK and LOCAL_RANK are set."""
     return bool(environment.get("RANK") and environment.get("LOCAL_RANK"))
+
+
+def is_another_rank(environment: Mapping[str, str]) -> bool:
+    """True in a process that is one of several and not rank 0."""
+    return is_one_of_several(environment) and environment["RANK"] != "0"
 
 
 def read_launcher(environment: Mapping[str, str], local_rank_flag: int) -> tuple[int, int, int, int] | None:
@@ -136,11 +199,13 @@ def _check_launcher(value: Mapping[str, int], local_rank_flag: int) -> None:
             raise kind("\n".join(message + remedy for is_wrong, message in of_all + of_this_rank if is_wrong))
 
 
-def start_runtime(n_gpu: int, local_rank_flag: int, environment: Mapping[str, str] | None = None) -> Runtime:
+def start_runtime(
+    n_gpu: int, local_rank_flag: int, environment: Mapping[str, str] | None = None, timeout_s: float = TIMEOUT_S
+) -> Runtime:
     """Find out which process this is, choose its device, and join the others where there are any.
 
-    n_gpu: GPUs over all processes; 0 = the CPU. Raises InputError where the launcher's variables are missing or
-    contradict each other, or where there are GPUs but too few.
+    n_gpu: GPUs over all processes; 0 = the CPU. timeout_s: how long processes wait for each other. Raises InputError where
+    the launcher's variables are missing or contradict each other, or where there are GPUs but too few.
     """
     launched = read_launcher(os.environ if environment is None else environment, local_rank_flag)
     rank, world_size, local_rank, per_machine = launched or (0, 1, 0, 1)
@@ -148,10 +213,11 @@ def start_runtime(n_gpu: int, local_rank_flag: int, environment: Mapping[str, st
     device = choose_device(n_gpu, world_size, local_rank, per_machine, gpus_here, launched is not None)
     if device.type == "cuda":
         torch.cuda.set_device(device)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend, watch = "nccl" if device.type == "cuda" else "gloo", None
     if launched is not None:
-        _join_the_others(backend)
-    runtime = Runtime(rank, world_size, local_rank, device)
+        store = _join_the_others(backend, rank, world_size, timeout_s)
+        watch = Watch(store, rank, world_size, timeout_s) if world_size > 1 else None
+    runtime = Runtime(rank, world_size, local_rank, device, watch)
     if runtime.is_main:
         wanted_gpu = n_gpu > 0 and device.type == "cpu"
         where = "the GPU" if device.type == "cuda" else "the CPU"
@@ -160,15 +226,55 @@ def start_runtime(n_gpu: int, local_rank_flag: int, environment: Mapping[str, st
     return runtime
 
 
-def _join_the_others(backend: str) -> None:
+def _join_the_others(backend: str, rank: int, world_size: int, timeout_s: float) -> distributed.Store:
+    """Join the process group; return a store that this attempt has for itself."""
+    timeout = datetime.timedelta(seconds=timeout_s)
     try:
         socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would look for the name until the timeout
-        torch.distributed.init_process_group(backend, init_method="env://", timeout=PROCESS_GROUP_TIMEOUT)
+        store, rank, world_size = next(distributed.rendezvous("env://", timeout=timeout))
+        store.set_timeout(timeout)
+        store = distributed.PrefixStore(_agree_on_attempt(store, rank, world_size, timeout_s), store)
+        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
     except (OSError, RuntimeError, ValueError) as error:  # no such host, port in use, a rank that never came
         where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
         raise RankError(
             f"{where}: the processes could not meet ({one_line(error)}); check address, port and every rank"
         ) from error
+    return store
+
+
+def _agree_on_attempt(store: distributed.Store, rank: int, world_size: int, timeout_s: float) -> str:
+    """Agree with the others of this attempt on a name that no earlier attempt had.
+
+    A launcher that starts the processes again keeps its store, with all that the dead ones left in it: of 17 restarted
+    runs of two ranks 6 hung. Nor do several machines count attempts alike. So rank 0 invents a name, and tells it to those
+    who greet with a word of their own, which no dead process can have said.
+    """
+    word, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
+    if rank == 0:
+        _welcome(store, word, set(range(1, world_size)), deadline)
+        return word
+    store.set(f"hello/{rank}", word)
+    while time.monotonic() < deadline:
+        if store.check([f"welcome/{rank}"]):
+            greeted, attempt = store.get(f"welcome/{rank}").decode().split(":")
+            if greeted == word:
+                store.set(f"joined/{attempt}/{rank}", "")
+                return attempt
+        time.sleep(0.02)
+    raise RuntimeError(f"rank 0 did not answer within {timeout_s:g} s")
+
+
+def _welcome(store: distributed.Store, attempt: str, waiting: set[int], deadline: float) -> None:
+    while waiting:
+        for rank in sorted(waiting):
+            if store.check([f"joined/{attempt}/{rank}"]):
+                waiting.discard(rank)
+            elif store.check([f"hello/{rank}"]):
+                store.set(f"welcome/{rank}", f"{store.get(f'hello/{rank}').decode()}:{attempt}")
+        if time.monotonic() > deadline:
+            raise RuntimeError(f"rank {', '.join(map(str, sorted(waiting)))} did not come")
+        time.sleep(0.02 if waiting else 0)
 
 
 def choose_device(
@@ -187,3 +293,191 @@ def choose_device(
             f"start {gpus_here} process(es), or pass --n_gpu 0 for the CPU"
         )
     return torch.device("cuda", local_rank)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# One run a folder, and the launcher that starts it again
+# --------------------------------------------------------------------------------------------------------------------
+
+LOCK = "run.lock"
+
+
+def launch_id() -> str | None:
+    """Name the launcher that started this process: one that starts it again is the same; None without a launcher."""
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return None
+    launcher = psutil.Process(os.getppid())
+    return f"{socket.gethostname()}/{launcher.pid}/{launcher.create_time()}"
+
+
+def is_restarted(environment: Mapping[str, str], lock: Path) -> bool:
+    """True where a launcher started this process before, as its count or the folder's lock says.
+
+    Not by the count alone: of several machines' launchers only the one whose process failed counts.
+    """
+    if environment.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0"):
+        return True
+    here = launch_id()
+    try:
+        return here is not None and json.loads(lock.read_text(encoding="utf-8"))["launch"] == here
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+
+
+def take_lock(path: Path) -> TextIO:
+    """Lock a run's folder until the file returned is closed, or the process gone. Raises InputError where another has it."""
+    file = open(path, "a+", encoding="utf-8")  # noqa: SIM115
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        file.seek(0)
+        holder = file.read().strip()
+        file.close()
+        raise InputError(f"{path.parent}: another run trains in it ({holder}); end that, or choose another folder") from error
+    except OSError as error:  # a file system without locks
+        logger.warning("%s: can't be locked (%s); take care that no two runs share the folder.", path, one_line(error))
+    file.truncate(0)
+    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), "launch": launch_id()}) + "\n")
+    file.flush()
+    return file
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Who is missing
+# --------------------------------------------------------------------------------------------------------------------
+
+
+class Watch:
+    """Heartbeats of this process, and what is heard of the others; in a thread, for the process may hang in a collective.
+
+    Rank 0 watches all, the others watch rank 0. One that is silent for timeout_s ends this process, too.
+    """
+
+    def __init__(self, store: distributed.Store, rank: int, world_size: int, timeout_s: float):
+        self.store, self.rank, self.timeout_s = store.clone(), rank, timeout_s  # a connection of its own
+        self.interval_s = min(2.0, timeout_s / 10)
+        self.heard_at = dict.fromkeys(range(1, world_size) if rank == 0 else [0], time.monotonic())
+        self.last_beat: dict[int, bytes] = {}
+        self.parent, self.on_orphaned = os.getppid(), lambda: None  # called once, when the launcher is gone
+        self.is_closed = threading.Event()
+        self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
+        self.thread.start()
+
+    def close(self) -> None:
+        """Stop watching; go on beating no more."""
+        self.is_closed.set()
+        self.thread.join(self.interval_s)
+
+    def _run(self) -> None:
+        num_beats = 0
+        while not self.is_closed.wait(self.interval_s):
+            num_beats += 1
+            with contextlib.suppress(RuntimeError):  # the store may be gone with the process that had it
+                self.store.set(f"beat/{self.rank}", str(num_beats))
+                for rank in self.heard_at:
+                    self._listen(rank)
+            if os.getppid() != self.parent:
+                self.parent = os.getppid()
+                self.on_orphaned()
+            if silent := self.silent_for(self.timeout_s):
+                self._give_up(silent)
+
+    def _listen(self, rank: int) -> None:
+        beat = self.store.get(f"beat/{rank}") if self.store.check([f"beat/{rank}"]) else b""
+        if beat != self.last_beat.get(rank, b""):
+            self.last_beat[rank], self.heard_at[rank] = beat, time.monotonic()
+
+    def silent_for(self, silence_s: float) -> list[int]:
+        """List the watched ranks of which nothing was heard for so long."""
+        now = time.monotonic()
+        return [rank for rank, heard_at in self.heard_at.items() if now - heard_at > silence_s]
+
+    def describe(self) -> str:
+        """Say which ranks are missing, once a collective has failed; waits for the heartbeats that are due."""
+        time.sleep(2.5 * self.interval_s)
+        silent = self.silent_for(2.5 * self.interval_s)
+        if silent:
+            return self._say(silent)
+        return "the processes lost each other, though those watched still beat: another says why, or the network does"
+
+    def _say(self, silent: list[int]) -> str:
+        now = time.monotonic()
+        return "; ".join(f"rank {rank} was last heard of {now - self.heard_at[rank]:.0f} s ago" for rank in silent)
+
+    def _give_up(self, silent: list[int]) -> None:
+        report_lost_ranks(self._say(silent), self.rank)
+        os._exit(EXIT_LOST_RANK)
+
+
+EXIT_LOST_RANK = 1
+
+
+def report_lost_ranks(message: str, rank: int) -> None:
+    """Say who is missing: rank 0 does; where that is the one, rank 1."""
+    if rank == 0 or (rank == 1 and message.startswith("rank 0 ")):
+        report_problems(f"stopped: {message}; see its own output, then go on with --resume", from_any_rank=True)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Signals
+# --------------------------------------------------------------------------------------------------------------------
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+SAME_EVENT_S = 1.0
+
+
+class StopSignals:
+    """Note the signals that ask a run to stop at its next update; a second one ends the process at once.
+
+    In a thread that the system wakes: the main one may stand in a collective, where Python's own handlers do not run. Signals
+    within a second are one: a scheduler and a launcher may both pass the same on.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._noted_at = 0.0
+
+    def request(self, number: int) -> None:
+        """Ask for a stop at the next update, as the signal does; the second time end the process."""
+        now = time.monotonic()
+        if self.requested is None:
+            self.requested, self._noted_at = number, now
+            name = signal.Signals(number).name
+            logger.info("%s: stopping after this update, with a checkpoint; once more to stop at once.", name)
+        elif now - self._noted_at > SAME_EVENT_S:
+            os._exit(exit_status(number))
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is not threading.main_thread():
+            self._restore: Callable[[], None] = lambda: None
+            return self
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        previous = {number: signal.signal(number, note_signal) for number in STOPPING}
+        previous_descriptor = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._read, args=(read_end,), name="signals", daemon=True)
+        thread.start()
+
+        def restore() -> None:
+            signal.set_wakeup_fd(previous_descriptor)
+            for number, handler in previous.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            os.close(write_end)
+            thread.join()
+            os.close(read_end)
+
+        self._restore = restore
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _read(self, descriptor: int) -> None:
+        while number := os.read(descriptor, 1):
+            if number[0] in STOPPING:
+                self.request(number[0])
+
+
+def exit_status(number: int) -> int:
+    """Return the status of a process that a signal ended: 143 for SIGTERM and SIGUSR1 (a scheduler starts it again)."""
+    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)

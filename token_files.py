@@ -17,8 +17,10 @@ import hashlib
 import itertools
 import json
 import math
+import mmap
 import os
 import pickle
+import re
 import struct
 import tempfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -60,6 +62,13 @@ class TokenFile:
         if self.blocks is not None:
             size = self.ids_M.itemsize
             self.blocks.check(starts * size, ends * size)
+
+    def digest(self) -> str:
+        """Return a SHA-256 of the content, the same with a card (from the checksums in it) and without."""
+        if os.path.isfile(self.path):
+            return self.card.get("sha256") or file_digest(self.path)
+        checksums = self.card.get("checksums") or {name: _block_digests(f"{self.path}.{name}") for name in ("bin", "idx")}
+        return hashlib.sha256(f"{checksums['bin']} {checksums['idx']}".encode()).hexdigest()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -134,13 +143,30 @@ def check_vocabulary(card: Mapping[str, Any], vocabulary: str | None, source: st
 
     vocabulary: the fingerprint of the model's; None: not known. source, model: name the file and the model.
     """
+    _check_parts(card, source)
     of_file = card.get("tokenizer") or {}
-    if vocabulary is not None and of_file.get("vocabulary_sha256", vocabulary) != vocabulary:
+    fingerprint = of_file.get("vocabulary_sha256")
+    if None not in (vocabulary, fingerprint) and fingerprint != vocabulary:
         raise InputError(
             f"{source}: was made with the tokenizer {of_file.get('name')} ({of_file.get('vocab_size')} entries, fingerprint "
-            f"{of_file['vocabulary_sha256'][:12]}), the vocabulary of {model} is another (fingerprint {vocabulary[:12]}); "
+            f"{fingerprint[:12]}), the vocabulary of {model} is another (fingerprint {vocabulary[:12]}); "
             "binarize and count with that model's tokenizer"
         )
+
+
+# What parts of a card are, where it has them: parents first.
+CARD_PARTS = {"tokenizer": dict, "tokenizer vocabulary_sha256": str, "tokenizer special_ids": dict, "counts": dict,
+              "counts largest_id": int, "counts boundary_ids_inside": int, "many_unknown": list}  # fmt: skip
+
+
+def _check_parts(card: Mapping[str, Any], source: str) -> None:
+    for names, kind in CARD_PARTS.items():
+        part: Any = card
+        for name in names.split():
+            part = None if part is None else part.get(name)
+        items = part if isinstance(part, list) else []
+        if not isinstance(part, kind | None) or not all(type(item) is int and 0 <= item < 2**63 for item in items):
+            raise InputError(f"{source}: its card's {names} is {part!r:.40}, expected {kind.__name__}; make the file again")
 
 
 def file_digest(path: str | os.PathLike) -> str:
@@ -172,6 +198,14 @@ class BlockDigests:
         """Return all checksums as text, for the card."""
         last = _digest(self._rest) if self._rest else b""
         return base64.b64encode(bytes(self._digests) + last).decode()
+
+
+def _block_digests(path: str) -> str:
+    digests = BlockDigests()
+    with open(path, "rb") as file:
+        while data := file.read(BLOCK_BYTES):
+            digests.update(data)
+    return digests.text()
 
 
 class CheckedBlocks:
@@ -334,6 +368,48 @@ def _check_offsets(lengths_N: np.ndarray, offsets_N: np.ndarray, itemsize: int, 
     return end
 
 
+NUMBERS = re.compile(r"[<>|=]?[biuf][1248]")  # dtypes that an array of a token file may have, as numpy spells them
+
+
+class _Dtype:
+    """Stand for numpy.dtype, of plain numbers: arrays of other types can be made to hold forged pointers to objects."""
+
+    __slots__ = ("dtype",)
+
+    def __init__(self, name: str, *_is_copied: bool):
+        if not NUMBERS.fullmatch(name):
+            raise pickle.UnpicklingError(f"it has values of numpy type {name!r}, expected integers")
+        self.dtype = np.dtype(name)
+
+    def __setstate__(self, state: tuple) -> None:
+        self.dtype = self.dtype.newbyteorder(state[1])
+
+
+class _RebuiltArray(np.ndarray):
+    """Stand for an array that older protocols make in two steps: empty, then its state."""
+
+    def __new__(cls, *_arguments: Any) -> "_RebuiltArray":
+        return super().__new__(cls, (0,), np.int8)
+
+    def __setstate__(self, state: tuple) -> None:
+        version, shape, dtype, is_fortran, buffer = state
+        super().__setstate__((version, shape, dtype.dtype, is_fortran, buffer))
+
+
+class _Maker:
+    """Make the arrays of a pickle."""
+
+    rebuilt = _RebuiltArray
+
+    def take(self, shape: tuple, dtype: _Dtype, buffer: Any, *_order: str) -> Any:
+        """Stand for numpy.ndarray(shape, dtype, buffer)."""
+        return np.frombuffer(buffer, dtype.dtype).reshape(shape)
+
+    def take_frombuffer(self, buffer: Any, dtype: _Dtype, shape: tuple, *_order: str) -> Any:
+        """Stand for numpy's _frombuffer, by which protocol 5 makes arrays."""
+        return self.take(shape, dtype, buffer)
+
+
 class _ArrayUnpickler(pickle.Unpickler):
     """Load lists of numpy arrays and ints, and nothing else: a pickle may otherwise execute what it likes."""
 
@@ -347,18 +423,79 @@ class _ArrayUnpickler(pickle.Unpickler):
         *itertools.product(("numpy._core.multiarray", "numpy.core.multiarray"), ("_reconstruct", "scalar")),
     }
 
+    def __init__(self, file: BinaryIO, maker: "_Maker | _Sink"):
+        super().__init__(file)
+        # Numpy's own would do what no array needs: numpy.ndarray((1,), "O", eight bytes) takes the bytes for a pointer.
+        self.stand_ins = {
+            "dtype": _Dtype, "ndarray": maker.take, "_frombuffer": maker.take_frombuffer, "_reconstruct": maker.rebuilt,
+            "scalar": self._make_scalar, "encode": self._encode,
+        }  # fmt: skip
+
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ADMITTED:
             raise pickle.UnpicklingError(f"it refers to {module}.{name}, which no token file needs")
-        return super().find_class(module, name)
+        return self.stand_ins[name]
+
+    def _make_scalar(self, dtype: _Dtype, buffer: bytes) -> np.generic:
+        return np.frombuffer(buffer, dtype.dtype)[0]
+
+    def _encode(self, text: str, _encoding: str) -> bytes:
+        return text.encode("latin1")  # as which protocols before 3 hold bytes
+
+
+def _opcodes(size: int) -> re.Pattern[bytes]:
+    """Match opcodes of values, lists, tuples and calls, up to and with the size of one that data of any length follow.
+
+    An index of the memo, and a frame, must fit into a file of `size` bytes.
+    """
+    index = _at_most(min(size, 2**32 - 1), 4)
+    return re.compile(
+        rb"(?s:(?:[()\]}tl012aeNRb\x85-\x89\x93\x94]|[Khq\x80].|[Jj].{4}|M..|r%s|\x95%s|G.{8}|[ILFVSg][^\n]*\n"
+        rb"|p[0-9]{1,%d}\n|c[^\n]*\n[^\n]*\n){0,4096}+"
+        rb"(?:[\x8d\x8e\x96](.{8})|[CU\x8a\x8c](.)|[BXT\x8b](.{4}))?)" % (index, _at_most(size, 8), len(str(size)))
+    )
+
+
+def _at_most(number: int, num_bytes: int) -> bytes:
+    """Match little-endian integers that are not much above `number`."""
+    lower, top = (max(number.bit_length() - 1, 0)) // 8, number.to_bytes(num_bytes, "little").rstrip(b"\0")[-1:]
+    return rb".{%d}[\x00-\x%02x]\x00{%d}" % (lower, top[0], num_bytes - 1 - lower)
+
+
+def _check_opcodes(file: BinaryIO) -> None:
+    """Raise UnpicklingError for opcodes that no token file needs, and for sizes and indices beyond the file.
+
+    An index of the memo alone can make pickle take 64 GB, and tuples in tuples as a dict's key can end the process.
+    """
+    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
+        size, place = len(data), 0
+        match = _opcodes(size).match
+        while place < size:
+            found = match(data, place)
+            group, end = found.lastindex, found.end()
+            if group:
+                place = end + int.from_bytes(found[group], "little")
+            elif end > place:
+                place = end
+            elif data[place] == ord("."):
+                return
+            else:
+                wrong = data[place : place + 1]
+                raise pickle.UnpicklingError(f"byte {place} is {wrong!r}: expected a list of counts, or of arrays")
+        raise pickle.UnpicklingError("it is cut off")
+
+
+def _load_arrays(path: str | os.PathLike, maker: "_Maker | _Sink") -> Any:
+    with open(path, "rb") as file:
+        _check_opcodes(file)
+        return _ArrayUnpickler(file, maker).load()
 
 
 def read_pickle(path: str | os.PathLike, what: str) -> Any:
     """Read a pickle of lists, ints and numpy arrays. Raises InputError for any other content or a damaged file."""
     require_file(path, what)
     try:
-        with open(path, "rb") as file:
-            return _ArrayUnpickler(file).load()
+        return _load_arrays(path, _Maker())
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
@@ -374,17 +511,18 @@ class _Sink:
         self.dtype: np.dtype | None = None
         self.ids = bytearray()
         self.lengths = array.array("q")
+        self.rebuilt = type("_SunkArray", (_SunkArray,), {"__slots__": (), "sink": self})
 
-    def take(self, shape: tuple, dtype: np.dtype, buffer: Any, *_order: str) -> None:
+    def take(self, shape: tuple, dtype: _Dtype, buffer: Any, *_order: str) -> None:
         """Stand for numpy.ndarray(shape, dtype, buffer). Raises ValueError for what is no sequence like those before."""
-        self.dtype = self.dtype or dtype
-        is_ids = dtype == self.dtype and dtype.kind in "iu" and len(shape) == 1 and shape[0] > 0
-        if not is_ids or memoryview(buffer).nbytes != shape[0] * dtype.itemsize:
+        self.dtype = self.dtype or dtype.dtype
+        is_ids = dtype.dtype == self.dtype and self.dtype.kind in "iu" and len(shape) == 1 and shape[0] > 0
+        if not is_ids or memoryview(buffer).nbytes != shape[0] * self.dtype.itemsize:
             raise ValueError("not a 1-D array of integers of one width")
         self.ids += buffer
         self.lengths.append(shape[0])
 
-    def take_frombuffer(self, buffer: Any, dtype: np.dtype, shape: tuple, *_order: str) -> None:
+    def take_frombuffer(self, buffer: Any, dtype: _Dtype, shape: tuple, *_order: str) -> None:
         """Stand for numpy's _frombuffer, by which protocol 5 makes arrays."""
         self.take(shape, dtype, buffer)
 
@@ -403,28 +541,11 @@ class _SunkArray:
         self.sink.take(shape, dtype, buffer)
 
 
-class _SinkingUnpickler(_ArrayUnpickler):
-    """Load a list of arrays into a _Sink, in a fraction of the memory that the arrays would take."""
-
-    def __init__(self, file: BinaryIO, sink: _Sink):
-        super().__init__(file)
-        self.stand_ins = {
-            "ndarray": sink.take,
-            "_frombuffer": sink.take_frombuffer,
-            "_reconstruct": type("_SunkArray", (_SunkArray,), {"__slots__": (), "sink": sink}),
-        }
-
-    def find_class(self, module: str, name: str) -> Any:
-        found = super().find_class(module, name)
-        return self.stand_ins.get(name, found)
-
-
 def _read_sequences(path: str) -> tuple[np.ndarray, np.ndarray] | None:
     """Read a pickled list of 1-D arrays of one integer type: (ids_M, lengths_N). None where it is anything else."""
     sink = _Sink()
     try:
-        with open(path, "rb") as file:
-            content = _SinkingUnpickler(file, sink).load()
+        content = _load_arrays(path, sink)
     except OSError:
         raise
     except Exception:  # said by who looks closer

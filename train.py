@@ -11,6 +11,8 @@ import json
 import logging
 import math
 import os
+import shutil
+import signal
 import sys
 import tempfile
 import time
@@ -20,12 +22,14 @@ from pathlib import Path
 
 import numpy as np
 import psutil
+import safetensors.torch
 import torch
 import transformers
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+import checkpointing
 from architectures import (
     ARCHITECTURES,
     PAIRS,
@@ -44,6 +48,7 @@ from architectures import (
     special_ids,
     vocabulary_fingerprint,
 )
+from checkpointing import Checkpoint
 from distiller import (
     ADAM_BETAS,
     NORMALIZATIONS,
@@ -57,11 +62,24 @@ from distiller import (
     prepare_clm,
     split_for_weight_decay,
 )
-from grouped_batch_sampler import GroupedBatchSampler, Update
+from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch, Update
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
 from losses import LOSSES
-from runtime import Runtime, is_one_of_several, start_runtime
-from token_files import token_file_problem
+from runtime import (
+    EXIT_LOST_RANK,
+    LOCK,
+    TIMEOUT_S,
+    LostRankError,
+    Runtime,
+    StopSignals,
+    exit_status,
+    is_another_rank,
+    is_restarted,
+    report_lost_ranks,
+    start_runtime,
+    take_lock,
+)
+from token_files import file_digest, token_file_problem
 from utils import (
     InputError,
     OneLineParser,
@@ -69,6 +87,7 @@ from utils import (
     atomic_path,
     bar_options,
     file_problem,
+    flush_to_disk,
     git_facts,
     keep_freed_memory,
     keyed_seed,
@@ -91,9 +110,9 @@ MICRO_BATCHES_AHEAD = 8  # made ready while the step computes
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def option(help: str, default=dataclasses.MISSING, choices=None):
-    """Declare one flag: its help (with the unit), default and choices."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices})
+def option(help: str, default=dataclasses.MISSING, choices=None, bare=None):
+    """Declare one flag: its help (with the unit), default and choices; bare: its value where it is given without one."""
+    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
 
 
 STUDENT_TYPES = sorted({student for _, student in PAIRS})
@@ -105,6 +124,11 @@ class TrainConfig:
     """Every option of a run. Raises InputError that names all problems at once."""
 
     force: bool = option("move an existing dump_path aside (to DUMP_PATH.old-TIME) instead of refusing it", False)
+    resume: str | None = option(
+        "go on from the newest valid checkpoint in DUMP_PATH; with auto, start anew where there is none",
+        None, choices=("required", "auto"), bare="required",
+    )  # fmt: skip
+    keep_checkpoints: int = option("checkpoints that stay, the newest", 3)
     dump_path: str = option("folder that receives log, checkpoints and the student")
     data_file: str = option("token file made by scripts/binarized_data.py: a pickle, or a store by its prefix")
 
@@ -160,6 +184,9 @@ class TrainConfig:
     compile: bool = option("compile teacher and student (torch.compile): minutes at first, faster then", False)
     n_gpu: int = option("GPUs over all processes, one a process; 0: CPU", 1)
     local_rank: int = option("given by old launchers; leave it alone", -1)
+    distributed_timeout_s: int = option(
+        "seconds that processes wait for each other before a missing one ends the run", TIMEOUT_S
+    )
     seed: int = option("seed of order, masks, dropout and first weights", 56)
     log_interval: int = option("micro-batches of one process between two logs to TensorBoard", 500)
     checkpoint_interval: int = option("micro-batches of one process between two checkpoints", 4000)
@@ -174,10 +201,11 @@ def number_problems(config: TrainConfig) -> list[str]:
     """Say what is wrong with single numbers."""
     positive_int = [
         "n_epoch", "batch_size", "gradient_accumulation_steps", "log_interval", "checkpoint_interval", "max_steps",
-        "max_tokens",
+        "max_tokens", "distributed_timeout_s",
     ]  # fmt: skip
     bounds = {
         **{name: (lambda x: x >= 1, "at least 1") for name in positive_int},
+        "keep_checkpoints": (lambda x: x >= 2, "at least 2, for one may be damaged"),
         "max_length": (lambda x: x > MIN_LENGTH, f"more than {MIN_LENGTH}, for shorter sequences are removed"),
         "temperature": (lambda x: 0 < x <= 1e6, "above 0, at most 1e6"),
         "learning_rate": (lambda x: 0 < x <= 1e3, "above 0, at most 1e3"),
@@ -251,22 +279,25 @@ def path_problems(config: TrainConfig) -> list[str]:
     files = {name: getattr(config, name) for name in INPUT_FILES}
     checks = {"data_file": token_file_problem}
     problems = [checks.get(name, file_problem)(path, f"--{name}") for name, path in files.items() if path is not None]
-    return [problem for problem in [*problems, dump_path_problem(config)] if problem]
+    if not is_another_rank(os.environ):  # rank 0 writes, and may have made the folder already
+        problems.append(dump_path_problem(config))
+    return [problem for problem in problems if problem]
 
 
 INPUT_FILES = ("data_file", "student_config", "student_pretrained_weights", "token_counts")
 # What a run writes: a folder with anything else in it is not taken for a run's.
-RUN_FILES = ("parameters.json", "checkpoint.pth", "model_epoch_*.pth")
+RUN_FILES = ("parameters.json", "checkpoint.pth", "model_epoch_*.pth", "checkpoints/step-*")
 
 
 def dump_path_problem(config: TrainConfig) -> str | None:
     """Say why the run folder can't be made, or moved aside, without harm."""
     path = Path(config.dump_path)
     problem = output_problem(config.dump_path, "--dump_path", is_folder=True)
-    if problem or not os.path.lexists(path):
+    mode = resume_mode(config)
+    if problem or not os.path.lexists(path) or mode == "required" or (mode and checkpointing.exist(path / CHECKPOINTS)):
         return problem
-    if not config.force:
-        return f"--dump_path {path}: exists already; choose another, or move it aside with --force"
+    if not config.force and not mode:
+        return f"--dump_path {path}: exists already; choose another, go on with --resume, or move it aside with --force"
     inputs = [getattr(config, name) for name in INPUT_FILES] + [config.teacher_name, f"{config.data_file}.bin"]
     inside = [name for name in inputs if name and os.path.exists(name) and _is_within(name, path)]
     if inside:
@@ -276,6 +307,17 @@ def dump_path_problem(config: TrainConfig) -> str | None:
     if any(path.iterdir()) and not any(any(path.glob(name)) for name in RUN_FILES):
         return f"--dump_path {path}: holds other files than a run's; choose another, --force does not apply to it"
     return None
+
+
+CHECKPOINTS = "checkpoints"
+
+
+def resume_mode(config: TrainConfig) -> str | None:
+    """Say whether the run goes on from a checkpoint: "required", "auto" (if there is one), or None: it starts anew.
+
+    A launcher that starts its processes again gives them the flags of the first time, --force among them: auto.
+    """
+    return config.resume or ("auto" if is_restarted(os.environ, Path(config.dump_path) / LOCK) else None)
 
 
 def _is_within(path: str | os.PathLike, folder: Path) -> bool:
@@ -316,6 +358,8 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, kind:
         options["type"] = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
         options["choices"] = field.metadata["choices"]
         options["metavar"] = None if options["choices"] else options["type"].__name__.upper()
+        if field.metadata["bare"] is not None:
+            options |= {"nargs": "?", "const": field.metadata["bare"]}
     parser.add_argument(*flags, **options)
 
 
@@ -348,6 +392,7 @@ class Parts:
     prepare: typing.Callable
     tokenizer: typing.Any
     num_micro_batches: int
+    identity: dict[str, typing.Any]
 
 
 def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
@@ -371,8 +416,21 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
         max_tokens=config.max_tokens,
     )  # fmt: skip
     num_micro_batches, num_updates = run_length(config, len(sampler), runtime.world_size)
+    identity = identify(config, student, teacher, dataset, tokenizer) if runtime.is_main else {}
     distiller = make_distiller(config, runtime, student, teacher, num_updates)
-    return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches)
+    return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches, identity)
+
+
+def identify(config: TrainConfig, student, teacher, dataset: LmSeqsDataset, tokenizer) -> dict[str, typing.Any]:
+    """Describe what a run must find again when it goes on: digests of the inputs' content, whatever their paths."""
+    student_config = {k: v for k, v in student.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
+    return {
+        "student_config": json.loads(json.dumps(student_config, default=str)),
+        "teacher_name": checkpointing.content_digest(teacher.state_dict()),
+        "data_file": dataset.tokens.digest(),
+        "token_counts": file_digest(config.token_counts) if config.token_counts else None,
+        "vocabulary": vocabulary_fingerprint(tokenizer),
+    }
 
 
 def check_device(config: TrainConfig, device: torch.device) -> None:
@@ -504,47 +562,154 @@ def make_distiller(config: TrainConfig, runtime: Runtime, student, teacher, num_
 # --------------------------------------------------------------------------------------------------------------------
 
 
+# Flags that may change when a run goes on: where things are (their content is compared), how often and how, not what.
+FREE_FLAGS = {
+    "force", "resume", "keep_checkpoints", "dump_path", "data_file", "token_counts", "student_config", "teacher_name",
+    "student_pretrained_weights", "initializer_range", "n_gpu", "local_rank", "distributed_timeout_s", "log_interval",
+    "checkpoint_interval", "fp16_opt_level", "compile", "activation_checkpointing", "gradient_accumulation_steps",
+}  # fmt: skip
+START_ANEW = "or start anew with another --dump_path"
+
+
+def find_resume_point(config: TrainConfig, world_size: int) -> Checkpoint | None:
+    """Find the checkpoint to go on from, before any model is loaded; None: the run starts anew.
+
+    Raises InputError where one is asked for and there is none, all are damaged, or it is of a run of other flags.
+    """
+    mode, folder = resume_mode(config), Path(config.dump_path) / CHECKPOINTS
+    if mode is None:
+        return None
+    found = checkpointing.newest(folder)
+    if found is None and mode == "required":
+        raise InputError(f"--resume: there is no checkpoint in {folder}; name the run's --dump_path, or use --resume auto")
+    if found is None:
+        return None
+    problems = flag_contradictions(config, world_size, found)
+    if problems:
+        raise InputError("\n".join(problems))
+    logger.info("Going on from %s: %d updates, %d micro-batches done.", found.path, found.step, found.state["micro_batches"])
+    return found
+
+
+def flag_contradictions(config: TrainConfig, world_size: int, found: Checkpoint) -> list[str]:
+    """Say which flags, or which number of processes, contradict a checkpoint: one line each."""
+    then, now = found.state["flags"], json.loads(json.dumps(as_flags(config)))
+    problems = [
+        f"--{name} {now[name]}: {found.path} was made with {then[name]}; pass that, {START_ANEW}"
+        for name in now
+        if name not in FREE_FLAGS and name in then and then[name] != now[name]
+    ]
+    per_update = config.gradient_accumulation_steps * world_size
+    if per_update != found.state["per_update"]:
+        problems.append(
+            f"--gradient_accumulation_steps {config.gradient_accumulation_steps} on {world_size} process(es): {per_update} "
+            f"micro-batches an update, {found.path} was made with {found.state['per_update']}; keep their product, {START_ANEW}"
+        )
+    return problems
+
+
+def check_identity(config: TrainConfig, now: dict, found: Checkpoint) -> None:
+    """Raise InputError, a line each, where the inputs' content is not what the checkpoint was made with."""
+    then, problems = found.state["identity"], []
+    for key, value in now["student_config"].items():
+        if key in then["student_config"] and then["student_config"][key] != value:
+            was = then["student_config"][key]
+            problems.append(f"--student_config {config.student_config}: {key} is {value}, {found.path} was made with {was}")
+    for name in ("teacher_name", "data_file", "token_counts", "vocabulary"):
+        if now[name] != then[name]:
+            source = "the tokenizer of --teacher_name" if name == "vocabulary" else f"--{name}"
+            path = getattr(config, "teacher_name" if name == "vocabulary" else name)
+            digests = [str(digest)[:12] for digest in (now[name], then[name])]
+            problems.append(f"{source} {path}: its digest is {digests[0]}, {found.path} was made with {digests[1]}")
+    if problems:
+        raise InputError("\n".join(f"{problem}; name the same, {START_ANEW}" for problem in problems))
+
+
 class RunFolder:
     """What a run writes, on the main process only. Every file is complete under its name or not there."""
 
-    def __init__(self, config: TrainConfig, student, tokenizer):
+    def __init__(self, config: TrainConfig, parts: Parts, point: Checkpoint | None):
+        """point: the checkpoint that the run goes on from; without one the folder is made, an old one moved aside."""
         self.path = Path(config.dump_path)
-        self.student = student
-        self.tokenizer = tokenizer
-        self._claim(config)
+        self.student = parts.student
+        self.tokenizer = parts.tokenizer
+        self.lock = None
+        self._claim(config, point)
+        try:
+            self._begin(config, point)
+        except BaseException:
+            self.close()
+            raise
+
+    def _begin(self, config: TrainConfig, point: Checkpoint | None) -> None:
         write_json(self.path / "parameters.json", as_flags(config))
         # Differs from the original: outside a checkout, or with a detached head, the run goes on.
         write_json(self.path / "git_log.json", git_facts(Path(__file__).parent))
         with atomic_path(self.path / "config.json") as temporary:
-            temporary.write_text(student.config.to_json_string(), encoding="utf-8")
-        self.writer = SummaryWriter(str(self.path / "log" / "train"))
-        self.writer.add_text("config/training", f"    {json.dumps(as_flags(config))}", 0)
-        self.writer.add_text("config/student", f"    {student.config.to_json_string(use_diff=False)}", 0)
+            temporary.write_text(self.student.config.to_json_string(), encoding="utf-8")
+        if point is not None:
+            cut_log(self.log_path, point.state["log_bytes"])
+        self.writer = SummaryWriter(str(self.log_path))
+        if point is None:
+            self.writer.add_text("config/training", f"    {json.dumps(as_flags(config))}", 0)
+            self.writer.add_text("config/student", f"    {self.student.config.to_json_string(use_diff=False)}", 0)
 
-    def _claim(self, config: TrainConfig) -> None:
+    @property
+    def log_path(self) -> Path:
+        """Where TensorBoard's event files are."""
+        return self.path / "log" / "train"
+
+    def _claim(self, config: TrainConfig, point: Checkpoint | None) -> None:
         problem = dump_path_problem(config)  # again: loading took a while
         if problem:
             raise InputError(problem)
-        if os.path.lexists(self.path):
+        if point is None and os.path.lexists(self.path):
             # Differs from the original: moved aside, where 2019 deleted.
             # abspath: a trailing slash would make rename follow a link into the folder behind it.
             aside = _free_name(f"{os.path.abspath(self.path)}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+            take_lock(self.path / LOCK).close()
             os.rename(os.path.abspath(self.path), aside)
             logger.info("Moved the existing %s aside to %s.", self.path, aside)
-        self.path.mkdir(parents=True)
+        self.path.mkdir(parents=True, exist_ok=point is not None)
+        self.lock = take_lock(self.path / LOCK)
+        if point is not None:
+            self._remove_leftovers()
 
-    def save_checkpoint(self) -> None:
-        """Write checkpoint.pth: the student's plain state dict."""
+    def _remove_leftovers(self) -> None:
+        """Remove what this run was writing when it was killed."""
+        checkpointing.clean(self.path / CHECKPOINTS)
+        for path in self.path.glob(".*.tmp"):
+            path.unlink(missing_ok=True)
+        for path in self.path.glob(".export-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Let another process have the folder."""
+        if self.lock is not None:
+            self.lock.close()
+
+    def save_checkpoint(self, distiller: Distiller, state: dict, step: int, keep: int) -> None:
+        """Write all that the run needs to go on, then checkpoint.pth: the student's plain state dict."""
+        state = {**state, "log_bytes": self._log_bytes()}
+        checkpointing.write(self.path / CHECKPOINTS, step, distiller.tensors(), state, keep)
         save_weights(self.path / "checkpoint.pth", self.student.state_dict())
+
+    def _log_bytes(self) -> dict[str, int]:
+        """Flush the log to the disk; return the sizes of its files."""
+        self.writer.flush()
+        files = sorted(self.log_path.iterdir())
+        for file in files:
+            flush_to_disk(file)
+        return {file.name: file.stat().st_size for file in files}
 
     def save_epoch(self, epoch: int) -> None:
         """Write model_epoch_{epoch}.pth."""
         save_weights(self.path / f"model_epoch_{epoch}.pth", self.student.state_dict())
 
     def describe_saved(self) -> str:
-        """Say which of the run's weights are on the disk."""
-        saved = sorted(self.path.glob("*.pth"), key=os.path.getmtime)
-        return f"The newest weights are in {saved[-1]}." if saved else f"No weights were saved yet in {self.path}."
+        """Say what is on the disk to go on from."""
+        saved = checkpointing.exist(self.path / CHECKPOINTS)
+        return f"The newest checkpoint is {saved[0]}." if saved else f"No checkpoint was saved yet in {self.path}."
 
     def finish(self) -> None:
         """Make the folder one that from_pretrained loads, and write pytorch_model.bin last: its presence means done."""
@@ -557,6 +722,18 @@ class RunFolder:
                     os.replace(file, temporary)
         save_weights(self.path / "pytorch_model.bin", self.student.state_dict())
         self.writer.close()
+
+
+def cut_log(folder: Path, sizes: dict[str, int]) -> None:
+    """Cut TensorBoard's files to what they held at a checkpoint: what came after it will come again."""
+    for file in sorted(folder.iterdir()) if folder.is_dir() else []:
+        size = sizes.get(file.name, 0)
+        if file.stat().st_size < size:
+            logger.warning("%s is shorter than it was: the log lacks points.", file)
+        elif size:
+            os.truncate(file, size)
+        elif file.name.startswith("events.out.tfevents."):
+            file.unlink()  # written by this run after the checkpoint
 
 
 def _free_name(name: str) -> str:
@@ -572,11 +749,13 @@ def _free_name(name: str) -> str:
 class Progress:
     """Counters and means of a run, and what is shown and logged of them (on the main process)."""
 
-    def __init__(self, parts: Parts, runtime: Runtime, folder: RunFolder | None):
+    def __init__(self, parts: Parts, runtime: Runtime):
         self.parts = parts
-        self.folder = folder
+        self.folder: RunFolder | None = None
+        self.world_size = runtime.world_size
         self.names = ["loss", *(f"loss_{name}" for name in parts.distiller.model.alphas)]
-        self.iterations = 0  # micro-batches that each process has taken
+        self.step = 0  # updates done
+        self.micro_batches = 0  # done, over all processes
         self.log_sums_K, self.log_count = torch.zeros(len(self.names), dtype=torch.float64), 0
         self.logged_at = self.started_at = time.perf_counter()
         self.num_tokens = 0
@@ -586,9 +765,30 @@ class Progress:
             **bar_options(),
         )  # fmt: skip
 
+    @property
+    def iterations(self) -> int:
+        """Micro-batches that each process has taken."""
+        return -(-self.micro_batches // self.world_size)
+
     def crosses(self, interval: int, num_iterations: int) -> bool:
         """True where the next num_iterations micro-batches reach a multiple of the interval."""
         return (self.iterations + num_iterations) // interval > self.iterations // interval
+
+    def state(self) -> dict[str, typing.Any]:
+        """Return the counters and sums as numbers, for a checkpoint."""
+        return {
+            "micro_batches": self.micro_batches,
+            "log_sums": self.log_sums_K.tolist(), "log_count": self.log_count,
+            "epoch_sums": [[epoch, *sums] for epoch, sums in self.epoch_sums.items()],
+        }  # fmt: skip
+
+    def load(self, step: int, state: typing.Mapping[str, typing.Any]) -> None:
+        """Take what `state` returned after update number `step`."""
+        self.step, self.micro_batches = step, state["micro_batches"]
+        self.log_sums_K, self.log_count = torch.tensor(state["log_sums"], dtype=torch.float64), state["log_count"]
+        self.epoch_sums = {epoch: (total, count) for epoch, total, count in state["epoch_sums"]}
+        self.bar.initial = self.micro_batches  # the bar's rate is of what is done now
+        self.bar.update(self.micro_batches - self.bar.n)
 
     def advancing(self, batches: Iterator, num_ranks: int) -> Iterator:
         """Pass this rank's micro-batches on, moving the bar as each is done; it stands for one on every rank."""
@@ -596,9 +796,10 @@ class Progress:
             yield batch
             self.bar.update(num_ranks)
 
-    def record(self, update: Update, report: StepReport, num_iterations: int) -> None:
+    def record(self, update: Update, report: StepReport) -> None:
         """Take an update's losses into the means and the progress bar."""
-        self.iterations += num_iterations
+        self.step += 1
+        self.micro_batches = update.planned[-1].number + 1
         self.log_sums_K += report.losses_MK.sum(0)
         self.log_count += len(update.planned)
         for batch, loss in zip(update.planned, report.losses_MK[:, 0].tolist(), strict=True):
@@ -638,36 +839,132 @@ class Progress:
         self.log_count, self.logged_at = 0, now
 
 
-def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None) -> None:
-    """Train: an update, then whatever falls due after it."""
-    progress = Progress(parts, runtime, folder)
+class Stopped(Exception):
+    """The run was asked to stop, and has written a checkpoint. status: the exit status."""
+
+    def __init__(self, status: int):
+        super().__init__(status)
+        self.status = status
+
+
+def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None, progress: Progress, stop: StopSignals):
+    """Train: an update, then whatever falls due after it. Raises Stopped."""
     accumulation = config.gradient_accumulation_steps
-    updates = parts.sampler.updates(parts.num_micro_batches, accumulation, runtime.rank, runtime.world_size)
+    updates = parts.sampler.updates(
+        parts.num_micro_batches, accumulation, runtime.rank, runtime.world_size, progress.micro_batches
+    )
     stream = contextlib.closing(prefetched(prepared(parts, updates), MICRO_BATCHES_AHEAD))
     with progress.bar, logging_redirect_tqdm([logger]), stream as items:
         for update in items:
             num_iterations = -(-len(update.planned) // runtime.world_size)
             is_last = update.planned[-1].number == parts.num_micro_batches - 1
             is_logged = is_last or progress.crosses(config.log_interval, num_iterations)
-            is_saved = progress.crosses(config.checkpoint_interval, num_iterations)
+            is_saved = is_last or progress.crosses(config.checkpoint_interval, num_iterations)
             batches = progress.advancing(itertools.islice(items, len(update.mine)), runtime.world_size)
-            with saying_out_of_memory(parts, update):
+            with saying_out_of_memory(parts, update), explaining_non_finite(parts, runtime, folder, update, progress):
                 report = parts.distiller.step(
                     batches, [batch.number for batch in update.planned], len(update.mine),
-                    wants_statistics=is_logged and runtime.is_main,
+                    wants_statistics=is_logged and runtime.is_main, asks_to_stop=lambda: stop.requested is not None,
                 )  # fmt: skip
             # Differs from the original: logs and checkpoints follow the update that they fall in; 2019's came before it.
-            progress.record(update, report, num_iterations)
-            if not runtime.is_main:
-                continue
-            if is_logged:
-                progress.log(update.planned[-1].epoch, report)
-            for epoch in epochs_ended(update, len(parts.sampler)):
-                folder.save_epoch(epoch)
-                folder.writer.add_scalar("epoch/loss", progress.epoch_mean(epoch), epoch)
-                logger.info("Epoch %d: mean loss %.4f.", epoch, progress.epoch_mean(epoch))
-            if is_saved:
-                folder.save_checkpoint()
+            progress.record(update, report)
+            epochs, is_stopped = epochs_ended(update, len(parts.sampler)), report.num_asking > 0
+            if is_saved or epochs or is_stopped:
+                parts.distiller.check_finite()  # on every rank, which all have the same weights
+            if runtime.is_main:
+                if is_logged:
+                    progress.log(update.planned[-1].epoch, report)
+                for epoch in epochs:
+                    end_epoch(folder, epoch, progress.epoch_mean(epoch))
+                if is_saved or is_stopped:
+                    save(config, parts, folder, progress)
+            if is_stopped and not is_last:
+                raise Stopped(exit_status(stop.requested or signal.SIGTERM))
+
+
+def end_epoch(folder: RunFolder, epoch: int, mean_loss: float) -> None:
+    """Save the student under the epoch's name, and log the epoch's mean loss."""
+    folder.save_epoch(epoch)
+    folder.writer.add_scalar("epoch/loss", mean_loss, epoch)
+    logger.info("Epoch %d: mean loss %.4f.", epoch, mean_loss)
+
+
+def save(config: TrainConfig, parts: Parts, folder: RunFolder, progress: Progress) -> None:
+    """Write a checkpoint of the run as it stands."""
+    state = {
+        **progress.state(), **parts.distiller.values(), "identity": parts.identity, "flags": as_flags(config),
+        "per_update": config.gradient_accumulation_steps * progress.world_size, "torch": torch.__version__,
+    }  # fmt: skip
+    folder.save_checkpoint(parts.distiller, state, progress.step, config.keep_checkpoints)
+
+
+def restore(config: TrainConfig, parts: Parts, runtime: Runtime, progress: Progress, point: Checkpoint | None) -> None:
+    """Take the state of the checkpoint that rank 0 found onto every rank. Raises InputError where it is another run's."""
+    with runtime.sharing_errors():
+        if point is not None:
+            check_identity(config, parts.identity, point)
+        tensors = {name: point.tensors(name) if point is not None else {} for name in ("student", "optimizer")}
+    tensors = {name: runtime.tensors_from_main(content) for name, content in tensors.items()}
+    step, state = runtime.from_main((point.step, dict(point.state)) if point is not None else None)
+    with runtime.sharing_errors():
+        try:
+            parts.distiller.load(tensors, state)
+            progress.load(step, state)
+        except (ValueError, KeyError, TypeError) as error:
+            raise InputError(f"--resume: the checkpoint does not fit this run ({one_line(error)}); {START_ANEW}") from error
+    if state["torch"] != torch.__version__:
+        logger.warning("The checkpoint is of torch %s, this is %s: results may differ.", state["torch"], torch.__version__)
+
+
+@contextlib.contextmanager
+def explaining_non_finite(parts: Parts, runtime: Runtime, folder: RunFolder | None, update: Update, progress: Progress):
+    """Say of a NonFiniteError which step, rank and sequences it came from, and save their batches for a post-mortem."""
+    try:
+        yield
+    except NonFiniteError as error:
+        found = {number: "" for number in error.numbers} if error.is_located else located(parts, runtime, update)
+        if folder is None:
+            raise
+        ranks = {
+            batch.number: rank
+            for rank in range(runtime.world_size)
+            for batch in parts.sampler.deal(update.planned, rank, runtime.world_size)
+        }
+        culprits = [batch for batch in update.planned if batch.number in (found or error.numbers)]
+        path = folder.path / f"nonfinite-step-{progress.step}.safetensors"
+        lines = [f"update {progress.step}: {error}"]
+        for batch in culprits if found else []:
+            what = f": {found[batch.number]}" if found[batch.number] else ""
+            sequences = ", ".join(map(str, batch.sequences.tolist()))
+            lines.append(f"micro-batch {batch.number}{what}, on rank {ranks[batch.number]}, sequences {sequences}")
+        if not found:
+            lines.append("computed again everything was finite: suspect the machine")
+        save_batches(path, [next(prepared_batches(parts, [batch])) for batch in culprits], culprits, lines)
+        raise NonFiniteError("; ".join([*lines, f"the batch is in {path}"]), error.numbers, error.is_located) from error
+
+
+def located(parts: Parts, runtime: Runtime, update: Update) -> dict[int, str]:
+    """Find on all ranks which micro-batches of an update give a gradient that is not finite."""
+    mine = parts.distiller.non_finite_gradients(prepared_batches(parts, update.mine))
+    found = [mine] * runtime.world_size
+    if runtime.world_size > 1:
+        torch.distributed.all_gather_object(found, mine)
+    return {number: what for part in found for number, what in part.items()}
+
+
+def save_batches(path: Path, batches: list[MicroBatch], planned: list[PlannedBatch], lines: list[str]) -> None:
+    """Save micro-batches as they went into the models, with the numbers of their sequences."""
+    tensors = {}
+    for batch, plan in zip(batches, planned, strict=True):
+        tensors |= {f"{batch.number}/input_ids": batch.input_ids_BT, f"{batch.number}/labels": batch.labels_BT}
+        tensors[f"{batch.number}/sequences"] = torch.from_numpy(plan.sequences.astype(np.int64))
+        if batch.attention_mask_BT is not None:
+            tensors[f"{batch.number}/attention_mask"] = batch.attention_mask_BT
+    with atomic_path(path) as temporary:
+        content = safetensors.torch.save(
+            {name: tensor.contiguous() for name, tensor in tensors.items()}, {"error": "; ".join(lines)}
+        )
+        temporary.write_bytes(content)
 
 
 @contextlib.contextmanager
@@ -691,12 +988,12 @@ def prepared(parts: Parts, updates: Iterable[Update]) -> Iterator[Update | Micro
     """Yield each update, then this rank's micro-batches of it, collated, masked and ready to be copied to the device."""
     for update in updates:
         yield update
-        yield from prepared_batches(parts, update)
+        yield from prepared_batches(parts, update.mine)
 
 
-def prepared_batches(parts: Parts, update: Update) -> Iterator[MicroBatch]:
-    """Collate and prepare this rank's micro-batches, one at a time."""
-    for planned in update.mine:
+def prepared_batches(parts: Parts, batches: Iterable[PlannedBatch]) -> Iterator[MicroBatch]:
+    """Collate and prepare micro-batches, one at a time."""
+    for planned in batches:
         batch = parts.prepare(planned.number, *parts.dataset.collate(planned.sequences))
         yield batch.pinned() if parts.distiller.device.type == "cuda" else batch
 
@@ -706,33 +1003,66 @@ def epochs_ended(update: Update, batches_per_epoch: int) -> list[int]:
     return [batch.epoch for batch in update.planned if (batch.number + 1) % batches_per_epoch == 0]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Run the program: read the flags, set up, train, export."""
-    config = parse_config(argv)
-    is_silent = is_one_of_several(os.environ) and os.environ["RANK"] != "0"
-    setup_logging(logging.ERROR if is_silent else logging.INFO)
-    runtime = start_runtime(config.n_gpu, config.local_rank)
-    if runtime.device.type == "cpu":
-        keep_freed_memory()
-    folder = None
-    with runtime.sharing_errors():
-        parts = set_up(config, runtime)
+def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
+    """Set up, go on from a checkpoint if that is wanted, train, export. Raises InputError, NonFiniteError, Stopped."""
+    point, folder = None, None
     with runtime.sharing_errors():
         if runtime.is_main:
-            folder = RunFolder(config, parts.student, parts.tokenizer)
-    logger.info(
-        "Training %s parameters on %d sequences (%d ids), %d micro-batches in all.",
-        f"{parts.student.num_parameters():,}", len(parts.dataset), int(np.sum(parts.dataset.lengths)), parts.num_micro_batches,
-    )  # fmt: skip
+            point = find_resume_point(config, runtime.world_size)
+    goes_on = runtime.from_main(point is not None)
+    with runtime.sharing_errors():
+        parts = set_up(config, runtime)
+    progress = Progress(parts, runtime)
+    if goes_on:
+        restore(config, parts, runtime, progress, point)
     try:
-        fit(config, parts, runtime, folder)
+        with runtime.sharing_errors():
+            if runtime.is_main:
+                folder = progress.folder = RunFolder(config, parts, point)
+                if not goes_on:
+                    save(config, parts, folder, progress)  # shows now that there is room, and ever after there is one
+        logger.info(
+            "Training %s parameters on %d sequences (%d ids), %d micro-batches in all.", f"{parts.student.num_parameters():,}",
+            len(parts.dataset), int(np.sum(parts.dataset.lengths)), parts.num_micro_batches,
+        )  # fmt: skip
+        train(config, parts, runtime, folder, progress, stop)
+    finally:
+        if folder is not None:
+            folder.close()
+
+
+def train(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None, progress: Progress, stop: StopSignals):
+    """Run the loop with what ends it early said; then export the student."""
+    try:
+        with stop:
+            fit(config, parts, runtime, folder, progress, stop)
     except NonFiniteError as error:
         if runtime.is_main:
             logger.error("Stopped: %s. %s", error, folder.describe_saved())
         sys.exit(EXIT_NON_FINITE)
+    except Stopped as end:
+        if runtime.is_main:
+            logger.info("Stopped after update %d; go on with --resume. %s", progress.step, folder.describe_saved())
+        sys.exit(end.status)
     if folder is not None:
         folder.finish()
         logger.info("Done: %s holds the student, for from_pretrained.", config.dump_path)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the program: read the flags, join the other processes, run."""
+    config = parse_config(argv)
+    setup_logging(logging.ERROR if is_another_rank(os.environ) else logging.INFO)
+    runtime = start_runtime(config.n_gpu, config.local_rank, timeout_s=config.distributed_timeout_s)
+    if runtime.device.type == "cpu":
+        keep_freed_memory()
+    stop = StopSignals()
+    try:
+        with runtime.watching(lambda: stop.request(signal.SIGTERM)):
+            run(config, runtime, stop)
+    except LostRankError as error:
+        report_lost_ranks(str(error), runtime.rank)
+        sys.exit(EXIT_LOST_RANK)
 
 
 if __name__ == "__main__":

@@ -19,6 +19,7 @@ import signal
 import sys
 import tempfile
 import threading
+import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -59,7 +60,13 @@ def run_program(main: Callable[[], None]) -> None:
 
     Under a launcher the message comes once a machine; every rank exits with the same status.
     """
-    status = _run(main)
+    try:
+        status = _run(main)
+    except Exception:
+        if not _is_among_others():
+            raise
+        traceback.print_exc()  # and leave: the interpreter's own end can hang with the others' connections
+        status = 1
     if _is_among_others():
         _leave_together(status)
     if status:
@@ -100,7 +107,11 @@ def _leave_together(status: int) -> NoReturn:
     was seen where one rank found an error that the others could not know.
     """
     if status == 0:
-        sys.modules["torch.distributed"].barrier()
+        try:
+            sys.modules["torch.distributed"].barrier()
+        except RuntimeError as error:
+            report_problems(f"a process was lost before all were done ({one_line(error)}); go on with --resume")
+            status = 1
     logging.shutdown()
     sys.stdout.flush()
     sys.stderr.flush()
@@ -207,12 +218,6 @@ def bar_options() -> dict[str, Any]:
     return {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 10}
 
 
-def _torch():
-    import torch
-
-    return torch
-
-
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary path beside `path`; on success flush it to the disk and rename it to `path`.
@@ -242,19 +247,23 @@ def atomic_paths(*paths: str | os.PathLike, stale: Sequence[str | os.PathLike] =
             yield temporaries
             for temporary in temporaries:
                 _give_default_permissions(temporary)
-                _flush_to_disk(temporary)
+                flush_to_disk(temporary)
         with holding_signals():
             for path in stale:
                 Path(path).unlink(missing_ok=True)
             for temporary, target in zip(temporaries, targets, strict=True):
                 os.replace(temporary, target)
-            _flush_to_disk(targets[0].parent)
+            flush_to_disk(targets[0].parent)
     finally:
         for temporary in temporaries:
             temporary.unlink(missing_ok=True)
 
 
-ENDING_SIGNALS = {signal.SIGINT, signal.SIGTERM}
+ENDING_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+def note_signal(number: int, frame: object) -> None:
+    """Handle a signal by doing nothing: whoever waits on the wake-up descriptor learns of it, and decides."""
 
 
 @contextlib.contextmanager
@@ -267,7 +276,8 @@ def holding_signals() -> Iterator[None]:
         yield
         return
     caught: list[int] = []
-    previous = {number: signal.signal(number, lambda got, _: caught.append(got)) for number in ENDING_SIGNALS}
+    ending = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not note_signal]
+    previous = {number: signal.signal(number, lambda got, _: caught.append(got)) for number in ending}
     try:
         yield
     finally:
@@ -307,8 +317,9 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def exit_on_sigterm() -> None:
-    """Let SIGTERM end the program as Ctrl-C does, by way of every clean-up, with status 143."""
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(128 + signal.SIGTERM))
+    """Let SIGTERM, or SIGUSR1, end the program as Ctrl-C does, by way of every clean-up, with status 143."""
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 def _give_default_permissions(path: Path) -> None:
@@ -318,7 +329,8 @@ def _give_default_permissions(path: Path) -> None:
     os.chmod(path, 0o666 & ~umask)
 
 
-def _flush_to_disk(path: Path) -> None:
+def flush_to_disk(path: str | os.PathLike) -> None:
+    """Have a file, or a folder's entries, written to the disk itself."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -363,13 +375,16 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 def save_weights(path: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Write a plain state dict (name -> CPU tensor) in torch's format, atomically."""
+    import torch
+
     on_host: dict[tuple, torch.Tensor] = {}  # a tied tensor is copied, and so written, once
     plain = {}
     for name, tensor in state_dict.items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         plain[name] = on_host.setdefault(key, tensor.detach().cpu() if key not in on_host else tensor)
     with atomic_path(path) as temporary:
-        _torch().save(plain, temporary)
+        with open(temporary, "wb") as file:  # by name, the archive would carry the temporary one
+            torch.save(plain, file)
 
 
 def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:

@@ -251,7 +251,8 @@ READERS = {"parquet": _parquet_rows, "csv": _csv_rows, "tsv": _csv_rows, "arrow"
 
 
 def _no_field(flag: str, path: str, number: int, text_field: str, fields) -> str:
-    known = ", ".join(map(str, list(fields)[:8])) or "none"
+    # Of a table that is none, any characters may stand for its fields: line ends, too, and megabytes of them.
+    known = ", ".join(repr(str(field))[1:-1][:40] for field in list(fields)[:8]) or "none"
     return f"{flag} {path}:{number}: has no field {text_field!r}, only {known}; name the text's with --text_field"
 
 

@@ -23,7 +23,7 @@ from token_files import (
     require_counts_output,
     write_token_counts,
 )
-from utils import OneLineParser, bar_options, logger, run_program, setup_logging
+from utils import OneLineParser, bar_options, exit_on_sigterm, logger, run_program, setup_logging
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -64,8 +64,8 @@ def main(argv: list[str] | None = None) -> None:
     counts_V, tokenizer, num_sequences = np.zeros(args.vocab_size, np.int64), None, 0
     for path in args.data_file:
         tokens = open_token_file(path)
-        if tokenizer is not None:
-            check_vocabulary(tokens.card, tokenizer["vocabulary_sha256"], f"--data_file {path}", args.data_file[0])
+        vocabulary = tokenizer.get("vocabulary_sha256") if tokenizer else None
+        check_vocabulary(tokens.card, vocabulary, f"--data_file {path}", args.data_file[0])
         tokenizer = tokenizer or tokens.card.get("tokenizer")
         counts_V += count_ids(tokens, args.vocab_size, f"--data_file {path}", output)
         num_sequences += len(tokens.lengths_N)
@@ -83,4 +83,5 @@ def files_of(path: str) -> list[str]:
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     run_program(main)

@@ -32,7 +32,7 @@ def main() -> None:
     for update in parts.sampler.updates(parts.num_micro_batches, accumulation, runtime.rank, runtime.world_size):
         parts.distiller.optimizer.zero_grad()
         planned = [batch.number for batch in update.planned]
-        losses_MK = parts.distiller.accumulate(train.prepared_batches(parts, update), planned, len(update.mine))
+        losses_MK = parts.distiller.accumulate(train.prepared_batches(parts, update.mine), planned, len(update.mine))
         grads.append({name: p.grad.clone() for name, p in parts.student.named_parameters() if p.grad is not None})
         numbers.append([batch.number for batch in update.mine])
     facts = {"grads": grads, "losses": losses_MK, "mine": numbers, "reductions": num_reductions[0], "updates": len(grads)}

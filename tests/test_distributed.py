@@ -187,10 +187,10 @@ def run_block(block: str, checkout: Path, teachers, **environment: str) -> None:
     check(run_process("bash", "-euc", block, cwd=checkout, PATH=path, **environment))
 
 
-@pytest.mark.parametrize("kind", ["DistilBERT", "initialization", "DistilRoBERTa", "DistilGPT2", "corpus"])
+@pytest.mark.parametrize("kind", ["DistilBERT", "resume", "initialization", "DistilRoBERTa", "DistilGPT2", "corpus"])
 def test_the_readmes_workflow_runs_as_printed(kind, checkout, teachers):
     block = readme_commands()[kind]
-    needs_data = kind == "initialization" and not (checkout / BERT_DATA).exists()
+    needs_data = kind in ("initialization", "resume") and not (checkout / BERT_DATA).exists()
     if needs_data:
         run_block(readme_commands()["DistilBERT"], checkout, teachers)
     run_block(block, checkout, teachers)

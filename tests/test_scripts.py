@@ -210,6 +210,7 @@ ALLOWED = {
     "lm_seqs_dataset": {"utils", "token_files"},
     "grouped_batch_sampler": {"utils"},
     "distiller": {"utils", "losses"},
+    "checkpointing": {"utils"},
     "train": MODULES - {"train"},
 }
 

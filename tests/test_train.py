@@ -9,6 +9,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from conftest import as_uint16, run_process, write_pickle
@@ -34,6 +35,7 @@ DEFAULTS = {
     "adam_epsilon": 1e-6, "max_grad_norm": 5.0, "initializer_range": None, "n_gpu": 1, "seed": 56,
     "checkpoint_interval": 4000, "max_steps": None, "max_length": None, "max_tokens": None,
     "loss_normalization": "micro_batches", "bf16": False, "activation_checkpointing": False, "compile": False,
+    "resume": None, "keep_checkpoints": 3, "distributed_timeout_s": 600,
 }  # fmt: skip
 
 
@@ -462,8 +464,15 @@ def test_a_nan_stops_the_run_with_a_message(where, world, tmp_path, monkeypatch,
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run"))
     assert end.value.code == train.EXIT_NON_FINITE != 0
-    assert ("loss_ce became nan" if where == "teacher" else "gradient norm became") in capfd.readouterr().err
+    message = capfd.readouterr().err
+    assert ("loss_ce became nan" if where == "teacher" else "gradient norm became") in message
+    assert "update 0: " in message and "micro-batch 0" in message and "on rank 0, sequences " in message
+    if where == "gradient":
+        assert re.search("the gradient of loss_(ce|mlm) for vocab_projector.bias", message)
+    batches = safetensors.torch.load_file(tmp_path / "run" / "nonfinite-step-0.safetensors")
+    assert set(batches) == {f"{g}/{name}" for g in (0, 1) for name in ("input_ids", "labels", "sequences", "attention_mask")}
     assert not (tmp_path / "run" / "pytorch_model.bin").exists()
+    assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000000"]
 
 
 def test_a_teacher_that_gives_nan_is_refused_before_training(world, tmp_path, status_and_errors):

@@ -1,0 +1,164 @@
+"""Checkpoints on the disk: whole or not there, checked to the last byte, the newest whole one found."""
+
+import json
+import os
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+import checkpointing
+from checkpointing import DamagedError
+from utils import InputError
+
+TENSORS = {
+    "student": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])},
+    "optimizer": {"exp_avg/a": torch.ones(2, 3), "step/a": torch.tensor(3.0)},
+}
+
+
+def write(folder, step, keep=3, tensors=TENSORS) -> Path:
+    return checkpointing.write(folder, step, tensors, {"micro_batches": 2 * step, "rate": 0.1}, keep)
+
+
+def test_what_is_written_is_read(tmp_path):
+    found = checkpointing.read(write(tmp_path / "new" / "folder", 7))
+    assert found.step == 7 and found.state == {"micro_batches": 14, "rate": 0.1}
+    for name, content in TENSORS.items():
+        read = found.tensors(name)
+        assert set(read) == set(content) and all(torch.equal(read[key], tensor) for key, tensor in content.items())
+
+
+def test_an_empty_file_of_tensors_is_read(tmp_path):
+    assert checkpointing.read(write(tmp_path, 0, tensors={"optimizer": {}})).tensors("optimizer") == {}
+
+
+def test_the_newest_are_kept(tmp_path):
+    for step in (0, 9, 10, 100_000_000, 11):
+        write(tmp_path, step, keep=2)
+    assert [path.name for path in checkpointing.exist(tmp_path)] == ["step-100000000", "step-00000011"]
+    assert len(list(tmp_path.iterdir())) == 2
+
+
+def test_a_step_that_is_done_again_takes_the_place(tmp_path):
+    write(tmp_path, 5)
+    other = {**TENSORS, "student": {"a": torch.zeros(1)}}
+    write(tmp_path, 5, tensors=other)
+    assert torch.equal(checkpointing.newest(tmp_path).tensors("student")["a"], torch.zeros(1))
+
+
+FILES = ["student.safetensors", "optimizer.safetensors", "state.json", "MANIFEST.json"]
+
+
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "cut", "empty", "gone", "longer"])
+def test_a_damaged_file_is_named(name, damage, tmp_path):
+    path = write(tmp_path, 5)
+    file = path / name
+    content = bytearray(file.read_bytes())
+    if damage == "gone":
+        file.unlink()
+    else:
+        content[len(content) // 2] ^= damage == "flip"
+        file.write_bytes({"cut": content[:-1], "empty": b"", "longer": content + b" x"}.get(damage, content))
+    with pytest.raises(DamagedError, match=name):
+        checkpointing.read(path)
+
+
+def test_every_flipped_bit_is_noticed(tmp_path):
+    path = write(tmp_path, 5)
+    for name in FILES:
+        file = path / name
+        content = file.read_bytes()
+        for place in range(len(content)):
+            damaged = bytearray(content)
+            damaged[place] ^= 1 << place % 8
+            file.write_bytes(damaged)
+            with pytest.raises(InputError, match=name):
+                checkpointing.read(path)
+        file.write_bytes(content)
+    checkpointing.read(path)
+
+
+def test_a_renamed_folder_and_a_mixed_one_are_no_checkpoints(tmp_path):
+    first, second = write(tmp_path, 5), write(tmp_path, 6)
+    shutil.copytree(first, tmp_path / "step-00000009")
+    with pytest.raises(DamagedError, match="renamed"):
+        checkpointing.read(tmp_path / "step-00000009")
+    shutil.copy(first / "state.json", second)
+    with pytest.raises(DamagedError, match=r"state\.json"):
+        checkpointing.read(second)
+
+
+def test_the_newest_whole_one_is_found_and_the_skipped_are_named(tmp_path, caplog):
+    for step in (1, 2, 3):
+        write(tmp_path, step)
+    (tmp_path / "step-00000003" / "state.json").write_text("{}")
+    (tmp_path / "step-00000004.tmp").mkdir()  # a save that was killed
+    checkpointing.logger.propagate = True
+    assert checkpointing.newest(tmp_path).step == 2
+    assert "skipped the checkpoint step-00000003" in caplog.text
+
+
+def test_where_all_are_damaged_nothing_is_started_anew(tmp_path):
+    for step in (1, 2):
+        (write(tmp_path, step) / "MANIFEST.json").unlink()
+    with pytest.raises(InputError, match=r"all 2 checkpoint\(s\) are damaged"):
+        checkpointing.newest(tmp_path)
+    assert checkpointing.newest(tmp_path / "none") is None
+
+
+def test_a_newer_version_is_refused_not_skipped(tmp_path):
+    write(tmp_path, 1)
+    path = write(tmp_path, 2) / "MANIFEST.json"
+    manifest = json.loads(path.read_text())
+    del manifest["manifest_sha256"]
+    manifest["version"] = 2
+    path.write_text(json.dumps({**manifest, "manifest_sha256": checkpointing._digest_of_json(manifest)}))
+    with pytest.raises(InputError, match="is of version 2, this program reads version 1") as caught:
+        checkpointing.newest(tmp_path)
+    assert not isinstance(caught.value, DamagedError)
+
+
+def test_a_failed_write_leaves_what_was(tmp_path, monkeypatch):
+    write(tmp_path, 1)
+    calls = []
+
+    def fsync(descriptor):
+        calls.append(descriptor)
+        if len(calls) == 3:
+            raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    with pytest.raises(
+        InputError, match=r"No space left on device: .*step-00000002.* \(a checkpoint takes [\d,]+ bytes\).*--resume"
+    ):
+        write(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
+def test_room_is_asked_for_first(tmp_path, monkeypatch):
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
+    with pytest.raises(InputError, match="the disk is full: a checkpoint takes [0-9,]+ bytes, 5,000 are free"):
+        write(tmp_path, 2)
+    assert not list(tmp_path.iterdir())
+
+
+def test_what_a_killed_save_left_is_removed(tmp_path):
+    write(tmp_path, 1)
+    (tmp_path / "step-00000002.tmp").mkdir()
+    shutil.copytree(tmp_path / "step-00000001", tmp_path / ".trash-step-00000000")
+    write(tmp_path, 3)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
+
+
+def test_a_digest_is_of_names_types_shapes_and_bytes():
+    base = {"a": torch.arange(4.0), "b": torch.zeros(0)}
+    others = [
+        {"c": base["a"], "b": base["b"]}, {**base, "a": base["a"].reshape(2, 2)}, {**base, "a": base["a"].int()},
+        {**base, "a": base["a"] + 1}, {"a": base["a"]},
+    ]  # fmt: skip
+    digests = {checkpointing.content_digest(tensors) for tensors in (base, *others)}
+    assert len(digests) == 1 + len(others)
+    assert checkpointing.content_digest(dict(reversed(base.items()))) == checkpointing.content_digest(base)

@@ -1,0 +1,336 @@
+"""Runs that end early and go on: bit for bit what they would have been; signals; what is refused."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from stand_ins import ROOT, make_model
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+
+import checkpointing
+import runtime
+import train
+from utils import holding_signals
+
+MEASURED = ("global/speed", "global/memory_usage")
+
+
+def logged(run: Path) -> list[tuple]:
+    """List every point of a run's log as it stands in the files: (tag, x, value), but for times and memory."""
+    points = []
+    for file in sorted((run / "log" / "train").iterdir()):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.tag not in MEASURED:
+                    points.append((value.tag, event.step, str(value.tensor.float_val or value.tensor.string_val)))
+    return sorted(points)
+
+
+def is_text(point: tuple) -> bool:
+    return point[0].startswith("config/")
+
+
+def assert_same_run(one: Path, two: Path) -> None:
+    """Weights, moments, counters and log are equal, byte by byte."""
+    names = [path.name for path in checkpointing.exist(one / "checkpoints")]
+    assert names and names == [path.name for path in checkpointing.exist(two / "checkpoints")]
+    for name in names:
+        for file in ("student.safetensors", "optimizer.safetensors"):
+            assert (one / "checkpoints" / name / file).read_bytes() == (two / "checkpoints" / name / file).read_bytes()
+        states = [json.loads((run / "checkpoints" / name / "state.json").read_text()) for run in (one, two)]
+        for state in states:
+            del state["log_bytes"], state["flags"]
+        assert states[0] == states[1]
+    for path in sorted(one.glob("*.pth")) + [one / "pytorch_model.bin", one / "model.safetensors"]:
+        assert path.read_bytes() == (two / path.name).read_bytes(), path.name
+    logs = [[point for point in logged(run) if not is_text(point)] for run in (one, two)]
+    assert logs[0] == logs[1] and len(logs[0]) > 100
+
+
+def stop_after(monkeypatch, num_updates: int, number: int = signal.SIGTERM):
+    """Have the process signal itself while its update `num_updates` is computed."""
+    kept, calls = train.Distiller.step, []
+
+    def step(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == num_updates:
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)  # the system gives it to a thread
+        return kept(self, *arguments, **options)
+
+    monkeypatch.setattr(train.Distiller, "step", step)
+
+
+RUNS = {
+    "bert": {"batch_size": 12, "n_epoch": 2},
+    "gpt2": {"batch_size": 12, "n_epoch": 2, "gradient_accumulation_steps": 3, "max_tokens": 400},
+    "roberta": {"batch_size": 24, "n_epoch": 3, "gradient_accumulation_steps": 4, "bf16": True},
+}
+
+
+@pytest.mark.parametrize("kind", RUNS)
+def test_a_stopped_run_goes_on_bit_for_bit(kind, world, tmp_path, monkeypatch):
+    flags = {**RUNS[kind], "log_interval": 5, "checkpoint_interval": 6}
+    train.main(world.flags(kind, tmp_path / "whole", **flags))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 4)
+        with pytest.raises(SystemExit) as end:
+            train.main(world.flags(kind, tmp_path / "stopped", **flags))
+    assert end.value.code == 143 and checkpointing.newest(tmp_path / "stopped" / "checkpoints").step == 4
+    assert not (tmp_path / "stopped" / "pytorch_model.bin").exists()
+    train.main([*world.flags(kind, tmp_path / "stopped", **flags), "--resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_run_that_died_goes_on_from_its_last_checkpoint(world, tmp_path, monkeypatch):
+    """Not a stop: the log has points, and the folder an epoch, that come again."""
+    flags = {"batch_size": 24, "n_epoch": 3, "log_interval": 3, "checkpoint_interval": 8, "fp16": True}
+    train.main(world.flags("bert", tmp_path / "whole", **flags))
+    with monkeypatch.context() as patch:
+        patch.setattr(train.RunFolder, "save_checkpoint", dying_at(train.RunFolder.save_checkpoint, 3))
+        with pytest.raises(KeyboardInterrupt):
+            train.main(world.flags("bert", tmp_path / "died", **flags))
+    assert (tmp_path / "died" / "model_epoch_0.pth").exists()
+    train.main([*world.flags("bert", tmp_path / "died", **flags), "--resume", "auto"])
+    assert_same_run(tmp_path / "whole", tmp_path / "died")
+
+
+def dying_at(function, call: int):
+    calls = []
+
+    def dying(*arguments):
+        calls.append(1)
+        if len(calls) == call:
+            raise KeyboardInterrupt
+        return function(*arguments)
+
+    return dying
+
+
+@pytest.fixture(scope="module")
+def stopped(world, tmp_path_factory) -> Path:
+    """A run stopped after two updates of four; copied by each test that goes on from it."""
+    folder = tmp_path_factory.mktemp("stopped") / "run"
+    with pytest.MonkeyPatch.context() as patch:
+        stop_after(patch, 2)
+        with pytest.raises(SystemExit):
+            train.main(world.flags("bert", folder, **SHORT))
+    return folder
+
+
+SHORT = {"batch_size": 30, "log_interval": 2}
+
+
+def copied(stopped: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(stopped, tmp_path / "run"))
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+def test_signals_end_a_run_with_their_status(number, status, world, tmp_path, monkeypatch, capfd):
+    stop_after(monkeypatch, 2, number)
+    before = {n: signal.getsignal(n) for n in runtime.STOPPING}
+    with pytest.raises(SystemExit) as end:
+        train.main(world.flags("bert", tmp_path / "run", **SHORT))
+    assert end.value.code == status
+    assert "Stopped after update 2; go on with --resume." in capfd.readouterr().err
+    assert {n: signal.getsignal(n) for n in runtime.STOPPING} == before
+    assert not [thread for thread in threading.enumerate() if thread.name in ("signals", "watch")]
+
+
+def test_signals_within_a_second_are_one_and_later_ones_end_at_once(monkeypatch):
+    ended = []
+    monkeypatch.setattr(runtime.os, "_exit", ended.append)
+    stop = runtime.StopSignals()
+    stop.request(signal.SIGINT)
+    stop.request(signal.SIGINT)
+    assert stop.requested == signal.SIGINT and not ended
+    monkeypatch.setattr(runtime, "SAME_EVENT_S", 0.0)
+    stop.request(signal.SIGTERM)
+    assert ended == [143]
+
+
+def test_a_noted_signal_is_noted_once_in_an_atomic_write():
+    with runtime.StopSignals() as stop, holding_signals():
+        os.kill(os.getpid(), signal.SIGTERM)
+        end = time.monotonic() + 10
+        while stop.requested is None and time.monotonic() < end:
+            time.sleep(0.01)
+    assert stop.requested == signal.SIGTERM
+
+
+def test_a_finished_run_is_exported_again_and_nothing_else(world, stopped, tmp_path):
+    run = copied(stopped, tmp_path)
+    flags = [*world.flags("bert", run, **SHORT), "--resume"]
+    train.main(flags)
+    weights, log = (run / "pytorch_model.bin").read_bytes(), logged(run)
+    (run / "pytorch_model.bin").unlink()
+    train.main(flags)
+    assert (run / "pytorch_model.bin").read_bytes() == weights and logged(run) == log
+
+
+def test_leftovers_of_a_killed_process_are_removed(world, stopped, tmp_path):
+    run = copied(stopped, tmp_path)
+    (run / ".export-abc").mkdir()
+    (run / ".checkpoint.pth.abc.tmp").write_text("half")
+    (run / "checkpoints" / "step-00000003.tmp").mkdir()
+    (run / "notes.txt").write_text("mine")
+    train.main([*world.flags("bert", run, **SHORT), "--resume"])
+    left = {path.name for path in run.rglob("*")}
+    assert not [name for name in left if name.endswith(".tmp") or name.startswith(".export")] and "notes.txt" in left
+
+
+def test_paths_intervals_and_how_an_update_is_dealt_may_change(world, stopped, tmp_path):
+    run = copied(stopped, tmp_path)
+    data = shutil.copy(world.data("bert"), tmp_path / "moved.pickle")
+    changes = {**SHORT, "data_file": data, "log_interval": 1, "checkpoint_interval": 1, "keep_checkpoints": 2}
+    train.main([*world.flags("bert", run, **changes), "--resume", "--force"])
+    assert (run / "pytorch_model.bin").exists() and len(checkpointing.exist(run / "checkpoints")) == 2
+    assert not list(tmp_path.glob("run.old-*")), "--force is for runs that start anew"
+
+
+REFUSED = {
+    "another rate": ({"learning_rate": 1e-3}, r"--learning_rate 0\.001: .*step-00000002 was made with 0\.0005; pass that"),
+    "another seed": ({"seed": 57}, "--seed 57: .* was made with 56"),
+    "other epochs": ({"n_epoch": 2}, "--n_epoch 2: .* was made with 1"),
+    "another loss": ({"alpha_ce": 1.0}, r"--alpha_ce 1\.0: .* was made with 5\.0"),
+    "another update": ({"gradient_accumulation_steps": 3}, r"3 on 1 process\(es\): 3 micro-batches an update, .* with 2"),
+}
+
+
+@pytest.mark.parametrize("name", REFUSED)
+def test_other_flags_are_refused_with_both_values(name, world, stopped, tmp_path, status_and_errors):
+    run = copied(stopped, tmp_path)
+    changes, expected = REFUSED[name]
+    before = contents(run)
+    status, errors = status_and_errors(train.main, [*world.flags("bert", run, **SHORT, **changes), "--resume"])
+    assert status == 2 and len(errors) == 1 and re.search(expected, errors[0]), errors
+    assert contents(run) == before
+
+
+def contents(folder: Path) -> dict[str, bytes]:
+    return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def other_student(world, tmp_path) -> dict:
+    config = json.loads(Path(world.config("bert")).read_text()) | {"n_layers": 3}
+    (tmp_path / "deeper.json").write_text(json.dumps(config))
+    return {"student_config": tmp_path / "deeper.json"}
+
+
+def other_teacher(world, tmp_path) -> dict:
+    shutil.copytree(world.teachers["bert"], tmp_path / "teacher")
+    make_model("bert", 200, initializer_range=0.1).save_pretrained(tmp_path / "teacher")
+    return {"teacher_name": tmp_path / "teacher"}
+
+
+def other_data(world, tmp_path) -> dict:
+    import token_files
+
+    path = str(tmp_path / "other.pickle")
+    tokens = token_files.open_token_file(world.data("bert"))
+    with token_files.writing_tokens(path, "pickle", tokens.ids_M.dtype) as (writer, card):
+        card.update(counts={}, tokenizer=tokens.card["tokenizer"])
+        writer.append(tokens.ids_M[: int(tokens.lengths_N[:-1].sum())], tokens.lengths_N[:-1])
+    return {"data_file": path}
+
+
+OTHER = {
+    "student": (other_student, r"--student_config .*: n_layers is 3, .* was made with 2"),
+    "teacher": (other_teacher, r"--teacher_name .*: its digest is \w+, .* was made with \w+"),
+    "data": (other_data, r"--data_file .*: its digest is \w+, .* was made with \w+"),
+}
+
+
+@pytest.mark.parametrize("name", OTHER)
+def test_other_inputs_are_refused_with_both_values(name, world, stopped, tmp_path, status_and_errors):
+    run = copied(stopped, tmp_path)
+    change, expected = OTHER[name]
+    before = contents(run)
+    flags = world.flags("bert", run, **SHORT, **change(world, tmp_path))
+    status, errors = status_and_errors(train.main, [*flags, "--resume"])
+    assert status == 2 and len(errors) == 1 and re.search(expected, errors[0]), errors
+    assert contents(run) == before
+
+
+def test_nothing_to_go_on_from_is_an_error_or_with_auto_a_start(world, tmp_path, status_and_errors):
+    flags = world.flags("bert", tmp_path / "run", **SHORT)
+    status, errors = status_and_errors(train.main, [*flags, "--resume"])
+    assert status == 2 and len(errors) == 1 and "there is no checkpoint in" in errors[0] and not (tmp_path / "run").exists()
+    train.main([*flags, "--resume", "auto"])
+    assert (tmp_path / "run" / "pytorch_model.bin").exists()
+
+
+def test_with_auto_a_folder_without_checkpoints_is_moved_aside(world, tmp_path):
+    flags = world.flags("bert", tmp_path / "run", **SHORT)
+    train.main(flags)
+    shutil.rmtree(tmp_path / "run" / "checkpoints")
+    train.main([*flags, "--resume", "auto"])
+    assert len(list(tmp_path.glob("run.old-*"))) == 1
+
+
+def test_damaged_checkpoints_are_skipped_and_never_started_over(world, stopped, tmp_path, status_and_errors, caplog):
+    run = copied(stopped, tmp_path)
+    newest, oldest = checkpointing.exist(run / "checkpoints")
+    (newest / "student.safetensors").write_bytes(b"x" * 300)
+    flags = [*world.flags("bert", run, **SHORT), "--resume", "auto"]
+    caplog.set_level("INFO", logger="distil")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "setup_logging", lambda level: setattr(train.logger, "propagate", True))
+        patch.setattr(train.logger, "handlers", [])
+        train.main(flags)
+    assert re.search("skipped the checkpoint step-00000002: .*student.safetensors", caplog.text)
+    assert "Going on from" in caplog.text and "step-00000000: 0 updates" in caplog.text
+    for path in checkpointing.exist(run / "checkpoints"):
+        (path / "state.json").unlink()
+    before = contents(run)
+    status, errors = status_and_errors(train.main, flags)
+    assert status == 2 and "are damaged" in errors[-1] and contents(run) == before
+
+
+def test_two_runs_do_not_share_a_folder(world, stopped, tmp_path, status_and_errors):
+    run = copied(stopped, tmp_path)
+    with runtime.take_lock(run / runtime.LOCK):
+        for more in (["--resume"], ["--force"]):
+            status, errors = status_and_errors(train.main, [*world.flags("bert", run, **SHORT), *more])
+            assert status == 2 and "another run trains in it" in errors[0] and str(os.getpid()) in errors[0]
+
+
+def test_nothing_that_is_not_finite_is_saved(world, tmp_path, monkeypatch, capfd):
+    kept = train.Distiller.step
+
+    def step(self, *arguments, **options):
+        report = kept(self, *arguments, **options)
+        next(self.model.student.parameters()).data[0, 0] = float("inf")
+        return report
+
+    monkeypatch.setattr(train.Distiller, "step", step)
+    with pytest.raises(SystemExit) as end:
+        train.main(world.flags("bert", tmp_path / "run", **SHORT, checkpoint_interval=1))
+    assert end.value.code == train.EXIT_NON_FINITE
+    assert "of the student became NaN or infinite; nothing of it was saved" in capfd.readouterr().err
+    assert [path.name for path in checkpointing.exist(tmp_path / "run" / "checkpoints")] == ["step-00000000"]
+    assert not (tmp_path / "run" / "checkpoint.pth").exists() or torch.load(tmp_path / "run" / "checkpoint.pth")
+
+
+def test_a_launchers_restart_is_known_by_its_count_or_by_the_launcher(tmp_path, monkeypatch):
+    lock = tmp_path / runtime.LOCK
+    assert not runtime.is_restarted({}, lock) and not runtime.is_restarted({"TORCHELASTIC_RESTART_COUNT": "0"}, lock)
+    assert runtime.is_restarted({"TORCHELASTIC_RESTART_COUNT": "1"}, lock)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    runtime.take_lock(lock).close()
+    assert runtime.is_restarted({"TORCHELASTIC_RESTART_COUNT": "0"}, lock)
+    lock.write_text(lock.read_text().replace('"launch": "', '"launch": "elsewhere/'))
+    assert not runtime.is_restarted({}, lock)
+
+
+def test_the_readme_tells_how_to_go_on():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for flag in ("--resume", "--keep_checkpoints", "--distributed_timeout_s"):
+        assert flag in text
