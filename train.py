@@ -76,6 +76,7 @@ from runtime import (
     is_another_rank,
     is_restarted,
     report_lost_ranks,
+    require_unlocked,
     start_runtime,
     take_lock,
 )
@@ -285,7 +286,7 @@ def path_problems(config: TrainConfig) -> list[str]:
 
 
 INPUT_FILES = ("data_file", "student_config", "student_pretrained_weights", "token_counts")
-# What a run writes: a folder with anything else in it is not taken for a run's.
+# What a run writes: a folder with none of it is not taken for a run's.
 RUN_FILES = ("parameters.json", "checkpoint.pth", "model_epoch_*.pth", "checkpoints/step-*")
 
 
@@ -302,10 +303,12 @@ def dump_path_problem(config: TrainConfig) -> str | None:
     inside = [name for name in inputs if name and os.path.exists(name) and _is_within(name, path)]
     if inside:
         return f"--dump_path {path}: holds {inside[0]}, which this run reads; choose another folder"
-    if _is_within(os.getcwd(), path) or _is_within(__file__, path) or _is_within(Path.home(), path):
+    if _is_within(os.getcwd(), path) or _is_within(__file__, path) or _is_within(os.path.expanduser("~"), path):
         return f"--dump_path {path}: is no run's folder; choose another, --force does not apply to it"
     if any(path.iterdir()) and not any(any(path.glob(name)) for name in RUN_FILES):
         return f"--dump_path {path}: holds other files than a run's; choose another, --force does not apply to it"
+    if not os.access(entry(config.dump_path).parent, os.W_OK):
+        return f"--dump_path {path}: can't be moved aside, for {entry(config.dump_path).parent} may not be written to"
     return None
 
 
@@ -630,7 +633,7 @@ class RunFolder:
 
     def __init__(self, config: TrainConfig, parts: Parts, point: Checkpoint | None):
         """point: the checkpoint that the run goes on from; without one the folder is made, an old one moved aside."""
-        self.path = Path(config.dump_path)
+        self.path = entry(config.dump_path)
         self.student = parts.student
         self.tokenizer = parts.tokenizer
         self.lock = None
@@ -665,10 +668,9 @@ class RunFolder:
             raise InputError(problem)
         if point is None and os.path.lexists(self.path):
             # Differs from the original: moved aside, where 2019 deleted.
-            # abspath: a trailing slash would make rename follow a link into the folder behind it.
-            aside = _free_name(f"{os.path.abspath(self.path)}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-            take_lock(self.path / LOCK).close()
-            os.rename(os.path.abspath(self.path), aside)
+            require_unlocked(self.path / LOCK)
+            aside = _free_name(f"{self.path}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+            os.rename(self.path, aside)
             logger.info("Moved the existing %s aside to %s.", self.path, aside)
         self.path.mkdir(parents=True, exist_ok=point is not None)
         self.lock = take_lock(self.path / LOCK)
@@ -734,6 +736,15 @@ def cut_log(folder: Path, sizes: dict[str, int]) -> None:
             os.truncate(file, size)
         elif file.name.startswith("events.out.tfevents."):
             file.unlink()  # written by this run after the checkpoint
+
+
+def entry(path: str) -> Path:
+    """Name a folder by its place in the folder above: links on the way are followed, as the system does, one at the end not.
+
+    A rename then moves what was looked at: os.path.abspath takes "link/../run" for "run", and rename a slash behind a link
+    for the folder behind it.
+    """
+    return Path(path).resolve() if Path(path).name in ("", "..") else Path(path).parent.resolve() / Path(path).name
 
 
 def _free_name(name: str) -> str:

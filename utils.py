@@ -166,6 +166,8 @@ def output_problem(path: str, flag: str, inputs: Sequence[str] = (), *, is_folde
     if not path or "\0" in path:
         return f"{flag} {path!r}: expected the name of a {'folder' if is_folder else 'file'}"
     target = Path(path)
+    if any(len(os.fsencode(part)) > 255 for part in target.parts):
+        return f"{flag} {path[:60]}..: a name of more than 255 bytes; choose a shorter one"
     if target.is_dir() != is_folder and os.path.lexists(target):
         return f"{flag} {path}: is {'no' if is_folder else 'a'} folder; choose another name"
     ancestor = next(p for p in [target.absolute(), *target.absolute().parents] if p.exists())
@@ -382,9 +384,8 @@ def save_weights(path: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]
     for name, tensor in state_dict.items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         plain[name] = on_host.setdefault(key, tensor.detach().cpu() if key not in on_host else tensor)
-    with atomic_path(path) as temporary:
-        with open(temporary, "wb") as file:  # by name, the archive would carry the temporary one
-            torch.save(plain, file)
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:  # by name, the archive would carry the temporary one
+        torch.save(plain, file)
 
 
 def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:

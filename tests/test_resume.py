@@ -319,15 +319,19 @@ def test_nothing_that_is_not_finite_is_saved(world, tmp_path, monkeypatch, capfd
     assert not (tmp_path / "run" / "checkpoint.pth").exists() or torch.load(tmp_path / "run" / "checkpoint.pth")
 
 
-def test_a_launchers_restart_is_known_by_its_count_or_by_the_launcher(tmp_path, monkeypatch):
-    lock = tmp_path / runtime.LOCK
-    assert not runtime.is_restarted({}, lock) and not runtime.is_restarted({"TORCHELASTIC_RESTART_COUNT": "0"}, lock)
-    assert runtime.is_restarted({"TORCHELASTIC_RESTART_COUNT": "1"}, lock)
-    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+def test_a_restart_is_known_by_the_launcher_or_by_its_job_and_count(tmp_path, monkeypatch):
+    lock, again = tmp_path / runtime.LOCK, {"TORCHELASTIC_RESTART_COUNT": "1"}
     runtime.take_lock(lock).close()
-    assert runtime.is_restarted({"TORCHELASTIC_RESTART_COUNT": "0"}, lock)
-    lock.write_text(lock.read_text().replace('"launch": "', '"launch": "elsewhere/'))
-    assert not runtime.is_restarted({}, lock)
+    assert not runtime.is_restarted(again, lock), "no launcher has been here"
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
+    assert not runtime.is_restarted(again, lock), "nor this one"
+    runtime.take_lock(lock).close()
+    assert runtime.is_restarted({}, lock)
+    lock.write_text(lock.read_text().replace('"launcher": "', '"launcher": "elsewhere/'))
+    assert runtime.is_restarted(again, lock) and not runtime.is_restarted({}, lock)
+    monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
+    assert not runtime.is_restarted(again, lock)
+    assert not runtime.is_restarted(again, tmp_path / "none")
 
 
 def test_the_readme_tells_how_to_go_on():
