@@ -191,6 +191,8 @@ def read(path: str | os.PathLike) -> Checkpoint:
     with _saying_damaged(path):
         manifest = _read_manifest(path)
         for name, expected in manifest["files"].items():
+            if name != Path(name).name:
+                raise DamagedError(f"{path}: its manifest names {name!r}, which is no file of it")
             _check_file(path / name, expected)
         state = json.loads(_checked_bytes(path / STATE, manifest["files"]))
         step, named = state.pop("step"), NAME.fullmatch(path.name.removesuffix(UNFINISHED))
@@ -227,6 +229,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
+    if not path.is_file():  # a device or a pipe would be read for ever
+        raise DamagedError(f"{path}: there is no such file")
     size = os.path.getsize(path)
     if size != expected["bytes"]:
         raise DamagedError(f"{path}: has {size} bytes, its manifest says {expected['bytes']}: cut off, or another file")

@@ -460,8 +460,8 @@ class Distiller:
                 with self._without_reduction(True):
                     self._backward(batch, 1.0, None)
                 wrong = [n for n, p in self.model.student.named_parameters() if not _is_finite(p.grad)]
-                if wrong and batch.number not in found:
-                    found[batch.number] = f"the gradient of loss_{name} for {wrong[0]} and {len(wrong) - 1} more parameters"
+                if wrong:
+                    found.setdefault(batch.number, f"loss_{name}'s gradient for {wrong[0]} and {len(wrong) - 1} others")
         self.model.alphas = alphas
         self.optimizer.zero_grad(set_to_none=True)
         return found

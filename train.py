@@ -135,7 +135,7 @@ class TrainConfig:
 
     student_type: str = option("student's model type", choices=STUDENT_TYPES)
     student_config: str = option("student's configuration, JSON")
-    student_pretrained_weights: str | None = option("student's first weights, made by scripts/extract*.py", None)
+    student_pretrained_weights: str | None = option("student's first weights: of scripts/extract*.py, or .safetensors", None)
     teacher_type: str = option("teacher's model type", choices=TEACHER_TYPES)
     teacher_name: str = option("teacher, hub name or local folder; its tokenizer is used")
 
@@ -587,11 +587,27 @@ def find_resume_point(config: TrainConfig, world_size: int) -> Checkpoint | None
         raise InputError(f"--resume: there is no checkpoint in {folder}; name the run's --dump_path, or use --resume auto")
     if found is None:
         return None
-    problems = flag_contradictions(config, world_size, found)
-    if problems:
-        raise InputError("\n".join(problems))
-    logger.info("Going on from %s: %d updates, %d micro-batches done.", found.path, found.step, found.state["micro_batches"])
+    with saying_misfit(found):
+        problems = flag_contradictions(config, world_size, found)
+        if problems:
+            raise InputError("\n".join(problems))
+        logger.info(
+            "Going on from %s: %d updates, %d micro-batches done.", found.path, found.step, found.state["micro_batches"]
+        )
     return found
+
+
+@contextlib.contextmanager
+def saying_misfit(found: Checkpoint | None) -> Iterator[None]:
+    """Turn what an odd state raises into InputError: it is whole, but not what this program writes."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        name = "--resume: the checkpoint" if found is None else found.path
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        raise InputError(f"{name}: does not fit this program and run ({reason}); {START_ANEW[3:]}") from error
 
 
 def flag_contradictions(config: TrainConfig, world_size: int, found: Checkpoint) -> list[str]:
@@ -877,20 +893,30 @@ def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder |
                     batches, [batch.number for batch in update.planned], len(update.mine),
                     wants_statistics=is_logged and runtime.is_main, asks_to_stop=lambda: stop.requested is not None,
                 )  # fmt: skip
-            # Differs from the original: logs and checkpoints follow the update that they fall in; 2019's came before it.
             progress.record(update, report)
-            epochs, is_stopped = epochs_ended(update, len(parts.sampler)), report.num_asking > 0
-            if is_saved or epochs or is_stopped:
-                parts.distiller.check_finite()  # on every rank, which all have the same weights
-            if runtime.is_main:
-                if is_logged:
-                    progress.log(update.planned[-1].epoch, report)
-                for epoch in epochs:
-                    end_epoch(folder, epoch, progress.epoch_mean(epoch))
-                if is_saved or is_stopped:
-                    save(config, parts, folder, progress)
+            is_stopped = report.num_asking > 0
+            after_update(config, parts, folder, progress, update, report, is_logged, is_saved or is_stopped)
             if is_stopped and not is_last:
                 raise Stopped(exit_status(stop.requested or signal.SIGTERM))
+
+
+def after_update(
+    config: TrainConfig, parts: Parts, folder: RunFolder | None, progress: Progress, update: Update, report: StepReport,
+    is_logged: bool, is_saved: bool,
+) -> None:  # fmt: skip
+    """Log and save what is due. Raises NonFiniteError, on every rank alike, where what is to be saved is not finite."""
+    # Differs from the original: logs and checkpoints follow the update that they fall in; 2019's came before it.
+    epochs = epochs_ended(update, len(parts.sampler))
+    if is_saved or epochs:
+        parts.distiller.check_finite()
+    if folder is None:
+        return
+    if is_logged:
+        progress.log(update.planned[-1].epoch, report)
+    for epoch in epochs:
+        end_epoch(folder, epoch, progress.epoch_mean(epoch))
+    if is_saved:
+        save(config, parts, folder, progress)
 
 
 def end_epoch(folder: RunFolder, epoch: int, mean_loss: float) -> None:
@@ -913,45 +939,48 @@ def restore(config: TrainConfig, parts: Parts, runtime: Runtime, progress: Progr
     """Take the state of the checkpoint that rank 0 found onto every rank. Raises InputError where it is another run's."""
     with runtime.sharing_errors():
         if point is not None:
-            check_identity(config, parts.identity, point)
+            with saying_misfit(point):
+                check_identity(config, parts.identity, point)
         tensors = {name: point.tensors(name) if point is not None else {} for name in ("student", "optimizer")}
     tensors = {name: runtime.tensors_from_main(content) for name, content in tensors.items()}
     step, state = runtime.from_main((point.step, dict(point.state)) if point is not None else None)
-    with runtime.sharing_errors():
-        try:
-            parts.distiller.load(tensors, state)
-            progress.load(step, state)
-        except (ValueError, KeyError, TypeError) as error:
-            raise InputError(f"--resume: the checkpoint does not fit this run ({one_line(error)}); {START_ANEW}") from error
-    if state["torch"] != torch.__version__:
-        logger.warning("The checkpoint is of torch %s, this is %s: results may differ.", state["torch"], torch.__version__)
+    with runtime.sharing_errors(), saying_misfit(point):
+        parts.distiller.load(tensors, state)
+        progress.load(step, state)
+    if state.get("torch") != torch.__version__:
+        logger.warning("The checkpoint is of torch %s, this is %s: results may differ.", state.get("torch"), torch.__version__)
 
 
 @contextlib.contextmanager
 def explaining_non_finite(parts: Parts, runtime: Runtime, folder: RunFolder | None, update: Update, progress: Progress):
-    """Say of a NonFiniteError which step, rank and sequences it came from, and save their batches for a post-mortem."""
+    """Say of a NonFiniteError which update, rank and sequences it came from, and save their batches for a post-mortem."""
     try:
         yield
     except NonFiniteError as error:
-        found = {number: "" for number in error.numbers} if error.is_located else located(parts, runtime, update)
+        found = dict.fromkeys(error.numbers, "") if error.is_located else located(parts, runtime, update)
         if folder is None:
             raise
-        ranks = {
-            batch.number: rank
-            for rank in range(runtime.world_size)
-            for batch in parts.sampler.deal(update.planned, rank, runtime.world_size)
-        }
+        lines = [f"update {progress.step}: {error}", *culprit_lines(parts, runtime, update, found)]
         culprits = [batch for batch in update.planned if batch.number in (found or error.numbers)]
         path = folder.path / f"nonfinite-step-{progress.step}.safetensors"
-        lines = [f"update {progress.step}: {error}"]
-        for batch in culprits if found else []:
-            what = f": {found[batch.number]}" if found[batch.number] else ""
-            sequences = ", ".join(map(str, batch.sequences.tolist()))
-            lines.append(f"micro-batch {batch.number}{what}, on rank {ranks[batch.number]}, sequences {sequences}")
-        if not found:
-            lines.append("computed again everything was finite: suspect the machine")
-        save_batches(path, [next(prepared_batches(parts, [batch])) for batch in culprits], culprits, lines)
-        raise NonFiniteError("; ".join([*lines, f"the batch is in {path}"]), error.numbers, error.is_located) from error
+        try:
+            save_batches(path, parts, culprits, "; ".join(lines))
+            lines.append(f"the batch is in {path}")
+        except OSError as problem:
+            lines.append(f"the batch could not be saved ({one_line(problem)})")
+        raise NonFiniteError("; ".join(lines), error.numbers, error.is_located) from error
+
+
+def culprit_lines(parts: Parts, runtime: Runtime, update: Update, found: dict[int, str]) -> list[str]:
+    """Describe the micro-batches found, number -> what is wrong: on which rank, of which sequences."""
+    shares = [parts.sampler.deal(update.planned, rank, runtime.world_size) for rank in range(runtime.world_size)]
+    ranks = {batch.number: rank for rank, share in enumerate(shares) for batch in share}
+    lines = []
+    for batch in update.planned:
+        if batch.number in found:
+            what = f"micro-batch {batch.number}{found[batch.number] and ': '}{found[batch.number]}"
+            lines.append(f"{what}, on rank {ranks[batch.number]}, sequences {', '.join(map(str, batch.sequences.tolist()))}")
+    return lines or ["computed again everything was finite: suspect the machine"]
 
 
 def located(parts: Parts, runtime: Runtime, update: Update) -> dict[int, str]:
@@ -963,19 +992,17 @@ def located(parts: Parts, runtime: Runtime, update: Update) -> dict[int, str]:
     return {number: what for part in found for number, what in part.items()}
 
 
-def save_batches(path: Path, batches: list[MicroBatch], planned: list[PlannedBatch], lines: list[str]) -> None:
+def save_batches(path: Path, parts: Parts, planned: list[PlannedBatch], message: str) -> None:
     """Save micro-batches as they went into the models, with the numbers of their sequences."""
     tensors = {}
-    for batch, plan in zip(batches, planned, strict=True):
-        tensors |= {f"{batch.number}/input_ids": batch.input_ids_BT, f"{batch.number}/labels": batch.labels_BT}
-        tensors[f"{batch.number}/sequences"] = torch.from_numpy(plan.sequences.astype(np.int64))
-        if batch.attention_mask_BT is not None:
-            tensors[f"{batch.number}/attention_mask"] = batch.attention_mask_BT
+    for batch, plan in zip(prepared_batches(parts, planned), planned, strict=True):
+        content = {
+            "input_ids": batch.input_ids_BT, "labels": batch.labels_BT, "attention_mask": batch.attention_mask_BT,
+            "sequences": torch.from_numpy(plan.sequences.astype(np.int64)),
+        }  # fmt: skip
+        tensors |= {f"{batch.number}/{name}": value.contiguous() for name, value in content.items() if value is not None}
     with atomic_path(path) as temporary:
-        content = safetensors.torch.save(
-            {name: tensor.contiguous() for name, tensor in tensors.items()}, {"error": "; ".join(lines)}
-        )
-        temporary.write_bytes(content)
+        temporary.write_bytes(safetensors.torch.save(tensors, {"error": message}))
 
 
 @contextlib.contextmanager
@@ -1036,13 +1063,15 @@ def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
             "Training %s parameters on %d sequences (%d ids), %d micro-batches in all.", f"{parts.student.num_parameters():,}",
             len(parts.dataset), int(np.sum(parts.dataset.lengths)), parts.num_micro_batches,
         )  # fmt: skip
-        train(config, parts, runtime, folder, progress, stop)
+        fit_and_export(config, parts, runtime, folder, progress, stop)
     finally:
         if folder is not None:
             folder.close()
 
 
-def train(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None, progress: Progress, stop: StopSignals):
+def fit_and_export(
+    config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None, progress: Progress, stop: StopSignals
+) -> None:
     """Run the loop with what ends it early said; then export the student."""
     try:
         with stop:

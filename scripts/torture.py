@@ -49,8 +49,8 @@ class Row:
 
 
 PLAN = [
-    Row("T1", "SIGKILL at random moments, 3 and more a run, then started again; 1 and 2 ranks, masked and causal, "
-        "accumulation 1 and 4, over an epoch's end", "200 of 200 digests and every logged loss equal to the uninterrupted run's",
+    Row("T1", "SIGKILL at random moments, 3 and more a run, started again; 1 and 2 ranks, masked and causal, "
+        "accumulation 1 and 4, over an epoch's end", "200 of 200 digests and logs equal the undisturbed run's",
         "Composer: 12 planned stops", "torture_runs:killed_at_random", 4, 200, limit_s=300),
     Row("T2", "SIGKILL inside a save", "1000 of 1000 loadable, never more than one interval lost",
         "the 2019 program: 59 of 100 unreadable", "torture_runs:killed_in_a_save", 20, 1000),
@@ -88,7 +88,7 @@ PLAN = [
     Row("T18", "20 planted mistakes against the tests that guard them", "20 of 20 caught", "TrainCheck 18 of 20",
         "torture_mutants:planted_mistake", 0, 20, limit_s=900),
     Row("T19", "60 malicious files x each entry point", "0 executed", "4-5 payloads tested",
-        "torture_files:malicious", 6, 60),
+        "torture_malicious:malicious", 3, 60, limit_s=300),
     Row("T20", "mutated pickles, stores, checkpoints", "100,000: 0 crashes or hangs", "safetensors 38.4 M",
         "torture_files:mutated", 2, 200, limit_s=600),
     Row("T21", "--force on 30 targets (/, ~, ., link/, a folder holding the data, a foreign folder, ..)",
@@ -97,11 +97,11 @@ PLAN = [
         "5000: fine, or exit 2 with file:line; no traceback", "traceback", "torture_inputs:corpora", 1, 100, limit_s=600),
     Row("T23", "40 mismatches: vocabulary, width, positions, missing special token, counts of another tokenizer, missing, "
         "extra, NaN student weights", "40 of 40 refused before the first step, both values named", "bare asserts",
-        "torture_files:mismatched", 40, 40),
+        "torture_programs:mismatched", 6, 40),
     Row("T24", "arguments and environment by hypothesis", "2000: no traceback, no hang > 10 s", "none",
         "torture_inputs:arguments", 1, 40, limit_s=600),
     Row("T26", "preprocessing killed and rerun", "nothing partial under a final name; rerun byte-identical", "none",
-        "torture_files:preprocessing_killed", 4, 200),
+        "torture_programs:preprocessing_killed", 2, 100, limit_s=300),
 ]  # fmt: skip
 
 

@@ -162,3 +162,16 @@ def test_a_digest_is_of_names_types_shapes_and_bytes():
     digests = {checkpointing.content_digest(tensors) for tensors in (base, *others)}
     assert len(digests) == 1 + len(others)
     assert checkpointing.content_digest(dict(reversed(base.items()))) == checkpointing.content_digest(base)
+
+
+@pytest.mark.parametrize("name", ["../step-00000001/state.json", "/dev/zero", "folder"])
+def test_a_manifest_names_files_of_its_folder(name, tmp_path):
+    write(tmp_path, 1)
+    path = write(tmp_path, 2)
+    (path / "folder").mkdir()
+    manifest = json.loads((path / "MANIFEST.json").read_text())
+    del manifest["manifest_sha256"]
+    manifest["files"][name] = {"bytes": 0, "sha256": "0"}
+    (path / "MANIFEST.json").write_text(json.dumps({**manifest, "manifest_sha256": checkpointing._digest_of_json(manifest)}))
+    with pytest.raises(DamagedError, match="no file of it|no such file"):
+        checkpointing.read(path)
