@@ -351,6 +351,8 @@ class Distiller:
         self.device = next(model.parameters()).device
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
         self.wrapped = _wrap_for_ranks(model) if world_size > 1 else model
+        if world_size > 1:
+            self._settle_buckets()
 
     def step(
         self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int, wants_statistics: bool = False,
@@ -417,6 +419,15 @@ class Distiller:
         if self.world_size > 1:
             torch.distributed.all_reduce(counts_K)
         return counts_K.clamp(min=1)
+
+    def _settle_buckets(self) -> None:
+        """Exchange zeros once: after its first backward DDP lays out anew in which order gradients are summed.
+
+        Three ranks or more would sum otherwise in the first update of a run that goes on than in the same update of one that
+        was never stopped, which differs by rounding.
+        """
+        self.wrapped(None, None, None, 1.0)[0].backward()
+        self.optimizer.zero_grad(set_to_none=True)
 
     def _without_reduction(self, is_wanted: bool) -> contextlib.AbstractContextManager:
         return self.wrapped.no_sync() if is_wanted and self.world_size > 1 else contextlib.nullcontext()

@@ -15,6 +15,7 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import typing
 from collections.abc import Iterable, Iterator
@@ -93,6 +94,8 @@ from utils import (
     keep_freed_memory,
     keyed_seed,
     logger,
+    naming,
+    naming_library_errors,
     one_line,
     output_problem,
     prefetched,
@@ -652,7 +655,7 @@ class RunFolder:
         self.path = entry(config.dump_path)
         self.student = parts.student
         self.tokenizer = parts.tokenizer
-        self.lock = None
+        self.lock = self.log = None
         self._claim(config, point)
         try:
             self._begin(config, point)
@@ -668,10 +671,10 @@ class RunFolder:
             temporary.write_text(self.student.config.to_json_string(), encoding="utf-8")
         if point is not None:
             cut_log(self.log_path, point.state["log_bytes"])
-        self.writer = SummaryWriter(str(self.log_path))
+        self.log = Log(self.log_path)
         if point is None:
-            self.writer.add_text("config/training", f"    {json.dumps(as_flags(config))}", 0)
-            self.writer.add_text("config/student", f"    {self.student.config.to_json_string(use_diff=False)}", 0)
+            student_config = self.student.config.to_json_string(use_diff=False)
+            self.log.add_texts({"config/training": json.dumps(as_flags(config)), "config/student": student_config})
 
     @property
     def log_path(self) -> Path:
@@ -689,6 +692,7 @@ class RunFolder:
             os.rename(self.path, aside)
             logger.info("Moved the existing %s aside to %s.", self.path, aside)
         self.path.mkdir(parents=True, exist_ok=point is not None)
+        flush_to_disk(self.path.parent)
         self.lock = take_lock(self.path / LOCK)
         if point is not None:
             self._remove_leftovers()
@@ -705,6 +709,8 @@ class RunFolder:
         """Let another process have the folder."""
         if self.lock is not None:
             self.lock.close()
+        if self.log is not None:
+            self.log.let_go()
 
     def save_checkpoint(self, distiller: Distiller, state: dict, step: int, keep: int) -> None:
         """Write all that the run needs to go on, then checkpoint.pth: the student's plain state dict."""
@@ -714,7 +720,7 @@ class RunFolder:
 
     def _log_bytes(self) -> dict[str, int]:
         """Flush the log to the disk; return the sizes of its files."""
-        self.writer.flush()
+        self.log.flush()
         files = sorted(self.log_path.iterdir())
         for file in files:
             flush_to_disk(file)
@@ -732,14 +738,55 @@ class RunFolder:
     def finish(self) -> None:
         """Make the folder one that from_pretrained loads, and write pytorch_model.bin last: its presence means done."""
         with tempfile.TemporaryDirectory(prefix=".export-", dir=self.path) as folder:
-            with quiet_transformers():
+            with quiet_transformers(), naming_library_errors(self.path):
                 self.student.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
             for file in sorted(Path(folder).iterdir()):
                 with atomic_path(self.path / file.name) as temporary:
                     os.replace(file, temporary)
         save_weights(self.path / "pytorch_model.bin", self.student.state_dict())
-        self.writer.close()
+        self.log.close()
+
+
+class Log:
+    """TensorBoard's event files; a system error names their folder."""
+
+    def __init__(self, path: Path):
+        self.path = path
+        # Their writer's thread prints a traceback of its own where the disk is full, besides handing the error on.
+        self.kept_hook, threading.excepthook = threading.excepthook, self._thread_failed
+        with naming(path):
+            self.writer = SummaryWriter(str(path))
+
+    def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
+        if not (type(failure.thread).__name__ == "_AsyncWriterThread" and issubclass(failure.exc_type, OSError)):
+            self.kept_hook(failure)
+
+    def add_texts(self, texts: dict[str, str]) -> None:
+        """Write texts by tag, as code."""
+        with naming(self.path):
+            for tag, text in texts.items():
+                self.writer.add_text(tag, f"    {text}", 0)
+
+    def add_scalars(self, scalars: dict[str, float], x: int) -> None:
+        """Write a point for each tag."""
+        with naming(self.path):
+            for tag, value in scalars.items():
+                self.writer.add_scalar(tag, value, x)
+
+    def flush(self) -> None:
+        """Have all points in the files."""
+        with naming(self.path):
+            self.writer.flush()
+
+    def let_go(self) -> None:
+        """Have threads' errors printed as before."""
+        threading.excepthook = self.kept_hook
+
+    def close(self) -> None:
+        """Write what is left."""
+        with naming(self.path):
+            self.writer.close()
 
 
 def cut_log(folder: Path, sizes: dict[str, int]) -> None:
@@ -860,8 +907,7 @@ class Progress:
             scalars[f"parameter_std/{name}"] = parameter.detach().std(correction=int(parameter.numel() > 1)).item()
         for name, (mean, std) in report.grad_statistics.items():
             scalars |= {f"grad_mean/{name}": mean, f"grad_std/{name}": std}
-        for tag, value in scalars.items():
-            self.folder.writer.add_scalar(tag, value, self.iterations)
+        self.folder.log.add_scalars(scalars, self.iterations)
         self.log_sums_K.zero_()
         self.log_count, self.logged_at = 0, now
 
@@ -922,7 +968,7 @@ def after_update(
 def end_epoch(folder: RunFolder, epoch: int, mean_loss: float) -> None:
     """Save the student under the epoch's name, and log the epoch's mean loss."""
     folder.save_epoch(epoch)
-    folder.writer.add_scalar("epoch/loss", mean_loss, epoch)
+    folder.log.add_scalars({"epoch/loss": mean_loss}, epoch)
     logger.info("Epoch %d: mean loss %.4f.", epoch, mean_loss)
 
 

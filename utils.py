@@ -15,6 +15,7 @@ import json
 import logging
 import os
 import queue
+import re
 import signal
 import sys
 import tempfile
@@ -308,6 +309,19 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 @contextlib.contextmanager
+def naming_library_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Do as `naming`, also for what safetensors and tokenizers, written in Rust, make of a system error."""
+    try:
+        with naming(path):
+            yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or not found:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), os.fspath(path)) from error
+
+
+@contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
     """Put `path` into a system error that names no file: a full disk shows in a write, which knows none."""
     try:
@@ -385,7 +399,10 @@ def save_weights(path: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         plain[name] = on_host.setdefault(key, tensor.detach().cpu() if key not in on_host else tensor)
     with atomic_path(path) as temporary, open(temporary, "wb") as file:  # by name, the archive would carry the temporary one
-        torch.save(plain, file)
+        try:
+            torch.save(plain, file)
+        except RuntimeError as error:  # of a position in the file, where the system said that the disk is full
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
 
 
 def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:
