@@ -671,6 +671,7 @@ class RunFolder:
             temporary.write_text(self.student.config.to_json_string(), encoding="utf-8")
         if point is not None:
             cut_log(self.log_path, point.state["log_bytes"])
+            self._save_plain_checkpoint()  # the process may have been killed between the two
         self.log = Log(self.log_path)
         if point is None:
             student_config = self.student.config.to_json_string(use_diff=False)
@@ -716,6 +717,9 @@ class RunFolder:
         """Write all that the run needs to go on, then checkpoint.pth: the student's plain state dict."""
         state = {**state, "log_bytes": self._log_bytes()}
         checkpointing.write(self.path / CHECKPOINTS, step, distiller.tensors(), state, keep)
+        self._save_plain_checkpoint()
+
+    def _save_plain_checkpoint(self) -> None:
         save_weights(self.path / "checkpoint.pth", self.student.state_dict())
 
     def _log_bytes(self) -> dict[str, int]:

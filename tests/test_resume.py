@@ -5,6 +5,7 @@ import os
 import re
 import shutil
 import signal
+import sys
 import threading
 import time
 from pathlib import Path
@@ -184,6 +185,18 @@ def test_leftovers_of_a_killed_process_are_removed(world, stopped, tmp_path):
     train.main([*world.flags("bert", run, **SHORT), "--resume"])
     left = {path.name for path in run.rglob("*")}
     assert not [name for name in left if name.endswith(".tmp") or name.startswith(".export")] and "notes.txt" in left
+
+
+def test_the_plain_checkpoint_follows_the_one_gone_on_from(world, stopped, tmp_path):
+    """The process may have been killed between the two."""
+    run = copied(stopped, tmp_path)
+    weights = (run / "checkpoint.pth").read_bytes()
+    (run / "checkpoint.pth").write_bytes(b"of an earlier update")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train, "fit", lambda *arguments: sys.exit(9))
+        with pytest.raises(SystemExit):
+            train.main([*world.flags("bert", run, **SHORT), "--resume"])
+    assert (run / "checkpoint.pth").read_bytes() == weights
 
 
 def test_paths_intervals_and_how_an_update_is_dealt_may_change(world, stopped, tmp_path):
