@@ -343,6 +343,7 @@ class Distiller:
         self.world_size = world_size
         self.amp_dtype = amp_dtype
         self.normalization = normalization
+        self.num_asking = 0
         if amp_dtype is not None and self.teacher is not None:
             self.teacher.to(amp_dtype)
         if compiles:
@@ -365,7 +366,7 @@ class Distiller:
         is applied.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        losses_MK, num_asking = self._accumulate(batches, numbers, num_mine, asks_to_stop)
+        losses_MK = self.accumulate(batches, numbers, num_mine, asks_to_stop)
         # Differs from the original: nothing non-finite is applied. 2019 ended with exit status 0.
         self._check_losses(losses_MK, numbers)
         self.scaler.unscale_(self.optimizer)
@@ -380,13 +381,16 @@ class Distiller:
         self.scaler.update()
         if self.schedule is not None and math.isfinite(norm):
             self.schedule.step()
-        return StepReport(losses_MK, norm, statistics, num_asking)
+        return StepReport(losses_MK, norm, statistics, self.num_asking)
 
-    def accumulate(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int) -> torch.Tensor:
-        """Leave the update's mean gradient in .grad; return every rank's losses_MK. One gradient all-reduce."""
-        return self._accumulate(batches, numbers, num_mine, lambda: False)[0]
+    def accumulate(
+        self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int,
+        asks_to_stop: Callable[[], bool] = lambda: False,
+    ) -> torch.Tensor:  # fmt: skip
+        """Leave the update's mean gradient in .grad; return every rank's losses_MK. One gradient all-reduce.
 
-    def _accumulate(self, batches, numbers, num_mine, asks_to_stop) -> tuple[torch.Tensor, int]:
+        Sets num_asking: how many ranks' asks_to_stop said yes.
+        """
         self.model.train()
         # Differs from the original: a last partial update is divided by its own size.
         share, counts_K = self.world_size / len(numbers), None  # DDP takes the mean over ranks
@@ -409,7 +413,8 @@ class Distiller:
             torch.distributed.all_reduce(shared)
         losses_MK[:, 0] = losses_MK[:, 1:] @ losses_MK.new_tensor(list(self.model.alphas.values()))
         shared = shared.cpu()
-        return shared[:-1], int(shared[-1, 0])
+        self.num_asking = int(shared[-1, 0])
+        return shared[:-1]
 
     def _count_rows(self, batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Count the rows of each objective in the whole update, on every rank: (K,), 1 at least."""
