@@ -1,11 +1,14 @@
 """The same runs on a GPU: one process, and one process under nccl; skipped where there is none."""
 
+import shutil
 import sys
 
 import pytest
 import torch
 from conftest import run_process
 from stand_ins import ROOT
+
+import checkpointing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 LAUNCHERS = {
@@ -46,3 +49,17 @@ def test_half_precision_trains_on_a_gpu(world, tmp_path):
     done = run_process(sys.executable, ROOT / "train.py", *world.flags("bert", tmp_path / "run", max_steps=5, fp16=True))
     assert done.returncode == 0, done.stderr
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_a_run_goes_on_on_a_gpu(launcher, world, tmp_path):
+    """Stopped after its last checkpoint but one, in effect: the newest is taken away."""
+    flags = {"batch_size": 12, "checkpoint_interval": 6, "bf16": True}
+    command = [*LAUNCHERS[launcher], ROOT / "train.py", *world.flags("bert", tmp_path / "run", **flags)]
+    assert run_process(*command).returncode == 0
+    whole, (newest, *_) = weights(tmp_path / "run"), checkpointing.exist(tmp_path / "run" / "checkpoints")
+    shutil.rmtree(newest)
+    done = run_process(*command, "--resume")
+    assert done.returncode == 0 and "Going on from" in done.stderr, done.stderr
+    for name, tensor in weights(tmp_path / "run").items():
+        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-4)  # kernels sum in no fixed order

@@ -185,13 +185,13 @@ def finish(bench, shape: tuple, run: Path, expected: str, what: str) -> None:
 def killed_at_random(bench) -> None:
     """T1: SIGKILL every process of a run at random moments, start it again each time, compare the end."""
     shape, run = SHAPES[bench.number % len(SHAPES)], bench.folder / "run"
-    expected, seconds = reference(bench, shape)
+    expected, _ = reference(bench, shape)
     num_kills = 0
     for attempt in range(bench.rng.randint(3, 5)):
-        ranks = Ranks([*run_flags(bench, shape, run), "--resume", "auto"], bench.folder / f"{attempt}.log", shape[1])
-        deadline = time.monotonic() + bench.rng.uniform(0.05, 0.7) * seconds
-        while time.monotonic() < deadline and not ranks.is_over():
-            time.sleep(0.001)
+        counted = Counted()
+        argv = [*run_flags(bench, shape, run), "--resume", "auto"]
+        ranks = Ranks(argv, bench.folder / f"{attempt}.log", shape[1], counted.plant)
+        wait_at_random(bench, shape, counted, ranks)
         ranks.send(signal.SIGKILL)
         statuses = ranks.wait()
         num_kills += -signal.SIGKILL in statuses
@@ -199,6 +199,16 @@ def killed_at_random(bench) -> None:
             bench.fail(f"{shape}, attempt {attempt}: status {statuses}: {ranks.output()[-500:]}")
     bench.note(f"{num_kills} kills in a run")
     finish(bench, shape, run, expected, f"killed {num_kills} times")
+
+
+def wait_at_random(bench, shape: tuple, counted: "Counted", ranks: Ranks) -> None:
+    """Wait for a moment in one of the next updates; one time in four for one while the run starts."""
+    if bench.rng.random() < 0.25:
+        time.sleep(bench.rng.uniform(0, 0.5))
+        return
+    updates = MICRO_BATCHES // (shape[1] * shape[2])
+    counted.wait_for(bench.rng.randint(1, max(updates // 5, 1)), ranks)
+    time.sleep(bench.rng.uniform(0, 0.03))
 
 
 class Announced:
