@@ -18,10 +18,13 @@ import shutil
 import signal
 import sys
 import tempfile
+import threading
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
+
+from tqdm import tqdm
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
@@ -346,6 +349,9 @@ def make_world(folder: Path, rows: Sequence[Row]):
     import torch
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    # tqdm's own lock is one for all forked processes: one that is killed while it draws would stop all others for ever.
+    tqdm.set_lock(threading.RLock())
+    tqdm.monitor_interval = 0
     import stand_ins
 
     text = folder / "dump.txt"
