@@ -9,6 +9,7 @@ import argparse
 import contextlib
 import dataclasses
 import datetime
+import faulthandler
 import importlib
 import json
 import os
@@ -60,7 +61,7 @@ PLAN = [
     Row("T2", "SIGKILL inside a save", "1000 of 1000 loadable, never more than one interval lost",
         "the 2019 program: 59 of 100 unreadable", "torture_runs:killed_in_a_save", 20, 1000),
     Row("T3", "every system call of a save: killed, EIO, ENOSPC", "all points safe, their number printed",
-        "none in the field (RocksDB, SQLite do it)", "torture_saves:system_call_fails", 1, 1, jobs=1, limit_s=3000,
+        "none in the field (RocksDB, SQLite do it)", "torture_saves:system_call_fails", 1, 1, jobs=1, limit_s=900,
         is_sampled=False),
     Row("T4", "order of write, fsync, rename in one save", "0 violations", "torch's distributed checkpoint: 2",
         "torture_saves:order_of_calls", 1, 3, jobs=1, is_sampled=False),
@@ -192,6 +193,7 @@ class ForkedCall:
         self.folder = scratch / f"{row.id}-{number}"
         self.folder.mkdir()
         self.result = scratch / f"{row.id}-{number}.json"
+        self.stacks = scratch / f"{row.id}-{number}.stacks"
         self.deadline = time.monotonic() + row.limit_s
         sys.stdout.flush()
         sys.stderr.flush()
@@ -203,6 +205,8 @@ class ForkedCall:
         status = 1
         try:
             os.setsid()
+            # Where a call hangs, it and what it forked say where they stand.
+            faulthandler.register(signal.SIGUSR2, open(self.stacks, "a"), all_threads=False)  # noqa: SIM115
             result = call(self.row, self.number, seed, world, self.folder)
             self.result.write_text(json.dumps(result), encoding="utf-8")
             status = 0
@@ -214,18 +218,32 @@ class ForkedCall:
         done, status = os.waitpid(self.pid, os.WNOHANG)
         if not done and time.monotonic() < self.deadline:
             return None
-        with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGKILL)  # and what it left running
         if not done:
-            os.waitpid(self.pid, 0)
-            return self._failed(f"hung for more than {self.row.limit_s:g} s")
+            return self._failed(f"hung for more than {self.row.limit_s:g} s: {self.end()}")
+        self._kill()  # what it left running
         if status or not self.result.exists():
             return self._failed(f"the call's own process ended with status {status}")
         result = json.loads(self.result.read_text(encoding="utf-8"))
         self.result.unlink()
+        self.stacks.unlink()
         if not result["failures"]:
             shutil.rmtree(self.folder, ignore_errors=True)
         return result
+
+    def end(self) -> str:
+        """End a call that runs, and all that it started; return where it stood."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGUSR2)
+            time.sleep(0.5)
+        self._kill()
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(self.pid, signal.SIGKILL)
+        os.waitpid(self.pid, 0)
+        return self.stacks.read_text(encoding="utf-8")[-1500:] if self.stacks.exists() else ""
+
+    def _kill(self) -> None:
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.pid, signal.SIGKILL)
 
     def _failed(self, what: str) -> dict:
         return {"trials": 1, "failures": [f"call {self.number}: {what}"], "notes": []}
@@ -247,9 +265,7 @@ def results(row: Row, numbers: Iterable[int], seed: int, world: object, scratch:
             time.sleep(0.005)
     finally:
         for forked in running:
-            with contextlib.suppress(ProcessLookupError):
-                os.killpg(forked.pid, signal.SIGKILL)
-            os.waitpid(forked.pid, 0)
+            forked.end()
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -349,6 +365,7 @@ def make_world(folder: Path, rows: Sequence[Row]):
     import torch
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # nor does the tokenizers': where the surroundings say "true", it waits
     # tqdm's own lock is one for all forked processes: one that is killed while it draws would stop all others for ever.
     tqdm.set_lock(threading.RLock())
     tqdm.monitor_interval = 0

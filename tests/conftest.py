@@ -5,12 +5,20 @@ import os
 import pickle
 import subprocess
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 from stand_ins import ROOT, World, make_lines, make_teachers
 
 import utils
+
+
+@pytest.fixture(autouse=True)
+def surroundings():
+    """Give each test the same environment: programs called in this process write to it (TOKENIZERS_PARALLELISM, ..)."""
+    with mock.patch.dict(os.environ):
+        yield
 
 
 @pytest.fixture(scope="session")
@@ -57,9 +65,12 @@ def run_process(*command: object, cwd: Path | None = None, timeout_s: float = 30
     """Run a command as a user does; launcher variables of the surroundings are taken out."""
     clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
     clean |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", **environment}
-    return subprocess.run(
-        [str(word) for word in command], cwd=cwd, env=clean, timeout=timeout_s, capture_output=True, text=True
-    )
+    words = [str(word) for word in command]
+    try:
+        return subprocess.run(words, cwd=cwd, env=clean, timeout=timeout_s, capture_output=True, text=True)
+    except subprocess.TimeoutExpired as error:
+        printed = [(text or b"")[-2000:].decode(errors="replace") for text in (error.stdout, error.stderr)]
+        pytest.fail("\n".join([f"no end after {timeout_s:g} s: {' '.join(words)}", *printed]), pytrace=False)
 
 
 def load_golden(name: str) -> dict:
