@@ -22,7 +22,7 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from utils import REMEDIES, InputError, flush_to_disk, logger, naming, one_line
+from utils import REMEDIES, InputError, flush_to_disk, json_digest, logger, make_folder, naming, one_line
 
 FORMAT, VERSION = "distil-checkpoint", 1
 MANIFEST, STATE = "MANIFEST.json", "state.json"
@@ -75,7 +75,7 @@ def write(folder: str | os.PathLike, step: int, tensors: Tensors, state: Mapping
     unfinished = final.with_name(final.name + UNFINISHED)
     num_bytes = ROOM_BYTES + sum(tensor.nbytes for file in tensors.values() for tensor in file.values())
     with _saying_how_much(final, num_bytes), naming(final):
-        _make_folder(final.parent)
+        make_folder(final.parent)
         clean(final.parent)
         _require_room(final.parent, num_bytes)
         try:
@@ -91,13 +91,6 @@ def write(folder: str | os.PathLike, step: int, tensors: Tensors, state: Mapping
             raise
         prune(final.parent, keep, final)
     return final
-
-
-def _make_folder(folder: Path) -> None:
-    if not folder.is_dir():
-        _make_folder(folder.parent)
-        folder.mkdir()
-        flush_to_disk(folder.parent)
 
 
 def _require_room(folder: Path, num_bytes: int) -> None:
@@ -126,7 +119,7 @@ def _write_files(folder: Path, step: int, tensors: Tensors, state: Mapping[str, 
     text = json.dumps({"step": step, **state}, indent=1, allow_nan=False)
     manifest[STATE] = _write_file(folder / STATE, text.encode())
     body = {"format": FORMAT, "version": VERSION, "step": step, "files": manifest}
-    text = json.dumps({**body, "manifest_sha256": _digest_of_json(body)}, indent=1)
+    text = json.dumps({**body, "manifest_sha256": json_digest(body)}, indent=1)
     _write_file(folder / MANIFEST, text.encode())
     flush_to_disk(folder)
 
@@ -140,10 +133,6 @@ def _write_file(path: Path, content: bytes) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
-
-
-def _digest_of_json(content: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
 def _discard(path: Path) -> None:
@@ -219,7 +208,7 @@ def _read_manifest(path: Path) -> dict[str, Any]:
     name = path / MANIFEST
     with _saying_damaged(name):
         manifest = json.loads(name.read_bytes())
-        if manifest.pop("manifest_sha256") != _digest_of_json(manifest) or manifest["format"] != FORMAT:
+        if manifest.pop("manifest_sha256") != json_digest(manifest) or manifest["format"] != FORMAT:
             raise DamagedError(f"{name}: differs from its own checksum: damaged, or edited")
     if manifest.get("version") != VERSION:
         raise InputError(

@@ -29,7 +29,7 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from utils import InputError, RankError, atomic_path, atomic_paths, logger, one_line, require_file, require_output
+from utils import InputError, RankError, atomic_path, atomic_paths, json_digest, logger, one_line, require_file, require_output
 
 CARD_FORMAT, CARD_VERSION = "distil-tokens", 1
 MAGIC, STORE_VERSION = b"MMIDIDX\x00\x00", 1
@@ -84,7 +84,7 @@ def write_card(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
 
 def _write_card_to(path: Path, content: Mapping[str, Any]) -> None:
     card = {"format": CARD_FORMAT, "version": CARD_VERSION, **content}
-    path.write_text(json.dumps({**card, "card_sha256": _card_digest(card)}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(json.dumps({**card, "card_sha256": json_digest(card)}, indent=2) + "\n", encoding="utf-8")
 
 
 def check_vocab_size(vocab_size: int) -> None:
@@ -129,13 +129,9 @@ def read_card(path: str | os.PathLike, what: str) -> dict[str, Any]:
         raise InputError(
             f"{what} {path}: is of version {card.get('version')}, this program reads version {CARD_VERSION}; update the program"
         )
-    if card.pop("card_sha256", None) != _card_digest(card):
+    if card.pop("card_sha256", None) != json_digest(card):
         raise InputError(f"{what} {path}: its checksum is wrong: damaged, or edited; make the token file again")
     return card
-
-
-def _card_digest(card: Mapping[str, Any]) -> str:
-    return hashlib.sha256(json.dumps(card, sort_keys=True).encode()).hexdigest()
 
 
 def check_vocabulary(card: Mapping[str, Any], vocabulary: str | None, source: str, model: str) -> None:

@@ -94,6 +94,7 @@ from utils import (
     keep_freed_memory,
     keyed_seed,
     logger,
+    make_folder,
     naming,
     naming_library_errors,
     one_line,
@@ -412,8 +413,9 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
     tokenizer = load_tokenizer(config.teacher_type, config.teacher_name, "--teacher_name")
     teacher = load_teacher(config.teacher_type, config.teacher_name)
     check_sizes(config, student_config, teacher, tokenizer)
-    dataset = make_dataset(config, tokenizer, teacher)
-    prepare = make_preparation(config, tokenizer, teacher.config.vocab_size)
+    vocabulary = vocabulary_fingerprint(tokenizer)
+    dataset = make_dataset(config, tokenizer, teacher, vocabulary)
+    prepare = make_preparation(config, tokenizer, teacher.config.vocab_size, vocabulary)
     student = make_student(config, student_config)
     check_forward(student, f"--student_config {config.student_config}", dataset)
     check_forward(teacher, f"--teacher_name {config.teacher_name}", dataset)
@@ -422,12 +424,12 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
         max_tokens=config.max_tokens,
     )  # fmt: skip
     num_micro_batches, num_updates = run_length(config, len(sampler), runtime.world_size)
-    identity = identify(config, student, teacher, dataset, tokenizer) if runtime.is_main else {}
+    identity = identify(config, student, teacher, dataset, vocabulary) if runtime.is_main else {}
     distiller = make_distiller(config, runtime, student, teacher, num_updates)
     return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches, identity)
 
 
-def identify(config: TrainConfig, student, teacher, dataset: LmSeqsDataset, tokenizer) -> dict[str, typing.Any]:
+def identify(config: TrainConfig, student, teacher, dataset: LmSeqsDataset, vocabulary: str) -> dict[str, typing.Any]:
     """Describe what a run must find again when it goes on: digests of the inputs' content, whatever their paths."""
     student_config = {k: v for k, v in student.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
     return {
@@ -435,7 +437,7 @@ def identify(config: TrainConfig, student, teacher, dataset: LmSeqsDataset, toke
         "teacher_name": checkpointing.content_digest(teacher.state_dict()),
         "data_file": dataset.tokens.digest(),
         "token_counts": file_digest(config.token_counts) if config.token_counts else None,
-        "vocabulary": vocabulary_fingerprint(tokenizer),
+        "vocabulary": vocabulary,
     }
 
 
@@ -478,15 +480,13 @@ def check_sizes(config: TrainConfig, student_config, teacher, tokenizer) -> None
         raise InputError("\n".join(problems))
 
 
-def make_dataset(config: TrainConfig, tokenizer, teacher) -> LmSeqsDataset:
+def make_dataset(config: TrainConfig, tokenizer, teacher, vocabulary: str) -> LmSeqsDataset:
     """Read and filter the sequences. Raises InputError where the file doesn't fit or nothing is left."""
     max_length = max_input_length(config.teacher_type, tokenizer, teacher.config)
     max_length = min(max_length, config.max_length or max_length)
     special = SpecialIds(**special_ids(config.teacher_type, tokenizer))
     model = f"--teacher_name {config.teacher_name}"
-    return LmSeqsDataset.from_file(
-        config.data_file, special, max_length, teacher.config.vocab_size, model, vocabulary_fingerprint(tokenizer)
-    )
+    return LmSeqsDataset.from_file(config.data_file, special, max_length, teacher.config.vocab_size, model, vocabulary)
 
 
 def check_forward(model: torch.nn.Module, source: str, dataset: LmSeqsDataset) -> None:
@@ -503,12 +503,12 @@ def check_forward(model: torch.nn.Module, source: str, dataset: LmSeqsDataset) -
         raise InputError(f"{source}: the model gives NaN or infinite values before any training; correct its JSON or weights")
 
 
-def make_preparation(config: TrainConfig, tokenizer, vocab_size: int) -> typing.Callable:
+def make_preparation(config: TrainConfig, tokenizer, vocab_size: int, vocabulary: str) -> typing.Callable:
     """Choose how batches are prepared: masked (with the token counts) or causal. Raises InputError."""
     if not config.mlm:
         return prepare_clm
     model = f"--teacher_name {config.teacher_name}"
-    counts_V = read_token_counts(config.token_counts, vocab_size, model, vocabulary_fingerprint(tokenizer))
+    counts_V = read_token_counts(config.token_counts, vocab_size, model, vocabulary)
     weights_V = masking_weights(torch.from_numpy(counts_V), config.mlm_smoothing, tokenizer.all_special_ids)
     return MlmPreparation(
         weights_V, tokenizer.mask_token_id, config.mlm_mask_prop, config.word_mask, config.word_keep, config.word_rand,
@@ -586,9 +586,9 @@ def find_resume_point(config: TrainConfig, world_size: int) -> Checkpoint | None
     if mode is None:
         return None
     found = checkpointing.newest(folder)
-    if found is None and mode == "required":
-        raise InputError(f"--resume: there is no checkpoint in {folder}; name the run's --dump_path, or use --resume auto")
     if found is None:
+        if mode == "required":
+            raise InputError(f"--resume: there is no checkpoint in {folder}; name the run's --dump_path, or use --resume auto")
         return None
     with saying_misfit(found):
         problems = flag_contradictions(config, world_size, found)
@@ -615,7 +615,7 @@ def saying_misfit(found: Checkpoint | None) -> Iterator[None]:
 
 def flag_contradictions(config: TrainConfig, world_size: int, found: Checkpoint) -> list[str]:
     """Say which flags, or which number of processes, contradict a checkpoint: one line each."""
-    then, now = found.state["flags"], json.loads(json.dumps(as_flags(config)))
+    then, now = found.state["flags"], as_flags(config)
     problems = [
         f"--{name} {now[name]}: {found.path} was made with {then[name]}; pass that, {START_ANEW}"
         for name in now
@@ -692,7 +692,8 @@ class RunFolder:
             aside = _free_name(f"{self.path}.old-{time.strftime('%Y%m%d-%H%M%S')}")
             os.rename(self.path, aside)
             logger.info("Moved the existing %s aside to %s.", self.path, aside)
-        self.path.mkdir(parents=True, exist_ok=point is not None)
+        make_folder(self.path.parent)
+        self.path.mkdir(exist_ok=point is not None)
         flush_to_disk(self.path.parent)
         self.lock = take_lock(self.path / LOCK)
         if point is not None:
@@ -829,7 +830,6 @@ class Progress:
 
     def __init__(self, parts: Parts, runtime: Runtime):
         self.parts = parts
-        self.folder: RunFolder | None = None
         self.world_size = runtime.world_size
         self.names = ["loss", *(f"loss_{name}" for name in parts.distiller.model.alphas)]
         self.step = 0  # updates done
@@ -894,7 +894,7 @@ class Progress:
         total, count = self.epoch_sums[epoch]
         return total / count
 
-    def log(self, epoch: int, report: StepReport) -> None:
+    def log_to(self, log: Log, epoch: int, report: StepReport) -> None:
         """Write the scalars of SummaryWriter; x = micro-batches that each process has taken."""
         now = time.perf_counter()
         # Differs from the original: means since the last log, over all ranks; 2019 logged one micro-batch.
@@ -911,7 +911,7 @@ class Progress:
             scalars[f"parameter_std/{name}"] = parameter.detach().std(correction=int(parameter.numel() > 1)).item()
         for name, (mean, std) in report.grad_statistics.items():
             scalars |= {f"grad_mean/{name}": mean, f"grad_std/{name}": std}
-        self.folder.log.add_scalars(scalars, self.iterations)
+        log.add_scalars(scalars, self.iterations)
         self.log_sums_K.zero_()
         self.log_count, self.logged_at = 0, now
 
@@ -962,7 +962,7 @@ def after_update(
     if folder is None:
         return
     if is_logged:
-        progress.log(update.planned[-1].epoch, report)
+        progress.log_to(folder.log, update.planned[-1].epoch, report)
     for epoch in epochs:
         end_epoch(folder, epoch, progress.epoch_mean(epoch))
     if is_saved:
@@ -1106,7 +1106,7 @@ def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
     try:
         with runtime.sharing_errors():
             if runtime.is_main:
-                folder = progress.folder = RunFolder(config, parts, point)
+                folder = RunFolder(config, parts, point)
                 if not goes_on:
                     save(config, parts, folder, progress)  # shows now that there is room, and ever after there is one
         logger.info(

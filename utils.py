@@ -383,6 +383,20 @@ def prefetched(items: Iterable, num_ahead: int) -> Iterator:
                 waiting.get(timeout=0.01)
 
 
+def make_folder(path: str | os.PathLike) -> None:
+    """Make a folder, and those above it that are missing; the name of each is flushed to the disk."""
+    folder = Path(path)
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir()
+        flush_to_disk(folder.parent)
+
+
+def json_digest(content: Any) -> str:
+    """Return the SHA-256 of what JSON can hold, as hexadecimal digits, whatever the order of its keys."""
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
 def write_json(path: str | os.PathLike, content: Any) -> None:
     """Write `content` as indented JSON, atomically."""
     with atomic_path(path) as temporary:

@@ -5,11 +5,13 @@ For the tests, and for the trials of scripts/torture.py.
 
 import json
 import random
+import socket
 import sys
 from pathlib import Path
 
 import torch
 import transformers
+from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
 from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -139,3 +141,29 @@ class World:
             if value is not None:
                 flags += [f"--{name}"] if value is True else [f"--{name}", str(value)]
         return flags
+
+
+MEASURED = ("global/speed", "global/memory_usage")
+
+
+def logged(run: Path) -> list[tuple]:
+    """List every point of a run's log as it stands in the files: (tag, x, value), but for times and memory."""
+    points = []
+    for file in sorted((run / "log" / "train").iterdir()):
+        for event in EventFileLoader(str(file)).Load():
+            for value in event.summary.value:
+                if value.tag not in MEASURED:
+                    points.append((value.tag, event.step, str(value.tensor.float_val or value.tensor.string_val)))
+    return sorted(points)
+
+
+def is_text(point: tuple) -> bool:
+    """True for a text of a run's log, in contrast to a number."""
+    return point[0].startswith("config/")
+
+
+def open_port() -> int:
+    """Find a port that is free now."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        return free.getsockname()[1]

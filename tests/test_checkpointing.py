@@ -10,7 +10,7 @@ import torch
 
 import checkpointing
 from checkpointing import DamagedError
-from utils import InputError
+from utils import InputError, json_digest
 
 TENSORS = {
     "student": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])},
@@ -115,7 +115,7 @@ def test_a_newer_version_is_refused_not_skipped(tmp_path):
     manifest = json.loads(path.read_text())
     del manifest["manifest_sha256"]
     manifest["version"] = 2
-    path.write_text(json.dumps({**manifest, "manifest_sha256": checkpointing._digest_of_json(manifest)}))
+    path.write_text(json.dumps({**manifest, "manifest_sha256": json_digest(manifest)}))
     with pytest.raises(InputError, match="is of version 2, this program reads version 1") as caught:
         checkpointing.newest(tmp_path)
     assert not isinstance(caught.value, DamagedError)
@@ -172,6 +172,6 @@ def test_a_manifest_names_files_of_its_folder(name, tmp_path):
     manifest = json.loads((path / "MANIFEST.json").read_text())
     del manifest["manifest_sha256"]
     manifest["files"][name] = {"bytes": 0, "sha256": "0"}
-    (path / "MANIFEST.json").write_text(json.dumps({**manifest, "manifest_sha256": checkpointing._digest_of_json(manifest)}))
+    (path / "MANIFEST.json").write_text(json.dumps({**manifest, "manifest_sha256": json_digest(manifest)}))
     with pytest.raises(DamagedError, match="no file of it|no such file"):
         checkpointing.read(path)

@@ -2,14 +2,13 @@
 
 import re
 import shutil
-import socket
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 from conftest import run_process
-from stand_ins import ROOT, student_config_of, vocab_size_of
+from stand_ins import ROOT, open_port, student_config_of, vocab_size_of
 
 import utils
 from runtime import choose_device, read_launcher
@@ -19,12 +18,6 @@ TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--np
 LAUNCH = [sys.executable, "-W", "ignore", "-m", "torch.distributed.launch", "--nproc_per_node"]
 WORKER = ROOT / "tests" / "rank_worker.py"
 TRAIN = ROOT / "train.py"
-
-
-def open_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
 
 
 def check(done) -> None:

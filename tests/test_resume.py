@@ -12,30 +12,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_ins import ROOT, make_model
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from stand_ins import ROOT, is_text, logged, make_model
 
 import checkpointing
 import runtime
 import train
 from utils import holding_signals
-
-MEASURED = ("global/speed", "global/memory_usage")
-
-
-def logged(run: Path) -> list[tuple]:
-    """List every point of a run's log as it stands in the files: (tag, x, value), but for times and memory."""
-    points = []
-    for file in sorted((run / "log" / "train").iterdir()):
-        for event in EventFileLoader(str(file)).Load():
-            for value in event.summary.value:
-                if value.tag not in MEASURED:
-                    points.append((value.tag, event.step, str(value.tensor.float_val or value.tensor.string_val)))
-    return sorted(points)
-
-
-def is_text(point: tuple) -> bool:
-    return point[0].startswith("config/")
 
 
 def assert_same_run(one: Path, two: Path) -> None:

@@ -17,7 +17,6 @@ import random
 import re
 import resource
 import shutil
-import signal
 import struct
 import sys
 import time
@@ -29,6 +28,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from forked import end_of, ended, fork_program
 from stand_ins import World, make_lines
 
 import binarized_data
@@ -43,7 +43,7 @@ from architectures import (
 )
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
 from token_files import open_token_file, write_card
-from utils import InputError, keyed_seed, logger, one_line, run_program
+from utils import InputError, json_digest, keyed_seed, logger, one_line
 
 # --------------------------------------------------------------------------------------------------------------------
 # Programs in processes of their own
@@ -73,13 +73,8 @@ class Ended:
 
 def start_child(action: Callable[[], None], log: Path) -> int:
     """Call a program's main in a forked process, its output in `log`, a user who says yes to everything at its keyboard."""
-    sys.stdout.flush()
-    sys.stderr.flush()
-    pid = os.fork()
-    if pid:
-        return pid
-    try:
-        status = 1
+
+    def prepare() -> None:
         keyboard = log.with_name("keyboard")
         keyboard.write_text("y\n" * 100)
         os.dup2(os.open(keyboard, os.O_RDONLY), 0)
@@ -87,29 +82,8 @@ def start_child(action: Callable[[], None], log: Path) -> int:
         sys.stdout = sys.stderr = open(log, "w", buffering=1, errors="replace")  # noqa: SIM115
         for stream in (1, 2):
             os.dup2(sys.stderr.fileno(), stream)
-        run_program(action)
-        status = 0
-    except SystemExit as end:
-        status = end.code if isinstance(end.code, int) else 1
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stderr.flush()
-        os._exit(status)
 
-
-def end_of(pid: int, limit_s: float) -> int | None:
-    """Wait for a child: its status, None where it had to be killed."""
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.003)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
+    return fork_program(prepare, action)
 
 
 def in_child(action: Callable[[], None], log: Path, limit_s: float = 60) -> Ended:
@@ -514,8 +488,7 @@ def settle_manifest(folder: Path) -> None:
     for name, row in files.items() if isinstance(files, dict) else ():
         if isinstance(row, dict) and (folder / name).is_file():
             row |= {"bytes": (folder / name).stat().st_size, "sha256": digest((folder / name).read_bytes())}
-    text = json.dumps(manifest, sort_keys=True).encode()
-    path.write_text(json.dumps({**manifest, "manifest_sha256": digest(text)}))
+    path.write_text(json.dumps({**manifest, "manifest_sha256": json_digest(manifest)}))
 
 
 def mutated(bench) -> None:
@@ -550,9 +523,8 @@ PROGRESS = struct.Struct("<qd")  # number of the mutant, and when it was begun
 def watch(pid: int, progress: mmap.mmap) -> int | None:
     """Wait for a child as long as it makes progress."""
     while True:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
+        if (status := ended(pid)) is not None:
+            return status
         if time.monotonic() - PROGRESS.unpack(progress)[1] > HUNG_S:
             return end_of(pid, 0)
         time.sleep(0.01)

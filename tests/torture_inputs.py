@@ -18,10 +18,8 @@ import math
 import os
 import re
 import shutil
-import signal
 import sys
 import tempfile
-import time
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -29,6 +27,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import hypothesis
 import numpy as np
+from forked import end_of, fork_program
 from hypothesis import strategies as st
 from stand_ins import POSITIONS, ROOT
 
@@ -148,53 +147,28 @@ def run_forked(
 ) -> Ended:  # fmt: skip
     """Run a program's main in a process of its own, which may change files in `folder` only."""
     with tempfile.TemporaryFile(dir=folder) as output:
-        pid = os.fork()
-        if pid == 0:
-            _run_child(main, argv, folder, cwd, environment or {}, prepare, output.fileno(), encoding)
-        status = wait(pid, LIMIT_S)
+
+        def set_up() -> None:
+            _prepare_child(folder, cwd, environment or {}, output.fileno(), encoding)
+            prepare()
+
+        status = end_of(fork_program(set_up, lambda: main(list(argv))), LIMIT_S)
         output.seek(0)
         return Ended(status, output.read().decode(errors="replace"))
 
 
-def wait(pid: int, limit_s: float) -> int | None:
-    """Wait for a process: its exit status; None where it had to be killed."""
-    deadline = time.monotonic() + limit_s
-    while time.monotonic() < deadline:
-        done, status = os.waitpid(pid, os.WNOHANG)
-        if done:
-            return os.waitstatus_to_exitcode(status)
-        time.sleep(0.002)
-    os.kill(pid, signal.SIGKILL)
-    os.waitpid(pid, 0)
-    return None
-
-
-def _run_child(main, argv, folder, cwd, environment, prepare, output: int, encoding: str) -> None:
-    status = 1
-    try:
-        os.dup2(output, 1)
-        os.dup2(output, 2)
-        sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
-        sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
-        huggingface_hub.constants.HF_HUB_OFFLINE = True  # a random name is none to ask the hub for
-        tempfile.tempdir = None
-        for name in [name for name in os.environ if name in LAUNCHER_VARIABLES]:
-            del os.environ[name]
-        os.environ |= {"HOME": str(cwd), "TMPDIR": str(cwd), **environment}
-        os.chdir(cwd)
-        keep_inside(folder)
-        prepare()
-        run_program(lambda: main(list(argv)))
-        status = 0
-    except SystemExit as end:
-        status = end.code
-    except BaseException:
-        traceback.print_exc()
-    finally:
-        with contextlib.suppress(Exception):
-            sys.stdout.flush()
-        sys.stderr.flush()
-        os._exit(status)
+def _prepare_child(folder, cwd, environment, output: int, encoding: str) -> None:
+    os.dup2(output, 1)
+    os.dup2(output, 2)
+    sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
+    sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # a random name is none to ask the hub for
+    tempfile.tempdir = None
+    for name in [name for name in os.environ if name in LAUNCHER_VARIABLES]:
+        del os.environ[name]
+    os.environ |= {"HOME": str(cwd), "TMPDIR": str(cwd), **environment}
+    os.chdir(cwd)
+    keep_inside(folder)
 
 
 def run_here(main: Callable, argv: Sequence[str]) -> Ended:

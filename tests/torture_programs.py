@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
+from forked import end_of
 from stand_ins import World, make_lines, save_tokenizer, vocab_size_of
-from torture_files import Reader, binarize, digest, end_of, in_child, settle_manifest, start_child, write_text
+from torture_files import Reader, binarize, digest, in_child, settle_manifest, start_child, write_text
 
 import binarized_data
 import checkpointing

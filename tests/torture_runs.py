@@ -11,22 +11,20 @@ import math
 import os
 import re
 import signal
-import socket
 import sys
 import time
-import traceback
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
+from forked import ended, fork_program
 from safetensors.torch import load_file
-from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
+from stand_ins import is_text, logged, open_port
 
 import checkpointing
 import train
 import utils
 
-MEASURED = ("global/speed", "global/memory_usage")
 LIMIT_S = 90
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -45,22 +43,11 @@ class Ranks:
         self.statuses: list[int | None] = [None] * world_size
 
     def _fork(self, argv, rank: int, world_size: int, port: str, before) -> int:
-        pid = os.fork()
-        if pid:
-            return pid
-        status = 70
-        try:
+        def prepare() -> None:
             become_rank(self.logs[rank], rank, world_size, port)
             before(rank)
-            utils.run_program(lambda: train.main(list(argv)))
-            status = 0
-        except SystemExit as end:
-            status = end.code if isinstance(end.code, int) else 1
-        except BaseException:
-            traceback.print_exc()
-        finally:
-            sys.stderr.flush()
-            os._exit(status)
+
+        return fork_program(prepare, lambda: train.main(list(argv)))
 
     def send(self, number: int, ranks: Sequence[int] | None = None) -> None:
         """Send a signal to some of the processes, or to all."""
@@ -73,9 +60,7 @@ class Ranks:
         """True where every process has ended."""
         for rank, pid in enumerate(self.pids):
             if self.statuses[rank] is None:
-                done, status = os.waitpid(pid, os.WNOHANG)
-                if done:
-                    self.statuses[rank] = os.waitstatus_to_exitcode(status)
+                self.statuses[rank] = ended(pid)
         return None not in self.statuses
 
     def wait(self, limit_s: float = LIMIT_S) -> list[int]:
@@ -107,24 +92,9 @@ def become_rank(log: Path, rank: int, world_size: int, port: str) -> None:
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
 
-def open_port() -> int:
-    """Find a port that is free now."""
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return free.getsockname()[1]
-
-
 def points(run: Path) -> list[tuple]:
-    """List every point in a run's log files, but for times and memory: (tag, x, value)."""
-    found = []
-    for file in sorted((run / "log" / "train").iterdir()):
-        for event in EventFileLoader(str(file)).Load():
-            found += [
-                (value.tag, event.step, *value.tensor.float_val)
-                for value in event.summary.value
-                if value.tag not in MEASURED and not value.tag.startswith("config/")
-            ]
-    return sorted(found)
+    """List every point in a run's log files, but for times, memory and texts."""
+    return [point for point in logged(run) if not is_text(point)]
 
 
 def digest(run: Path) -> str:
@@ -207,39 +177,46 @@ def wait_at_random(bench, shape: tuple, counted: "Counted", ranks: Ranks) -> Non
         time.sleep(bench.rng.uniform(0, 0.5))
         return
     updates = MICRO_BATCHES // (shape[1] * shape[2])
-    counted.wait_for(bench.rng.randint(1, max(updates // 5, 1)), ranks)
+    counted.wait_for(b".", bench.rng.randint(1, max(updates // 5, 1)), ranks)
     time.sleep(bench.rng.uniform(0, 0.03))
 
 
-class Announced:
-    """Have a run's processes announce when a save begins and ends, through a pipe; the save goes on meanwhile."""
+class Pipe:
+    """Marks that a run's processes leave as they go on, read by this one."""
 
     def __init__(self) -> None:
         self.read_end, self.write_end = os.pipe()
         os.set_blocking(self.read_end, False)
+
+    def leave(self, mark: bytes) -> None:
+        """Leave a mark of one byte."""
+        os.write(self.write_end, mark)
+
+    def wait_for(self, mark: bytes, num: int, ranks: Ranks) -> bool:
+        """Wait until so many of a mark were left; False where the run ended before."""
+        while num > 0:
+            with contextlib.suppress(BlockingIOError):
+                num -= os.read(self.read_end, 1) == mark
+                continue
+            if ranks.is_over():
+                return False
+            time.sleep(0.0002)
+        return True
+
+
+class Announced(Pipe):
+    """Have a run's processes announce when a save begins and ends; the save goes on meanwhile."""
 
     def plant(self, rank: int) -> None:
         """Wrap RunFolder.save_checkpoint in this process."""
         kept = train.RunFolder.save_checkpoint
 
         def save_checkpoint(*arguments):
-            os.write(self.write_end, b"(")
+            self.leave(b"(")
             kept(*arguments)
-            os.write(self.write_end, b")")
+            self.leave(b")")
 
         train.RunFolder.save_checkpoint = save_checkpoint
-
-    def wait_for(self, marks: int, ranks: Ranks) -> bool:
-        """Wait until so many saves have begun; False where the run ended before."""
-        seen = 0
-        while seen < marks:
-            with contextlib.suppress(BlockingIOError):
-                seen += os.read(self.read_end, 1) == b"("
-                continue
-            if ranks.is_over():
-                return False
-            time.sleep(0.0001)
-        return True
 
     def is_inside(self) -> bool:
         """True where the save that was waited for has not ended."""
@@ -254,7 +231,7 @@ def killed_in_a_save(bench) -> None:
     flags = bench.world.flags("bert", run, batch_size=12, max_steps=8, checkpoint_interval=2, gradient_accumulation_steps=2)
     ranks = Ranks(flags, bench.folder / "log", before=announced.plant)
     save = bench.rng.randint(2, 8)  # the first is of update 0
-    if not announced.wait_for(save, ranks):
+    if not announced.wait_for(b"(", save, ranks):
         bench.fail(f"the run ended before save {save}: {ranks.output()[-300:]}")
         return
     time.sleep(bench.rng.uniform(0, 0.03))
@@ -274,12 +251,11 @@ def killed_in_a_save(bench) -> None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-class Counted:
-    """Have every update announced through a pipe, rank 0's, and take a little time."""
+class Counted(Pipe):
+    """Have every update announced, rank 0's, and take a little time."""
 
     def __init__(self, slow_s: float = 0.0) -> None:
-        self.read_end, self.write_end = os.pipe()
-        os.set_blocking(self.read_end, False)
+        super().__init__()
         self.slow_s = slow_s
 
     def plant(self, rank: int) -> None:
@@ -288,23 +264,11 @@ class Counted:
 
         def step(distiller, *arguments, **options):
             if rank == 0:
-                os.write(self.write_end, b".")
+                self.leave(b".")
             time.sleep(self.slow_s)
             return kept(distiller, *arguments, **options)
 
         train.Distiller.step = step
-
-    def wait_for(self, updates: int, ranks: Ranks) -> bool:
-        """Wait until so many updates have begun; False where the run ended before."""
-        seen = 0
-        while seen < updates:
-            with contextlib.suppress(BlockingIOError):
-                seen += len(os.read(self.read_end, 1))
-                continue
-            if ranks.is_over():
-                return False
-            time.sleep(0.0005)
-        return True
 
 
 def terminated(bench) -> None:
@@ -344,7 +308,7 @@ def stopped_in_an_update(bench, shape: tuple, run: Path, how: str, number: int) 
     updates = MICRO_BATCHES // (shape[1] * shape[2])
     counted = Counted(0.01)
     ranks = Ranks(run_flags(bench, shape, run), bench.folder / "stop.log", shape[1], counted.plant)
-    counted.wait_for(bench.rng.randint(1, max(updates - 3, 1)), ranks)
+    counted.wait_for(b".", bench.rng.randint(1, max(updates - 3, 1)), ranks)
     time.sleep(bench.rng.uniform(0, 0.02))
     ranks.send(number, [bench.rng.randrange(shape[1])] if how == "one rank" else None)
     check_stop(bench, shape, run, how, number, ranks)
@@ -354,7 +318,7 @@ def stopped_in_a_save(bench, shape: tuple, run: Path, how: str, number: int) -> 
     """Send the signal while rank 0 saves."""
     announced = Announced()
     ranks = Ranks(run_flags(bench, shape, run), bench.folder / "stop.log", shape[1], announced.plant)
-    announced.wait_for(2, ranks)
+    announced.wait_for(b"(", 2, ranks)
     time.sleep(bench.rng.uniform(0, 0.01))
     ranks.send(number)
     check_stop(bench, shape, run, how, number, ranks)
@@ -364,7 +328,7 @@ def stopped_twice(bench, shape: tuple, run: Path, how: str, number: int) -> None
     """Send a second signal more than a second after the first, within a long update: the processes end at once."""
     counted = Counted(3.0)
     ranks = Ranks(run_flags(bench, shape, run), bench.folder / "stop.log", shape[1], counted.plant)
-    counted.wait_for(1, ranks)
+    counted.wait_for(b".", 1, ranks)
     time.sleep(0.05)
     ranks.send(number)
     time.sleep(1.2)
@@ -502,7 +466,7 @@ def other_world_size(bench) -> None:
         argv = run_flags(bench, (kind, *before), bench.folder / name)
         ranks = Ranks(argv, bench.folder / f"{name}.log", before[0], plant)
         if name == "run":
-            counted.wait_for(bench.rng.randint(3, 9), ranks)
+            counted.wait_for(b".", bench.rng.randint(3, 9), ranks)
             ranks.send(signal.SIGTERM)
         ranks.wait()
     refuse_other_product(bench, kind, after)

@@ -22,7 +22,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from torture_files import Ended, end_of, in_child, start_child
+from forked import end_of
+from torture_files import Ended, in_child, start_child
 
 import checkpointing
 import runtime
@@ -349,7 +350,7 @@ def in_workers(work: Callable[[list], dict], shares: Sequence[list], bench) -> l
     actions = [functools.partial(work_and_tell, *pair) for pair in zip(shares, results, strict=True)]
     pids = [start_child(action, result.with_suffix(".log")) for action, result in zip(actions, results, strict=True)]
     for pid, result in zip(pids, results, strict=True):
-        if end_of(pid, 2900) != 0:
+        if end_of(pid, 800) != 0:
             raise RuntimeError(f"a worker failed: {result.with_suffix('.log').read_text()[-500:]}")
     return [json.loads(result.read_text()) for result in results]
 
