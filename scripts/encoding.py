@@ -28,6 +28,7 @@ NEW_PER_TEXT, NEW_PER_BATCH = 50, 5000  # chunks that are encoded in one text, a
 MAX_CHUNK_CHARS = 32  # a longer chunk hardly comes again: it is not kept
 MAX_REMEMBERED = 2**17  # chunks of a generation; there are two, about 25 MB each
 AHEAD = 2  # blocks a worker has waiting
+WORKERS_LOOKED_AT_S = 5
 MIN_BYTES_PER_WORKER, MIN_BLOCK_BYTES = 2**17, 2**16
 
 
@@ -36,7 +37,7 @@ class Encoding:
     """How lines become ids. tokenizer: of the tokenizers library; largest_id: what its vocabulary ends at."""
 
     tokenizer: Tokenizer
-    start_id: int
+    start_id: int | None
     end_id: int
     largest_id: int
     unknown_id: int | None
@@ -139,7 +140,8 @@ class LineEncoder:
         self.typecode = {2: "H", 4: "i"}[encoding.dtype.itemsize]
         self.dtype = encoding.dtype
         self.largest_id = encoding.largest_id
-        self.start, self.end = self._bytes_of([encoding.start_id]), self._bytes_of([encoding.end_id])
+        self.start = b"" if encoding.start_id is None else self._bytes_of([encoding.start_id])
+        self.end = self._bytes_of([encoding.end_id])
         self.rule = chunk_rule(self.tokenizer, encoding.end_id) if remembers else None
         if self.rule:
             self.separator, self.separator_id = choose_separator(self.tokenizer, self.rule, encoding.end_id)
@@ -271,9 +273,32 @@ class WorkerPool:
     def __enter__(self):
         return self
 
-    def __exit__(self, *error) -> None:
-        if self.num_workers > 1:
-            self.executor.shutdown(cancel_futures=True)
+    def __exit__(self, kind, *error) -> None:
+        if self.num_workers == 1:
+            return
+        if kind is not None:
+            self._kill()
+        self.executor.shutdown(cancel_futures=True)
+
+    def _kill(self) -> None:
+        """End the workers at once, in the middle of what they do.
+
+        The executor's thread may be reading a result of which a killed worker wrote half: it would wait for the rest for ever,
+        as this process itself holds the pipe open. Neither is told by a public name.
+        """
+        for process in list((self.executor._processes or {}).values()):
+            process.kill()
+        self.executor._result_queue._writer.close()
+
+    def _result(self, future: concurrent.futures.Future) -> EncodedBlock:
+        """Wait for a result, and look now and then whether all workers live."""
+        while True:
+            try:
+                return future.result(timeout=WORKERS_LOOKED_AT_S)
+            except concurrent.futures.TimeoutError:
+                processes = list((self.executor._processes or {}).values())
+                if any(process.exitcode is not None for process in processes):
+                    self._kill()
 
     def map(self, blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
         """Yield the blocks encoded, in their order, with a few of them under way. Raises InputError of the first."""
@@ -285,9 +310,9 @@ class WorkerPool:
             for block in blocks:
                 under_way.append(self.executor.submit(_encode_block, block))
                 if len(under_way) >= self.num_workers * AHEAD:
-                    yield under_way.popleft().result()
+                    yield self._result(under_way.popleft())
             while under_way:
-                yield under_way.popleft().result()
+                yield self._result(under_way.popleft())
 
 
 @contextlib.contextmanager

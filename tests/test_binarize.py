@@ -1,11 +1,14 @@
 """From text to ids: sources of any kind, remembered chunks, the shuffle from the disk, and the program around them."""
 
+import gc
 import gzip
 import json
+import multiprocessing.queues
 import os
 import pickle
 import random
 import signal
+import struct
 import subprocess
 import sys
 import time
@@ -307,6 +310,32 @@ def test_a_worker_that_dies_is_said(teachers, text_file):
         os.kill(pool.executor.submit(os.getpid).result(), signal.SIGKILL)
         with pytest.raises(InputError, match="a worker process was ended from outside"):
             list(pool.map(read_blocks(find_sources(str(text_file))[0], "text", block_bytes=100)))
+
+
+def hand_over_half_a_result(block: object = None) -> None:
+    """Begin a message to the parent, as large as a pipe does not hold, and die."""
+    for thing in gc.get_objects():
+        if type(thing) is multiprocessing.queues.SimpleQueue:  # the executor's for results
+            os.write(thing._writer.fileno(), struct.pack("!i", 10**6) + b"half")
+    os.kill(os.getpid(), signal.SIGKILL)
+
+
+def test_a_worker_that_dies_handing_over_a_result_is_said(teachers, tmp_path, monkeypatch):
+    """Its half message left the parent waiting for the rest, once in 150 times that SIGTERM came to all."""
+    how, _ = make_encoding("bert", teachers["bert"])
+    monkeypatch.setattr(encoding, "WORKERS_LOOKED_AT_S", 0.1)
+    (tmp_path / "a.txt").write_text("bake limo\n")
+    monkeypatch.setattr(encoding, "_encode_block", hand_over_half_a_result)
+    with pytest.raises(InputError, match="a worker process was ended from outside"), WorkerPool(how, 2) as pool:
+        list(pool.map(read_blocks(find_sources(str(tmp_path / "a.txt"))[0], "text")))
+
+
+def test_an_error_ends_workers_that_are_handing_over_a_result(teachers):
+    how, _ = make_encoding("bert", teachers["bert"])
+    with pytest.raises(ZeroDivisionError), WorkerPool(how, 2) as pool:
+        pool.executor.submit(hand_over_half_a_result)
+        time.sleep(0.3)
+        raise ZeroDivisionError
 
 
 # --------------------------------------------------------------------------------------------------------------------
