@@ -44,7 +44,7 @@ MIN_LOSS_SCALE = 2**-10  # the scaler halves its scale at each overflow; below t
 class MicroBatch:
     """What one forward and backward needs, made on the host.
 
-    attention_mask_BT: 1 on real tokens; None for causal models, which are called without a mask. labels_BT: -100 where
+    attention_mask_BT: 1 on real tokens; None where the model is called without a mask. labels_BT: -100 where
     nothing is to be predicted. rows: kind of rows (see losses.Loss) -> ascending positions in the flattened (B, T).
     """
 
@@ -54,6 +54,11 @@ class MicroBatch:
     labels_BT: torch.Tensor
     rows: Mapping[str, torch.Tensor]
     num_tokens: int
+
+    @property
+    def is_causal(self) -> bool:
+        """True where the next token is to be predicted, False where masked ones are."""
+        return "next" in self.rows
 
     def pinned(self) -> "MicroBatch":
         """Return the batch in page-locked memory, from where a GPU copies it while the host goes on."""
@@ -133,15 +138,19 @@ class MlmPreparation:
         return choices_3N.gather(0, fate_N[None])[0]
 
 
-def prepare_clm(number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> MicroBatch:
-    """Make a causal-LM batch: the labels are the ids, -100 on padding; no mask, for padding stands behind."""
+def prepare_clm(number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor, with_mask: bool = False) -> MicroBatch:
+    """Make a causal-LM batch: the labels are the ids, -100 on padding.
+
+    with_mask: give the model a mask where anything is padded; GPT-2 goes without, for what is padded stands behind.
+    """
     real_BT = real_positions(lengths_B, token_ids_BT.shape[1])
     labels_BT = torch.where(real_BT, token_ids_BT, IGNORED_LABEL)
     next_is_real_BT = torch.zeros_like(real_BT)
     next_is_real_BT[:, :-1] = real_BT[:, 1:]
     real = _positions(real_BT)
     rows = {"real": real, "distilled": real, "next": _positions(next_is_real_BT)}
-    return MicroBatch(number, token_ids_BT, None, labels_BT, rows, len(real))
+    mask_BT = real_BT.long() if with_mask and not real_BT.all() else None
+    return MicroBatch(number, token_ids_BT, mask_BT, labels_BT, rows, len(real))
 
 
 def _positions(selected_BT: torch.Tensor) -> torch.Tensor:
@@ -273,10 +282,10 @@ def last_hidden_state(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """
     device = next(model.parameters()).device
     input_ids_BT = batch.input_ids_BT.to(device, non_blocking=True)
-    if batch.attention_mask_BT is None:
-        return model.base_model(input_ids_BT, use_cache=False).last_hidden_state
-    mask_BT = batch.attention_mask_BT.to(device, non_blocking=True)
-    return model.base_model(input_ids_BT, attention_mask=mask_BT).last_hidden_state
+    options = {"use_cache": False} if batch.is_causal else {}
+    if batch.attention_mask_BT is not None:
+        options["attention_mask"] = batch.attention_mask_BT.to(device, non_blocking=True)
+    return model.base_model(input_ids_BT, **options).last_hidden_state
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -571,41 +580,3 @@ def split_for_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
             (kept if is_exempt else decayed).append(parameter)
     groups = [{"params": decayed, "weight_decay": weight_decay}, {"params": kept, "weight_decay": 0.0}]
     return [group for group in groups if group["params"]]
-
-
-# --------------------------------------------------------------------------------------------------------------------
-# Evaluation
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@torch.no_grad()
-def evaluate(student: nn.Module, head: Head, teacher: nn.Module, teacher_head: Head, batches: Iterable[MicroBatch]) -> dict:
-    """Compare a student with its teacher on held-out batches.
-
-    Returns means in natural log: loss and accuracy (top-1) where a label is to be predicted; over every real token,
-    kl (teacher || student, T = 1) and agreement (share of positions where both put the same token first). With the
-    teacher as its own student, loss and accuracy are the teacher's.
-    """
-    student.eval()
-    sums = dict.fromkeys(("loss", "accuracy", "kl", "agreement"), 0.0)
-    num_labels = num_real = 0
-    for batch in batches:
-        kind = "next" if batch.attention_mask_BT is None else "masked"
-        hidden, teacher_hidden = (last_hidden_state(model, batch).flatten(0, 1) for model in (student, teacher))
-        labels_BT = batch.labels_BT.to(hidden.device)
-        for rows_N in batch.rows["real"].to(hidden.device).split(rows_per_chunk(hidden.device.type)):
-            student_NV, teacher_NV = (
-                at_least_float32(head(hidden[rows_N])),
-                at_least_float32(teacher_head(teacher_hidden[rows_N])),
-            )
-            sums["kl"] += LOSSES["ce"].formula(student_NV, teacher_NV, None, 1.0).item()
-            sums["agreement"] += (student_NV.argmax(-1) == teacher_NV.argmax(-1)).sum().item()
-        rows_N = batch.rows[kind].to(hidden.device)
-        labels_N = label_of_row(kind, labels_BT, rows_N)
-        logits_NV = at_least_float32(head(hidden[rows_N]))
-        sums["loss"] += torch.nn.functional.cross_entropy(logits_NV, labels_N, reduction="sum").item()
-        sums["accuracy"] += (logits_NV.argmax(-1) == labels_N).sum().item()
-        num_labels += len(rows_N)
-        num_real += batch.num_tokens
-    counts = {"loss": num_labels, "accuracy": num_labels, "kl": num_real, "agreement": num_real}
-    return {name: value / max(counts[name], 1) for name, value in sums.items()}

@@ -63,6 +63,7 @@ from distiller import (
     prepare_clm,
     split_for_weight_decay,
 )
+from evaluation import FixedMasks, Reader, figures_of, measure, next_tokens, passes_over, plan_batches
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch, Update
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
 from losses import LOSSES
@@ -87,6 +88,7 @@ from utils import (
     OneLineParser,
     RankError,
     atomic_path,
+    atomic_paths,
     bar_options,
     file_problem,
     flush_to_disk,
@@ -195,6 +197,8 @@ class TrainConfig:
     seed: int = option("seed of order, masks, dropout and first weights", 56)
     log_interval: int = option("micro-batches of one process between two logs to TensorBoard", 500)
     checkpoint_interval: int = option("micro-batches of one process between two checkpoints", 4000)
+    eval_data_file: str | None = option("token file of held-out text, made as DATA_FILE is: evaluated on fixed masks", None)
+    eval_interval: int | None = option("updates between two evaluations of EVAL_DATA_FILE; default: one, at the end", None)
 
     def __post_init__(self):
         problems = [*number_problems(self), *objective_problems(self), *type_problems(self), *path_problems(self)]
@@ -206,7 +210,7 @@ def number_problems(config: TrainConfig) -> list[str]:
     """Say what is wrong with single numbers."""
     positive_int = [
         "n_epoch", "batch_size", "gradient_accumulation_steps", "log_interval", "checkpoint_interval", "max_steps",
-        "max_tokens", "distributed_timeout_s",
+        "max_tokens", "distributed_timeout_s", "eval_interval",
     ]  # fmt: skip
     bounds = {
         **{name: (lambda x: x >= 1, "at least 1") for name in positive_int},
@@ -254,6 +258,8 @@ def objective_problems(config: TrainConfig) -> list[str]:
         problems.append(f"{' '.join(f'--alpha_{name}' for name in alphas)}: their sum is not above 0; weigh an objective")
     if config.mlm and config.token_counts is None:
         problems.append("--mlm without --token_counts: expected the file that scripts/token_counts.py makes; name it")
+    if config.eval_interval is not None and config.eval_data_file is None:
+        problems.append(f"--eval_interval {config.eval_interval} without --eval_data_file: name held-out text to evaluate")
     return problems
 
 
@@ -282,14 +288,14 @@ def type_problems(config: TrainConfig) -> list[str]:
 def path_problems(config: TrainConfig) -> list[str]:
     """Say which files are missing, and whether the run folder is in the way."""
     files = {name: getattr(config, name) for name in INPUT_FILES}
-    checks = {"data_file": token_file_problem}
+    checks = {"data_file": token_file_problem, "eval_data_file": token_file_problem}
     problems = [checks.get(name, file_problem)(path, f"--{name}") for name, path in files.items() if path is not None]
     if not is_another_rank(os.environ):  # rank 0 writes, and may have made the folder already
         problems.append(dump_path_problem(config))
     return [problem for problem in problems if problem]
 
 
-INPUT_FILES = ("data_file", "student_config", "student_pretrained_weights", "token_counts")
+INPUT_FILES = ("data_file", "student_config", "student_pretrained_weights", "token_counts", "eval_data_file")
 # What a run writes: a folder with none of it is not taken for a run's.
 RUN_FILES = ("parameters.json", "checkpoint.pth", "model_epoch_*.pth", "checkpoints/step-*")
 
@@ -303,7 +309,8 @@ def dump_path_problem(config: TrainConfig) -> str | None:
         return problem
     if not config.force and not mode:
         return f"--dump_path {path}: exists already; choose another, go on with --resume, or move it aside with --force"
-    inputs = [getattr(config, name) for name in INPUT_FILES] + [config.teacher_name, f"{config.data_file}.bin"]
+    stores = [f"{prefix}.bin" for prefix in (config.data_file, config.eval_data_file) if prefix]
+    inputs = [getattr(config, name) for name in INPUT_FILES] + [config.teacher_name, *stores]
     inside = [name for name in inputs if name and os.path.exists(name) and _is_within(name, path)]
     if inside:
         return f"--dump_path {path}: holds {inside[0]}, which this run reads; choose another folder"
@@ -316,7 +323,7 @@ def dump_path_problem(config: TrainConfig) -> str | None:
     return None
 
 
-CHECKPOINTS = "checkpoints"
+CHECKPOINTS, BEST = "checkpoints", "best"
 
 
 def resume_mode(config: TrainConfig) -> str | None:
@@ -389,6 +396,15 @@ def as_flags(config: TrainConfig) -> dict[str, typing.Any]:
 
 
 @dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """What is evaluated on the way. batches: numbers of sequences; passes: see evaluation.passes_over."""
+
+    dataset: LmSeqsDataset
+    batches: list[np.ndarray]
+    passes: typing.Callable
+
+
+@dataclasses.dataclass(frozen=True)
 class Parts:
     """What a run is made of."""
 
@@ -400,6 +416,7 @@ class Parts:
     tokenizer: typing.Any
     num_micro_batches: int
     identity: dict[str, typing.Any]
+    held_out: HeldOut | None = None
 
 
 def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
@@ -415,6 +432,7 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
     check_sizes(config, student_config, teacher, tokenizer)
     vocabulary = vocabulary_fingerprint(tokenizer)
     dataset = make_dataset(config, tokenizer, teacher, vocabulary)
+    held_out = make_held_out(config, tokenizer, teacher, vocabulary)
     prepare = make_preparation(config, tokenizer, teacher.config.vocab_size, vocabulary)
     student = make_student(config, student_config)
     check_forward(student, f"--student_config {config.student_config}", dataset)
@@ -424,20 +442,26 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
         max_tokens=config.max_tokens,
     )  # fmt: skip
     num_micro_batches, num_updates = run_length(config, len(sampler), runtime.world_size)
-    identity = identify(config, student, teacher, dataset, vocabulary) if runtime.is_main else {}
+    identity = identify(config, student, teacher, dataset, vocabulary, held_out) if runtime.is_main else {}
     distiller = make_distiller(config, runtime, student, teacher, num_updates)
-    return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches, identity)
+    return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches, identity, held_out)
 
 
-def identify(config: TrainConfig, student, teacher, dataset: LmSeqsDataset, vocabulary: str) -> dict[str, typing.Any]:
+def identify(
+    config: TrainConfig, student, teacher, dataset: LmSeqsDataset, vocabulary: str, held_out: HeldOut | None = None
+) -> dict[str, typing.Any]:
     """Describe what a run must find again when it goes on: digests of the inputs' content, whatever their paths."""
     student_config = {k: v for k, v in student.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
+    data, held_out_data = dataset.tokens.digest(), held_out.dataset.tokens.digest() if held_out else None
+    if data == held_out_data:
+        logger.warning("--eval_data_file is what is trained on: its figures say nothing about other text.")
     return {
         "student_config": json.loads(json.dumps(student_config, default=str)),
         "teacher_name": checkpointing.content_digest(teacher.state_dict()),
-        "data_file": dataset.tokens.digest(),
+        "data_file": data,
         "token_counts": file_digest(config.token_counts) if config.token_counts else None,
         "vocabulary": vocabulary,
+        "eval_data_file": held_out_data,
     }
 
 
@@ -480,13 +504,27 @@ def check_sizes(config: TrainConfig, student_config, teacher, tokenizer) -> None
         raise InputError("\n".join(problems))
 
 
-def make_dataset(config: TrainConfig, tokenizer, teacher, vocabulary: str) -> LmSeqsDataset:
-    """Read and filter the sequences. Raises InputError where the file doesn't fit or nothing is left."""
+def make_dataset(config: TrainConfig, tokenizer, teacher, vocabulary: str, flag: str = "data_file") -> LmSeqsDataset:
+    """Read and filter the sequences of a flag's file. Raises InputError where it doesn't fit or nothing is left."""
     max_length = max_input_length(config.teacher_type, tokenizer, teacher.config)
     max_length = min(max_length, config.max_length or max_length)
     special = SpecialIds(**special_ids(config.teacher_type, tokenizer))
     model = f"--teacher_name {config.teacher_name}"
-    return LmSeqsDataset.from_file(config.data_file, special, max_length, teacher.config.vocab_size, model, vocabulary)
+    path = getattr(config, flag)
+    try:
+        return LmSeqsDataset.from_file(path, special, max_length, teacher.config.vocab_size, model, vocabulary)
+    except InputError as error:
+        raise InputError(str(error).replace(f"--data_file {path}", f"--{flag} {path}")) from error
+
+
+def make_held_out(config: TrainConfig, tokenizer, teacher, vocabulary: str) -> HeldOut | None:
+    """Read the held-out sequences, and plan how they are evaluated: on all ranks alike. None where there are none."""
+    if config.eval_data_file is None:
+        return None
+    logger.info("Held out: %s.", config.eval_data_file)
+    dataset = make_dataset(config, tokenizer, teacher, vocabulary, "eval_data_file")
+    passes = FixedMasks(tokenizer.mask_token_id, tokenizer.all_special_ids) if config.mlm else next_tokens
+    return HeldOut(dataset, plan_batches(dataset.lengths), passes)
 
 
 def check_forward(model: torch.nn.Module, source: str, dataset: LmSeqsDataset) -> None:
@@ -573,6 +611,7 @@ FREE_FLAGS = {
     "force", "resume", "keep_checkpoints", "dump_path", "data_file", "token_counts", "student_config", "teacher_name",
     "student_pretrained_weights", "initializer_range", "n_gpu", "local_rank", "distributed_timeout_s", "log_interval",
     "checkpoint_interval", "fp16_opt_level", "compile", "activation_checkpointing", "gradient_accumulation_steps",
+    "eval_data_file", "eval_interval",
 }  # fmt: skip
 START_ANEW = "or start anew with another --dump_path"
 
@@ -643,6 +682,13 @@ def check_identity(config: TrainConfig, now: dict, found: Checkpoint) -> None:
             path = getattr(config, "teacher_name" if name == "vocabulary" else name)
             digests = [str(digest)[:12] for digest in (now[name], then[name])]
             problems.append(f"{source} {path}: its digest is {digests[0]}, {found.path} was made with {digests[1]}")
+    best = found.state.get("best")
+    if best and now["eval_data_file"] not in (None, best["data"]):
+        digests = [str(digest)[:12] for digest in (now["eval_data_file"], best["data"])]
+        problems.append(
+            f"--eval_data_file {config.eval_data_file}: its digest is {digests[0]}, the best student so far was found on "
+            f"{digests[1]}"
+        )
     if problems:
         raise InputError("\n".join(f"{problem}; name the same, {START_ANEW}" for problem in problems))
 
@@ -702,7 +748,7 @@ class RunFolder:
     def _remove_leftovers(self) -> None:
         """Remove what this run was writing when it was killed."""
         checkpointing.clean(self.path / CHECKPOINTS)
-        for path in self.path.glob(".*.tmp"):
+        for path in [*self.path.glob(".*.tmp"), *self.path.glob(f"{BEST}/.*.tmp")]:
             path.unlink(missing_ok=True)
         for path in self.path.glob(".export-*"):
             shutil.rmtree(path, ignore_errors=True)
@@ -740,13 +786,29 @@ class RunFolder:
         saved = checkpointing.exist(self.path / CHECKPOINTS)
         return f"The newest checkpoint is {saved[0]}." if saved else f"No checkpoint was saved yet in {self.path}."
 
-    def finish(self) -> None:
-        """Make the folder one that from_pretrained loads, and write pytorch_model.bin last: its presence means done."""
+    def save_best(self, record: dict) -> None:
+        """Keep the student as the best so far: best/, for from_pretrained, and best.json last, which says what it holds."""
+        target = self.path / BEST
+        with self._exported() as files:
+            names = [target / file.name for file in files]
+            with atomic_paths(*names, target / "best.json", stale=[target / "best.json"]) as temporaries:
+                for file, temporary in zip(files, temporaries, strict=False):
+                    os.replace(file, temporary)
+                temporaries[-1].write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _exported(self) -> Iterator[list[Path]]:
+        """Yield the files of the student and its tokenizer as from_pretrained wants them, in a folder to take them from."""
         with tempfile.TemporaryDirectory(prefix=".export-", dir=self.path) as folder:
             with quiet_transformers(), naming_library_errors(self.path):
                 self.student.save_pretrained(folder)
                 self.tokenizer.save_pretrained(folder)
-            for file in sorted(Path(folder).iterdir()):
+            yield sorted(Path(folder).iterdir())
+
+    def finish(self) -> None:
+        """Make the folder one that from_pretrained loads, and write pytorch_model.bin last: its presence means done."""
+        with self._exported() as files:
+            for file in files:
                 with atomic_path(self.path / file.name) as temporary:
                     os.replace(file, temporary)
         save_weights(self.path / "pytorch_model.bin", self.student.state_dict())
@@ -838,6 +900,9 @@ class Progress:
         self.logged_at = self.started_at = time.perf_counter()
         self.num_tokens = 0
         self.epoch_sums: dict[int, tuple[float, int]] = {}
+        self.evaluated_step = 0  # the last update after which held-out data was evaluated
+        self.best: dict | None = None  # what best.json holds
+        self.training_text = self.held_out_text = ""  # what the bar shows
         self.bar = tqdm(
             total=parts.num_micro_batches, unit="batch", desc="epoch 0", smoothing=0.05, disable=not runtime.is_main,
             **bar_options(),
@@ -858,6 +923,7 @@ class Progress:
             "micro_batches": self.micro_batches,
             "log_sums": self.log_sums_K.tolist(), "log_count": self.log_count,
             "epoch_sums": [[epoch, *sums] for epoch, sums in self.epoch_sums.items()],
+            "evaluated_step": self.evaluated_step, "best": self.best,
         }  # fmt: skip
 
     def load(self, step: int, state: typing.Mapping[str, typing.Any]) -> None:
@@ -865,6 +931,7 @@ class Progress:
         self.step, self.micro_batches = step, state["micro_batches"]
         self.log_sums_K, self.log_count = torch.tensor(state["log_sums"], dtype=torch.float64), state["log_count"]
         self.epoch_sums = {epoch: (total, count) for epoch, total, count in state["epoch_sums"]}
+        self.evaluated_step, self.best = state.get("evaluated_step", 0), state.get("best")
         self.bar.initial = self.micro_batches  # the bar's rate is of what is done now
         self.bar.update(self.micro_batches - self.bar.n)
 
@@ -886,7 +953,8 @@ class Progress:
         self.num_tokens += sum(int(self.parts.dataset.lengths[batch.sequences].sum()) for batch in update.planned)
         speed = self.num_tokens / (time.perf_counter() - self.started_at)
         self.bar.set_description(f"epoch {update.planned[-1].epoch}", refresh=False)
-        self.bar.set_postfix_str(f"loss {report.losses_MK[:, 0].mean():.4f}, {speed:,.0f} tokens/s", refresh=False)
+        self.training_text = f"loss {report.losses_MK[:, 0].mean():.4f}, {speed:,.0f} tokens/s"
+        self.bar.set_postfix_str(self.training_text + self.held_out_text, refresh=False)
         self.bar.update(update.planned[-1].number + 1 - self.bar.n)
 
     def epoch_mean(self, epoch: int) -> float:
@@ -915,6 +983,26 @@ class Progress:
         self.log_sums_K.zero_()
         self.log_count, self.logged_at = 0, now
 
+    def evaluation_is_due(self, interval: int | None) -> bool:
+        """True where held-out data is to be evaluated after the last update, and was not yet."""
+        is_last = self.micro_batches == self.parts.num_micro_batches
+        is_wanted = is_last or (interval is not None and self.step % interval == 0)
+        return self.parts.held_out is not None and is_wanted and self.step > self.evaluated_step
+
+    def take_figures(self, figures: dict[str, float], elapsed_s: float) -> bool:
+        """Take an evaluation in, its time out of the rates; True where the student is the best so far."""
+        self.evaluated_step = self.step
+        self.logged_at, self.started_at = self.logged_at + elapsed_s, self.started_at + elapsed_s
+        measure = "kl" if "kl" in figures else "loss"
+        self.held_out_text = f", held-out {measure} {figures[measure]:.4f}, top-1 {figures['accuracy']:.1%}"
+        self.bar.set_postfix_str(self.training_text + self.held_out_text)
+        # A comparison with NaN is false: such a student is never the best.
+        is_best = figures[measure] < (math.inf if self.best is None else self.best["figures"][measure])
+        if is_best:
+            data = self.parts.identity.get("eval_data_file")
+            self.best = {"step": self.step, "lowest": measure, "figures": figures, "data": data}
+        return is_best
+
 
 class Stopped(Exception):
     """The run was asked to stop, and has written a checkpoint. status: the exit status."""
@@ -932,6 +1020,7 @@ def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder |
     )
     stream = contextlib.closing(prefetched(prepared(parts, updates), MICRO_BATCHES_AHEAD))
     with progress.bar, logging_redirect_tqdm([logger]), stream as items:
+        evaluate_if_due(config, parts, runtime, folder, progress)  # the run was stopped before it could
         for update in items:
             num_iterations = -(-len(update.planned) // runtime.world_size)
             is_last = update.planned[-1].number == parts.num_micro_batches - 1
@@ -945,6 +1034,8 @@ def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder |
                 )  # fmt: skip
             progress.record(update, report)
             is_stopped = report.num_asking > 0
+            if is_last or not is_stopped:  # whoever asks to stop may not wait: it is done when the run goes on
+                evaluate_if_due(config, parts, runtime, folder, progress)
             after_update(config, parts, folder, progress, update, report, is_logged, is_saved or is_stopped)
             if is_stopped and not is_last:
                 raise Stopped(exit_status(stop.requested or signal.SIGTERM))
@@ -967,6 +1058,44 @@ def after_update(
         end_epoch(folder, epoch, progress.epoch_mean(epoch))
     if is_saved:
         save(config, parts, folder, progress)
+
+
+def evaluate_if_due(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None, progress: Progress) -> None:
+    """Evaluate held-out data where that falls due: show it, log it, keep the best student.
+
+    The checkpoint that follows remembers all three; a run that dies before it does them again. Training is not touched.
+    Raises NonFiniteError, on every rank alike, before anything not finite is kept.
+    """
+    if not progress.evaluation_is_due(config.eval_interval):
+        return
+    parts.distiller.check_finite()
+    started = time.perf_counter()
+    figures = held_out_figures(parts, runtime)
+    is_best = progress.take_figures(figures, time.perf_counter() - started)
+    if folder is None:
+        return
+    folder.log.add_scalars({f"eval/{name}": value for name, value in figures.items()}, progress.iterations)
+    listed = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+    logger.info("Update %d, held out: %s%s.", progress.step, listed, "; the best so far" if is_best else "")
+    if is_best:
+        folder.save_best(progress.best)
+
+
+LOGGED_FIGURES = ("loss", "accuracy", "perplexity", "kl", "agreement")
+
+
+def held_out_figures(parts: Parts, runtime: Runtime) -> dict[str, float]:
+    """Measure the student, against its teacher if it has one, on held-out data: each rank its share, summed once."""
+    held_out, distiller = parts.held_out, parts.distiller
+    student = Reader(parts.student, prediction_head(parts.student), distiller.amp_dtype)
+    teacher = None if distiller.teacher is None else Reader(distiller.teacher, distiller.teacher_head)
+    with runtime.sharing_errors():
+        mine = passes_over(held_out.dataset.collate, held_out.batches, held_out.passes, runtime.rank, runtime.world_size)
+        sums_S = measure(student, teacher, mine)
+    if runtime.world_size > 1:
+        torch.distributed.all_reduce(sums_S)
+    figures = figures_of(sums_S, teacher is not None)
+    return {name: figures[name] for name in LOGGED_FIGURES if name in figures}
 
 
 def end_epoch(folder: RunFolder, epoch: int, mean_loss: float) -> None:

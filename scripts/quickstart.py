@@ -40,7 +40,8 @@ from architectures import (
     short_name,
     special_ids,
 )
-from distiller import MicroBatch, MlmPreparation, evaluate, masking_weights, prepare_clm
+from distiller import MicroBatch, MlmPreparation, masking_weights, prepare_clm
+from evaluation import evaluate
 from grouped_batch_sampler import GroupedBatchSampler
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
 from utils import (

@@ -23,12 +23,12 @@ from distiller import (
     Distiller,
     MlmPreparation,
     NonFiniteError,
-    evaluate,
     last_hidden_state,
     masking_weights,
     prepare_clm,
     split_for_weight_decay,
 )
+from evaluation import evaluate
 
 VOCAB, MASK_ID, SPECIAL_IDS = 60, 4, [0, 1, 2, 3, 4]
 

@@ -33,9 +33,9 @@ DEFAULTS = {
     "freeze_token_type_embds": False, "n_epoch": 3, "batch_size": 5, "group_by_size": True,
     "gradient_accumulation_steps": 50, "warmup_prop": 0.05, "weight_decay": 0.0, "learning_rate": 5e-4,
     "adam_epsilon": 1e-6, "max_grad_norm": 5.0, "initializer_range": None, "n_gpu": 1, "seed": 56,
-    "checkpoint_interval": 4000, "max_steps": None, "max_length": None, "max_tokens": None,
-    "loss_normalization": "micro_batches", "bf16": False, "activation_checkpointing": False, "compile": False,
-    "resume": None, "keep_checkpoints": 3, "distributed_timeout_s": 600,
+    "checkpoint_interval": 4000, "eval_data_file": None, "eval_interval": None, "max_steps": None, "max_length": None,
+    "max_tokens": None, "loss_normalization": "micro_batches", "bf16": False, "activation_checkpointing": False,
+    "compile": False, "resume": None, "keep_checkpoints": 3, "distributed_timeout_s": 600,
 }  # fmt: skip
 
 
