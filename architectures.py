@@ -43,11 +43,12 @@ def _roberta_transform(model, hidden_ND):
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """One model type.
+    """One model type: a row of ARCHITECTURES, or what conventions.row_of found out about a model that has none.
 
     model_class, config_class, tokenizer_class: names in transformers.
     vocab_files: what a tokenizer folder without tokenizer.json must hold.
-    transform: (model, hidden states (N, D)) -> (N, D), the prediction head's own layers before the last linear map.
+    transform: (model, hidden states (N, D)) -> (N, D), the prediction head's own layers before the last linear map; None: not
+        known apart from the model's own forward.
     projection: module path of that map, from (N, D) to logits (N, V).
     layers: what stands before the layer's number in a parameter's name.
     position_embeddings, token_type_embeddings: module paths, None where there are none.
@@ -56,16 +57,19 @@ class Architecture:
     obsolete: pattern of names that old checkpoints hold and current models do not.
     reserved_positions: rows of the position table that no token uses (RoBERTa's positions begin at 2).
     start_token, end_token, pad_token: attributes of the tokenizer that give the token of each role.
+    pads_by_mask: whether a causal model is given a mask; GPT-2 goes without, as in 2019 (what is padded stands behind).
+    masked: whether it is a masked-language model, where the class's name doesn't say so.
+    runs_remote_code: whether Python files that come with a model are run, where it needs them.
     """
 
     model_class: str
     config_class: str
     tokenizer_class: str
     vocab_files: tuple[str, ...]
-    transform: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor]
+    transform: Callable[[torch.nn.Module, torch.Tensor], torch.Tensor] | None
     projection: str
     layers: str
-    position_embeddings: str
+    position_embeddings: str | None
     token_type_embeddings: str | None = None
     head_transform: tuple[str, ...] = ()
     aliases: tuple[str, ...] = ()
@@ -74,11 +78,14 @@ class Architecture:
     start_token: str = "cls_token"
     end_token: str = "sep_token"
     pad_token: str = "pad_token"
+    pads_by_mask: bool = True
+    masked: bool | None = None
+    runs_remote_code: bool = False
 
     @property
     def is_masked(self) -> bool:
         """True for masked-language models, False for causal ones."""
-        return self.model_class.endswith("MaskedLM")
+        return self.model_class.endswith("MaskedLM") if self.masked is None else self.masked
 
 
 ARCHITECTURES: dict[str, Architecture] = {
@@ -133,11 +140,45 @@ ARCHITECTURES: dict[str, Architecture] = {
         start_token="bos_token",
         end_token="eos_token",
         pad_token="unk_token",
+        pads_by_mask=False,
     ),
 }
 
+AUTO = "auto"  # the model type that is found out
+
 
 MASK_TOKENS = {"[MASK]", "<mask>"}
+
+
+def row_of(model_type: str | Architecture) -> Architecture:
+    """Return the row of a model type; what was found out is one already."""
+    return ARCHITECTURES[model_type] if isinstance(model_type, str) else model_type
+
+
+def find_out(config, is_masked: bool, source: str, trust_remote_code: bool = False) -> str | Architecture:
+    """Find the row of a model by its configuration: a named one where there is one of this kind, else by conventions.
+
+    trust_remote_code: see load_config. Raises InputError naming `source` where transformers has no such language model, or it
+    lacks what distillation needs.
+    """
+    named = ARCHITECTURES.get(config.model_type)
+    if named is not None and named.is_masked == is_masked:
+        return config.model_type
+    import conventions
+
+    skeleton = conventions.skeleton(config, is_masked, source, trust_remote_code)
+    parts = conventions.anatomy(skeleton, source)
+    return Architecture(
+        type(skeleton).__name__, type(config).__name__, "AutoTokenizer", (), transform=None, projection=parts.output,
+        layers=f"{parts.layer_lists[0]}." if parts.layer_lists else "", position_embeddings=parts.positions,
+        token_type_embeddings=parts.token_types, reserved_positions=parts.reserved_positions, masked=is_masked,
+        runs_remote_code=trust_remote_code,
+    )  # fmt: skip
+
+
+def _called(model_type: str | Architecture) -> str:
+    """Name a model type in a message."""
+    return model_type if isinstance(model_type, str) else model_type.model_class
 
 
 @dataclasses.dataclass(frozen=True)
@@ -148,10 +189,12 @@ class Pair:
         one architecture: the student's own names serve.
     fold_token_types: (student's, teacher's) name of a table to whose every row --fold_token_types adds token type 0;
         None where the student has token types itself.
+    config_entries: student's entry of the configuration -> teacher's, for a student of some of its layers.
     """
 
     parameter_names: Mapping[str, str] | None = None
     fold_token_types: tuple[str, str] | None = None
+    config_entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
 
 
 def _with_weight_and_bias(modules: Mapping[str, str]) -> dict[str, str]:
@@ -192,6 +235,18 @@ PAIRS: dict[tuple[str, str], Pair] = {
             "distilbert.embeddings.position_embeddings.weight",
             "bert.embeddings.token_type_embeddings.weight",
         ),
+        config_entries={
+            "vocab_size": "vocab_size",
+            "max_position_embeddings": "max_position_embeddings",
+            "dim": "hidden_size",
+            "n_heads": "num_attention_heads",
+            "hidden_dim": "intermediate_size",
+            "activation": "hidden_act",
+            "dropout": "hidden_dropout_prob",
+            "attention_dropout": "attention_probs_dropout_prob",
+            "initializer_range": "initializer_range",
+            "pad_token_id": "pad_token_id",
+        },
     ),
     ("roberta", "roberta"): Pair(),
     ("gpt2", "gpt2"): Pair(),
@@ -208,8 +263,8 @@ def short_name(name_or_folder: str) -> str:
     return Path(os.path.abspath(name_or_folder)).name if name_or_folder else ""
 
 
-def load_tokenizer(model_type: str, name: str, flag: str, do_lower_case: bool | None = None):
-    """Load a model type's tokenizer by hub name or folder; check that it is one of that type.
+def load_tokenizer(model_type: str | Architecture, name: str, flag: str, do_lower_case: bool | None = None):
+    """Load a model type's tokenizer by hub name or folder; check that it is one of that type (AUTO: of any).
 
     do_lower_case (BERT only): None = what tokenizer_config.json says; without that file, whether the vocabulary has no
     capitals (transformers 5 would lower-case silently). Raises InputError that names `flag`.
@@ -219,11 +274,60 @@ def load_tokenizer(model_type: str, name: str, flag: str, do_lower_case: bool | 
     except InputError:
         raise
     except Exception as error:  # what a damaged or foreign file can raise has no end
-        raise InputError(f"{flag} {name}: no {model_type} tokenizer could be loaded ({one_line(error)})") from error
+        kind = "" if _is_any(model_type) else f"{model_type} "
+        raise InputError(f"{flag} {name}: no {kind}tokenizer could be loaded ({one_line(error)})") from error
 
 
-def _load_tokenizer(model_type: str, name: str, flag: str, do_lower_case: bool | None):
-    architecture = ARCHITECTURES[model_type]
+def tokenizer_type(model_type: str, name: str) -> str:
+    """Return a tokenizer's type; for AUTO the named one of the model that lies beside it, where that has one."""
+    if model_type != AUTO:
+        return model_type
+    with quiet_transformers(), contextlib.suppress(Exception):  # a tokenizer may stand alone
+        found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+        return found if found in ARCHITECTURES else AUTO
+    return AUTO
+
+
+def _is_any(model_type: str | Architecture) -> bool:
+    return model_type not in ARCHITECTURES if isinstance(model_type, str) else True
+
+
+def _load_any_tokenizer(name: str, flag: str, do_lower_case: bool | None, trust_remote_code: bool):
+    """Load a tokenizer of whatever class; it has to be one of the tokenizers library, and to know a sequence's end."""
+    options = {} if do_lower_case is None else {"do_lower_case": do_lower_case}
+    with quiet_transformers():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=trust_remote_code, **options)
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(f"{flag} {name}: its {type(tokenizer).__name__} is none of the tokenizers library; convert it")
+    missing = [role for role, tokens in ROLES.items() if role not in MAY_LACK and _first_token(tokenizer, tokens) is None]
+    if missing:
+        wanted = "; ".join(f"{role} ({' or '.join(ROLES[role])})" for role in missing)
+        raise InputError(f"{flag} {name}: its tokenizer has no token for {wanted}; add one to its tokenizer_config.json")
+    if _first_token(tokenizer, ROLES["start"]) is None:
+        logger.info("%s %s: its tokenizer has no cls_token or bos_token: sequences begin without.", flag, name)
+    return tokenizer
+
+
+# Role -> the tokenizer's attributes that may give its token, the first that is there.
+ROLES = {
+    "start": ("cls_token", "bos_token"),
+    "end": ("sep_token", "eos_token"),
+    "pad": ("pad_token", "eos_token", "unk_token"),
+    "unknown": ("unk_token",),
+}
+MAY_LACK = {"start", "unknown"}
+
+
+def _first_token(tokenizer, names: Sequence[str]) -> str | None:
+    """Return the first of these special tokens that a tokenizer has, and has in its vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    return next((token for name in names if (token := getattr(tokenizer, name, None)) in vocabulary), None)
+
+
+def _load_tokenizer(model_type: str | Architecture, name: str, flag: str, do_lower_case: bool | None):
+    if _is_any(model_type):
+        return _load_any_tokenizer(name, flag, do_lower_case, not isinstance(model_type, str) and model_type.runs_remote_code)
+    architecture = row_of(model_type)
     files = _tokenizer_files(architecture, name, flag)
     declared = _read_json(files.get("tokenizer_config.json"), f"{flag} {name}")
     _check_tokenizer_class(architecture, declared, model_type, name, flag)
@@ -331,9 +435,15 @@ def _check_special_tokens(architecture: Architecture, tokenizer, files: dict, mo
         )
 
 
-def special_ids(model_type: str, tokenizer) -> dict[str, int | None]:
-    """Read the ids by role: start and end of a sequence, pad, and unknown (None where the tokenizer has none)."""
-    row = ARCHITECTURES[model_type]
+def special_ids(model_type: str | Architecture, tokenizer) -> dict[str, int | None]:
+    """Read the ids by role: start and end of a sequence, pad, and unknown (None where the tokenizer has none).
+
+    Of a type that is found out start may be None, too.
+    """
+    if _is_any(model_type):
+        tokens = {role: _first_token(tokenizer, names) for role, names in ROLES.items()}
+        return {role: None if token is None else tokenizer.convert_tokens_to_ids(token) for role, token in tokens.items()}
+    row = row_of(model_type)
     roles = {"start": row.start_token, "end": row.end_token, "pad": row.pad_token, "unknown": "unk_token"}
     return {role: getattr(tokenizer, f"{token}_id") for role, token in roles.items()}
 
@@ -344,10 +454,21 @@ def vocabulary_fingerprint(tokenizer) -> str:
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
-def describe_tokenizer(model_type: str, name: str, tokenizer, do_lower_case: bool | None = None) -> dict:
+def vocabulary_difference(own, others) -> str | None:
+    """Say where two tokenizers' vocabularies first differ; None where they are the same."""
+    if vocabulary_fingerprint(own) == vocabulary_fingerprint(others):
+        return None
+    tokens = [{number: token for token, number in tokenizer.get_vocab().items()} for tokenizer in (own, others)]
+    number = next(n for n in range(max(map(len, tokens)) + max(map(max, tokens))) if tokens[0].get(n) != tokens[1].get(n))
+    first, second = (repr(found[number]) if number in found else "nothing" for found in tokens)
+    sizes = f"its vocabulary has {len(tokens[0])} tokens, the teacher's {len(tokens[1])}"
+    return f"{sizes}, and id {number} is {first}, there {second}"
+
+
+def describe_tokenizer(model_type: str | Architecture, name: str, tokenizer, do_lower_case: bool | None = None) -> dict:
     """Describe a tokenizer for the card of a token file."""
     return {
-        "type": model_type,
+        "type": _called(model_type),
         "name": name,
         "do_lower_case": do_lower_case,
         "vocab_size": max(tokenizer.get_vocab().values()) + 1,
@@ -356,11 +477,17 @@ def describe_tokenizer(model_type: str, name: str, tokenizer, do_lower_case: boo
     }
 
 
-def max_input_length(model_type: str, tokenizer, config) -> int:
-    """Return the longest sequence, in ids, that both the tokenizer and the teacher's position table admit."""
+def max_input_length(model_type: str | Architecture, tokenizer, config) -> int:
+    """Return the longest sequence, in ids, that both the tokenizer and the teacher's position table admit.
+
+    MAX_LENGTH at the most where neither names an end (models without a position table).
+    """
     # Differs from the original: not from a table of model names, which fails for any other name.
-    positions = config.max_position_embeddings - ARCHITECTURES[model_type].reserved_positions
-    return int(min(tokenizer.model_max_length, positions))
+    positions = getattr(config, "max_position_embeddings", None) or MAX_LENGTH
+    return int(min(tokenizer.model_max_length, positions - row_of(model_type).reserved_positions))
+
+
+MAX_LENGTH = 2**20
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -386,47 +513,75 @@ def quiet_transformers() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def load_config(model_type: str | None, name: str, flag: str):
-    """Load a model's configuration by hub name or folder. Raises InputError where it is not of model_type (None: any)."""
+def load_config(model_type: str | None, name: str, flag: str, trust_remote_code: bool = False):
+    """Load a model's configuration by hub name or folder. Raises InputError where it is not of model_type (None: any).
+
+    trust_remote_code: run Python files that come with the model, where it needs them.
+    """
     with quiet_transformers():
-        try:
-            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False)  # the default asks the terminal
+        try:  # transformers' default asks the terminal
+            config = transformers.AutoConfig.from_pretrained(name, trust_remote_code=trust_remote_code)
         except Exception as error:
+            if "trust_remote_code" in str(error):
+                raise InputError(
+                    f"{flag} {name}: needs Python files of its own, which would run with all your rights (remote code); take "
+                    "another model, or pass --trust_remote_code where you trust whoever made it"
+                ) from error
             raise InputError(_not_found(flag, name, error)) from error
     if model_type is not None and config.model_type != model_type:
         raise InputError(f"{flag} {name}: is a {config.model_type} model, expected {model_type}; correct the type or the name")
     return config
 
 
-def load_model(model_type: str, name: str, flag: str) -> torch.nn.Module:
-    """Load a whole language model in float32. Raises InputError where weights are missing or not finite."""
+def load_model(model_type: str | Architecture, name: str, flag: str) -> torch.nn.Module:
+    """Load a whole language model in float32. Raises InputError where weights are missing or not finite.
+
+    One whose type was found out has to show that it is what distillation takes it for (conventions.check_conventions).
+    """
     import torch
 
-    load_config(model_type, name, flag)
+    row = row_of(model_type)
+    load_config(model_type if isinstance(model_type, str) else None, name, flag, row.runs_remote_code)
     with quiet_transformers():
         try:
-            model, report = getattr(transformers, ARCHITECTURES[model_type].model_class).from_pretrained(
+            model, report = _loader(row).from_pretrained(
                 name, dtype=torch.float32, return_dict=True, output_loading_info=True, ignore_mismatched_sizes=True,
-                trust_remote_code=False, weights_only=True,
+                trust_remote_code=row.runs_remote_code, weights_only=True,
             )  # fmt: skip
         except Exception as error:
             raise InputError(f"{flag} {name}: its weights could not be loaded ({one_line(error)})") from error
-    row = ARCHITECTURES[model_type]
     misfits = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
-    of_a_layer = re.compile(rf"(^|\.){re.escape(row.layers.split('.', 1)[1])}\d+\.")
+    of_a_layer = re.compile(rf"(^|\.){re.escape(row.layers.partition('.')[2] or chr(0))}\d+\.")
     misfits += [n for n in report["unexpected_keys"] if of_a_layer.search(n) and not re.search(row.obsolete, n)]
     if misfits:
         raise InputError(f"{flag} {name}: {_some(sorted(misfits))} do not fit its config.json; take a whole, unedited model")
-    missing = sorted(set(report["missing_keys"]) - set(row.aliases))
+    missing = sorted(set(report["missing_keys"]) - set(row.aliases) - _repeated(model, set(report["missing_keys"])))
     if missing:
         raise InputError(
             f"{flag} {name}: has no weights for {_some(missing)}; a whole {row.model_class} is expected, with its head"
         )
     check_finite(model.state_dict(), f"{flag} {name}")
+    if not isinstance(model_type, str):
+        import conventions
+
+        conventions.check_conventions(model, row.is_masked, f"{flag} {name}")
     return model
 
 
-def load_teacher(model_type: str, name: str, flag: str = "--teacher_name") -> torch.nn.Module:
+def _loader(row: Architecture):
+    """Return the class that loads a model: by name where transformers has it, else by its configuration."""
+    if row.transform is not None:
+        return getattr(transformers, row.model_class)
+    return transformers.AutoModelForMaskedLM if row.is_masked else transformers.AutoModelForCausalLM
+
+
+def _repeated(model: torch.nn.Module, names: set[str]) -> set[str]:
+    """Return those names under which a tensor stands that also has another name."""
+    others = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name not in names}
+    return {name for name, tensor in model.state_dict().items() if name in names and tensor.data_ptr() in others}
+
+
+def load_teacher(model_type: str | Architecture, name: str, flag: str = "--teacher_name") -> torch.nn.Module:
     """Load a teacher: evaluation mode, no gradients."""
     return load_model(model_type, name, flag).eval().requires_grad_(False)
 
@@ -450,13 +605,14 @@ OF_THE_RUN = ("output_attentions", "output_hidden_states", "return_dict", "chunk
 
 
 def read_student_config(model_type: str, path: str, initializer_range: float | None = None, flag: str = "--student_config"):
-    """Read a model's JSON configuration. Raises InputError where it is not one of `model_type`."""
+    """Read a model's JSON configuration. Raises InputError where it is not one of `model_type` (AUTO: of its own)."""
     require_file(path, flag)
-    architecture = ARCHITECTURES[model_type]
     try:
         content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if model_type == AUTO:
+            model_type = content.get("model_type", "none")
         declared = content.pop("model_type", model_type)
-        config_class = getattr(transformers, architecture.config_class)
+        config_class = type(transformers.AutoConfig.for_model(model_type))
         unknown = [key for key in content if not hasattr(config_class(), key)]
         config = config_class(**{key: value for key, value in content.items() if key not in OF_THE_RUN})
     except Exception as error:
@@ -465,44 +621,61 @@ def read_student_config(model_type: str, path: str, initializer_range: float | N
         raise InputError(f"{flag} {path}: is for a {declared} model, expected {model_type}; name another file")
     if config.num_hidden_layers < 1:
         raise InputError(f"{flag} {path}: has {config.num_hidden_layers} layers, expected at least 1; correct it")
-    if unknown:
+    if unknown and model_type in ARCHITECTURES:
         logger.warning("%s %s: %s mean nothing to a %s model; misspelt?", flag, path, _some(unknown), model_type)
     # Differs from the original: 2019 parsed the flag and ignored it.
     if initializer_range is not None:
         config.initializer_range = initializer_range
-    config.architectures = [architecture.model_class]
+    if model_type in ARCHITECTURES:
+        config.architectures = [ARCHITECTURES[model_type].model_class]
     return config
 
 
-def build_student(model_type: str, config, source: str = "--student_config") -> torch.nn.Module:
+def build_student(model_type: str | Architecture, config, source: str = "--student_config") -> torch.nn.Module:
     """Make a student with random weights. Raises InputError naming `source` where the configuration contradicts itself."""
     with quiet_transformers():
         try:
-            return getattr(transformers, ARCHITECTURES[model_type].model_class)(config)
+            row = row_of(model_type)
+            if row.transform is None:
+                return _loader(row).from_config(config, trust_remote_code=row.runs_remote_code)
+            return getattr(transformers, row.model_class)(config)
         except Exception as error:  # sizes and names of layers that don't exist: each fails in its own way
             raise InputError(f"{source}: no model can be made of it ({one_line(error)}); correct the JSON") from error
 
 
-def size_mismatches(student_config, teacher_config, source: str) -> list[str]:
-    """Say, a line each, in which sizes a student's configuration and its teacher's disagree though they must not."""
-    sizes = {"vocab_size": "vocabulary", "hidden_size": "width", "max_position_embeddings": "number of positions"}
-    if ARCHITECTURES[student_config.model_type].reserved_positions:  # its positions are counted from the padding id
+def size_mismatches(
+    student_config, teacher_config, source: str, student_type: str | Architecture | None = None, needs_width: bool = True
+) -> list[str]:
+    """Say, a line each, in which sizes a student's configuration and its teacher's disagree though they must not.
+
+    Students of a named type (None: the configuration's own) are like their teachers, as in 2019; one whose type was found out
+    has its teacher's vocabulary, and its width where hidden states are compared (needs_width).
+    """
+    student_type = student_config.model_type if student_type is None else student_type
+    sizes = {"vocab_size": "vocabulary"}
+    if isinstance(student_type, str) or needs_width:
+        sizes["hidden_size"] = "width"
+    if isinstance(student_type, str):
+        sizes["max_position_embeddings"] = "number of positions"
+    if row_of(student_type).reserved_positions:  # its positions are counted from the padding id
         sizes["pad_token_id"] = "padding id"
     return [
-        f"{source}: {what} is {getattr(student_config, name)}, the teacher's is {getattr(teacher_config, name)}; "
+        f"{source}: {what} is {getattr(student_config, name)}, the teacher's is {getattr(teacher_config, name, None)}; "
         f"they must be equal, set {student_config.attribute_map.get(name, name)} in the student's JSON"
         for name, what in sizes.items()
-        if getattr(student_config, name) != getattr(teacher_config, name)
+        if getattr(student_config, name) != getattr(teacher_config, name, None)
     ]
 
 
-def freeze_embeddings(student: torch.nn.Module, model_type: str, *, positions: bool, token_types: bool) -> None:
+def freeze_embeddings(student: torch.nn.Module, model_type: str | Architecture, *, positions: bool, token_types: bool) -> None:
     """Stop the gradients of position embeddings (always where they are sinusoidal) and of token types.
 
     Differs from the original: DistilBERT's positions obey --freeze_pos_embs, which the README passes and 2019 ignored.
     """
-    architecture = ARCHITECTURES[model_type]
-    if positions or getattr(student.config, "sinusoidal_pos_embds", False):
+    architecture = row_of(model_type)
+    if positions and architecture.position_embeddings is None:
+        logger.warning("--freeze_pos_embs: a %s has no table of positions; nothing to keep.", type(student).__name__)
+    elif positions or getattr(student.config, "sinusoidal_pos_embds", False):
         student.get_submodule(architecture.position_embeddings).requires_grad_(False)
     if token_types and architecture.token_type_embeddings:
         student.get_submodule(architecture.token_type_embeddings).requires_grad_(False)
@@ -520,9 +693,13 @@ class PredictionHead:
         return self.projection(self.transform(hidden_ND))
 
 
-def prediction_head(model: torch.nn.Module) -> PredictionHead:
-    """Find a model's prediction head."""
-    row = ARCHITECTURES[model.config.model_type]
+def prediction_head(model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
+    """Find a model's prediction head: hidden_ND -> logits_NV. Raises InputError where it can't be told from the layers."""
+    row = ARCHITECTURES.get(model.config.model_type)
+    if row is None or type(model).__name__ != row.model_class:
+        import conventions
+
+        return conventions.head(model, f"{type(model).__name__}")
     return PredictionHead(functools.partial(row.transform, model), model.get_submodule(row.projection))
 
 
@@ -583,6 +760,39 @@ def extract_student(
     return state
 
 
+def student_of_pair(teacher: torch.nn.Module, student_type: str, layers: Sequence[int], fold_token_types: bool = False):
+    """Make a whole student of another architecture than its teacher's, out of the teacher's layers `layers`.
+
+    Raises InputError where PAIRS has no such pair.
+    """
+    pair = PAIRS.get((teacher.config.model_type, student_type))
+    if pair is None or not pair.config_entries:
+        known = ", ".join(f"{t} -> {s}" for (t, s), row in PAIRS.items() if row.config_entries)
+        raise InputError(
+            f"--student_type {student_type}: no student of a {teacher.config.model_type} teacher; expected {known}"
+        )
+    config = getattr(transformers, ARCHITECTURES[student_type].config_class)(
+        num_hidden_layers=len(layers), **{s: getattr(teacher.config, t) for s, t in pair.config_entries.items()}
+    )
+    student = build_student(student_type, config, f"{student_type} of {len(layers)} layers")
+    state = extract_student(teacher, student_type, layers, vocab_transform=True, fold_token_types=fold_token_types)
+    student.load_state_dict(state, strict=False)
+    return student
+
+
+def kind_of(config, source: str) -> bool:
+    """Tell whether a model is a masked-language model (True) or a causal one, by its configuration.
+
+    By the class that it was saved from; else masked where transformers has both. Raises InputError where it has neither.
+    """
+    kinds = {True: transformers.MODEL_FOR_MASKED_LM_MAPPING, False: transformers.MODEL_FOR_CAUSAL_LM_MAPPING}
+    found = [kind for kind, mapping in kinds.items() if type(config) in mapping]
+    saved = [kind for kind in found if kinds[kind][type(config)].__name__ in (config.architectures or [])]
+    if not found and not getattr(config, "auto_map", None):
+        raise InputError(f"{source}: is a {config.model_type} model; expected a masked or causal language model")
+    return (saved or found or ["AutoModelForMaskedLM" in config.auto_map])[0]
+
+
 def _names_of_one_architecture(teacher_state: StateDict, row: Architecture) -> dict[str, str]:
     """Map a model's own names to themselves, layer numbers replaced by {layer}; aliases and old buffers left out."""
     pattern = re.compile(re.escape(row.layers) + r"\d+\.")
@@ -591,14 +801,14 @@ def _names_of_one_architecture(teacher_state: StateDict, row: Architecture) -> d
     return {template: template for template in templates}
 
 
-def load_student_weights(student: torch.nn.Module, model_type: str, path: str) -> None:
+def load_student_weights(student: torch.nn.Module, model_type: str | Architecture, path: str) -> None:
     """Load first weights (a plain state dict) into a student, checked name by name.
 
     Raises InputError naming every tensor that is missing, unexpected, of another shape or not finite. Absent tensors
     of the head's transform are named in a warning only: they are absent without --vocab_transform.
     """
     source = f"--student_pretrained_weights {path}"
-    row, own = ARCHITECTURES[model_type], student.state_dict()
+    row, own = row_of(model_type), student.state_dict()
     given = _read_state_dict(path, "--student_pretrained_weights")
     given = {n: t for n, t in given.items() if n in own or not re.search(row.obsolete, n)}
     storages = {own[n].data_ptr() for n in given if n in own}

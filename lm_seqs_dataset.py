@@ -59,9 +59,9 @@ def read_token_counts(path: str | os.PathLike, vocab_size: int, model: str, voca
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
-    """Token ids by role. unknown is None where the tokenizer has no unknown token."""
+    """Token ids by role. start, unknown: None where the tokenizer has no such token; sequences then begin without."""
 
-    start: int
+    start: int | None
     end: int
     pad: int
     unknown: int | None = None
@@ -150,13 +150,16 @@ class LmSeqsDataset:
         if self._known.has_boundaries:
             return
         ids_M = self.tokens.ids_M
-        wrong = (ids_M[starts] != self.special.start) | (ids_M[ends - 1] != self.special.end)
+        wrong = ids_M[ends - 1] != self.special.end
+        if self.special.start is not None:
+            wrong |= ids_M[starts] != self.special.start
         if wrong.any():
             number = int(np.flatnonzero(wrong)[0])
             begins, finishes = int(ids_M[starts[number]]), int(ids_M[ends[number] - 1])
             raise InputError(
                 f"{source}: sequence {first + number} begins with id {begins} and ends with id {finishes}, expected "
-                f"{self.special.start} and {self.special.end} ({int(wrong.sum())} such sequences around it); "
+                f"{'any' if self.special.start is None else self.special.start} and {self.special.end} "
+                f"({int(wrong.sum())} such sequences around it); "
                 "binarize the text with the teacher's tokenizer and its --tokenizer_type"
             )
 
@@ -178,8 +181,10 @@ class LmSeqsDataset:
         views["lengths"] = own + views["adds_start"] + views["adds_end"]
         return views
 
-    def _lacks(self, is_inside: np.ndarray, places: np.ndarray, boundary_id: int) -> np.ndarray:
+    def _lacks(self, is_inside: np.ndarray, places: np.ndarray, boundary_id: int | None) -> np.ndarray:
         """Say which pieces do not have the boundary id at their end, of those whose end is inside a sequence."""
+        if boundary_id is None:
+            return np.zeros_like(is_inside)
         if self._known.has_inner_boundaries:
             is_inside[is_inside] = self.tokens.ids_M[places[is_inside]] != boundary_id
         return is_inside
@@ -228,7 +233,8 @@ class LmSeqsDataset:
         column_T = np.arange(lengths_B.max())
         # Places before the file's first id and behind its last hold boundary tokens or padding: any id will do there.
         token_ids_BT = self.tokens.ids_M.take((starts_B - adds_start_B)[:, None] + column_T, mode="clip").astype(np.int64)
-        token_ids_BT[adds_start_B, 0] = self.special.start
+        if self.special.start is not None:
+            token_ids_BT[adds_start_B, 0] = self.special.start
         token_ids_BT[adds_end_B, lengths_B[adds_end_B] - 1] = self.special.end
         token_ids_BT[column_T >= lengths_B[:, None]] = self.special.pad
         return torch.from_numpy(token_ids_BT), torch.from_numpy(lengths_B)

@@ -6,6 +6,7 @@ Launch as one process (`python train.py ..`) or as several (`torchrun`, `python 
 import argparse
 import contextlib
 import dataclasses
+import functools
 import itertools
 import json
 import logging
@@ -33,11 +34,16 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 import checkpointing
 from architectures import (
     ARCHITECTURES,
+    AUTO,
     PAIRS,
+    Architecture,
     build_student,
+    find_out,
     freeze_embeddings,
     head_of,
     head_parameters,
+    load_config,
+    load_model,
     load_student_weights,
     load_teacher,
     load_tokenizer,
@@ -45,8 +51,10 @@ from architectures import (
     prediction_head,
     quiet_transformers,
     read_student_config,
+    row_of,
     size_mismatches,
     special_ids,
+    vocabulary_difference,
     vocabulary_fingerprint,
 )
 from checkpointing import Checkpoint
@@ -122,8 +130,8 @@ def option(help: str, default=dataclasses.MISSING, choices=None, bare=None):
     return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
 
 
-STUDENT_TYPES = sorted({student for _, student in PAIRS})
-TEACHER_TYPES = sorted({teacher for teacher, _ in PAIRS})
+STUDENT_TYPES = [*sorted({student for _, student in PAIRS}), AUTO]
+TEACHER_TYPES = [*sorted({teacher for teacher, _ in PAIRS}), AUTO]
 
 
 @dataclasses.dataclass(frozen=True, kw_only=True)
@@ -139,11 +147,13 @@ class TrainConfig:
     dump_path: str = option("folder that receives log, checkpoints and the student")
     data_file: str = option("token file made by scripts/binarized_data.py: a pickle, or a store by its prefix")
 
-    student_type: str = option("student's model type", choices=STUDENT_TYPES)
-    student_config: str = option("student's configuration, JSON")
+    student: str | None = option("a whole student made by scripts/extract.py --output, in place of the three flags below", None)
+    student_type: str = option("student's model type; auto: found out", AUTO, choices=STUDENT_TYPES)
+    student_config: str | None = option("student's configuration, JSON", None)
     student_pretrained_weights: str | None = option("student's first weights: of scripts/extract*.py, or .safetensors", None)
-    teacher_type: str = option("teacher's model type", choices=TEACHER_TYPES)
+    teacher_type: str = option("teacher's model type; auto: found out", AUTO, choices=TEACHER_TYPES)
     teacher_name: str = option("teacher, hub name or local folder; its tokenizer is used")
+    trust_remote_code: bool = option("run Python files that come with teacher or student, where they need them", False)
 
     temperature: float = option("softmax temperature of the KL divergence", 2.0)
     alphas: dict[str, float] = dataclasses.field(
@@ -266,11 +276,12 @@ def objective_problems(config: TrainConfig) -> list[str]:
 def type_problems(config: TrainConfig) -> list[str]:
     """Say why teacher, student and objective don't go together."""
     student, teacher = config.student_type, config.teacher_type
-    problems = []
-    if (teacher, student) not in PAIRS:
+    problems = student_problems(config)
+    if AUTO not in (teacher, student) and (teacher, student) not in PAIRS:
         known = ", ".join(f"{t} -> {s}" for t, s in PAIRS)
         problems.append(f"--teacher_type {teacher} with --student_type {student}: no such pair; expected one of {known}")
-    for flag, model_type in (("--student_type", student), ("--teacher_type", teacher)):
+    named = {flag: kind for flag, kind in (("--student_type", student), ("--teacher_type", teacher)) if kind != AUTO}
+    for flag, model_type in named.items():
         is_masked = ARCHITECTURES[model_type].is_masked
         if config.mlm != is_masked:
             kind = "masked" if is_masked else "causal"
@@ -280,9 +291,23 @@ def type_problems(config: TrainConfig) -> list[str]:
         problems.append("--bf16 and --fp16: two precisions; leave one of them out")
     if config.max_tokens is not None and not config.group_by_size:
         problems.append("--max_tokens with --no-group_by_size: the budget is planned by length; leave one of them out")
-    if config.freeze_token_type_embds and ARCHITECTURES[student].token_type_embeddings is None:
+    if config.freeze_token_type_embds and student != AUTO and ARCHITECTURES[student].token_type_embeddings is None:
         problems.append(f"--freeze_token_type_embds with --student_type {student}: it has no token types; leave it out")
     return problems
+
+
+def student_problems(config: TrainConfig) -> list[str]:
+    """Say where the student is given twice, or not at all."""
+    if config.student is None:
+        missing = "--student, --student_config: neither is given; name a folder made by scripts/extract.py --output, or a JSON"
+        return [missing] if config.student_config is None else []
+    others = ("student_config", "student_pretrained_weights", "initializer_range")
+    return [
+        f"--{name} {getattr(config, name)} with --student {config.student}: the folder holds configuration and weights; leave "
+        "one of them out"
+        for name in others
+        if getattr(config, name) is not None
+    ]
 
 
 def path_problems(config: TrainConfig) -> list[str]:
@@ -310,7 +335,7 @@ def dump_path_problem(config: TrainConfig) -> str | None:
     if not config.force and not mode:
         return f"--dump_path {path}: exists already; choose another, go on with --resume, or move it aside with --force"
     stores = [f"{prefix}.bin" for prefix in (config.data_file, config.eval_data_file) if prefix]
-    inputs = [getattr(config, name) for name in INPUT_FILES] + [config.teacher_name, *stores]
+    inputs = [getattr(config, name) for name in INPUT_FILES] + [config.teacher_name, config.student, *stores]
     inside = [name for name in inputs if name and os.path.exists(name) and _is_within(name, path)]
     if inside:
         return f"--dump_path {path}: holds {inside[0]}, which this run reads; choose another folder"
@@ -426,16 +451,19 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
     check_device(config, runtime.device)
     if config.fp16:
         logger.info("--fp16: torch's own mixed precision; --fp16_opt_level %s has no effect.", config.fp16_opt_level)
-    student_config = read_student_config(config.student_type, config.student_config, config.initializer_range)
-    tokenizer = load_tokenizer(config.teacher_type, config.teacher_name, "--teacher_name")
-    teacher = load_teacher(config.teacher_type, config.teacher_name)
-    check_sizes(config, student_config, teacher, tokenizer)
+    student_config = find_student_config(config)
+    student_type = found_type(config, config.student_type, student_config, student_source(config))
+    teacher_type = find_teacher_type(config)
+    tokenizer = load_tokenizer(teacher_type, config.teacher_name, "--teacher_name")
+    teacher = load_teacher(teacher_type, config.teacher_name)
+    check_sizes(config, student_type, student_config, teacher, tokenizer)
+    check_vocabularies(config, student_type, tokenizer)
     vocabulary = vocabulary_fingerprint(tokenizer)
-    dataset = make_dataset(config, tokenizer, teacher, vocabulary)
-    held_out = make_held_out(config, tokenizer, teacher, vocabulary)
-    prepare = make_preparation(config, tokenizer, teacher.config.vocab_size, vocabulary)
-    student = make_student(config, student_config)
-    check_forward(student, f"--student_config {config.student_config}", dataset)
+    dataset = make_dataset(config, teacher_type, tokenizer, teacher, vocabulary)
+    held_out = make_held_out(config, teacher_type, tokenizer, teacher, vocabulary)
+    prepare = make_preparation(config, teacher_type, tokenizer, teacher.config.vocab_size, vocabulary)
+    student = make_student(config, student_type, student_config)
+    check_forward(student, student_source(config), dataset)
     check_forward(teacher, f"--teacher_name {config.teacher_name}", dataset)
     sampler = GroupedBatchSampler(
         dataset.lengths, config.batch_size, dataset.max_length, group_by_size=config.group_by_size, seed=config.seed,
@@ -445,6 +473,35 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
     identity = identify(config, student, teacher, dataset, vocabulary, held_out) if runtime.is_main else {}
     distiller = make_distiller(config, runtime, student, teacher, num_updates)
     return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches, identity, held_out)
+
+
+ModelType = str | Architecture  # the name of a row, or what was found out
+
+
+def student_source(config: TrainConfig) -> str:
+    """Name the student in a message: its flag and path."""
+    return f"--student_config {config.student_config}" if config.student is None else f"--student {config.student}"
+
+
+def find_student_config(config: TrainConfig):
+    """Load the student's configuration: the folder's, or the JSON. Raises InputError."""
+    if config.student is None:
+        return read_student_config(config.student_type, config.student_config, config.initializer_range)
+    named = None if config.student_type == AUTO else config.student_type
+    return load_config(named, config.student, "--student", config.trust_remote_code)
+
+
+def found_type(config: TrainConfig, model_type: str, model_config, source: str) -> ModelType:
+    """Return a model type as given; for auto what its configuration tells. Raises InputError naming `source`."""
+    return find_out(model_config, config.mlm, source, config.trust_remote_code) if model_type == AUTO else model_type
+
+
+def find_teacher_type(config: TrainConfig) -> ModelType:
+    """Return the teacher's type, found out where it is auto. Raises InputError."""
+    if config.teacher_type != AUTO:
+        return config.teacher_type
+    teacher_config = load_config(None, config.teacher_name, "--teacher_name", config.trust_remote_code)
+    return found_type(config, AUTO, teacher_config, f"--teacher_name {config.teacher_name}")
 
 
 def identify(
@@ -491,9 +548,10 @@ def check_compiler(device: torch.device) -> None:
         ) from error
 
 
-def check_sizes(config: TrainConfig, student_config, teacher, tokenizer) -> None:
+def check_sizes(config: TrainConfig, student_type: ModelType, student_config, teacher, tokenizer) -> None:
     """Raise InputError, all lines at once, where student, teacher and tokenizer disagree in size."""
-    problems = size_mismatches(student_config, teacher.config, f"--student_config {config.student_config}")
+    needs_width = any(LOSSES[name].reads == "hidden" and alpha > 0 for name, alpha in config.alphas.items())
+    problems = size_mismatches(student_config, teacher.config, student_source(config), student_type, needs_width)
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= teacher.config.vocab_size:
         problems.append(
@@ -504,11 +562,23 @@ def check_sizes(config: TrainConfig, student_config, teacher, tokenizer) -> None
         raise InputError("\n".join(problems))
 
 
-def make_dataset(config: TrainConfig, tokenizer, teacher, vocabulary: str, flag: str = "data_file") -> LmSeqsDataset:
+def check_vocabularies(config: TrainConfig, student_type: ModelType, tokenizer) -> None:
+    """Raise InputError where the student's folder holds a tokenizer of another vocabulary than the teacher's."""
+    files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+    if config.student is None or not any(os.path.exists(os.path.join(config.student, file)) for file in files):
+        return
+    difference = vocabulary_difference(load_tokenizer(student_type, config.student, "--student"), tokenizer)
+    if difference:
+        raise InputError(f"--student {config.student}: {difference}; a student has its teacher's vocabulary")
+
+
+def make_dataset(
+    config: TrainConfig, teacher_type: ModelType, tokenizer, teacher, vocabulary: str, flag: str = "data_file"
+) -> LmSeqsDataset:
     """Read and filter the sequences of a flag's file. Raises InputError where it doesn't fit or nothing is left."""
-    max_length = max_input_length(config.teacher_type, tokenizer, teacher.config)
+    max_length = max_input_length(teacher_type, tokenizer, teacher.config)
     max_length = min(max_length, config.max_length or max_length)
-    special = SpecialIds(**special_ids(config.teacher_type, tokenizer))
+    special = SpecialIds(**special_ids(teacher_type, tokenizer))
     model = f"--teacher_name {config.teacher_name}"
     path = getattr(config, flag)
     try:
@@ -517,12 +587,12 @@ def make_dataset(config: TrainConfig, tokenizer, teacher, vocabulary: str, flag:
         raise InputError(str(error).replace(f"--data_file {path}", f"--{flag} {path}")) from error
 
 
-def make_held_out(config: TrainConfig, tokenizer, teacher, vocabulary: str) -> HeldOut | None:
+def make_held_out(config: TrainConfig, teacher_type: ModelType, tokenizer, teacher, vocabulary: str) -> HeldOut | None:
     """Read the held-out sequences, and plan how they are evaluated: on all ranks alike. None where there are none."""
     if config.eval_data_file is None:
         return None
     logger.info("Held out: %s.", config.eval_data_file)
-    dataset = make_dataset(config, tokenizer, teacher, vocabulary, "eval_data_file")
+    dataset = make_dataset(config, teacher_type, tokenizer, teacher, vocabulary, "eval_data_file")
     passes = FixedMasks(tokenizer.mask_token_id, tokenizer.all_special_ids) if config.mlm else next_tokens
     return HeldOut(dataset, plan_batches(dataset.lengths), passes)
 
@@ -541,10 +611,14 @@ def check_forward(model: torch.nn.Module, source: str, dataset: LmSeqsDataset) -
         raise InputError(f"{source}: the model gives NaN or infinite values before any training; correct its JSON or weights")
 
 
-def make_preparation(config: TrainConfig, tokenizer, vocab_size: int, vocabulary: str) -> typing.Callable:
+def make_preparation(
+    config: TrainConfig, teacher_type: ModelType, tokenizer, vocab_size: int, vocabulary: str
+) -> typing.Callable:
     """Choose how batches are prepared: masked (with the token counts) or causal. Raises InputError."""
     if not config.mlm:
-        return prepare_clm
+        return functools.partial(prepare_clm, with_mask=row_of(teacher_type).pads_by_mask)
+    if tokenizer.mask_token_id is None:
+        raise InputError(f"--teacher_name {config.teacher_name}: its tokenizer has no mask_token, which --mlm needs; add it")
     model = f"--teacher_name {config.teacher_name}"
     counts_V = read_token_counts(config.token_counts, vocab_size, model, vocabulary)
     weights_V = masking_weights(torch.from_numpy(counts_V), config.mlm_smoothing, tokenizer.all_special_ids)
@@ -554,15 +628,16 @@ def make_preparation(config: TrainConfig, tokenizer, vocab_size: int, vocabulary
     )  # fmt: skip
 
 
-def make_student(config: TrainConfig, student_config) -> torch.nn.Module:
-    """Make the student: seeded random weights, then those given; what is to stay fixed is frozen."""
+def make_student(config: TrainConfig, student_type: ModelType, student_config) -> torch.nn.Module:
+    """Make the student: the folder's, or seeded random weights, then those given; what is to stay fixed is frozen."""
     torch.manual_seed(keyed_seed(config.seed, "student"))
-    student = build_student(config.student_type, student_config, f"--student_config {config.student_config}")
+    if config.student is not None:
+        student = load_model(student_type, config.student, "--student")
+    else:
+        student = build_student(student_type, student_config, student_source(config))
     if config.student_pretrained_weights is not None:
-        load_student_weights(student, config.student_type, config.student_pretrained_weights)
-    freeze_embeddings(
-        student, config.student_type, positions=config.freeze_pos_embs, token_types=config.freeze_token_type_embds
-    )
+        load_student_weights(student, student_type, config.student_pretrained_weights)
+    freeze_embeddings(student, student_type, positions=config.freeze_pos_embs, token_types=config.freeze_token_type_embds)
     if config.activation_checkpointing:
         student.activation_checkpointing_enable({"use_reentrant": False})
     return student
@@ -588,6 +663,8 @@ def make_distiller(config: TrainConfig, runtime: Runtime, student, teacher, num_
     """Put the models on the device, and optimizer and schedule around the student."""
     student.to(runtime.device)
     model = DistillationModel(student, prediction_head(student), head_parameters(student), config.alphas, config.temperature)
+    if not model.uses_fast_head:
+        logger.info("The student's head is more than layers and one linear map: the plain, slower head is used.")
     teacher = teacher.to(runtime.device) if model.needs_teacher else None
     groups = split_for_weight_decay(student, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=ADAM_BETAS, eps=config.adam_epsilon, fused=True)
@@ -609,6 +686,7 @@ def make_distiller(config: TrainConfig, runtime: Runtime, student, teacher, num_
 # Flags that may change when a run goes on: where things are (their content is compared), how often and how, not what.
 FREE_FLAGS = {
     "force", "resume", "keep_checkpoints", "dump_path", "data_file", "token_counts", "student_config", "teacher_name",
+    "student", "trust_remote_code",
     "student_pretrained_weights", "initializer_range", "n_gpu", "local_rank", "distributed_timeout_s", "log_interval",
     "checkpoint_interval", "fp16_opt_level", "compile", "activation_checkpointing", "gradient_accumulation_steps",
     "eval_data_file", "eval_interval",
@@ -675,7 +753,7 @@ def check_identity(config: TrainConfig, now: dict, found: Checkpoint) -> None:
     for key, value in now["student_config"].items():
         if key in then["student_config"] and then["student_config"][key] != value:
             was = then["student_config"][key]
-            problems.append(f"--student_config {config.student_config}: {key} is {value}, {found.path} was made with {was}")
+            problems.append(f"{student_source(config)}: {key} is {value}, {found.path} was made with {was}")
     for name in ("teacher_name", "data_file", "token_counts", "vocabulary"):
         if now[name] != then[name]:
             source = "the tokenizer of --teacher_name" if name == "vocabulary" else f"--{name}"

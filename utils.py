@@ -16,6 +16,7 @@ import logging
 import os
 import queue
 import re
+import shutil
 import signal
 import sys
 import tempfile
@@ -381,6 +382,26 @@ def prefetched(items: Iterable, num_ahead: int) -> Iterator:
         while thread.is_alive():  # it may wait for a place in the queue
             with contextlib.suppress(queue.Empty):
                 waiting.get(timeout=0.01)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which is new or empty; on success flush its files and rename it to `path`."""
+    target = Path(path)
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        with naming(temporary):
+            yield temporary
+        for file in temporary.iterdir():
+            flush_to_disk(file)
+        with holding_signals():
+            if target.is_dir():
+                target.rmdir()
+            temporary.rename(target)
+            flush_to_disk(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def make_folder(path: str | os.PathLike) -> None:

@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import describe_tokenizer, load_tokenizer, short_name
+from architectures import AUTO, describe_tokenizer, load_tokenizer, short_name, tokenizer_type
 from encoding import Encoding, WorkerPool, divide_work
 from shuffle import Spool, shuffled
 from text_sources import ERRORS, Block, Source, find_sources, read_blocks
@@ -60,7 +60,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--errors", default="strict", choices=ERRORS,
         help="what becomes of text that is not UTF-8: stop, skip the line, replace the bytes; counted "
         "(default: %(default)s)")  # fmt: skip
-    add("--tokenizer_type", default="bert", choices=["bert", "roberta", "gpt2"], help="(default: %(default)s)")
+    add(
+        "--tokenizer_type",
+        default="bert",
+        choices=["bert", "roberta", "gpt2", AUTO],
+        help="auto: boundary tokens are those that the tokenizer has (default: %(default)s)",
+    )
     add("--tokenizer_name", default="bert-base-uncased", help="hub name or local folder (default: %(default)s)")
     add("--do_lower_case", action=argparse.BooleanOptionalAction, default=None,
         help="bert only; default: what the tokenizer's configuration says, without one whether the vocabulary has no "
@@ -106,7 +111,7 @@ class Tally:
     def counts(self) -> dict[str, int]:
         """Return the counts as the card has them."""
         num_sequences = sum(self.num_of_length.values())
-        ends = {self.encoding.start_id, self.encoding.end_id}
+        ends = {self.encoding.start_id, self.encoding.end_id} - {None}
         unknown = self.encoding.unknown_id
         return {
             "sequences": num_sequences,
@@ -117,7 +122,8 @@ class Tally:
             "bad_lines": self.num_bad,
             "longest": max(self.num_of_length, default=0),
             "largest_id": int(np.flatnonzero(self.counts_V)[-1]) if num_sequences else -1,
-            "boundary_ids_inside": int(self.counts_V[list(ends)].sum()) - 2 * num_sequences,
+            "boundary_ids_inside": int(self.counts_V[list(ends)].sum())
+            - (1 if self.encoding.start_id is None else 2) * num_sequences,
         }
 
 
@@ -269,8 +275,9 @@ def check_numbers(args: argparse.Namespace) -> int:
 
 def make_encoding(args: argparse.Namespace) -> tuple[Encoding, dict]:
     """Load the tokenizer: (how lines become ids, the tokenizer's part of the card). Raises InputError."""
-    tokenizer = load_tokenizer(args.tokenizer_type, args.tokenizer_name, "--tokenizer_name", args.do_lower_case)
-    description = describe_tokenizer(args.tokenizer_type, args.tokenizer_name, tokenizer, args.do_lower_case)
+    kind = tokenizer_type(args.tokenizer_type, args.tokenizer_name)
+    tokenizer = load_tokenizer(kind, args.tokenizer_name, "--tokenizer_name", args.do_lower_case)
+    description = describe_tokenizer(kind, args.tokenizer_name, tokenizer, args.do_lower_case)
     special = description["special_ids"]
     largest_id = description["vocab_size"] - 1
     if args.vocab_size is not None and args.vocab_size <= largest_id:

@@ -1,14 +1,35 @@
-"""What scripts/extract.py and scripts/extract_distilbert.py share: flags, checks, the call, the report."""
+"""What extract.py and extract_distilbert.py do: read the flags, load the teacher, take its layers, write the student."""
 
 import argparse
 import dataclasses
 import logging
+import os
 from collections.abc import Mapping, Sequence
 
-from architectures import PAIRS, evenly_spaced_layers, extract_student, load_teacher
-from utils import InputError, OneLineParser, logger, require_output, save_weights, setup_logging
+from architectures import (
+    PAIRS,
+    evenly_spaced_layers,
+    extract_student,
+    find_out,
+    kind_of,
+    load_config,
+    load_teacher,
+    load_tokenizer,
+    quiet_transformers,
+    student_of_pair,
+)
+from utils import (
+    InputError,
+    OneLineParser,
+    atomic_folder,
+    logger,
+    require_output,
+    save_weights,
+    setup_logging,
+    write_json,
+)
 
-DEFAULT_NUM_LAYERS = 6  # the students of the paper; half of a teacher with fewer than twice as many layers
+DEFAULT_NUM_LAYERS = 6
 
 
 @dataclasses.dataclass(frozen=True)
@@ -25,18 +46,19 @@ class Defaults:
 def make_parser(defaults: Defaults) -> argparse.ArgumentParser:
     """Make the command line of one of the two programs."""
     parser = OneLineParser(description=defaults.description, allow_abbrev=False)
-    parser.add_argument(
-        "--model_type", default=defaults.model_type, choices=list(defaults.student_types), help="(default: %(default)s)"
-    )
-    parser.add_argument("--model_name", default=defaults.model_name, help="hub name or folder (default: %(default)s)")
-    parser.add_argument("--dump_checkpoint", default=defaults.dump_checkpoint, help="output (default: %(default)s)")
-    parser.add_argument("--vocab_transform", action="store_true", help="take the prediction head's dense layer and norm too")
-    parser.add_argument("--num_layers", type=int, help="layers of the student, taken evenly spaced (default: 6, at most half)")
-    parser.add_argument("--layers", type=int, nargs="+", help="the teacher's layers to take, in place of --num_layers")
+    add = parser.add_argument
+    add("--model_type", default=defaults.model_type, choices=list(defaults.student_types), help="(default: %(default)s)")
+    add("--model_name", default=defaults.model_name, help="hub name or folder (default: %(default)s)")
+    add("--dump_checkpoint", default=defaults.dump_checkpoint, help="output (default: %(default)s)")
+    add("--vocab_transform", action="store_true", help="take the prediction head's dense layer and norm too")
+    add("--num_layers", type=int, help="layers of the student, taken evenly spaced (default: 6, at most half)")
+    add("--layers", type=int, nargs="+", help="the teacher's layers to take, in place of --num_layers")
     if any(PAIRS[pair].fold_token_types for pair in defaults.student_types.items()):
-        parser.add_argument(
-            "--fold_token_types", action="store_true", help="add token type 0 to every position, which makes the copy exact"
-        )
+        add("--fold_token_types", action="store_true", help="add token type 0 to every position, which makes the copy exact")
+    add("--teacher", help="any masked or causal language model, hub name or folder: makes a whole student in --output")
+    add("--output", help="folder that receives the student: configuration, weights, tokenizer, for train.py --student")
+    add("--student_type", choices=sorted({s for t, s in PAIRS if t != s}), help="a student of another type than its --teacher")
+    add("--trust_remote_code", action="store_true", help="run Python files that come with the teacher, where it needs them")
     return parser
 
 
@@ -56,9 +78,21 @@ def choose_layers(num_teacher_layers: int, num_layers: int | None, layers: Seque
 
 
 def extract(defaults: Defaults, argv: list[str] | None = None) -> None:
-    """Run the program: load the teacher, take its layers, write the student's state dict."""
+    """Run the program: load the teacher, take its layers, write the student."""
     args = make_parser(defaults).parse_args(argv)
     setup_logging(logging.INFO)
+    if args.teacher is None and args.output is None:
+        write_state_dict(args, defaults)
+    elif args.teacher is None or args.output is None:
+        raise InputError(
+            "--teacher and --output: expected both, or neither (then --model_type, --model_name, --dump_checkpoint)"
+        )
+    else:
+        write_student(args)
+
+
+def write_state_dict(args: argparse.Namespace, defaults: Defaults) -> None:
+    """Write a student's first state dict alone, as in 2019."""
     require_output(args.dump_checkpoint, "--dump_checkpoint", [args.model_name])
     teacher = load_teacher(args.model_type, args.model_name, "--model_name")
     layers = choose_layers(teacher.config.num_hidden_layers, args.num_layers, args.layers)
@@ -72,3 +106,37 @@ def extract(defaults: Defaults, argv: list[str] | None = None) -> None:
     save_weights(args.dump_checkpoint, state)
     print(f"Took {len(layers)} layers ({' '.join(map(str, layers))}) and {len(state)} tensors.", flush=True)
     logger.info("Wrote %s.", args.dump_checkpoint)
+
+
+def write_student(args: argparse.Namespace) -> None:
+    """Write a whole student: a folder that from_pretrained and train.py --student load. Raises InputError."""
+    source = f"--teacher {args.teacher}"
+    require_output(args.output, "--output", [args.teacher], is_folder=True)
+    if os.path.isdir(args.output) and os.listdir(args.output):
+        raise InputError(f"--output {args.output}: holds something already; name a new folder")
+    config = load_config(None, args.teacher, "--teacher", args.trust_remote_code)
+    row = find_out(config, kind_of(config, source), source, args.trust_remote_code)
+    tokenizer = load_tokenizer(row, args.teacher, "--teacher")
+    num_layers = getattr(config, "num_hidden_layers", None)
+    layers = choose_layers(num_layers, args.num_layers, args.layers) if isinstance(num_layers, int) else []
+    teacher = load_teacher(row, args.teacher, "--teacher")
+    student = make_student(teacher, args, layers, source)
+    with atomic_folder(args.output) as folder:
+        with quiet_transformers():
+            student.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        save_weights(folder / "first_weights.pth", student.state_dict())
+        write_json(folder / "extraction.json", {"teacher": args.teacher, "layers": layers, "of": num_layers})
+    parameters = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
+    print(f"Took {len(layers)} of {num_layers} layers ({' '.join(map(str, layers))}): {parameters[0]:,} parameters of "
+          f"{parameters[1]:,}.", flush=True)  # fmt: skip
+    logger.info("Wrote %s: distil it with train.py --student %s --teacher_name %s.", args.output, args.output, args.teacher)
+
+
+def make_student(teacher, args: argparse.Namespace, layers: Sequence[int], source: str):
+    """Make the student: of the teacher's own type, or of another that PAIRS has for it."""
+    if args.student_type is not None:
+        return student_of_pair(teacher, args.student_type, layers, getattr(args, "fold_token_types", False))
+    from conventions import student_of_layers
+
+    return student_of_layers(teacher, layers, source)

@@ -131,9 +131,12 @@ class Survey:
         for counts_V, ids in ((self.first_V, first_ids), (self.last_V, last_ids[lengths > 1])):
             _count(counts_V, ids[(ids >= 0) & (ids < MAX_ID)])
         start, end = self.special["start"], self.special["end"]
-        if start is None or end is None:
+        if end is None:
             return
-        wrong = np.flatnonzero((first_ids != start) | (last_ids != end) | (lengths < 2))
+        is_wrong = last_ids != end
+        if start is not None:  # some tokenizers have no start token
+            is_wrong |= (first_ids != start) | (lengths < 2)
+        wrong = np.flatnonzero(is_wrong)
         self.num_wrong += len(wrong)
         if self.first_wrong is None and len(wrong):
             self.first_wrong = first + int(wrong[0])
@@ -289,8 +292,9 @@ def contradictions(survey: Survey, tokens: TokenFile, kind: str, vocab_size: int
         found.append(f"{survey.outside(vocab_size)} ids are outside the vocabulary, ids 0 to {vocab_size - 1} "
                      f"(smallest {survey.smallest}, largest {survey.largest})")  # fmt: skip
     if survey.num_wrong:
-        found.append(f"{survey.num_wrong} sequences, sequence {survey.first_wrong} the first, do not begin with id "
-                     f"{special['start']} and end with id {special['end']}")  # fmt: skip
+        begins = "" if special["start"] is None else f"begin with id {special['start']} and "
+        found.append(f"{survey.num_wrong} sequences, sequence {survey.first_wrong} the first, do not {begins}end with id "
+                     f"{special['end']}")  # fmt: skip
     return found
 
 

@@ -26,16 +26,17 @@ NEEDED = ["--dump_path", "new", "--data_file", __file__, "--student_type", "gpt2
           "--teacher_type", "gpt2", "--teacher_name", "t"]  # fmt: skip
 
 DEFAULTS = {
-    "force": False, "student_pretrained_weights": None, "temperature": 2.0, "alpha_ce": 0.5, "alpha_mlm": 0.0,
-    "alpha_clm": 0.5, "alpha_mse": 0.0, "alpha_cos": 0.0, "mlm": False, "mlm_mask_prop": 0.15, "fp16": False,
-    "fp16_opt_level": "O1", "local_rank": -1, "log_interval": 500, "word_mask": 0.8, "word_keep": 0.1, "word_rand": 0.1,
-    "mlm_smoothing": 0.7, "token_counts": None, "restrict_ce_to_mask": False, "freeze_pos_embs": False,
-    "freeze_token_type_embds": False, "n_epoch": 3, "batch_size": 5, "group_by_size": True,
-    "gradient_accumulation_steps": 50, "warmup_prop": 0.05, "weight_decay": 0.0, "learning_rate": 5e-4,
-    "adam_epsilon": 1e-6, "max_grad_norm": 5.0, "initializer_range": None, "n_gpu": 1, "seed": 56,
-    "checkpoint_interval": 4000, "eval_data_file": None, "eval_interval": None, "max_steps": None, "max_length": None,
-    "max_tokens": None, "loss_normalization": "micro_batches", "bf16": False, "activation_checkpointing": False,
-    "compile": False, "resume": None, "keep_checkpoints": 3, "distributed_timeout_s": 600,
+    "force": False, "student": None, "trust_remote_code": False, "student_pretrained_weights": None, "temperature": 2.0,
+    "alpha_ce": 0.5, "alpha_mlm": 0.0, "alpha_clm": 0.5, "alpha_mse": 0.0, "alpha_cos": 0.0, "mlm": False,
+    "mlm_mask_prop": 0.15, "fp16": False, "fp16_opt_level": "O1", "local_rank": -1, "log_interval": 500,
+    "word_mask": 0.8, "word_keep": 0.1, "word_rand": 0.1, "mlm_smoothing": 0.7, "token_counts": None,
+    "restrict_ce_to_mask": False, "freeze_pos_embs": False, "freeze_token_type_embds": False, "n_epoch": 3,
+    "batch_size": 5, "group_by_size": True, "gradient_accumulation_steps": 50, "warmup_prop": 0.05, "weight_decay": 0.0,
+    "learning_rate": 5e-4, "adam_epsilon": 1e-6, "max_grad_norm": 5.0, "initializer_range": None, "n_gpu": 1,
+    "seed": 56, "checkpoint_interval": 4000, "eval_data_file": None, "eval_interval": None, "max_steps": None,
+    "max_length": None, "max_tokens": None, "loss_normalization": "micro_batches", "bf16": False,
+    "activation_checkpointing": False, "compile": False, "resume": None, "keep_checkpoints": 3,
+    "distributed_timeout_s": 600,
 }  # fmt: skip
 
 
