@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Run the tests: makes .venv, installs what they need, calls pytest with your flags.
+# Run the tests: makes .venv, installs what they need, calls pytest with your flags, a file a core at a time.
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 make_environment requirements.txt requirements-dev.txt requirements-eval.txt
 cd "$ROOT"
-exec "$PYTHON" -m pytest "$@"
+export OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"  # the cores are taken by files
+exec "$PYTHON" -m pytest -n logical --dist loadfile "$@"
