@@ -11,7 +11,6 @@ Shape suffixes: B sequences, T padded length, N positions, V vocabulary, D width
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 
@@ -20,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from architectures import head_of
+from architectures import prediction_head
 from distiller import Head, MicroBatch, label_of_row, last_hidden_state, prepare_clm, real_positions
 from losses import IGNORED_LABEL, at_least_float32, cosine_distance, rows_per_chunk
 
@@ -125,7 +124,7 @@ class Reader:
 
 def reader_of(model: nn.Module) -> Reader:
     """Read a whole language model with its own head."""
-    return Reader(model, functools.partial(head_of, model))
+    return Reader(model, prediction_head(model))
 
 
 # What is summed over the positions that are asked for; without a teacher the last are 0.

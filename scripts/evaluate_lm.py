@@ -1,10 +1,11 @@
 """Measure how well a language model predicts held-out text and, beside a teacher, how near it is to that.
 
-Masked models (BERT, DistilBERT, RoBERTa): loss, perplexity and top-1 accuracy on fixed masks, where every k-th token is masked
-in k passes, so that each is asked for once and nothing is left to chance; the same on masks drawn as in training; and the
-pseudo-perplexity of some sentences, each token masked alone (Salazar et al., 2020). Causal models (GPT-2): loss, token
-perplexity and accuracy. Beside a teacher, at the same positions: KL(teacher || student) at temperature 1, how often both put
-the same token first, and the cosine of the last hidden states. A masked model's perplexity is no causal one's: don't compare.
+Masked models (BERT, DistilBERT, RoBERTa, ModernBERT, ..): loss, perplexity and top-1 accuracy on fixed masks, where every k-th
+token is masked in k passes, so that each is asked for once and nothing is left to chance; the same on masks drawn as in
+training; and the pseudo-perplexity of some sentences, each token masked alone (Salazar et al., 2020). Causal models (GPT-2,
+Llama, ..): loss, token perplexity and accuracy. Beside a teacher, at the same positions: KL(teacher || student) at temperature
+1, how often both put the same token first, and the cosine of the last hidden states. A masked model's perplexity is no causal
+one's: don't compare.
 """
 
 import argparse
@@ -23,11 +24,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from architectures import (
-    ARCHITECTURES,
+    Architecture,
+    find_out,
+    kind_of,
     load_config,
     load_teacher,
     load_tokenizer,
     max_input_length,
+    row_of,
     special_ids,
     vocabulary_fingerprint,
 )
@@ -84,6 +88,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--pseudo_perplexity", type=int, default=None, metavar="N",
         help="also mask the tokens of N sequences one by one, a pass a token; they are taken at even distances")  # fmt: skip
     add("--seed", type=int, default=56, help="seed of the masks that are drawn (default: %(default)s)")
+    add("--trust_remote_code", action="store_true", help="run the Python files that a model comes with, where it needs them")
     add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
         help="(default: %(default)s)")  # fmt: skip
     return parser.parse_args(argv)
@@ -120,17 +125,17 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model and its tokenizer, checked. source: its flag and name."""
+    """A model and its tokenizer, checked. source: its flag and name; model_type: or what was found out about it."""
 
     source: str
-    model_type: str
+    model_type: str | Architecture
     network: torch.nn.Module
     tokenizer: object
 
     @property
     def is_masked(self) -> bool:
         """True for masked-language models, False for causal ones."""
-        return ARCHITECTURES[self.model_type].is_masked
+        return row_of(self.model_type).is_masked
 
     @property
     def max_length(self) -> int:
@@ -147,18 +152,20 @@ def model_files(*names: str | None) -> list[str]:
 MODEL_FILES = ("*config.json", "*.safetensors*", "*.bin*", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
 
 
-def model_types(args: argparse.Namespace) -> list[str]:
-    """Read of which types the model and its teacher are, before they are loaded. Raises InputError, a line a problem."""
-    names = {"--model": args.model} | ({} if args.teacher is None else {"--teacher": args.teacher})
-    types = {f"{flag} {name}": load_config(None, name, flag).model_type for flag, name in names.items()}
-    problems = [
-        f"{source}: is a {found} model, expected one of {', '.join(ARCHITECTURES)}; name such a model"
-        for source, found in types.items()
-        if found not in ARCHITECTURES
-    ]
+def model_types(args: argparse.Namespace) -> list[str | Architecture]:
+    """Find out of which types the model and its teacher are, before they are loaded. Raises InputError, a line a problem."""
+    types: dict[str, str | Architecture] = {}
+    problems: list[str] = []
+    for flag, name in names_of(args).items():
+        source = f"{flag} {name}"
+        try:
+            config = load_config(None, name, flag, args.trust_remote_code)
+            types[source] = find_out(config, kind_of(config, source), source, args.trust_remote_code)
+        except InputError as error:
+            problems.append(str(error))
     if problems:
         raise InputError("\n".join(problems))
-    kinds = ["masked" if ARCHITECTURES[found].is_masked else "causal" for found in types.values()]
+    kinds = ["masked" if row_of(found).is_masked else "causal" for found in types.values()]
     if kinds[0] != kinds[-1]:
         model, teacher = types
         problems.append(f"{teacher}: is a {kinds[1]} model, {model} a {kinds[0]} one; compare with a {kinds[0]} model")
@@ -173,9 +180,16 @@ def model_types(args: argparse.Namespace) -> list[str]:
     return list(types.values())
 
 
-def load(model_type: str, name: str, flag: str, device: str) -> Model:
+def names_of(args: argparse.Namespace) -> dict[str, str]:
+    """Return {flag: name} of the model and, if there is one, its teacher."""
+    return {"--model": args.model} | ({} if args.teacher is None else {"--teacher": args.teacher})
+
+
+def load(model_type: str | Architecture, name: str, flag: str, device: str) -> Model:
     """Load a model and its tokenizer, in evaluation mode. Raises InputError."""
     tokenizer = load_tokenizer(model_type, name, flag)
+    if row_of(model_type).is_masked and tokenizer.mask_token_id is None:
+        raise InputError(f"{flag} {name}: its tokenizer has no mask_token; set it in tokenizer_config.json")
     network = load_teacher(model_type, name, flag).to(device)
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= network.config.vocab_size:
@@ -188,8 +202,8 @@ def load(model_type: str, name: str, flag: str, device: str) -> Model:
 
 def load_both(args: argparse.Namespace) -> list[Model]:
     """Load the model and, if there is one, its teacher. Raises InputError where they don't predict the same tokens."""
-    names = [("--model", args.model)] + ([] if args.teacher is None else [("--teacher", args.teacher)])
-    loaded = [load(kind, name, flag, args.device) for kind, (flag, name) in zip(model_types(args), names, strict=True)]
+    types, names = model_types(args), names_of(args).items()
+    loaded = [load(found, name, flag, args.device) for found, (flag, name) in zip(types, names, strict=True)]
     if len(loaded) > 1:
         model, teacher = loaded
         require_same_vocabulary(model.tokenizer, teacher.tokenizer, args.model, args.teacher)

@@ -12,13 +12,16 @@ made without running anything again.
 Shape suffixes: B examples, T padded length, C classes or vocabulary, N selected positions.
 """
 
+import contextlib
 import datetime
 import inspect
+import logging
 import math
 import os
 import statistics
 import sys
-from collections.abc import Callable, Mapping, Sequence
+import time
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,14 +31,17 @@ import transformers
 from architectures import (
     ARCHITECTURES,
     check_finite,
+    find_out,
+    kind_of,
     load_config,
     load_tokenizer,
     quiet_transformers,
+    row_of,
     short_name,
     vocabulary_fingerprint,
 )
 from losses import at_least_float32, kl_divergence, squared_error
-from utils import InputError, git_facts, one_line, write_json
+from utils import InputError, git_facts, one_line, setup_logging, write_json
 
 IGNORED_LABEL = -100
 
@@ -123,6 +129,30 @@ class Trainer(transformers.Trainer):
         kept = inputs_of(self.accelerator.unwrap_model(model), inputs)
         return super().prediction_step(model, kept, prediction_loss_only, ignore_keys)
 
+    def _get_train_sampler(self, train_dataset=None):
+        """Shuffle, and end an epoch with its last whole update: updates = (batches // accumulation) x epochs."""
+        # Differs from the original: the batches left over are not read. 2019 let their gradients into the next epoch's
+        # first update, which was clipped as if it were one of its own.
+        dataset = self.train_dataset if train_dataset is None else train_dataset
+        num_left = num_micro_batches(len(dataset), self.args) % self.args.gradient_accumulation_steps
+        num_whole = num_micro_batches(len(dataset), self.args) - num_left
+        num_samples = num_whole * self.args.train_batch_size * self.args.world_size if num_left else len(dataset)
+        return torch.utils.data.RandomSampler(dataset, num_samples=num_samples)
+
+
+def num_micro_batches(num_examples: int, arguments: transformers.TrainingArguments) -> int:
+    """Count the micro-batches of an epoch on each process."""
+    return math.ceil(num_examples / (arguments.train_batch_size * arguments.world_size))
+
+
+def require_an_update(num_examples: int, arguments: transformers.TrainingArguments) -> None:
+    """Raise InputError where an epoch is too short for one update."""
+    num, wanted = num_micro_batches(num_examples, arguments), arguments.gradient_accumulation_steps
+    if num < wanted:
+        raise InputError(
+            f"--gradient_accumulation_steps {wanted}: an epoch has {num} micro-batches, too few for one update; lower it"
+        )
+
 
 # --------------------------------------------------------------------------------------------------------------------
 # Models and tokenizers
@@ -144,6 +174,17 @@ def load_any_tokenizer(name: str, flag: str, do_lower_case: bool | None = None):
             raise InputError(
                 f"{flag} {name}: no tokenizer could be loaded ({one_line(error)}); name a model's folder"
             ) from error
+
+
+def longest_input(config) -> int | None:
+    """Return how many tokens a model's position table admits; None where it has none."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:  # XLNet says -1
+        return None
+    try:
+        return positions - row_of(find_out(config, kind_of(config, ""), "")).reserved_positions
+    except InputError:  # no language model that can be looked into
+        return positions
 
 
 def load_for_task(auto_class, name: str, flag: str, *, is_fine_tuned: bool, **options: Any) -> torch.nn.Module:
@@ -225,6 +266,22 @@ def training_arguments(folder: str | os.PathLike, *, seed: int, batch_size: int,
         dataloader_pin_memory=not on_cpu, ddp_backend="gloo" if on_cpu and "RANK" in os.environ else None,
         disable_tqdm=not sys.stderr.isatty(), **options,
     )  # fmt: skip
+
+
+RANK_0_FIRST_S = 3  # every process finds the same; the launcher ends the others with the first, and process 0 is to say it
+
+
+@contextlib.contextmanager
+def spoken_by_rank_0() -> Iterator[None]:
+    """Log on process 0 alone within the block, and let it be the first to say what is wrong with the input."""
+    is_another_rank = os.environ.get("RANK", "0") != "0"
+    setup_logging(logging.ERROR if is_another_rank else logging.INFO)
+    try:
+        yield
+    except InputError:
+        if is_another_rank:
+            time.sleep(RANK_0_FIRST_S)
+        raise
 
 
 # --------------------------------------------------------------------------------------------------------------------

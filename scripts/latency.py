@@ -27,9 +27,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import ARCHITECTURES, load_config, quiet_transformers, short_name
+from architectures import load_config, quiet_transformers, short_name
 from benchmark import describe_machine, markdown
-from fine_tuning import inputs_of, load_any_tokenizer
+from fine_tuning import inputs_of, load_any_tokenizer, longest_input
 from utils import (
     InputError,
     OneLineParser,
@@ -116,13 +116,6 @@ def text_config(name: str, flag: str):
     if getattr(config, "is_encoder_decoder", False) or not getattr(config, "vocab_size", 0):
         raise InputError(f"{flag} {name}: is a {config.model_type} model; expected an encoder or a causal model of text")
     return config
-
-
-def longest_input(config) -> int | None:
-    """Return how many tokens a model's position table admits; None where it has none."""
-    row = ARCHITECTURES.get(config.model_type)
-    positions = getattr(config, "max_position_embeddings", None)
-    return None if positions is None else positions - (row.reserved_positions if row else 0)
 
 
 def read_sentences(path: str) -> list[str]:

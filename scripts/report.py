@@ -30,7 +30,7 @@ import latency
 import model_card
 from architectures import load_config, quiet_transformers, short_name, vocabulary_fingerprint
 from benchmark import markdown
-from fine_tuning import load_any_tokenizer, write_scores
+from fine_tuning import load_any_tokenizer, longest_input, write_scores
 from tasks import GLUE_TASKS, glue_macro
 from token_files import token_file_problem
 from utils import (
@@ -492,7 +492,7 @@ def measure_size(role: str, name: str) -> dict:
         "parameters_base": base, "parameters": whole,
         "weights_bytes": sum(path.stat().st_size for path in files), "weights_dtypes": dtypes,
         "float32_bytes": 4 * whole, "float16_bytes": 2 * whole,
-        "longest_input": latency.longest_input(config),
+        "longest_input": longest_input(config),
         "vocabulary_size": len(tokenizer), "vocabulary_sha256": vocabulary_fingerprint(tokenizer),
     }  # fmt: skip
 
@@ -631,6 +631,8 @@ def notes(quality: Mapping[str, Mapping], sizes: Mapping[str, Mapping]) -> list[
         lines.append("↓ lower is better: % of teacher is 100 x teacher's / model's there, and no part of a macro score.")
     if any(is_within for entry in quality.values() for is_within in entry["within_spread"].values()):
         lines.append("≈ the difference from the teacher is smaller than the spread over seeds (the wider of the two).")
+    lines += [f"{entry['title']}: the models were scored on different examples; their scores can't be compared."
+              for entry in quality.values() if not is_of_same_examples(entry)]  # fmt: skip
     if any(is_of_one_seed(figure) for entry in quality.values() for figure in entry["models"].values()):
         lines.append("¹ one seed: its spread is not known.")
     helped = {(q["title"], r): f["fine_tuned_with_teacher"] for q in quality.values() for r, f in q["models"].items()}
@@ -641,6 +643,13 @@ def notes(quality: Mapping[str, Mapping], sizes: Mapping[str, Mapping]) -> list[
     if len({size["vocabulary_sha256"] for size in sizes.values()}) > 1:
         lines.append("The models have different vocabularies: perplexities are a token's, and can't be compared; latency can.")
     return lines
+
+
+def is_of_same_examples(entry: Mapping) -> bool:
+    """Say whether as many examples of each set were scored for every model, by the same metrics; a text has no examples."""
+    counts = [{k: n for k, n in (figure["num_examples"] or {}).items() if k != "train"} for figure in entry["models"].values()]
+    names = [set(figure["metrics"]) for figure in entry["models"].values()]
+    return entry["lower_is_better"] or (counts[1:] == counts[:-1] and names[1:] == names[:-1])
 
 
 # --------------------------------------------------------------------------------------------------------------------

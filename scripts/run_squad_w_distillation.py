@@ -13,13 +13,10 @@ processes: torchrun --nproc_per_node N scripts/run_squad_w_distillation.py ..; e
 import argparse
 import dataclasses
 import functools
-import logging
-import math
 import os
 import re
 import shutil
 import sys
-import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -33,8 +30,10 @@ from architectures import load_config, load_tokenizer, max_input_length
 from fine_tuning import (
     Trainer,
     load_for_task,
+    require_an_update,
     require_same_vocabulary,
     second_step_problems,
+    spoken_by_rank_0,
     training_arguments,
     write_scores,
 )
@@ -48,7 +47,6 @@ from utils import (
     one_line,
     output_problem,
     run_program,
-    setup_logging,
     write_json,
 )
 
@@ -232,9 +230,11 @@ def _file_problems(args: argparse.Namespace) -> list[str]:
 def _occupied_problem(args: argparse.Namespace) -> str | None:
     """Say in one line what output_dir holds that would be lost; None where nothing would."""
     folder = Path(args.output_dir)
-    if args.overwrite_output_dir or not folder.is_dir():
+    if not folder.is_dir():
         return None
     found = checkpoints_in(folder)
+    if args.overwrite_output_dir:
+        return _read_and_written_problem(args, [folder, *found])
     if args.do_train:
         if not any(folder.iterdir()) or checkpoint_to_go_on_from(args) in found:
             return None
@@ -242,6 +242,16 @@ def _occupied_problem(args: argparse.Namespace) -> str | None:
         return f"--output_dir {folder}: is not empty; {go_on}choose another, or replace its results with --overwrite_output_dir"
     if (folder / "predictions_.json").exists():
         return f"--output_dir {folder}: holds predictions already; choose another, or replace them with --overwrite_output_dir"
+    return None
+
+
+def _read_and_written_problem(args: argparse.Namespace, replaced: Sequence[Path]) -> str | None:
+    """Say in one line which model is read from a folder that training replaces; None where none is."""
+    flags = ["teacher_name_or_path"] if checkpoint_to_go_on_from(args) else ["model_name_or_path", "teacher_name_or_path"]
+    for flag in flags if args.do_train else []:
+        name = getattr(args, flag)
+        if name and os.path.isdir(name) and any(path.samefile(name) for path in replaced):
+            return f"--output_dir {args.output_dir}: --{flag} {name} is read, and would be replaced; choose another folder"
     return None
 
 
@@ -270,27 +280,12 @@ def checkpoint_to_go_on_from(args: argparse.Namespace) -> Path | None:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def num_micro_batches(num_windows: int, arguments: transformers.TrainingArguments) -> int:
-    """Count the micro-batches of an epoch on each process."""
-    return math.ceil(num_windows / (arguments.train_batch_size * arguments.world_size))
-
-
 class SpanTrainer(Trainer):
     """The Trainer with SQuAD's evaluation, which takes all windows of a question together. judge: logits -> scores."""
 
     def __init__(self, *, judge=None, **options):
         super().__init__(distance="spans", **options)
         self.judge = judge
-
-    def _get_train_sampler(self, train_dataset=None):
-        """Shuffle, and end an epoch with its last whole update: updates = (batches // accumulation) x epochs."""
-        # Differs from the original: the batches left over are not read. 2019 let their gradients into the next epoch's
-        # first update, which was clipped as if it were one of its own.
-        dataset = self.train_dataset if train_dataset is None else train_dataset
-        num_left = num_micro_batches(len(dataset), self.args) % self.args.gradient_accumulation_steps
-        num_whole = num_micro_batches(len(dataset), self.args) - num_left
-        num_samples = num_whole * self.args.train_batch_size * self.args.world_size if num_left else len(dataset)
-        return torch.utils.data.RandomSampler(dataset, num_samples=num_samples)
 
     def evaluate(self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval") -> dict[str, float]:
         """Answer the whole set, in order, once; return and log the scores."""
@@ -377,15 +372,6 @@ def trainer_arguments(args: argparse.Namespace):
         args.output_dir, seed=args.seed, batch_size=args.per_gpu_train_batch_size,
         eval_batch_size=args.per_gpu_eval_batch_size, save_strategy="steps", use_cpu=args.no_cuda, **same, **evaluation,
     )  # fmt: skip
-
-
-def require_an_update(num_windows: int, arguments: transformers.TrainingArguments) -> None:
-    """Raise InputError where an epoch is too short for one update."""
-    num, wanted = num_micro_batches(num_windows, arguments), arguments.gradient_accumulation_steps
-    if num < wanted:
-        raise InputError(
-            f"--gradient_accumulation_steps {wanted}: an epoch has {num} micro-batches, too few for one update; lower it"
-        )
 
 
 def require_readable(checkpoint: Path) -> None:
@@ -515,24 +501,15 @@ def score_file(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program: score a file, or read, train, answer, score."""
-    is_another_rank = os.environ.get("RANK", "0") != "0"
-    setup_logging(logging.ERROR if is_another_rank else logging.INFO)
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
-    try:
+    with spoken_by_rank_0():
         args = parse(argv)
         if args.score_predictions:
             score_file(args)
         else:
             check_arguments(args)
             run(args)
-    except InputError:
-        if is_another_rank:
-            time.sleep(RANK_0_FIRST_S)
-        raise
-
-
-RANK_0_FIRST_S = 3  # every process finds the same; the launcher ends the others with the first, and process 0 is to say it
 
 
 def run(args: argparse.Namespace) -> None:

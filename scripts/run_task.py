@@ -8,10 +8,9 @@ Sanh et al., 2019 (sections 3 and 4). Every example of the scored set counts exa
 """
 
 import argparse
-import codecs
 import dataclasses
-import logging
 import os
+import shutil
 import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -25,14 +24,18 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import ARCHITECTURES, load_config, max_input_length, quiet_transformers
+from architectures import kind_of, load_config, quiet_transformers
+from conventions import evaluating, is_close, some_ids, without_cache
 from fine_tuning import (
     IGNORED_LABEL,
     Trainer,
     load_any_tokenizer,
     load_for_task,
+    longest_input,
+    require_an_update,
     require_same_vocabulary,
     second_step_problems,
+    spoken_by_rank_0,
     training_arguments,
     write_scores,
 )
@@ -61,7 +64,6 @@ from utils import (
     logger,
     output_problem,
     run_program,
-    setup_logging,
     write_json,
 )
 
@@ -115,7 +117,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add("--no_cuda", action="store_true", help="stay on the CPU")
     add("--fp16", action="store_true", help="mixed precision, float16 (GPU)")
     add("--bf16", action="store_true", help="mixed precision, bfloat16")
-    add("--overwrite_output_dir", action="store_true", help="write into a folder that holds something")
+    add("--overwrite_output_dir", action="store_true", help="replace the results of an earlier run in output_dir")
     return with_settings(parser.parse_args(argv))
 
 
@@ -146,6 +148,8 @@ def check_arguments(args: argparse.Namespace) -> None:
         for name, (low, high) in RANGES.items()
         if not low <= getattr(args, name) <= high
     ]
+    if args.max_steps == 0:
+        problems.append("--max_steps 0: expected at least 1, or -1 for --num_train_epochs")
     problems += _data_problems(args)
     problems += _scoring_problems(args) if args.score_predictions else _run_problems(args)
     if problems:
@@ -165,9 +169,9 @@ def _data_problems(args: argparse.Namespace) -> list[str]:
     if args.data_dir is None and not (args.dataset_name or task.hub.name):
         problems.append(f"--data_dir: {args.task} has no data set of its own on the hub; name a folder, or a --dataset_name")
     try:
-        codecs.lookup(args.encoding)
-    except LookupError:
-        problems.append(f"--encoding {args.encoding}: no such encoding; utf-8 and latin-1 are usual")
+        "a".encode(args.encoding)
+    except (LookupError, ValueError):
+        problems.append(f"--encoding {args.encoding}: no such encoding of text; utf-8 and latin-1 are usual")
     return problems
 
 
@@ -205,13 +209,15 @@ def _output_problems(args: argparse.Namespace) -> list[str]:
               "--data_dir": args.data_dir}  # fmt: skip
     is_full = os.path.isdir(args.output_dir) and os.listdir(args.output_dir)
     if is_full and not args.overwrite_output_dir:
-        return [f"--output_dir {args.output_dir}: is not empty; name another, or write into it with --overwrite_output_dir"]
-    inside = [
-        f"--output_dir {args.output_dir}: is the folder of {flag}, which is read; choose another"
+        return [
+            f"--output_dir {args.output_dir}: is not empty; name another, or replace its results with --overwrite_output_dir"
+        ]
+    places = {os.path.realpath(args.output_dir), *(os.path.realpath(folder) for folder in seed_folders(args))}
+    return [
+        f"--output_dir {args.output_dir}: the folder of {flag}, which is read, would be written to; choose another"
         for flag, name in inputs.items()
-        if name and os.path.isdir(name) and os.path.realpath(name) == os.path.realpath(args.output_dir)
+        if name and os.path.isdir(name) and os.path.realpath(name) in places
     ]
-    return inside
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -282,10 +288,21 @@ HEADS = {
 
 def require_causal(config, name: str, flag: str) -> None:
     """Raise InputError for a masked model: the library would load it as a causal one, and it would see the answer."""
-    known = ARCHITECTURES.get(config.model_type)
-    masked = transformers.models.auto.modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-    if known.is_masked if known else config.model_type in masked and not getattr(config, "is_decoder", False):
+    if kind_of(config, f"{flag} {name}"):
         raise InputError(f"{flag} {name}: is a masked model ({config.model_type}); wikitext needs a causal one, such as GPT-2")
+
+
+@torch.no_grad()
+def require_no_look_ahead(model: torch.nn.Module, name: str, flag: str) -> None:
+    """Raise InputError where a model called causal (BERT, XLNet with such a head) predicts by tokens that come."""
+    ids_BT, options = some_ids(model, 1), without_cache(model)
+    half = ids_BT.shape[1] // 2
+    with evaluating(model):
+        whole, alone = (model(ids_BT[:, :length], **options).logits[:, :half] for length in (2 * half, half))
+    if not is_close(whole, alone):
+        raise InputError(
+            f"{flag} {name}: sees the tokens that it is to predict ({type(model).__name__}); wikitext needs a causal model"
+        )
 
 
 def labels_of_head(config, task_name: str, wanted: Sequence[str], name: str, flag: str) -> tuple[str, ...]:
@@ -302,7 +319,12 @@ def labels_of_head(config, task_name: str, wanted: Sequence[str], name: str, fla
             raise InputError(f"{flag} {name}: its head has {config.num_labels} classes; {task_name} has one value")
         return ()
     names = [str(config.id2label[number]) for number in range(config.num_labels)]
-    if head == "tokens" and set(wanted) <= set(names):
+    if head == "tokens":
+        if unknown := [label for label in wanted if label not in names]:
+            raise InputError(
+                f"{flag} {name}: its head has no class for the files' {', '.join(unknown[:6])}, only {', '.join(names[:6])}"
+                f"{', ..' if len(names) > 6 else ''}; name a model fine-tuned for such labels"
+            )
         return tuple(names)
     by_name = {label.lower(): label for label in wanted}
     if len(names) == len(wanted) and {found.lower() for found in names} == set(by_name):
@@ -315,17 +337,14 @@ def labels_of_head(config, task_name: str, wanted: Sequence[str], name: str, fla
     )
 
 
-def longest_input(configs: Mapping[str, Any], tokenizer, args: argparse.Namespace) -> int:
+def longest_example(configs: Mapping[str, Any], tokenizer, args: argparse.Namespace) -> int:
     """Return the length that inputs are cut to: --max_seq_length, or fewer where a model (flag -> configuration) has fewer.
 
     Raises InputError where the user named a length that a model has not.
     """
     length = args.max_seq_length
     for flag, config in configs.items():
-        if config.model_type in ARCHITECTURES:
-            limit = max_input_length(config.model_type, tokenizer, config)
-        else:
-            limit = min(tokenizer.model_max_length, getattr(config, "max_position_embeddings", tokenizer.model_max_length))
+        limit = min(tokenizer.model_max_length, longest_input(config) or tokenizer.model_max_length)
         if limit < length and args.is_length_given:
             raise InputError(f"--max_seq_length {args.max_seq_length}: {flag} takes at most {limit} tokens; name fewer")
         if limit < length:
@@ -457,7 +476,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
         for flag, config in configs.items():
             require_causal(config, flags[flag], flag)
     tokenizer = load_tokenizers(args)
-    max_length = longest_input(configs, tokenizer, args)
+    max_length = longest_example(configs, tokenizer, args)
     train = read_training_set(args, task) if args.do_train else []
     scored = read_scored_set(args, task) if args.do_eval else []
     labels = choose_labels(args, configs, flags, known_labels(args, task, train, scored))
@@ -507,7 +526,10 @@ def load_teacher(args: argparse.Namespace, task: Task, tokenizer) -> torch.nn.Mo
     if not args.teacher_name_or_path:
         return None
     auto_class = HEADS[task.head].auto_class
-    teacher = load_for_task(auto_class, args.teacher_name_or_path, "--teacher_name_or_path", is_fine_tuned=True)
+    name, flag = args.teacher_name_or_path, "--teacher_name_or_path"
+    teacher = load_for_task(auto_class, name, flag, is_fine_tuned=True)
+    if task.head == "next tokens":
+        require_no_look_ahead(teacher, name, flag)
     teacher.config.pad_token_id = tokenizer.pad_token_id
     return teacher
 
@@ -526,14 +548,16 @@ def load_student(plan: Plan) -> torch.nn.Module:
     if len(plan.tokenizer) > model.config.vocab_size:
         raise InputError(f"{flag} {name}: the tokenizer has {len(plan.tokenizer)} tokens, the model {model.config.vocab_size}; "
                          "name the model's own tokenizer by --tokenizer_name")  # fmt: skip
-    if plan.task.head == "next tokens" and model.loss_type is None:
-        model.loss_type = "ForCausalLM"  # GPT-2's class name doesn't say it, and the library would warn
+    if plan.task.head == "next tokens":
+        require_no_look_ahead(model, name, flag)
+        if model.loss_type is None:
+            model.loss_type = "ForCausalLM"  # GPT-2's class name doesn't say it, and the library would warn
     model.config.finetuning_task = args.task
     return model
 
 
 def make_trainer(plan: Plan, seed: int) -> Trainer:
-    """Put the Trainer around a fresh model."""
+    """Put the Trainer around a fresh model. Raises InputError where an epoch is too short for an update."""
     args = plan.args
     transformers.set_seed(seed)
     names = ("learning_rate", "num_train_epochs", "max_steps", "gradient_accumulation_steps", "weight_decay", "adam_epsilon",
@@ -543,6 +567,8 @@ def make_trainer(plan: Plan, seed: int) -> Trainer:
         eval_batch_size=args.per_gpu_eval_batch_size, use_cpu=args.no_cuda or not torch.cuda.is_available(),
         **{name: getattr(args, name) for name in names},
     )  # fmt: skip
+    if args.do_train:
+        require_an_update(len(plan.train_features), arguments)
     return Trainer(
         distance=plan.task.head, teacher=plan.teacher, alpha_task=args.alpha_task if plan.teacher is not None else 1.0,
         alpha_ce=args.alpha_ce, temperature=args.temperature, model=load_student(plan), args=arguments,
@@ -556,10 +582,26 @@ def seed_folder(args: argparse.Namespace, seed: int) -> Path:
     return Path(args.output_dir) / f"seed-{seed}"
 
 
+def seed_folders(args: argparse.Namespace) -> list[Path]:
+    """List the folders of seeds that are there, and those that the run will make."""
+    return [*Path(args.output_dir).glob("seed-*"), *(seed_folder(args, seed) for seed in args.seeds)]
+
+
+def remove_earlier_run(args: argparse.Namespace) -> None:
+    """Remove what an earlier run left, where --overwrite_output_dir was given: its seeds are none of the new scores'."""
+    (Path(args.output_dir) / "scores.json").unlink(missing_ok=True)
+    for folder in filter(Path.is_dir, seed_folders(args)):
+        if any(folder.iterdir()):  # the Trainer has made its own, empty
+            logger.warning("Removing %s, of an earlier run.", folder)
+            shutil.rmtree(folder)
+
+
 def run_seed(plan: Plan, seed: int) -> dict[str, Any] | None:
     """Fine-tune and score with one seed; write its folder. Return its entry for scores.json, None without --do_eval."""
     trainer, folder = make_trainer(plan, seed), seed_folder(plan.args, seed)
     if plan.args.do_train:
+        if trainer.is_world_process_zero() and seed == plan.args.seeds[0]:
+            remove_earlier_run(plan.args)
         trainer.train()
     outputs = trainer.predict(plan.scored_features).predictions if plan.args.do_eval else None
     if trainer.is_world_process_zero():
@@ -716,13 +758,13 @@ def run_all(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program: read, fine-tune, score, write."""
-    args = parse(argv)
-    setup_logging(logging.INFO)
-    check_arguments(args)
-    if args.score_predictions:
-        score_file(args)
-    else:
-        run_all(args)
+    with spoken_by_rank_0():
+        args = parse(argv)
+        check_arguments(args)
+        if args.score_predictions:
+            score_file(args)
+        else:
+            run_all(args)
 
 
 if __name__ == "__main__":

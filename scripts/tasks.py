@@ -6,6 +6,7 @@ and GermEval 2014, WikiText's raw text. What the paper and the folder leave open
 come from glue_macro. Metrics are the libraries': scikit-learn, scipy, seqeval.
 """
 
+import codecs
 import collections
 import dataclasses
 import math
@@ -247,8 +248,9 @@ def read_text(path: Path, encoding: str) -> str:
         text = content.decode("utf-8-sig" if encoding == "utf-8" else encoding)
     except UnicodeError as error:
         row = content.count(b"\n", 0, getattr(error, "start", 0)) + 1
+        likely = "utf-16" if content[:2] in (codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE) else "latin-1"
         raise InputError(
-            f"{path}:{row}: is not {encoding} ({one_line(error)}); name its --encoding, such as latin-1"
+            f"{path}:{row}: is not {encoding} ({one_line(error)}); name its --encoding, such as {likely}"
         ) from error
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
@@ -350,8 +352,7 @@ def read_columns(path: Path, part: Part, task: Task, encoding: str) -> list[Exam
     end sentences. Raises InputError that names the row.
     """
     lines = read_lines(path, encoding)
-    is_germeval = next((bool(re.match(r"#\t|\d+\t[^\t]+\t[^\t]+\t", line)) for line in lines if line.strip()), False)
-    parse, examples, words = (_germeval_word if is_germeval else _conll_word), [], []
+    parse, examples, words = (_germeval_word if _is_germeval(lines) else _conll_word), [], []
     for row, line in enumerate([*lines, ""], 1):
         pair = parse(line, f"{path}:{row}")
         if pair:
@@ -362,6 +363,12 @@ def read_columns(path: Path, part: Part, task: Task, encoding: str) -> list[Exam
             examples.append(Example(f"{path.stem}-{first}", f"{path}:{first}", texts, labels))
             words = []
     return examples
+
+
+def _is_germeval(lines: Sequence[str]) -> bool:
+    """Tell by most rows: a number and a tab stand first. In CoNLL's columns a number can be a word, at the beginning, too."""
+    rows = [line for line in lines if line.strip() and not re.match(r"#\t|-DOCSTART-", line)]
+    return 2 * sum(bool(re.match(r"\d+\t[^\t]+\t[^\t]+", row)) for row in rows) > len(rows)
 
 
 def _conll_word(line: str, where: str) -> tuple[str, str] | None:
@@ -391,8 +398,11 @@ def _entity_label(label: str, where: str) -> str:
 
 
 def read_raw(path: Path, part: Part, task: Task, encoding: str) -> list[Example]:
-    """Read a whole file as one text."""
-    return [Example(path.stem, str(path), (read_text(path, encoding),), None)]
+    """Read a whole file as one text. Raises InputError where it has no word."""
+    text = read_text(path, encoding)
+    if not text.split():
+        raise InputError(f"{path}: holds no word; take another copy")
+    return [Example(path.stem, str(path), (text,), None)]
 
 
 def read_part(task: Task, data_dir: str, part: Part, encoding: str, hint: str = "") -> list[Example]:

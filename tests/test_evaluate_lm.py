@@ -11,11 +11,13 @@ import signal
 import sys
 import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
 import transformers
 from conftest import as_uint16, run_process, write_pickle
+from families import make_teacher
 from stand_ins import ROOT, is_text, logged, make_lines, vocab_size_of
 from test_resume import dying_at
 
@@ -256,6 +258,42 @@ def setting_folder(setting: Setting, tmp_path: Path) -> Path:
     return tmp_path / "student"
 
 
+# Models of families without a row: the vocabulary is one of the stand-ins'.
+OTHERS = {
+    "llama": "gpt2", "gpt_neox": "gpt2", "opt": "gpt2", "modernbert": "bert", "camembert": "roberta",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("family", OTHERS)
+def test_a_model_of_any_family_is_measured_as_a_slow_loop_does(family, teachers, held_out, tmp_path):
+    is_masked = OTHERS[family] != "gpt2"
+    folder = make_teacher(tmp_path / family, family, is_masked, teachers)
+    auto_class = transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
+    model, tokenizer = auto_class.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    disturbed(model).save_pretrained(tmp_path / "student")
+    tokenizer.save_pretrained(tmp_path / "student")
+    lines = [" ".join(line.split()[: 5 + number]) for number, line in enumerate(make_lines(9, seed=9))]
+    (tmp_path / "text.txt").write_text("\n".join(lines))
+    files = "--model", tmp_path / "student", "--teacher", folder, "--text_file", tmp_path / "text.txt"
+    found = scores_of(tmp_path / "s.json", *files)
+    assert found["task"] == ("masked lm" if is_masked else "causal lm")
+    setting = SimpleNamespace(tokenizer=tokenizer, student=auto_class.from_pretrained(tmp_path / "student").double(),
+                              teacher=model.double(), dataset=sequences_by_hand(tokenizer, lines))  # fmt: skip
+    assert len({len(sequence) for sequence in setting.dataset}) > 3, "some are padded"
+    expected = slow_figures(setting, "masked" if is_masked else "gpt2")
+    expected |= {name: 100 * value for name, value in expected.items() if name in ("accuracy", "agreement")}
+    expected["teacher_accuracy"] *= 100
+    assert {name: found["score"][name] for name in expected} == pytest.approx(expected, rel=1e-4)  # float32 against float64
+
+
+def sequences_by_hand(tokenizer, lines: list[str]) -> list[torch.Tensor]:
+    """Put the boundary tokens that a tokenizer has around lines; leave those of 11 ids or fewer out."""
+    start = [token for token in (tokenizer.cls_token_id, tokenizer.bos_token_id) if token is not None][:1]
+    end = [token for token in (tokenizer.sep_token_id, tokenizer.eos_token_id) if token is not None][:1]
+    found = [[*start, *tokenizer(line, add_special_tokens=False)["input_ids"], *end] for line in lines]
+    return [torch.tensor(ids) for ids in found if 11 < len(ids) <= 64]
+
+
 @pytest.mark.parametrize("setting", ["bert"], indirect=True)
 def test_pseudo_perplexity_equals_a_loop_that_masks_one_token_at_a_time(setting, teachers, held_out, tmp_path):
     found = scores_of(tmp_path / "s.json", "--model", teachers["bert"], "--data_file", held_out["bert"],
@@ -304,7 +342,12 @@ BAD = {
                     ["--teacher {gpt2}: is a causal model, --model {bert} a masked one; compare with a masked model"]),
     "no masks": (["--model", "{gpt2}", "--data_file", "{ids}", "--pseudo_perplexity", "2", "--token_counts", "{ids}"],
                  ["--pseudo_perplexity: is for masked models", "--token_counts: is for masked models"]),
-    "unknown type": (["--model", "{t5}", "--data_file", "{ids}"], ["is a t5 model, expected one of bert, distilbert"]),
+    "no language model": (["--model", "{t5}", "--data_file", "{ids}", "--teacher", "{bart}"],
+                          ["--model {t5}: is a t5 model; expected a masked or causal language model",
+                           "--teacher {bart}: bart is an encoder-decoder"]),
+    "no mask token": (["--model", "{maskless}", "--data_file", "{ids}"], ["its tokenizer has no mask_token"]),
+    "sees what comes": (["--model", "{seeing}", "--data_file", "{ids}"], ["it sees the tokens that come, so it is no causal"]),
+    "remote code": (["--model", "{remote}", "--data_file", "{ids}"], ["pass --trust_remote_code where you trust"]),
     "no model": (["--model", "{empty}", "--data_file", "{ids}"], ["--model {empty}: holds no readable config.json"]),
     "over the text": (["--model", "{bert}", "--text_file", "{text}", "--output", "{text}"], ["would overwrite {text}"]),
     "over the model": (["--model", "{bert}", "--text_file", "{text}", "--output", "{bert}/config.json"], ["would overwrite"]),
@@ -321,14 +364,25 @@ def bad_inputs(teachers, held_out, tmp_path_factory) -> dict[str, str]:
     last, before = sorted(vocabulary, key=vocabulary.get)[-2:]
     vocabulary[last], vocabulary[before] = vocabulary[before], vocabulary[last]
     (folder / "cased" / "tokenizer.json").write_text(json.dumps(tokenizer))
-    for name in ("empty", "t5"):
+    for name in ("empty", "t5", "bart", "remote"):
         (folder / name).mkdir()
-    (folder / "t5" / "config.json").write_text('{"model_type": "t5"}')
+    for name in ("t5", "bart"):
+        (folder / name / "config.json").write_text(json.dumps({"model_type": name}))
+    (folder / "remote" / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "x.XConfig"}}')
+    make_teacher(folder / "maskless", "modernbert", True, teachers)
+    declared = json.loads((folder / "maskless" / "tokenizer_config.json").read_text())
+    del declared["mask_token"]
+    (folder / "maskless" / "tokenizer_config.json").write_text(
+        json.dumps({**declared, "tokenizer_class": "PreTrainedTokenizerFast"})
+    )
+    shutil.copytree(teachers["bert"], folder / "seeing")
+    config = json.loads((folder / "seeing" / "config.json").read_text())
+    (folder / "seeing" / "config.json").write_text(json.dumps({**config, "architectures": ["BertLMHeadModel"]}))
     (folder / "lines").write_text("bake limo\n")
     (folder / "blank").write_text(" \n\n")
     (folder / "latin").write_bytes(b"gut\nab\xfc\n")
     write_pickle(folder / "short", as_uint16([[2, 9, 3], [2, 9, 9, 3]]))
-    names = {name: str(folder / name) for name in ("cased", "empty", "t5", "lines", "blank", "latin", "short")}
+    names = {path.name: str(path) for path in folder.iterdir()}
     return names | {"ids": held_out["bert"], "other": held_out["roberta"], "text": held_out["text"], **teachers}
 
 

@@ -1,5 +1,6 @@
 """The second step's loss, what student and teacher are given, and which models and tokenizers are taken for it."""
 
+import copy
 import itertools
 import json
 import math
@@ -8,6 +9,7 @@ import types
 import pytest
 import torch
 import transformers
+from families import tiny_config
 
 import fine_tuning
 from utils import InputError
@@ -125,6 +127,162 @@ def test_the_loss_is_the_weighted_sum_and_evaluation_the_tasks_own(tmp_path):
     assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def set_dropout_to_0(*models) -> None:
+    for module in itertools.chain(*(model.modules() for model in models)):
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+
+
+def made_models(distance: str) -> list[torch.nn.Module]:
+    """Make a student and a teacher with a head, float64, weights large enough for a distance."""
+    gpt2 = transformers.GPT2Config(n_embd=8, n_layer=1, n_head=2, vocab_size=30, n_positions=16, bos_token_id=0, eos_token_id=0)
+    auto_class, configs, options = {
+        "classes": (transformers.AutoModelForSequenceClassification, ("distilbert", "bert"), {"num_labels": 3}),
+        "values": (transformers.AutoModelForSequenceClassification, ("distilbert", "bert"), {"num_labels": 1}),
+        "tokens": (transformers.AutoModelForTokenClassification, ("distilbert", "bert"), {"num_labels": 4}),
+        "next tokens": (transformers.AutoModelForCausalLM, (gpt2, gpt2), {}),
+        "spans": (transformers.AutoModelForQuestionAnswering, ("distilbert", "bert"), {}),
+    }[distance]  # fmt: skip
+    models = []
+    for config in configs:
+        config = copy.deepcopy(CONFIGS.get(config, config) if isinstance(config, str) else config)
+        for name, value in options.items():
+            setattr(config, name, value)
+        config.problem_type = {"classes": "single_label_classification", "values": "regression"}.get(distance)
+        models.append(auto_class.from_config(config, attn_implementation="eager").double())
+    for number, parameter in enumerate(itertools.chain(*(model.parameters() for model in models))):
+        torch.nn.init.normal_(parameter, 0, 0.5, generator=torch.Generator().manual_seed(number))
+    set_dropout_to_0(*models)
+    return models
+
+
+def made_examples(distance: str) -> list[dict[str, torch.Tensor]]:
+    """Make four examples of six places, the last ones of some padded, and with labels of unequal number."""
+    examples, generator = [], torch.Generator().manual_seed(4)
+    for number, length in enumerate((6, 3, 5, 4)):
+        is_real_T = torch.arange(6) < length
+        ids_T = torch.randint(1, 30, (6,), generator=generator) * is_real_T
+        labels = {
+            "classes": {"labels": torch.tensor(number % 3)},
+            "values": {"labels": torch.tensor(0.7 * number, dtype=torch.float64)},
+            "tokens": {"labels": torch.where(is_real_T & (torch.arange(6) > 1), ids_T % 4, -100)},
+            "next tokens": {"labels": torch.where(is_real_T, ids_T, -100)},
+            "spans": {"start_positions": torch.tensor(1), "end_positions": torch.tensor(length - 1)},
+        }[distance]
+        types_T = (torch.arange(6) > 2).long()
+        examples.append({"input_ids": ids_T, "attention_mask": is_real_T.long(), "token_type_ids": types_T, **labels})
+    return examples
+
+
+def probabilities(row, temperature: float = 1.0) -> list:
+    """Write out a softmax of a row, its elements differentiable."""
+    powers = [(value / temperature).exp() for value in row]
+    return [power / sum(powers) for power in powers]
+
+
+def pairs_by_hand(distance: str, student, teacher, batch) -> list[tuple]:
+    """List what is compared in a batch: (student's logits, teacher's, the label)."""
+    num, labels = len(batch["input_ids"]), batch.get("labels")
+    if distance in ("classes", "values"):
+        return [(student.logits[b], teacher.logits[b], labels[b]) for b in range(num)]
+    shift = 1 if distance == "next tokens" else 0
+    places = [(b, i) for b in range(num) for i in range(shift, 6) if labels[b, i] != -100]
+    return [(student.logits[b, i - shift], teacher.logits[b, i - shift], labels[b, i]) for b, i in places]
+
+
+def loss_by_hand(distance: str, student, teacher, batch, alpha_task: float, alpha_ce: float) -> torch.Tensor:
+    """Write out alpha_task x the labels' loss + alpha_ce x the distance from the teacher, element by element."""
+    if distance == "spans":
+        sides = [
+            [(s[b], t[b], label[b]) for b in range(len(label))]
+            for s, t, label in (
+                (student.start_logits, teacher.start_logits, batch["start_positions"]),
+                (student.end_logits, teacher.end_logits, batch["end_positions"]),
+            )
+        ]
+    else:
+        sides = [pairs_by_hand(distance, student, teacher, batch)]
+    terms = []
+    for s, t, label in itertools.chain(*sides):
+        if distance == "values":
+            terms.append(alpha_task * (s[0] - label) ** 2 + alpha_ce * (s[0] - t[0]) ** 2)
+            continue
+        both = zip(probabilities(t, TEMPERATURE), probabilities(s, TEMPERATURE), strict=True)
+        kl = TEMPERATURE**2 * sum(p * (p.log() - q.log()) for p, q in both)
+        terms.append(alpha_ce * kl - alpha_task * probabilities(s)[int(label)].log())
+    return sum(terms) / len(terms)
+
+
+@pytest.mark.parametrize("distance", fine_tuning.DISTANCES)
+def test_an_update_of_the_trainer_follows_the_gradient_of_the_formula(distance, tmp_path):
+    """Two micro-batches of two, plain gradient descent: the weights move by the mean of the micro-batches' gradients."""
+    student, teacher = made_models(distance)
+    arguments = fine_tuning.training_arguments(
+        tmp_path, seed=1, batch_size=2, eval_batch_size=2, use_cpu=True, gradient_accumulation_steps=2, max_steps=1,
+        max_grad_norm=0.0,
+    )  # fmt: skip
+    descent = torch.optim.SGD(student.parameters(), lr=0.1)
+    seen: list[dict] = []
+
+    def collate(examples):
+        seen.append({name: torch.stack([example[name] for example in examples]) for name in examples[0]})
+        return dict(seen[-1])
+
+    trainer = fine_tuning.Trainer(
+        model=student, teacher=teacher, args=arguments, distance=distance, train_dataset=made_examples(distance),
+        data_collator=collate, alpha_task=0.3, alpha_ce=0.7, temperature=TEMPERATURE,
+        optimizers=(descent, torch.optim.lr_scheduler.LambdaLR(descent, lambda step: 1.0)),
+    )  # fmt: skip
+    before = copy.deepcopy(student)
+    loss = trainer.train().training_loss
+    losses = []
+    for batch in seen:
+        known = {"input_ids": batch["input_ids"], "attention_mask": batch["attention_mask"]}
+        types = {} if distance == "next tokens" else {"token_type_ids": batch["token_type_ids"]}
+        with torch.no_grad():
+            wanted = teacher(**known, **types)
+        losses.append(loss_by_hand(distance, before(**known), wanted, batch, 0.3, 0.7))
+    assert len(losses) == 2
+    (sum(losses) / 2).backward()
+    assert loss == pytest.approx(mean(x.item() for x in losses), rel=1e-6)
+    moved = torch.cat([(b - a).flatten() for a, b in zip(student.parameters(), before.parameters(), strict=True)])
+    expected = 0.1 * torch.cat([(torch.zeros_like(p) if p.grad is None else p.grad).flatten() for p in before.parameters()])
+    # The library takes the logarithm of a causal model's probabilities in float32.
+    tolerance = 1e-5 if distance == "next tokens" else 1e-9
+    assert expected.norm() > 0.001 and (moved - expected).norm() <= tolerance * expected.norm()
+
+
+@pytest.mark.parametrize(("num", "batch_size", "accumulation", "epochs"), [(14, 7, 3, 2), (16, 3, 4, 2), (10, 5, 2, 1)])
+def test_updates_are_whole_accumulations_times_epochs(num, batch_size, accumulation, epochs, tmp_path):
+    examples = (made_examples("classes") * num)[:num]
+    arguments = fine_tuning.training_arguments(
+        tmp_path, seed=1, batch_size=batch_size, eval_batch_size=2, use_cpu=True, num_train_epochs=epochs,
+        gradient_accumulation_steps=accumulation,
+    )  # fmt: skip
+    student, _ = made_models("classes")
+    sizes: list[int] = []
+
+    def collate(chosen):
+        sizes.append(len(chosen))
+        return transformers.default_data_collator(chosen)
+
+    trainer = fine_tuning.Trainer(
+        model=student, args=arguments, distance="classes", train_dataset=examples, data_collator=collate
+    )
+    num_batches = math.ceil(num / batch_size)
+    updates = num_batches // accumulation
+    if not updates:
+        with pytest.raises(InputError, match=f"--gradient_accumulation_steps {accumulation}: an epoch has {num_batches} micro"):
+            fine_tuning.require_an_update(num, arguments)
+        return
+    fine_tuning.require_an_update(num, arguments)
+    trainer.train()
+    assert trainer.state.global_step == trainer.state.max_steps == updates * epochs
+    assert (
+        len(sizes) == updates * accumulation * epochs and sum(sizes) == min(num, updates * accumulation * batch_size) * epochs
+    )
+
+
 def saved(folder, kind: str, auto_class) -> str:
     auto_class.from_config(CONFIGS[kind]).save_pretrained(folder)
     return str(folder)
@@ -146,6 +304,14 @@ def test_an_encoder_that_lacks_a_part_is_refused(tmp_path):
     (tmp_path / "lm" / "config.json").write_text(json.dumps({**config, "n_layers": 2}))
     with pytest.raises(InputError, match=r"distilbert\.transformer\.layer\.1\..* and 15 others; expected a whole encoder"):
         fine_tuning.load_for_task(transformers.AutoModelForQuestionAnswering, name, "--model", is_fine_tuned=False)
+
+
+@pytest.mark.parametrize(
+    ("family", "longest"),
+    [("bert", 80), ("roberta", 78), ("camembert", 78), ("llama", 80), ("modernbert", 80), ("bloom", None), ("xlnet", None)],
+)
+def test_positions_that_no_token_uses_do_not_count(family, longest):
+    assert fine_tuning.longest_input(tiny_config(family, 99, pad_token_id=1)) == longest
 
 
 def test_other_token_ids_are_refused(teachers):

@@ -13,6 +13,7 @@ import transformers
 import yaml
 from stand_ins import make_lines, make_model, student_config_of, vocab_size_of
 
+import evaluate_lm
 import latency
 import model_card
 import report
@@ -216,6 +217,22 @@ def test_masked_and_causal_perplexities_are_not_compared(tmp_path, teachers):
     assert any("no causal one's" in note for note in found["notes"])
 
 
+def test_scores_on_different_examples_are_said_not_to_compare(tmp_path, teachers, student, made):
+    counts = {"sst2": (872, 872), "rte": (277, 270), "xnli": (6, 6)}
+    groups = {"xnli": ({"de": 60.0}, {"de": 60.0, "fr": 60.0})}
+    paths = []
+    for task, sizes in counts.items():
+        for model, size, more in zip((teachers["bert"], student), sizes, groups.get(task, ({}, {})), strict=True):
+            paths.append(str(tmp_path / f"{task}-{model.name}.json"))
+            runs = [{"metrics": {"score": 60.0, **more}, "num_examples": {"train": size % 7, "dev": size}}]
+            write_scores(paths[-1], task=task, model=str(model), runs=runs, flags={})
+    report.main(["--teacher", str(teachers["bert"]), "--student", str(student), "--output_dir", str(tmp_path / "out"),
+                 "--scores", *paths, "--no_run"])  # fmt: skip
+    found = [note for note in content_of(tmp_path / "out")["notes"] if "different examples" in note]
+    assert [note.split(":")[0] for note in found] == ["RTE", "XNLI"]
+    assert not any("different examples" in note for note in content_of(made[0])["notes"])
+
+
 def test_a_table_is_made_again_without_a_run_byte_for_byte(made):
     folder, flags = made
     before = without_dates(folder)
@@ -265,8 +282,10 @@ def test_what_is_missing_is_run_and_kept(tmp_path, teachers, student, capfd):
     text, out = tmp_path / "held out.txt", tmp_path / "out"
     text.write_text("\n".join(make_lines(6, seed=5)) + "\n", encoding="utf-8")
     flags = ["--teacher", str(teachers["bert"]), "--student", str(student), "--output_dir", str(out), "--no_speed"]
-    report.main([*flags, "--tasks", "lm", "--lm_text_file", str(text)])
-    assert "$ python scripts/evaluate_lm.py --model" in capfd.readouterr().out
+    of_teacher = ["--model", str(teachers["bert"]), "--text_file", str(text), "--output", str(tmp_path / "teacher.json")]
+    evaluate_lm.main([*of_teacher, "--device", "cpu"])
+    report.main([*flags, "--tasks", "lm", "--lm_text_file", str(text), "--scores", str(tmp_path / "teacher.json")])
+    assert capfd.readouterr().out.count("$ python scripts/evaluate_lm.py --model") == 1, "the student's alone"
     kept = {name: json.loads((out / "scores" / name / "lm" / "scores.json").read_text())
             for name in (teachers["bert"].name, student.name)}  # fmt: skip
     quality = content_of(out)["quality"]["lm"]

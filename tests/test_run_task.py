@@ -2,9 +2,11 @@
 
 import csv
 import json
+import logging
 import math
 import random
 import sys
+import time
 from pathlib import Path
 
 import datasets
@@ -15,8 +17,10 @@ import transformers
 from conftest import run_process
 from stand_ins import POSITIONS, ROOT, make_lines
 
+import fine_tuning
 import run_task
 import tasks
+import utils
 from fine_tuning import IGNORED_LABEL
 from tasks import TASKS, Example, glue_macro
 from utils import InputError
@@ -348,8 +352,9 @@ def plan_of(task: str, model: Path, data_dir: Path, output: Path, *flags: str) -
 
 def test_flags_and_the_tasks_settings_reach_the_trainer(teachers, data, tmp_path):
     changes = {"learning_rate": 1e-4, "warmup_steps": 3, "weight_decay": 0.1, "adam_epsilon": 1e-6, "max_grad_norm": 0.5,
-               "gradient_accumulation_steps": 2, "logging_steps": 9, "num_train_epochs": 2.0}  # fmt: skip
-    flags = [word for name, value in changes.items() for word in (f"--{name}", str(value))]
+               "gradient_accumulation_steps": 2, "logging_steps": 9, "num_train_epochs": 2.0,
+               "per_device_train_batch_size": 4}  # fmt: skip
+    flags = [word for name, value in changes.items() for word in (f"--{name}".replace("per_device", "per_gpu"), str(value))]
     plan = plan_of("rte", teachers["bert"], data / "rte", tmp_path / "out", "--no_cuda", *flags)
     args = run_task.make_trainer(plan, 7).args
     assert {name: getattr(args, name) for name in changes} == changes and args.seed == 7
@@ -499,6 +504,9 @@ def test_germeval_and_conll_are_told_apart_and_outer_labels_count(data, tmp_path
     assert [s.texts[0] for s in sentences] == ["Fiba", "Dako"] and sentences[0].label[3:5] == ("I-LOC", "B-LOC")
     (tmp_path / "test.txt").write_text("Fiba B-PER\nke O\n\n# O\n")  # two columns, and a word that looks like a comment
     assert [s.texts for s in read("ner", tmp_path / "test.txt")] == [("Fiba", "ke"), ("#",)]
+    # CoNLL's columns with tabs between, and a number for its first word: the second column is no word, the third no label.
+    (tmp_path / "test.txt").write_text("10\tCD\tB-NP\tO\nFiba \tNN  I-NP\tB-PER\n\n")
+    assert [(s.texts, s.label) for s in read("ner", tmp_path / "test.txt")] == [(("10", "Fiba"), ("O", "B-PER"))]
 
 
 def test_long_sentences_are_split_not_cut_and_first_tokens_have_the_labels(teachers):
@@ -519,7 +527,7 @@ def test_long_texts_are_cut_to_what_the_model_takes(teachers):
     tokenizer = transformers.AutoTokenizer.from_pretrained(teachers["roberta"])
     config = transformers.AutoConfig.from_pretrained(teachers["roberta"])
     args = run_task.parse(["--task", "imdb"])
-    assert run_task.longest_input({"--model_name_or_path": config}, tokenizer, args) == POSITIONS
+    assert run_task.longest_example({"--model_name_or_path": config}, tokenizer, args) == POSITIONS
     long = Example("a", "a", ("ba " * 500, "ke " * 10), "0")
     (feature,) = run_task.text_features([long], tokenizer, POSITIONS, {"0": 0})
     assert len(feature["input_ids"]) == POSITIONS
@@ -663,17 +671,19 @@ def test_damaged_files_are_refused_by_file_and_row(damage, teachers, data, tmp_p
 
 def test_argument_problems_are_told_together(teachers, data, tmp_path, status_and_errors):
     flags = flags_of("sst2", teachers, tmp_path / "nowhere", data, "--split", "test", "--languages", "de", "--seeds", "1", "1",
-                     "--encoding", "utf-9", "--learning_rate", "-1", "--temperature", "0", "--max_seq_length", "2")  # fmt: skip
+                     "--encoding", "rot13", "--learning_rate", "-1", "--temperature", "0", "--max_seq_length", "2",
+                     "--max_steps", "0")  # fmt: skip
     status, errors = status_and_errors(run_task.main, flags)
     assert status == 2
-    for word in ("--max_seq_length 2", "--learning_rate -1", "--split test", "--languages", "no such folder", "utf-9",
-                 "is not empty", "--temperature 0", "--seeds 1 1"):  # fmt: skip
+    for word in ("--max_seq_length 2", "--learning_rate -1", "--split test", "--languages", "no such folder",
+                 "--encoding rot13", "--max_steps 0", "is not empty", "--temperature 0", "--seeds 1 1"):  # fmt: skip
         assert sum(word in line for line in errors) == 1, word
 
 
 @pytest.mark.parametrize("flags, words", [
     (["--task", "sst3"], ["invalid choice: 'sst3'", "sst2"]),
     (["--task", "sst2"], ["--model_name_or_path: is missing"]),
+    (["--task", "sst2", "--encoding", "utf-9"], ["--encoding utf-9: no such encoding"]),
     (["--task", "ner", "--model_name_or_path", "x", "--output_dir", "new"], ["no data set of its own on the hub"]),
     (["--task", "wikitext", "--score_predictions", "pyproject.toml"], ["has a perplexity"]),
 ])  # fmt: skip
@@ -691,6 +701,9 @@ def misfits(teachers, data, tmp_path_factory) -> dict[str, list[str]]:
     run("mnli", teachers["gpt2"], data / "mnli", folder / "mnli", "--save_models", "all")
     bare = folder / "bare"
     transformers.AutoModelForMaskedLM.from_pretrained(teachers["bert"]).save_pretrained(bare)
+    seeing = folder / "seeing"
+    transformers.BertLMHeadModel.from_pretrained(teachers["bert"]).save_pretrained(seeing)
+    transformers.AutoTokenizer.from_pretrained(teachers["bert"]).save_pretrained(seeing)
     teacher = ["--teacher_name_or_path", str(folder / "rte" / "seed-42")]
     return {
         "teacher of another task": ["mnli", "bert", *teacher, "| was fine-tuned for rte, not for mnli"],
@@ -701,6 +714,7 @@ def misfits(teachers, data, tmp_path_factory) -> dict[str, list[str]]:
         "model without a head": ["sst2", "bert", "--do_eval", "| fine-tuned for this very task"],
         "model without a tokenizer": ["sst2", str(bare), "| has neither tokenizer.json nor vocab.txt"],
         "masked model for wikitext": ["wikitext", "roberta", "| is a masked model"],
+        "masked model with a causal head": ["wikitext", str(seeing), "| sees the tokens that it is to predict"],
         "longer than the model takes": ["sst2", "bert", "--max_seq_length", "65", "| takes at most 64"],
         "unknown language": ["xnli", "bert", "--languages", "de", "nl", "| --languages nl: the scored set has ar, bg"],
         "half precision without a GPU": ["sst2", "bert", "--fp16", "--no_cuda", "| --fp16: needs a GPU"],
@@ -709,7 +723,8 @@ def misfits(teachers, data, tmp_path_factory) -> dict[str, list[str]]:
 
 MISFITS = ["teacher of another task", "teacher with another tokenizer", "teacher without training", "teacher without a head",
            "teacher with other classes", "model without a head", "model without a tokenizer", "masked model for wikitext",
-           "longer than the model takes", "unknown language", "half precision without a GPU"]  # fmt: skip
+           "masked model with a causal head", "longer than the model takes", "unknown language",
+           "half precision without a GPU"]  # fmt: skip
 
 
 @pytest.mark.parametrize("case", MISFITS)
@@ -720,6 +735,59 @@ def test_what_does_not_fit_together_is_refused_in_one_line(case, misfits, teache
     status, errors = status_and_errors(run_task.main, arguments)
     assert status == 2 and len(errors) == 1 and words.removeprefix("| ") in errors[0], errors
     assert not (tmp_path / "out" / "scores.json").exists()
+
+
+def test_earlier_seeds_are_replaced_when_asked_and_never_what_is_read(teachers, data, tmp_path, status_and_errors):
+    output = tmp_path / "out"
+    run("sst2", teachers["bert"], data / "sst2", output, "--seeds", "1", "2", "--save_models", "all")
+    kept = sorted(output.rglob("*"))
+    refused = [
+        ([], f"--output_dir {output}: is not empty"),
+        (["--overwrite_output_dir", "--gradient_accumulation_steps", "9"], "an epoch has 1 micro-batches, too few"),
+        (["--overwrite_output_dir", "--model_name_or_path", str(output / "seed-1")], "--model_name_or_path, which is read"),
+        (["--overwrite_output_dir", "--teacher_name_or_path", str(output / "seed-2")], "--teacher_name_or_path, which is read"),
+        (["--overwrite_output_dir", "--data_dir", str(output)], "--data_dir, which is read"),
+    ]
+    for more, words in refused:
+        flags = flags_of("sst2", teachers, data / "sst2", output, *more)
+        status, errors = status_and_errors(run_task.main, flags)
+        assert status == 2 and len(errors) == 1 and words in errors[0], errors
+        assert sorted(output.rglob("*")) == kept
+    run("sst2", teachers["bert"], data / "sst2", output, "--seeds", "3", "--overwrite_output_dir")
+    assert sorted(path.name for path in output.iterdir()) == ["scores.json", "seed-3"]
+
+
+def test_labels_that_a_model_does_not_know_are_named(teachers, data, tmp_path, status_and_errors):
+    run("ner", teachers["bert"], data / "ner", tmp_path / "model", "--save_models", "all")
+    folder = edited(data, "ner", tmp_path, "NER-de-test.tsv", "B-PER", "B-ZZZ")
+    flags = flags_of("ner", {"bert": tmp_path / "model" / "seed-42"}, folder, tmp_path / "out", "--do_eval")
+    status, errors = status_and_errors(run_task.main, flags)
+    assert status == 2 and len(errors) == 1 and "has no class for the files' B-ZZZ, only B-LOCderiv, B-PER" in errors[0]
+
+
+def test_another_process_says_nothing_and_is_not_the_first_to_fail(monkeypatch, status_and_errors):
+    monkeypatch.setattr(fine_tuning, "RANK_0_FIRST_S", 0.3)
+    for rank, least_s in (("0", 0), ("1", 0.3)):
+        monkeypatch.setenv("RANK", rank)
+        started = time.monotonic()
+        assert status_and_errors(run_task.main, ["--task", "sst2", "--model_name_or_path", "x"])[0] == 2
+        assert time.monotonic() - started >= least_s
+        assert utils.logger.isEnabledFor(logging.WARNING) == (rank == "0")
+
+
+def test_a_text_without_words_is_refused(teachers, tmp_path, status_and_errors):
+    (tmp_path / "wiki.test.raw").write_text(" \n" * 100)
+    flags = flags_of("wikitext", teachers, tmp_path, tmp_path / "out", "--do_eval", "--max_seq_length", "8", kind="gpt2")
+    status, errors = status_and_errors(run_task.main, flags)
+    assert status == 2 and errors == [f"{tmp_path / 'wiki.test.raw'}: holds no word; take another copy"]
+
+
+@pytest.mark.parametrize("encoding, likely", [("utf-16", "utf-16"), ("latin-1", "latin-1")])
+def test_a_file_of_another_encoding_is_told_which_to_name(encoding, likely, tmp_path):
+    (tmp_path / "dev.tsv").write_bytes("sentence\tlabel\nbä\t1\n".encode(encoding))
+    with pytest.raises(InputError, match=f"dev.tsv:[12]: is not utf-8 .*; name its --encoding, such as {likely}"):
+        read("sst2", tmp_path / "dev.tsv")
+    assert read("sst2", tmp_path / "dev.tsv", encoding=encoding)[0].texts == ("bä",)
 
 
 def test_a_text_shorter_than_a_block_is_refused(teachers, tmp_path, status_and_errors):

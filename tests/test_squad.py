@@ -762,7 +762,7 @@ def test_a_model_without_a_head_is_not_scored(teachers, files, tmp_path, status_
     assert status == 2 and "qa_outputs" in errors[0] and "fine-tuned for this very task" in errors[0]
 
 
-def test_results_are_not_overwritten_unasked(models, files, tmp_path, status_and_errors):
+def test_results_are_not_overwritten_unasked(learnt, models, files, tmp_path, status_and_errors):
     train = {"do_train": True, "train_file": files["few"], "save_steps": 1}
     program.main(flags("distilbert", models, tmp_path / "run", **train))
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
@@ -773,6 +773,16 @@ def test_results_are_not_overwritten_unasked(models, files, tmp_path, status_and
     program.main(flags("distilbert", models, tmp_path / "run", **again))
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
     assert not (tmp_path / "run" / "checkpoint-2").exists() and (tmp_path / "run" / "checkpoint-1").exists()
+    kept = (tmp_path / "run" / "model.safetensors").read_bytes()
+    teacher = {"teacher_type": "bert", "teacher_name_or_path": models["bert"]}
+    for kind, output, more, flag in (
+        ("distilbert", tmp_path / "run", {}, "--model_name_or_path"),
+        ("bert", models["bert"], teacher | {"model_name_or_path": learnt}, "--teacher_name_or_path"),
+    ):
+        places = {"distilbert": tmp_path / "run", "bert": models["bert"]}
+        status, errors = status_and_errors(program.main, flags(kind, places, output, **again | more))
+        assert status == 2 and len(errors) == 1 and f"{flag} {output} is read, and would be replaced" in errors[0]
+    assert (tmp_path / "run" / "model.safetensors").read_bytes() == kept
     test = {"do_eval": True, "predict_file": files["few"]}
     trained = {"distilbert": tmp_path / "run"}
     program.main(flags("distilbert", trained, tmp_path / "run", **test))
