@@ -185,12 +185,21 @@ def edited(folder: Path, old: Path) -> Path:
     return folder
 
 
+def without_tokenizer(tmp: Path, teachers) -> Path:
+    transformers.AutoModelForMaskedLM.from_pretrained(teachers["roberta"]).save_pretrained(tmp / "student")
+    return tmp / "student"
+
+
 TRAINING = {
     "another vocabulary": (
         lambda tmp, t: {"student": edited(tmp / "student", t["bert"])},
         r"its vocabulary has \d+ tokens, .* and id \d+ is '.*', there",
     ),
-    "another model's size": (lambda tmp, t: {"student": t["roberta"]}, "vocabulary is .*, the teacher's is"),
+    "another tokenizer": (
+        lambda tmp, t: {"student": t["roberta"]},
+        r"has 320 tokens, the teacher's 200, and id 0 is '<s>', there",
+    ),
+    "another size": (lambda tmp, t: {"student": without_tokenizer(tmp, t)}, r"vocabulary is 320, the teacher's is 200"),
     "student twice": (
         lambda tmp, t: {"student": t["bert"], "student_config": t["bert"] / "config.json"},
         "--student_config .* with --student .*: the folder holds configuration and weights",
@@ -219,6 +228,15 @@ def test_students_that_do_not_fit(name, world, teachers, tmp_path, status_and_er
     status, errors = status_and_errors(train.main, flags)
     assert status == 2 and errors and re.search(message, "\n".join(errors)), errors
     assert not (tmp_path / "run").exists()
+
+
+def test_a_tokenizer_without_an_end_is_refused(teachers, text_file, tmp_path, status_and_errors):
+    tokenizer = families.causal_tokenizer(teachers["gpt2"])
+    tokenizer.eos_token = None
+    tokenizer.save_pretrained(tmp_path / "endless")
+    flags = ["--file_path", str(text_file), "--tokenizer_type", "auto", "--tokenizer_name", str(tmp_path / "endless")]
+    status, errors = status_and_errors(binarized_data.main, [*flags, "--dump_file", str(tmp_path / "ids")])
+    assert status == 2 and len(errors) == 1 and "has no token for end (sep_token or eos_token)" in errors[0]
 
 
 REMOTE = {

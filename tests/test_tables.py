@@ -1,0 +1,57 @@
+"""A new objective and a new pair of model types: a row of one table each, and train.py trains with them."""
+
+import sys
+
+import torch
+import transformers
+from conftest import run_process
+from stand_ins import ROOT, logged
+
+import losses
+import train
+
+
+def absolute_error(student_NV, teacher_NV, labels_N, temperature: float) -> torch.Tensor:
+    return (student_NV - teacher_NV).abs().sum()
+
+
+def test_an_objective_is_one_row_of_one_table(world, tmp_path, monkeypatch):
+    row = losses.Loss(absolute_error, "logits", "distilled", True, 0.0, "absolute error of the logits")
+    monkeypatch.setitem(losses.LOSSES, "toy", row)
+    flags = world.flags("bert", tmp_path / "run", max_steps=3, batch_size=6, alpha_toy=0.25, log_interval=2, n_gpu=0)
+    train.main(flags)
+    values = {}
+    for tag, x, value in logged(tmp_path / "run"):
+        if tag.startswith("losses/") and tag != "losses/cum_avg_loss_epoch":
+            values.setdefault(x, {})[tag.removeprefix("losses/")] = float(value.strip("[]"))
+    weights = {"loss_ce": 5.0, "loss_mlm": 2.0, "loss_cos": 1.0, "loss_toy": 0.25}
+    for found in values.values():
+        assert found["loss_toy"] > 0
+        expected = sum(weight * found[name] for name, weight in weights.items())
+        torch.testing.assert_close(torch.tensor(found["loss"]), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+    assert values
+
+
+TOY_PAIR = f"""
+import sys
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
+import architectures, utils
+architectures.PAIRS["bert", "bert"] = architectures.Pair()
+import train
+from architectures import extract_student, load_teacher
+teacher, first, *flags = sys.argv[1:]
+utils.save_weights(first, extract_student(load_teacher("bert", teacher), "bert", [0, 3], vocab_transform=True))
+utils.run_program(lambda: train.main(flags))
+"""
+
+
+def test_a_pair_is_one_row_of_one_table(world, teachers, tmp_path):
+    config = transformers.BertConfig.from_pretrained(teachers["bert"])
+    config.num_hidden_layers = 2
+    config.to_json_file(tmp_path / "student.json", use_diff=False)
+    changes = {"student_type": "bert", "student_config": tmp_path / "student.json", "n_gpu": 0, "max_steps": 2}
+    flags = world.flags("bert", tmp_path / "run", student_pretrained_weights=tmp_path / "first.pth", **changes)
+    done = run_process(sys.executable, "-c", TOY_PAIR, teachers["bert"], tmp_path / "first.pth", *flags)
+    assert done.returncode == 0, done.stderr
+    student = transformers.BertForMaskedLM.from_pretrained(tmp_path / "run")
+    assert student.config.num_hidden_layers == 2
