@@ -525,7 +525,8 @@ def load_config(model_type: str | None, name: str, flag: str, trust_remote_code:
             if "trust_remote_code" in str(error):
                 raise InputError(
                     f"{flag} {name}: needs Python files of its own, which would run with all your rights (remote code); take "
-                    "another model, or pass --trust_remote_code where you trust whoever made it"
+                    "another model, or pass --trust_remote_code where you trust whoever made it (extract.py, train.py, "
+                    "evaluate_lm.py)"
                 ) from error
             raise InputError(_not_found(flag, name, error)) from error
     if model_type is not None and config.model_type != model_type:
