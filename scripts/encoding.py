@@ -267,7 +267,7 @@ class WorkerPool:
             num_workers, multiprocessing.get_context(method), _start_worker, (encoding, os.getpid())
         )
         # Signals wait: what a handler raises in the middle of a fork is lost.
-        with holding_signals(), _saying_that_a_worker_died():
+        with holding_signals(), self._saying_that_a_worker_died():
             self.executor.submit(os.getpid).result()
 
     def __enter__(self):
@@ -279,6 +279,16 @@ class WorkerPool:
         if kind is not None:
             self._kill()
         self.executor.shutdown(cancel_futures=True)
+
+    @contextlib.contextmanager
+    def _saying_that_a_worker_died(self) -> Iterator[None]:
+        try:
+            yield
+        except concurrent.futures.process.BrokenProcessPool as error:
+            self._kill()  # the executor asks the others by SIGTERM, which one that is just starting does not hear
+            raise InputError(
+                "a worker process was ended from outside (is the memory full?); run again with a smaller --num_workers"
+            ) from error
 
     def _kill(self) -> None:
         """End the workers at once, in the middle of what they do.
@@ -306,23 +316,13 @@ class WorkerPool:
             yield from map(self.encode, blocks)
             return
         under_way: collections.deque[concurrent.futures.Future] = collections.deque()
-        with _saying_that_a_worker_died():
+        with self._saying_that_a_worker_died():
             for block in blocks:
                 under_way.append(self.executor.submit(_encode_block, block))
                 if len(under_way) >= self.num_workers * AHEAD:
                     yield self._result(under_way.popleft())
             while under_way:
                 yield self._result(under_way.popleft())
-
-
-@contextlib.contextmanager
-def _saying_that_a_worker_died() -> Iterator[None]:
-    try:
-        yield
-    except concurrent.futures.process.BrokenProcessPool as error:
-        raise InputError(
-            "a worker process was ended from outside (is the memory full?); run again with a smaller --num_workers"
-        ) from error
 
 
 _encode_in_worker: BlockEncoder
