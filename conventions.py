@@ -405,8 +405,7 @@ def _copy_layers(teacher, student, lists: Sequence[str], layers: Sequence[int], 
     outside = [name for name in own if not name.startswith(tuple(f"{path}." for path in lists))]
     resized = [name for name in outside if name in state and own[name].shape != state[name].shape]
     state = {name: tensor for name, tensor in state.items() if name not in resized}
-    wrong = sorted(set(own) ^ set(state) - set(resized)) or [n for n in state if own[n].shape != state[n].shape]
-    wrong = [name for name in wrong if name not in resized]
+    wrong = sorted(set(own) - set(resized) ^ set(state)) or [n for n in state if own[n].shape != state[n].shape]
     if wrong:
         raise InputError(
             f"{source}: layers {' '.join(map(str, layers))} can't stand in other places: {wrong[0]} differs there; "

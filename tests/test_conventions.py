@@ -196,6 +196,14 @@ def test_layers_of_other_kinds_are_refused():
         conventions.student_of_layers(model, [0, 3], "--teacher x")
 
 
+def test_layers_of_other_sizes_are_refused_where_something_else_depends_on_their_number():
+    """ESM's contact head does, and stays as it is."""
+    model = families.tiny_model("esm", True)
+    model.esm.encoder.layer[3].intermediate.dense = torch.nn.Linear(32, 40)
+    with pytest.raises(InputError, match="can't stand in other places"):
+        conventions.student_of_layers(model, [0, 3], "--teacher x")
+
+
 def test_a_layer_that_knows_its_number_is_refused():
     """GPT-2's scale_attn_by_inverse_layer_idx divides by the layer's number: it computes something else in another place."""
     config = families.tiny_config("gpt2", 99)
