@@ -43,7 +43,7 @@ def _roberta_transform(model, hidden_ND):
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """One model type: a row of ARCHITECTURES, or what conventions.row_of found out about a model that has none.
+    """One model type: a row of ARCHITECTURES, or what find_out found out about a model that has none.
 
     model_class, config_class, tokenizer_class: names in transformers.
     vocab_files: what a tokenizer folder without tokenizer.json must hold.

@@ -1165,7 +1165,7 @@ LOGGED_FIGURES = ("loss", "accuracy", "perplexity", "kl", "agreement")
 def held_out_figures(parts: Parts, runtime: Runtime) -> dict[str, float]:
     """Measure the student, against its teacher if it has one, on held-out data: each rank its share, summed once."""
     held_out, distiller = parts.held_out, parts.distiller
-    student = Reader(parts.student, prediction_head(parts.student), distiller.amp_dtype)
+    student = Reader(parts.student, distiller.model.head, distiller.amp_dtype)
     teacher = None if distiller.teacher is None else Reader(distiller.teacher, distiller.teacher_head)
     with runtime.sharing_errors():
         mine = passes_over(held_out.dataset.collate, held_out.batches, held_out.passes, runtime.rank, runtime.world_size)
