@@ -295,6 +295,17 @@ def choose_device(
     return torch.device("cuda", local_rank)
 
 
+def check_compiler(device: torch.device) -> None:
+    """Raise InputError where torch.compile does not work on this machine: better now than after moving folders."""
+    try:
+        torch.compile(lambda x: (x * 2).sin())(torch.ones(8, device=device))
+    except Exception as error:
+        raise InputError(
+            f"--compile: torch.compile fails on this machine ({one_line(error)}); install a C++ compiler (for a GPU Triton, "
+            "too), or leave it out"
+        ) from error
+
+
 # --------------------------------------------------------------------------------------------------------------------
 # One run a folder, and the launcher that starts it again
 # --------------------------------------------------------------------------------------------------------------------

@@ -72,6 +72,7 @@ from distiller import (
     split_for_weight_decay,
 )
 from evaluation import FixedMasks, Reader, figures_of, measure, next_tokens, passes_over, plan_batches
+from flops import ModelSize, peak_flops, shown_size, update_flops
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch, Update
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
 from losses import LOSSES
@@ -82,6 +83,7 @@ from runtime import (
     LostRankError,
     Runtime,
     StopSignals,
+    check_compiler,
     exit_status,
     is_another_rank,
     is_restarted,
@@ -119,6 +121,7 @@ from utils import (
 EXIT_NON_FINITE = 1
 FEW_UPDATES = 20
 MICRO_BATCHES_AHEAD = 8  # made ready while the step computes
+COUNTED_TOKENS = 16  # of a forward pass that shows what a model computes
 
 # --------------------------------------------------------------------------------------------------------------------
 # Configuration: each option once
@@ -430,6 +433,19 @@ class HeldOut:
 
 
 @dataclasses.dataclass(frozen=True)
+class Work:
+    """What a micro-batch has computed. teacher: None where no objective reads it; head_rows: lengths_B -> rows projected."""
+
+    teacher: ModelSize | None
+    student: ModelSize
+    head_rows: typing.Callable[[np.ndarray], int]
+
+    def flops(self, lengths_B: np.ndarray) -> int:
+        """Count a micro-batch's model FLOPs."""
+        return update_flops(self.teacher, self.student, lengths_B, self.head_rows(lengths_B))
+
+
+@dataclasses.dataclass(frozen=True)
 class Parts:
     """What a run is made of."""
 
@@ -442,6 +458,7 @@ class Parts:
     num_micro_batches: int
     identity: dict[str, typing.Any]
     held_out: HeldOut | None = None
+    work: Work | None = None
 
 
 def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
@@ -465,6 +482,7 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
     student = make_student(config, student_type, student_config)
     check_forward(student, student_source(config), dataset)
     check_forward(teacher, f"--teacher_name {config.teacher_name}", dataset)
+    work = make_work(config, student, teacher, dataset)
     sampler = GroupedBatchSampler(
         dataset.lengths, config.batch_size, dataset.max_length, group_by_size=config.group_by_size, seed=config.seed,
         max_tokens=config.max_tokens,
@@ -472,7 +490,7 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
     num_micro_batches, num_updates = run_length(config, len(sampler), runtime.world_size)
     identity = identify(config, student, teacher, dataset, vocabulary, held_out) if runtime.is_main else {}
     distiller = make_distiller(config, runtime, student, teacher, num_updates)
-    return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches, identity, held_out)
+    return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches, identity, held_out, work)
 
 
 ModelType = str | Architecture  # the name of a row, or what was found out
@@ -537,17 +555,6 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
         check_compiler(device)
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raise InputError where torch.compile does not work on this machine: better now than after moving folders."""
-    try:
-        torch.compile(lambda x: (x * 2).sin())(torch.ones(8, device=device))
-    except Exception as error:
-        raise InputError(
-            f"--compile: torch.compile fails on this machine ({one_line(error)}); install a C++ compiler (for a GPU Triton, "
-            "too), or leave it out"
-        ) from error
-
-
 def check_sizes(config: TrainConfig, student_type: ModelType, student_config, teacher, tokenizer) -> None:
     """Raise InputError, all lines at once, where student, teacher and tokenizer disagree in size."""
     needs_width = any(LOSSES[name].reads == "hidden" and alpha > 0 for name, alpha in config.alphas.items())
@@ -609,6 +616,36 @@ def check_forward(model: torch.nn.Module, source: str, dataset: LmSeqsDataset) -
         raise InputError(f"{where} ({one_line(error)}); correct its JSON") from error
     if not (torch.isfinite(hidden_BTD).all() and torch.isfinite(logits_NV).all()):
         raise InputError(f"{source}: the model gives NaN or infinite values before any training; correct its JSON or weights")
+
+
+def make_work(config: TrainConfig, student, teacher, dataset: LmSeqsDataset) -> Work | None:
+    """Find out what the models compute, while they are on the CPU; None where they don't show it."""
+    token_ids_BT, _ = dataset.collate([int(np.argmax(dataset.lengths))])
+    student_size = shown_size(student, token_ids_BT[:, :COUNTED_TOKENS])
+    teacher_size = shown_size(teacher, token_ids_BT[:, :COUNTED_TOKENS])
+    read_of_teacher = {LOSSES[name].reads for name in active(config.alphas) if LOSSES[name].needs_teacher}
+    if student_size is None or (teacher_size is None and read_of_teacher):
+        logger.info("How much these models compute is not known for their families: no MFU is shown.")
+        return None
+    if "logits" not in read_of_teacher:
+        teacher_size = dataclasses.replace(teacher_size, in_head=0) if read_of_teacher else None
+    return Work(teacher_size, student_size, functools.partial(head_rows, config))
+
+
+def active(alphas: typing.Mapping[str, float]) -> list[str]:
+    """List the objectives that have a weight."""
+    return [name for name, alpha in alphas.items() if alpha > 0]
+
+
+def head_rows(config: TrainConfig, lengths_B: np.ndarray) -> int:
+    """Return how many rows of a micro-batch are projected to the vocabulary: those that any objective on logits reads."""
+    num_real = int(lengths_B.sum())
+    num_masked = math.ceil(config.mlm_mask_prop * num_real)
+    is_restricted = config.mlm and config.restrict_ce_to_mask
+    num_rows = {"real": num_real, "masked": num_masked, "next": num_real - len(lengths_B),
+                "distilled": num_masked if is_restricted else num_real}  # fmt: skip
+    read = [LOSSES[name].rows for name in active(config.alphas) if LOSSES[name].reads == "logits"]
+    return max((num_rows[kind] for kind in read), default=0)
 
 
 def make_preparation(
@@ -975,8 +1012,9 @@ class Progress:
         self.step = 0  # updates done
         self.micro_batches = 0  # done, over all processes
         self.log_sums_K, self.log_count = torch.zeros(len(self.names), dtype=torch.float64), 0
-        self.logged_at = self.started_at = time.perf_counter()
-        self.num_tokens = 0
+        # Others wait for rank 0 at the first exchange: it measures undisturbed, with its share of a CPU's threads.
+        self.peak_flops = self._find_peak(runtime) if runtime.is_main and parts.work is not None else None
+        self.num_tokens, self.num_flops, self.logged_at = 0, 0, time.perf_counter()  # of all ranks, since the last log
         self.epoch_sums: dict[int, tuple[float, int]] = {}
         self.evaluated_step = 0  # the last update after which held-out data was evaluated
         self.best: dict | None = None  # what best.json holds
@@ -985,6 +1023,10 @@ class Progress:
             total=parts.num_micro_batches, unit="batch", desc="epoch 0", smoothing=0.05, disable=not runtime.is_main,
             **bar_options(),
         )  # fmt: skip
+
+    def _find_peak(self, runtime: Runtime) -> float:
+        dtype = self.parts.distiller.amp_dtype or torch.float32
+        return peak_flops(runtime.device, dtype) * runtime.world_size
 
     @property
     def iterations(self) -> int:
@@ -1028,12 +1070,26 @@ class Progress:
         for batch, loss in zip(update.planned, report.losses_MK[:, 0].tolist(), strict=True):
             total, count = self.epoch_sums.get(batch.epoch, (0.0, 0))
             self.epoch_sums[batch.epoch] = (total + loss, count + 1)
-        self.num_tokens += sum(int(self.parts.dataset.lengths[batch.sequences].sum()) for batch in update.planned)
-        speed = self.num_tokens / (time.perf_counter() - self.started_at)
+        for batch in update.planned:
+            lengths_B = self.parts.dataset.lengths[batch.sequences]
+            self.num_tokens += int(lengths_B.sum())
+            self.num_flops += 0 if self.parts.work is None else self.parts.work.flops(lengths_B)
+        rates = self.rates(time.perf_counter())
         self.bar.set_description(f"epoch {update.planned[-1].epoch}", refresh=False)
-        self.training_text = f"loss {report.losses_MK[:, 0].mean():.4f}, {speed:,.0f} tokens/s"
+        self.training_text = f"loss {report.losses_MK[:, 0].mean():.4f}, {rates['tokens_per_s']:,.0f} tokens/s"
+        if "mfu" in rates:
+            self.training_text += f", {rates['mfu']:.1%} MFU"
         self.bar.set_postfix_str(self.training_text + self.held_out_text, refresh=False)
         self.bar.update(update.planned[-1].number + 1 - self.bar.n)
+
+    def rates(self, now: float) -> dict[str, float]:
+        """Return real tokens a second over all ranks, and, where it is known, their model FLOPs' share of the peak.
+
+        Of the time since the last log, or since this process began to train.
+        """
+        elapsed_s = now - self.logged_at
+        rates = {"tokens_per_s": self.num_tokens / elapsed_s}
+        return rates if self.peak_flops is None else {**rates, "mfu": self.num_flops / elapsed_s / self.peak_flops}
 
     def epoch_mean(self, epoch: int) -> float:
         """Mean loss over an epoch's micro-batches so far."""
@@ -1051,6 +1107,7 @@ class Progress:
             "learning_rate/lr": self.parts.distiller.schedule.get_last_lr()[0],
             "global/memory_usage": psutil.virtual_memory().used / 1e6,
             "global/speed": now - self.logged_at,
+            **{f"global/{name}": rate for name, rate in self.rates(now).items()},
         }
         for name, parameter in self.parts.student.named_parameters():
             scalars[f"parameter_mean/{name}"] = parameter.detach().mean().item()
@@ -1059,7 +1116,7 @@ class Progress:
             scalars |= {f"grad_mean/{name}": mean, f"grad_std/{name}": std}
         log.add_scalars(scalars, self.iterations)
         self.log_sums_K.zero_()
-        self.log_count, self.logged_at = 0, now
+        self.log_count, self.num_tokens, self.num_flops, self.logged_at = 0, 0, 0, now
 
     def evaluation_is_due(self, interval: int | None) -> bool:
         """True where held-out data is to be evaluated after the last update, and was not yet."""
@@ -1070,7 +1127,7 @@ class Progress:
     def take_figures(self, figures: dict[str, float], elapsed_s: float) -> bool:
         """Take an evaluation in, its time out of the rates; True where the student is the best so far."""
         self.evaluated_step = self.step
-        self.logged_at, self.started_at = self.logged_at + elapsed_s, self.started_at + elapsed_s
+        self.logged_at += elapsed_s
         measure = "kl" if "kl" in figures else "loss"
         self.held_out_text = f", held-out {measure} {figures[measure]:.4f}, top-1 {figures['accuracy']:.1%}"
         self.bar.set_postfix_str(self.training_text + self.held_out_text)
@@ -1097,6 +1154,7 @@ def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder |
         parts.num_micro_batches, accumulation, runtime.rank, runtime.world_size, progress.micro_batches
     )
     stream = contextlib.closing(prefetched(prepared(parts, updates), MICRO_BATCHES_AHEAD))
+    progress.logged_at = time.perf_counter()  # a checkpoint was read or written before
     with progress.bar, logging_redirect_tqdm([logger]), stream as items:
         evaluate_if_due(config, parts, runtime, folder, progress)  # the run was stopped before it could
         for update in items:

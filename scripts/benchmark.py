@@ -5,8 +5,7 @@ is downloaded. With --reference the same batches go through a plain step of the 
 comes from a process of its own; shares are of what a large matrix product reaches here, and of the GPU's data sheet.
 Before anything is timed, both steps must give the same losses and gradient.
 
-Model FLOPs: those that the mathematics needs for the real tokens, whatever an implementation spends beyond them (padding,
-recomputation, logits of padding). Source: Chowdhery et al., 2022, "PaLM", appendix B.
+Model FLOPs: see flops.py.
 """
 
 import argparse
@@ -58,9 +57,11 @@ from distiller import (
     prepare_clm,
     split_for_weight_decay,
 )
+from flops import DTYPES, best_seconds, clock_s, nominal_peak, product_rate, size_of, update_flops
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds
 from losses import IGNORED_LABEL
+from runtime import check_compiler
 from token_files import token_file_problem, write_token_counts, writing_tokens
 from utils import (
     InputError,
@@ -119,29 +120,23 @@ PAIR_ROWS = {
     "gpt2": PairRow("gpt2", "gpt2", "distilgpt2", {"vocab_size": 50257}, {"<|endoftext|>": 50256}, CAUSAL),
 }
 
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 TRAIN_FLAGS = {"fp32": [], "fp16": ["--fp16"], "bf16": ["--bf16"]}  # of train.py
-
-# Dense peaks of the data sheets, TFLOP/s: (tensor cores in half precision, float32 without tensor cores). The first name
-# that is part of the device's counts.
-NOMINAL_PEAKS = {
-    "H100 PCIe": (756, 51),
-    "H100 NVL": (835, 60),
-    "H100": (989, 67),
-    "H200": (989, 67),
-    "A100": (312, 19.5),
-}
 
 # Micro-batches, in sequences, of --sweep; sizes, in rows, of square matrix products, and bytes copied, at base size.
 SWEPT_SIZES = {"cpu": [2, 5, 10], "cuda": [8, 32, 128]}
 MATMUL_SIZES = {"cpu": [1024, 2048], "cuda": [4096, 8192]}
 COPY_BYTES = {"cpu": 2**28, "cuda": 2**31}
-DEFAULT_UPDATES = {"cpu": (5, 2), "cuda": (20, 5)}  # measured, warm-up
+# Measured, warm-up. On a CPU the heap settles in the third update: 92,000 page faults in the second, 500 from then on.
+DEFAULT_UPDATES = {"cpu": (5, 3), "cuda": (20, 5)}
 
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """What a process of its own does, in plain values. kind: a key of JOBS; length: the longest sequence, in ids."""
+    """What a process of its own does, in plain values.
+
+    kind: a key of JOBS. length: the longest sequence, in ids. compiles: through torch.compile. The reference in another
+    precision than fp32 is under autocast.
+    """
 
     kind: str
     pair: str
@@ -156,12 +151,19 @@ class Job:
     warmup: int
     threads: int | None
     seed: int
+    compiles: bool = False
 
     @property
     def name(self) -> str:
         """Name the variant in the tables."""
         what = {"distiller": "Distiller.step", "reference": "2019 step"}.get(self.kind, self.kind)
-        return f"{what}, {self.precision}, {self.micro_batches} x {self.batch_size} x {self.length}"
+        how = " compiled" if self.compiles else " in autocast" if self.is_autocast_reference else ""
+        return f"{what}{how}, {self.precision}, {self.micro_batches} x {self.batch_size} x {self.length}"
+
+    @property
+    def is_autocast_reference(self) -> bool:
+        """True for the 2019 step in half precision: its weights stay in float32."""
+        return self.kind == "reference" and self.precision != "fp32"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -184,9 +186,11 @@ def make_parser() -> argparse.ArgumentParser:
     add("--precision", nargs="+", choices=list(DTYPES), help="one or more (default: fp32)")
     add("--sweep", action="store_true", help="several micro-batch sizes, and all precisions of the device")
     add("--reference", action="store_true", help="also time a plain step of the 2019 kind, on the same batches")
+    add("--reference_precision", nargs="+", choices=list(DTYPES), help="of it: fp32 always, another one under torch.autocast")
+    add("--compile", action="store_true", help="also run what is ours through torch.compile")
     add("--end_to_end", action="store_true", help="also time train.py, as a program, on the same sequences")
     add("--updates", type=int, help="measured updates (default: 5 on a CPU, 20 on a GPU)")
-    add("--warmup", type=int, help="updates before them (default: 2 on a CPU, 5 on a GPU)")
+    add("--warmup", type=int, help="updates before them (default: 3 on a CPU, 5 on a GPU)")
     add("--rounds", type=int, default=1, help="times that every variant is run, in turn (default: %(default)s)")
     add("--threads", type=int, help="threads of the CPU (default: torch's choice)")
     add("--seed", type=int, default=56, help="seed of ids, order, masks, weights and dropout (default: %(default)s)")
@@ -208,6 +212,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     args.updates, args.warmup = args.updates or updates, warmup if args.warmup is None else args.warmup
     args.batch_size = args.batch_size or (SWEPT_SIZES[args.device] if args.sweep else [5])
     args.precision = args.precision or (precisions_of(args.device) if args.sweep else ["fp32"])
+    args.reference_precision = list(dict.fromkeys(["fp32", *(args.reference_precision or [])]))
     longest = longest_length(args)
     args.length = args.length or (longest if args.data_file else min(128, longest))
     problems = number_problems(args, longest) + path_problems(args)
@@ -242,8 +247,11 @@ def number_problems(args: argparse.Namespace, longest: int) -> list[str]:
         problems.append(f"--length {args.length}: expected {MIN_LENGTH + 1} to {longest}, what the {args.pair} teacher admits")
     if args.mix and args.data_file:
         problems.append("--mix with --data_file: the file has its own lengths; leave one of them out")
-    for precision in set(args.precision) - set(precisions_of(args.device)):
-        problems.append(f"--precision {precision}: this CPU does not compute in it; take bf16, or a GPU")
+    if args.reference_precision != ["fp32"] and not args.reference:
+        problems.append("--reference_precision without --reference: add it, or leave it out")
+    for flag in ("precision", "reference_precision"):
+        for precision in set(getattr(args, flag)) - set(precisions_of(args.device)):
+            problems.append(f"--{flag} {precision}: this CPU does not compute in it; take bf16, or a GPU")
     return problems
 
 
@@ -400,55 +408,6 @@ def make_workload(job: Job) -> Workload:
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# Model FLOPs
-# --------------------------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class ModelSize:
-    """What a forward pass multiplies with: entries of the layers' matrices and of the prediction head's; layers; width."""
-
-    in_layers: int
-    in_head: int
-    num_layers: int
-    width: int
-
-    def forward_flops(self, lengths_B: np.ndarray) -> int:
-        """Count a forward pass over sequences, every token projected to the vocabulary.
-
-        2 a matrix entry and token; 4 T d a token, layer and sequence of T tokens for the attention. A causal model's
-        attention is counted whole too, as is customary, though half of it is masked.
-        """
-        num_tokens, num_pairs = int(lengths_B.sum()), int((lengths_B**2).sum())
-        return 2 * (self.in_layers + self.in_head) * num_tokens + 4 * self.width * self.num_layers * num_pairs
-
-
-def size_of(model: torch.nn.Module) -> ModelSize:
-    """Count the entries of a model's matrices; tables that are looked up are none."""
-
-    def entries(module: torch.nn.Module) -> int:
-        matrices = [m.weight for m in module.modules() if isinstance(getattr(m, "weight", None), torch.Tensor)
-                    and m.weight.dim() == 2 and not isinstance(m, torch.nn.Embedding)]  # fmt: skip
-        return sum(matrix.numel() for matrix in matrices)
-
-    in_layers = entries(model.base_model)
-    return ModelSize(in_layers, entries(model) - in_layers, model.config.num_hidden_layers, model.config.hidden_size)
-
-
-def update_flops(teacher: ModelSize, student: ModelSize, lengths_B: np.ndarray) -> int:
-    """Count an update: the teacher's forward pass; the student's, and twice as much for its backward pass."""
-    return teacher.forward_flops(lengths_B) + 3 * student.forward_flops(lengths_B)
-
-
-def nominal_peak(device_name: str, precision: str) -> float | None:
-    """Return a GPU's peak by its data sheet, FLOP/s; None where it is not in the table."""
-    for name, (half, single) in NOMINAL_PEAKS.items():
-        if name in device_name:
-            return 1e12 * (single if precision == "fp32" else half)
-    return None
-
-
-# --------------------------------------------------------------------------------------------------------------------
 # The steps that are compared
 # --------------------------------------------------------------------------------------------------------------------
 
@@ -464,15 +423,15 @@ def make_distiller(job: Job, teacher: torch.nn.Module, student: torch.nn.Module)
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=ADAM_BETAS, eps=ADAM_EPSILON, fused=True)
     return Distiller(
         model, teacher, prediction_head(teacher), optimizer, None, max_grad_norm=MAX_GRAD_NORM, seed=job.seed,
-        amp_dtype=None if job.precision == "fp32" else DTYPES[job.precision],
+        amp_dtype=None if job.precision == "fp32" else DTYPES[job.precision], compiles=job.compiles,
     )  # fmt: skip
 
 
 class PlainStep:
     """The update as a program of 2019 would write it, from the same formulas, with a Distiller's `step` and `accumulate`.
 
-    Float32, attention spelt out, logits of every position, selections copied, a wait for the device at every loss, an
-    optimizer that goes from parameter to parameter.
+    Float32, or float32 weights under autocast; attention spelt out, logits of every position, selections copied, a wait for
+    the device at every loss, an optimizer that goes from parameter to parameter.
     """
 
     def __init__(self, job: Job, teacher: torch.nn.Module, student: torch.nn.Module):
@@ -485,12 +444,18 @@ class PlainStep:
             groups, lr=LEARNING_RATE, betas=ADAM_BETAS, eps=ADAM_EPSILON, foreach=False, fused=False
         )
         self.schedule = transformers.get_constant_schedule(self.optimizer)
+        self.precision = functools.partial(
+            torch.autocast, job.device, dtype=DTYPES[job.precision], enabled=job.is_autocast_reference
+        )
+        self.scaler = torch.amp.GradScaler(job.device, enabled=job.is_autocast_reference and job.precision == "fp16")
 
     def step(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int) -> StepReport:
         """Do one update."""
         losses_MK = torch.tensor(self.accumulate(batches, numbers, num_mine))
+        self.scaler.unscale_(self.optimizer)
         norm = torch.nn.utils.clip_grad_norm_(self.student.parameters(), MAX_GRAD_NORM, foreach=False)
-        self.optimizer.step()
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)
         self.schedule.step()
         return StepReport(losses_MK, norm.item(), {})
@@ -500,10 +465,11 @@ class PlainStep:
         self.student.train()
         logged = []
         for batch in batches:
-            losses = self.losses(batch)
+            with self.precision():
+                losses = self.losses(batch)
             logged.append([loss.item() for loss in losses.values()])
             total = sum(self.alphas[name] * loss for name, loss in losses.items())
-            (total / len(numbers)).backward()
+            self.scaler.scale(total / len(numbers)).backward()
         return logged
 
     def losses(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
@@ -562,14 +528,13 @@ def run_check(job: Job) -> dict:
     numbers = list(range(len(batches)))
     teacher, student = make_models(job, has_dropout=False)
     move_apart(student)
-    untouched_teacher = copy.deepcopy(teacher)  # Distiller converts its own to the precision
+    untouched = copy.deepcopy(teacher), copy.deepcopy(student)  # Distiller converts and compiles its own
     ours = make_distiller(job, teacher, student)
     losses_MK = ours.accumulate(batches, numbers, len(batches))[:, 1:]
     grads = flat_gradient(student) / ours.scaler.get_scale()
-    student.zero_grad()
-    reference = PlainStep(job, untouched_teacher, student)
+    reference = PlainStep(dataclasses.replace(job, kind="reference", precision="fp32"), *untouched)
     reference_MK = torch.tensor(reference.accumulate(batches, numbers, len(batches)), dtype=torch.float64)
-    reference_grads = flat_gradient(student)
+    reference_grads = flat_gradient(reference.student)
     found = {
         "objectives": list(reference.alphas),
         "losses": losses_MK.tolist(),
@@ -581,7 +546,8 @@ def run_check(job: Job) -> dict:
     of_losses, of_gradients = AGREEMENT[job.precision]
     if not (found["losses_differ_by"] < of_losses and found["gradients_differ_by"] < of_gradients):
         raise InputError(
-            f"--precision {job.precision}: Distiller and the 2019 step compute different things, nothing is timed: "
+            f"--precision {job.precision}{' --compile' if job.compiles else ''}: Distiller and the 2019 step compute different "
+            "things, nothing is timed: "
             f"losses differ by {found['losses_differ_by']:.1e}, gradients by {found['gradients_differ_by']:.1e}, "
             f"expected less than {of_losses:.0e} and {of_gradients:.0e}; take another precision, or report it"
         )
@@ -616,13 +582,6 @@ def flat_gradient(model: torch.nn.Module) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------------------------
 
 
-def clock_s(device: str) -> float:
-    """Read the host's clock when the device has done all that it was given."""
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter()
-
-
 class Stopwatch:
     """Adds up the seconds spent in wrapped functions, those of wrapped functions inside them left out."""
 
@@ -655,10 +614,15 @@ def watch_stages(watch: Stopwatch, step: Distiller | PlainStep) -> None:
         ("optimizer", step, "step"),
         ("backward", step, "accumulate"),
         ("head and losses", *((step.model, "forward") if isinstance(step, Distiller) else (step, "losses"))),
-        ("teacher", step.teacher.base_model, "forward"),
-        ("student forward", student.base_model, "forward"),
+        ("teacher", step.teacher.base_model, entrance(step.teacher.base_model)),
+        ("student forward", student.base_model, entrance(student.base_model)),
     ):
         setattr(owner, method, watch.wrap(stage, getattr(owner, method)))
+
+
+def entrance(module: torch.nn.Module) -> str:
+    """Name the method by which a call enters a module: a compiled one's own, for a changed forward would be compiled anew."""
+    return "forward" if module._compiled_call_impl is None else "_compiled_call_impl"
 
 
 STAGES_ARE = (
@@ -742,23 +706,11 @@ def run_ceilings(job: Job) -> dict:
     rates = {}
     for size in [256] if is_tiny else MATMUL_SIZES[job.device]:
         left, right = (torch.randn(size, size, device=job.device).to(dtype) for _ in range(2))
-        out = torch.empty_like(left)
-        rates[size] = 2 * size**3 / best_seconds(job.device, functools.partial(torch.matmul, left, right, out=out))
+        rates[size] = product_rate(left, right)
     source = torch.randint(127, (2**22 if is_tiny else COPY_BYTES[job.device],), dtype=torch.int8, device=job.device)
     target = torch.empty_like(source)
     copy_s = best_seconds(job.device, lambda: target.copy_(source))
     return {"matmul_flops": rates, "copy_bytes_s": 2 * source.numel() / copy_s}
-
-
-def best_seconds(device: str, work: Callable[[], object], limit_s: float = 1.0) -> float:
-    """Return the shortest of 3 to 30 runs after one to warm up; for a ceiling the best counts."""
-    work()
-    times: list[float] = []
-    while len(times) < 3 or (sum(times) < limit_s and len(times) < 30):
-        started = clock_s(device)
-        work()
-        times.append(clock_s(device) - started)
-    return min(times)
 
 
 def run_training(job: Job) -> dict:
@@ -821,7 +773,7 @@ def training_command(job: Job, folder: Path, max_steps: int, log_interval: int) 
         "learning_rate": LEARNING_RATE, "n_gpu": int(job.device == "cuda"), "alpha_clm": 0.0,
     }  # fmt: skip
     flags |= {f"alpha_{name}": alpha for name, alpha in row.alphas.items()}
-    words = ["--freeze_pos_embs", *TRAIN_FLAGS[job.precision]]
+    words = ["--freeze_pos_embs", *TRAIN_FLAGS[job.precision], *(["--compile"] if job.compiles else [])]
     if "mlm" in row.alphas:
         flags["token_counts"], words = folder / "counts", [*words, "--mlm"]
     pairs = itertools.chain.from_iterable((f"--{name}", str(value)) for name, value in flags.items())
@@ -886,13 +838,28 @@ def make_jobs(args: argparse.Namespace, data_file: str) -> list[Job]:
     """List the variants; the reference first in each micro-batch size."""
     shared = {name: getattr(args, name) for name in
               ("pair", "size", "device", "length", "micro_batches", "updates", "warmup", "threads", "seed")}  # fmt: skip
-    jobs = []
-    for batch_size in args.batch_size:
-        kinds = [("reference", "fp32")] if args.reference else []
-        kinds += [("distiller", precision) for precision in args.precision]
-        kinds += [("train.py", precision) for precision in args.precision] if args.end_to_end else []
-        jobs += [Job(kind, data_file=data_file, batch_size=batch_size, precision=p, **shared) for kind, p in kinds]
-    return jobs
+    variants = [("reference", precision, False) for precision in args.reference_precision if args.reference]
+    for kind in ["distiller", "train.py"] if args.end_to_end else ["distiller"]:
+        variants += [(kind, *rest) for rest in itertools.product(args.precision, ways(args))]
+    return [
+        Job(kind, data_file=data_file, batch_size=batch_size, precision=precision, compiles=compiles, **shared)
+        for batch_size in args.batch_size
+        for kind, precision, compiles in variants
+    ]
+
+
+def ways(args: argparse.Namespace) -> list[bool]:
+    """List the ways that what is ours runs: False as it is, True compiled."""
+    return [False, True] if args.compile else [False]
+
+
+def run_checks(args: argparse.Namespace, job: Job) -> dict[str, dict]:
+    """Check every precision, and every way to run it, against the reference."""
+    checks = {}
+    for precision, compiles in itertools.product(dict.fromkeys(["fp32", *args.precision]), ways(args)):
+        one = dataclasses.replace(job, kind="check", precision=precision, compiles=compiles)
+        checks[f"{precision} (compiled)" if compiles else precision] = start_job(one)
+    return checks
 
 
 def measure_ceilings(jobs: list[Job]) -> dict[str, dict]:
@@ -946,15 +913,24 @@ def spread(values: Sequence[float]) -> dict[str, float]:
 
 
 def add_shares(rows: list[dict], ceilings: dict[str, dict], device_name: str) -> None:
-    """Add to each row its share of the measured and the nominal peak, and its ratio to the reference of its batch size."""
-    references = {row["batch_size"]: row for row in rows if row["kind"] == "reference" and "problem" not in row}
+    """Add to each row its share of the measured and the nominal peak, and its ratios to the references of its batch size.
+
+    ratio: to the one in fp32; ratio_autocast: to the one under autocast, where one of the row's own precision was run.
+    """
+    references = {
+        (row["batch_size"], row["precision"]): row["tokens_s"]["median"]
+        for row in rows
+        if row["kind"] == "reference" and "problem" not in row
+    }
     for row in (row for row in rows if "problem" not in row):
         measured = max(ceilings[row["precision"]]["matmul_flops"].values())
         nominal = nominal_peak(device_name, row["precision"])
         row["mfu_measured"] = row["flops_s"] / measured
         row["mfu_nominal"] = None if nominal is None else row["flops_s"] / nominal
-        reference = references.get(row["batch_size"])
-        row["ratio"] = None if reference is None else row["tokens_s"]["median"] / reference["tokens_s"]["median"]
+        half = None if row["precision"] == "fp32" else row["precision"]
+        for name, precision in (("ratio", "fp32"), ("ratio_autocast", half)):
+            reference = references.get((row["batch_size"], precision))
+            row[name] = None if reference is None else row["tokens_s"]["median"] / reference
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -991,6 +967,11 @@ def share(value: float | None) -> str:
     return "-" if value is None else f"{value:.1%}"
 
 
+def times(ratio: float | None) -> str:
+    """Show a ratio, or that there is none."""
+    return "-" if ratio is None else f"{ratio:.2f}"
+
+
 def gib(memory: dict[str, int] | None) -> str:
     """Show peak memory: what the step added to the models, and all of it."""
     return "-" if memory is None else f"{(memory['peak'] - memory['models']) / GIB:.2f} / {memory['peak'] / GIB:.2f}"
@@ -999,18 +980,19 @@ def gib(memory: dict[str, int] | None) -> str:
 def main_table(rows: list[dict]) -> str:
     """Lay out a line a variant."""
     lines = [["variant", "tokens/s (min..max)", "update, ms (min..max)", "MFU of measured", "of nominal",
-              "GiB above models / all", "x reference"]]  # fmt: skip
+              "GiB above models / all", "x reference", "x reference in autocast"]]  # fmt: skip
     for row in rows:
         if "problem" in row:
-            lines.append([row["name"], row["problem"].removeprefix(f"{row['name']}: "), "-", "-", "-", "-", "-"])
+            lines.append([row["name"], row["problem"].removeprefix(f"{row['name']}: "), *["-"] * 6])
             continue
         rate, step_ms = row["tokens_s"], spread([1000 * seconds for seconds in row["step_s"]])
         lines.append([
             row["name"], f"{rate['median']:,.0f} ({rate['min']:,.0f}..{rate['max']:,.0f})",
             f"{step_ms['median']:,.1f} ({step_ms['min']:,.1f}..{step_ms['max']:,.1f})", share(row["mfu_measured"]),
-            share(row["mfu_nominal"]), gib(row["memory"]), "-" if row["ratio"] is None else f"{row['ratio']:.2f}",
+            share(row["mfu_nominal"]), gib(row["memory"]), times(row["ratio"]), times(row["ratio_autocast"]),
         ])  # fmt: skip
-    return markdown(lines)
+    has_autocast = any(row.get("ratio_autocast") is not None for row in rows)
+    return markdown(lines if has_autocast else [line[:-1] for line in lines])
 
 
 def stage_table(rows: list[dict]) -> str:
@@ -1029,8 +1011,8 @@ def print_report(found: dict) -> None:
     print(f"\nPair {found['flags']['pair']}, {found['flags']['size']} size; {machine['device']}; {machine['cpu']}, "
           f"{machine['threads']} threads; torch {machine['torch']}.")  # fmt: skip
     print(f"Load of the machine when this began: {machine['load']:.1f} processes on {machine['cores']} cores.")
-    for precision, check in found["check"].items():
-        print(f"Distiller in {precision} and the 2019 step in fp32, without dropout: losses differ by "
+    for how, check in found["check"].items():
+        print(f"Distiller in {how} and the 2019 step in fp32, without dropout: losses differ by "
               f"{check['losses_differ_by']:.1e}, gradients by {check['gradients_differ_by']:.1e}.")  # fmt: skip
     for precision, ceiling in found["ceilings"].items():
         size, rate = max(ceiling["matmul_flops"].items(), key=lambda entry: entry[1])
@@ -1079,15 +1061,16 @@ def draw(rows: list[dict], path: str) -> None:
 
 
 def run_all(args: argparse.Namespace, folder: Path) -> dict:
-    """Make the sequences, check, measure."""
+    """Make the sequences, check, measure. Raises InputError where torch.compile is wanted and does not work."""
+    if args.compile:
+        check_compiler(torch.device(args.device))
     data_file = args.data_file
     if data_file is None:
         data_file = str(folder / "synthetic")
         write_synthetic(args, Path(data_file))
     jobs = make_jobs(args, data_file)
     machine = describe_machine(args.device, args.threads)
-    precisions = dict.fromkeys(["fp32", *args.precision])
-    check = {p: start_job(dataclasses.replace(jobs[0], kind="check", precision=p)) for p in precisions}
+    check = run_checks(args, jobs[0])
     ceilings = measure_ceilings(jobs)
     rows = measure(args, jobs)
     add_shares(rows, ceilings, machine["device"])

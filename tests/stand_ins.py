@@ -143,7 +143,7 @@ class World:
         return flags
 
 
-MEASURED = ("global/speed", "global/memory_usage")
+MEASURED = ("global/speed", "global/tokens_per_s", "global/mfu", "global/memory_usage")
 
 
 def logged(run: Path) -> list[tuple]:

@@ -2,12 +2,16 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
 import torch
+from conftest import run_process
+from stand_ins import ROOT
 
 import benchmark
+from flops import ModelSize
 
 FLAGS = ["--size", "tiny", "--device", "cpu", "--updates", "2", "--warmup", "1", "--threads", "1"]
 
@@ -19,7 +23,7 @@ def make_job(tmp_path, *flags: str, **changes) -> benchmark.Job:
     return dataclasses.replace(benchmark.make_jobs(args, str(tmp_path / "store"))[0], **changes)
 
 
-def base_sizes(pair: str) -> list[benchmark.ModelSize]:
+def base_sizes(pair: str) -> list[ModelSize]:
     """Count teacher and student at base size, without making their weights."""
     job = benchmark.make_jobs(benchmark.parse(["--pair", pair, "--device", "cpu"]), "unused")[0]
     with torch.device("meta"):
@@ -37,6 +41,67 @@ def test_both_steps_compute_the_same(pair, tmp_path):
 def test_half_precision_computes_nearly_the_same(tmp_path):
     found = benchmark.run_check(make_job(tmp_path, precision="bf16"))
     assert 1e-5 < found["gradients_differ_by"] < 0.1 and found["gradient_cosine"] > 0.99
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when it loads its compiler
+def test_a_compiled_step_is_checked_and_timed_by_stage(tmp_path):
+    job = make_job(tmp_path, "--length", "20", kind="distiller", compiles=True)
+    found = benchmark.run_check(job)
+    assert found["gradient_cosine"] > 0.9999 and found["gradients_differ_by"] < 1e-4
+    times = benchmark.run_steps(job)
+    assert len(times["step_s"]) == 2 and min(times["stages_s"].values()) > 0
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
+def test_the_parts_of_a_compiled_step_are_compiled_and_the_references_are_not(tmp_path):
+    job = make_job(tmp_path, compiles=True)
+    step = benchmark.make_distiller(job, *benchmark.make_models(job))
+    assert benchmark.entrance(step.teacher.base_model) == benchmark.entrance(step.model.student.base_model) == (
+        "_compiled_call_impl"
+    )  # fmt: skip
+    plain = benchmark.PlainStep(job, *benchmark.make_models(job))
+    assert benchmark.entrance(plain.student.base_model) == "forward"
+
+
+@pytest.mark.parametrize("precision", ["bf16", "fp16"])
+def test_a_reference_under_autocast_keeps_its_weights_and_computes_nearly_the_same(precision, tmp_path):
+    job = make_job(tmp_path, kind="reference", precision=precision)
+    batches = benchmark.checked_batches(benchmark.make_workload(job))
+    found = {}
+    for one in (job, dataclasses.replace(job, precision="fp32")):
+        step = benchmark.PlainStep(one, *benchmark.make_models(one, has_dropout=False))
+        found[one.precision] = step.step(iter(batches), [0, 1], 2)
+        assert {p.dtype for model in (step.teacher, step.student) for p in model.parameters()} == {torch.float32}
+        assert all(torch.isfinite(p).all() for p in step.student.parameters())
+    (rounded, exact) = (found[name].losses_MK for name in (precision, "fp32"))
+    assert not torch.equal(rounded, exact)
+    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)  # 8 bits (bf16) in each product, over a sum of many
+    assert found[precision].grad_norm == pytest.approx(found["fp32"].grad_norm, rel=0.1)  # fp16's is unscaled
+
+
+def test_variants_are_those_asked_for():
+    flags = "--batch_size 2 --length 20 --precision fp32 bf16 --reference --reference_precision bf16 --compile --end_to_end"
+    jobs = benchmark.make_jobs(benchmark.parse([*FLAGS, *flags.split()]), "unused")
+    assert [job.name.removesuffix(", 1 x 2 x 20") for job in jobs] == [
+        "2019 step, fp32",
+        "2019 step in autocast, bf16",
+        *(f"Distiller.step{how}, {precision}" for precision in ("fp32", "bf16") for how in ("", " compiled")),
+        *(f"train.py{how}, {precision}" for precision in ("fp32", "bf16") for how in ("", " compiled")),
+    ]
+    for job in jobs[-4:]:
+        command = benchmark.training_command(job, tmp := benchmark.Path("nowhere"), 1, 1)
+        assert str(tmp / "run") in command and ("--compile" in command) == job.compiles
+    plain = benchmark.make_jobs(benchmark.parse([*FLAGS, "--reference"]), "unused")
+    assert [(job.kind, job.precision, job.compiles) for job in plain] == [
+        ("reference", "fp32", False),
+        ("distiller", "fp32", False),
+    ]
+
+
+def test_a_cpu_is_warmed_up_by_three_updates_unless_told_otherwise():
+    flags = ["--device", "cpu"]
+    assert benchmark.parse(flags).warmup == 3 and benchmark.parse([*flags, "--warmup", "0"]).warmup == 0
 
 
 def test_a_reference_that_computes_something_else_is_refused(tmp_path, monkeypatch):
@@ -100,8 +165,25 @@ def test_shares_and_ratios_come_from_medians(tmp_path):
         rows.append(benchmark.merged(job, [one, one]))
     benchmark.add_shares(rows, {"fp32": {"matmul_flops": {"256": 1000.0, "512": 1600.0}}}, "NVIDIA H100 80GB HBM3")
     assert [row["ratio"] for row in rows] == [1.0, 4.0] and [row["mfu_measured"] for row in rows] == [0.125, 0.5]
+    assert [row["ratio_autocast"] for row in rows] == [None, None] and "in autocast" not in benchmark.main_table(rows)
     assert rows[1]["mfu_nominal"] == 800 / 67e12 and rows[0]["tokens_s"] == {"median": 25.0, "min": 12.5, "max": 50.0}
     assert benchmark.nominal_peak("NVIDIA H200", "bf16") == 989e12 and benchmark.nominal_peak("cpu", "fp32") is None
+
+
+def test_ratios_to_the_reference_under_autocast_are_of_the_same_precision(tmp_path):
+    rates = {("reference", "fp32"): 10, ("reference", "bf16"): 25, ("distiller", "fp32"): 30, ("distiller", "bf16"): 50,
+             ("distiller", "fp16"): 40}  # fmt: skip
+    rows = []
+    for (kind, precision), rate in rates.items():
+        job = make_job(tmp_path, kind=kind, precision=precision)
+        one = {"step_s": [1.0], "tokens": [rate], "flops": [1], "skipped_updates": 0, "stages_s": None, "memory": None}
+        rows.append(benchmark.merged(job, [one]))
+    benchmark.add_shares(rows, {p: {"matmul_flops": {"256": 1.0}} for p in benchmark.DTYPES}, "cpu")
+    assert [row["ratio"] for row in rows] == [1, 2.5, 3, 5, 4]
+    assert [row["ratio_autocast"] for row in rows] == [None, 1, None, 2, None]
+    head, _, *lines = benchmark.main_table(rows).splitlines()
+    assert head.rstrip(" |").endswith("x reference in autocast")
+    assert [line.split("|")[-2].strip() for line in lines] == ["-", "1.00", "-", "2.00", "-"]
 
 
 def test_a_lack_of_memory_names_the_micro_batch_and_the_flag(tmp_path):
@@ -124,6 +206,7 @@ BAD_FLAGS = {
     "data file": (["--data_file", "nowhere"], "--data_file nowhere"),
     "plot": (["--plot", "plot.pdf"], "--plot plot.pdf: expected a name that ends in .png"),
     "json": (["--json", "/"], "--json /: is a folder"),
+    "reference's precision": (["--reference_precision", "bf16"], "--reference_precision without --reference: add it"),
     "unknown flag": (["--referense"], "did you mean --reference?"),
 }
 
@@ -141,6 +224,45 @@ def test_what_the_machine_lacks_is_one_line(status_and_errors):
     if "fp16" not in benchmark.precisions_of("cpu"):
         status, errors = status_and_errors(benchmark.main, ["--device", "cpu", "--precision", "fp16"])
         assert status == 2 and errors == ["--precision fp16: this CPU does not compute in it; take bf16, or a GPU"]
+
+
+def test_a_machine_that_can_not_compile_is_one_line(status_and_errors, monkeypatch):
+    def fail(function):
+        raise RuntimeError("no compiler\nfound")
+
+    monkeypatch.setattr(torch, "compile", fail)
+    status, errors = status_and_errors(benchmark.main, [*FLAGS, "--compile"])
+    assert status == 2 and len(errors) == 1
+    assert errors[0].startswith("--compile: torch.compile fails on this machine (") and "or leave it out" in errors[0]
+
+
+NOTING = """#!/usr/bin/env bash
+case "$*" in *check_compiler*) exit "$CAN_NOT_COMPILE" ;; scripts/benchmark.py*) echo "$*" >> "$NOTED" ;; esac
+"""
+
+
+@pytest.mark.parametrize("can_compile", [True, False])
+@pytest.mark.parametrize("device", ["cpu", "cuda"])
+def test_the_command_lines_of_the_gpu_script_are_right(device, can_compile, tmp_path):
+    """Written down by what stands in the interpreter's place; then read by the benchmark."""
+    for name in ("scripts/benchmark_gpu.sh", "scripts/environment.sh", "requirements.txt", "requirements-dev.txt"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        shutil.copy(ROOT / name, tmp_path / name)
+    python = tmp_path / ".venv" / "bin" / "python"
+    python.parent.mkdir(parents=True)
+    python.write_text(NOTING)
+    python.chmod(0o755)
+    flags = ["--cpu"] if device == "cpu" else []
+    done = run_process("bash", tmp_path / "scripts" / "benchmark_gpu.sh", *flags, tmp_path / "out", timeout_s=60,
+                       NOTED=str(tmp_path / "noted"), CAN_NOT_COMPILE=str(int(not can_compile)))  # fmt: skip
+    assert done.returncode == (0 if can_compile else 2), done.stderr
+    lines = [line.split()[1:] for line in (tmp_path / "noted").read_text().splitlines()]
+    assert len(lines) == (2 if device == "cpu" else 6)
+    for line in lines:
+        assert line[line.index("--device") + 1] == device
+        args = benchmark.parse([*line, "--device", "cpu"])  # the last one counts
+        assert args.compile == can_compile and args.reference != args.end_to_end
+        assert args.reference_precision == (["fp32", "bf16"] if args.reference else ["fp32"])
 
 
 @pytest.mark.slow

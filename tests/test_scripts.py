@@ -205,6 +205,7 @@ ALLOWED = {
     "utils": set(),
     "runtime": {"utils"},
     "losses": {"utils"},
+    "flops": set(),
     "architectures": {"utils", "conventions"},
     "conventions": {"utils"},
     "token_files": {"utils"},

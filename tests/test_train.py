@@ -364,7 +364,7 @@ def test_tensorboard_has_the_tags_of_2019(kind, runs, world):
     found = scalars(runs[kind])
     own = {"ce", "mse", "cos", "clm" if kind == "gpt2" else "mlm"}
     expected = {"losses/cum_avg_loss_epoch", "losses/loss", *(f"losses/loss_{name}" for name in own), "learning_rate/lr",
-                "global/memory_usage", "global/speed", "epoch/loss"}  # fmt: skip
+                "global/memory_usage", "global/speed", "global/tokens_per_s", "global/mfu", "epoch/loss"}  # fmt: skip
     student = load_auto(kind, runs[kind])
     names = {name for name, _ in student.named_parameters()}
     frozen = {name for name in names if "position_embeddings" in name or "wpe" in name}

@@ -1,0 +1,156 @@
+"""Model FLOPs against torch's own count of a forward pass, and the peak that they are a share of; no speed is asserted."""
+
+import dataclasses
+
+import families
+import numpy as np
+import pytest
+import torch
+import transformers
+from torch.utils.flop_counter import FlopCounterMode
+
+import flops
+from flops import ModelSize
+
+FAMILIES = [*((name, True) for name in families.MASKED), *((name, False) for name in families.CAUSAL)]
+
+
+def ids(length: int) -> torch.Tensor:
+    return torch.arange(5, 5 + length)[None]
+
+
+def counted(model, token_ids_BT: torch.Tensor) -> int:
+    """Have torch count a forward pass, products of the attention one by one."""
+    model.set_attn_implementation("eager")
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model(token_ids_BT)
+    return counter.get_total_flops()
+
+
+@pytest.mark.parametrize(("model_type", "is_masked"), FAMILIES)
+@pytest.mark.parametrize("length", [12, 60])
+def test_a_forward_pass_is_what_torch_counts(model_type, is_masked, length):
+    model = families.tiny_model(model_type, is_masked)
+    size = flops.shown_size(model, ids(length))
+    assert size is not None and size == flops.size_of(model)
+    assert size.forward_flops(np.array([length])) == pytest.approx(counted(model, ids(length)), rel=0.01)
+
+
+def test_heads_wider_than_the_hidden_states_are_counted_so():
+    config = families.tiny_config("qwen3", 99)
+    config.head_dim = 24  # 4 heads of 24 over hidden states of 32, keys and values of 2 heads
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    size = flops.shown_size(model, ids(60))
+    assert size.attention_width == 96
+    assert size.forward_flops(np.array([60])) == pytest.approx(counted(model, ids(60)), rel=0.01)
+
+
+def test_a_pooler_is_left_out_for_it_reads_one_token():
+    model = families.tiny_model("bert", True)
+    expected = flops.size_of(model)
+    model.bert = transformers.BertModel(model.config, add_pooling_layer=True)
+    assert model.bert.pooler is not None and flops.shown_size(model, ids(60)) == expected
+    assert expected.forward_flops(np.array([60])) == pytest.approx(counted(model, ids(60)), rel=0.01)
+
+
+# Layers used twice; tokens that go to some of the experts; positions that have products of their own; no attention at all.
+UNKNOWN = {
+    "albert": (True, {}), "mixtral": (False, {}), "deberta-v2": (True, {"relative_attention": True, "pos_att_type": ["c2p"]}),
+    "mamba": (False, {}), "fnet": (True, {}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("model_type", UNKNOWN)
+def test_what_can_not_be_counted_has_no_figure(model_type):
+    is_masked, entries = UNKNOWN[model_type]
+    config = families.tiny_config(model_type, 99)
+    for name, value in entries.items():
+        setattr(config, name, value)
+    auto_class = transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
+    model = auto_class.from_config(config).train()
+    assert flops.shown_size(model, ids(20)) is None and model.training
+
+
+class Lacking:
+    """A configuration in which an entry is missing."""
+
+    def __init__(self, config, entry: str | None):
+        self.config, self.entry = config, entry
+
+    def __getattr__(self, name: str):
+        if name == self.entry:
+            raise AttributeError(name)
+        return getattr(self.config, name)
+
+
+@pytest.mark.parametrize("entry", ["hidden_size", "num_attention_heads", "num_hidden_layers", None])
+def test_a_configuration_without_sizes_has_no_figure(entry):
+    config = families.tiny_config("phi", 99)  # which names no width of a head
+    model = transformers.AutoModelForCausalLM.from_config(config)
+    config = Lacking(config, entry)
+    model.config.get_text_config = lambda *_arguments, **_options: config
+    assert (flops.shown_size(model, ids(20)) is None) == (entry is not None)
+
+
+def test_an_update_is_counted_by_hand():
+    teacher, student = ModelSize(1000, 70, 4, 16), ModelSize(500, 50, 2, 8)
+    lengths_B = np.array([10, 20], dtype=np.int32)
+    of_teacher = 2 * 30 * 1070 + 4 * 16 * 4 * 500
+    of_student = 2 * 30 * 550 + 4 * 8 * 2 * 500
+    assert flops.update_flops(teacher, student, lengths_B) == of_teacher + 3 * of_student
+    assert flops.update_flops(None, student, lengths_B) == 3 * of_student
+    some = (2 * 30 * 1000 + 2 * 5 * 70 + 4 * 16 * 4 * 500) + 3 * (2 * 30 * 500 + 2 * 5 * 50 + 4 * 8 * 2 * 500)
+    assert flops.update_flops(teacher, student, lengths_B, num_head_rows=5) == some
+    assert (
+        flops.update_flops(dataclasses.replace(teacher, in_head=0), student, lengths_B) == of_teacher - 60 * 70 + 3 * of_student
+    )
+
+
+def test_lengths_of_few_bits_do_not_overflow():
+    lengths_B = np.array([512] * 9, dtype=np.uint16)
+    assert ModelSize(0, 0, 1, 1).forward_flops(lengths_B) == 4 * 9 * 512**2
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The peak
+# --------------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("precision", flops.DTYPES)
+def test_an_unknown_device_is_measured_and_no_random_number_is_drawn(precision, monkeypatch):
+    sizes, state = [], torch.get_rng_state()
+    kept = flops.product_rate
+    monkeypatch.setattr(flops, "product_rate", lambda left, *rest, **options: sizes.append((len(left), left.dtype))
+                        or kept(left, *rest, **options))  # fmt: skip
+    assert flops.nominal_peak("cpu", precision) is None
+    assert flops.peak_flops(torch.device("cpu"), flops.DTYPES[precision]) > 0
+    assert torch.equal(torch.get_rng_state(), state)
+    assert [size for size, _ in sizes] == list(flops.PEAK_SIZES[: len(sizes)]) and sizes[0][1] == flops.DTYPES[precision]
+
+
+@pytest.mark.parametrize(("seconds_of_128", "expected"), [(1e-4, 4), (1.0, 1), (1e-9, 6)])
+def test_a_slow_device_is_asked_for_small_products_only(seconds_of_128, expected, monkeypatch):
+    """By a clock that only the products move: 4 of each size, the time of one growing by 8."""
+    now, sizes = [0.0], []
+
+    def rate(left, right, limit_s):
+        sizes.append(len(left))
+        one_s = seconds_of_128 * (len(left) / 128) ** 3
+        now[0] += 4 * one_s
+        return 2 * len(left) ** 3 / one_s
+
+    monkeypatch.setattr(flops, "clock_s", lambda device: now[0])
+    monkeypatch.setattr(flops, "product_rate", rate)
+    monkeypatch.setattr(flops, "PEAK_SIZES", (128, 256, 512, 1024, 2048, 4096))
+    found = flops.measured_peak("cpu", torch.float32, limit_s=0.3)
+    assert found == pytest.approx(2 * 128**3 / seconds_of_128) and len(sizes) == expected
+    assert now[0] <= 0.3 or len(sizes) == 1
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
+@pytest.mark.parametrize("dtype", flops.DTYPES.values())
+def test_a_gpu_has_a_peak(dtype):
+    state = torch.cuda.get_rng_state()
+    assert flops.measured_peak("cuda", dtype) > 0 and flops.peak_flops(torch.device("cuda"), dtype) > 0
+    assert torch.equal(torch.cuda.get_rng_state(), state)
