@@ -10,13 +10,17 @@ Shape suffixes: B sequences, T padded length, N selected positions, V vocabulary
 
 import contextlib
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
+import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
+from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
+from cpu_kernels import TiedGradient, checkpointing_contexts, faster
 from losses import (
     IGNORED_LABEL,
     LOSSES,
@@ -54,22 +58,46 @@ class MicroBatch:
     labels_BT: torch.Tensor
     rows: Mapping[str, torch.Tensor]
     num_tokens: int
+    selection: "Selection | None" = None
 
     @property
     def is_causal(self) -> bool:
         """True where the next token is to be predicted, False where masked ones are."""
         return "next" in self.rows
 
+    @property
+    def is_padded(self) -> bool:
+        """True where a position is no real token."""
+        return self.num_tokens < self.input_ids_BT.numel()
+
     def pinned(self) -> "MicroBatch":
         """Return the batch in page-locked memory, from where a GPU copies it while the host goes on."""
-        pinned = {id(tensor): tensor.pin_memory() for tensor in (self.input_ids_BT, self.labels_BT, *self.rows.values())}
-        return dataclasses.replace(
-            self,
-            input_ids_BT=pinned[id(self.input_ids_BT)],
-            attention_mask_BT=None if self.attention_mask_BT is None else self.attention_mask_BT.pin_memory(),
-            labels_BT=pinned[id(self.labels_BT)],
-            rows={kind: pinned[id(rows_N)] for kind, rows_N in self.rows.items()},
-        )
+        memo: dict[int, torch.Tensor] = {}
+        return _pinned(self, memo)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which rows of a micro-batch the head projects, found on the host.
+
+    rows_N: ascending positions in the flattened (B, T). offsets: objective -> places of its own rows among these; labels:
+    objective -> the ids to be predicted there, or None.
+    """
+
+    rows_N: torch.Tensor
+    offsets: Mapping[str, torch.Tensor]
+    labels: Mapping[str, torch.Tensor | None]
+
+
+def _pinned(value, memo: dict[int, torch.Tensor]):
+    """Copy the tensors in a dataclass or mapping into page-locked memory, one that occurs twice once."""
+    if isinstance(value, torch.Tensor):
+        return memo.setdefault(id(value), value.pin_memory())
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(value, **{f.name: _pinned(getattr(value, f.name), memo) for f in dataclasses.fields(value)})
+    if isinstance(value, Mapping):
+        return {key: _pinned(content, memo) for key, content in value.items()}
+    return value
 
 
 def masking_weights(counts_V: torch.Tensor, smoothing: float, special_ids: Iterable[int]) -> torch.Tensor:
@@ -197,6 +225,13 @@ class DistillationModel(nn.Module):
         self.chunk_rows = chunk_rows
         # Where the head is more than layers and one linear map, or the plain version is asked for, autograd does it all.
         self.uses_fast_head = fast_head and hasattr(head, "projection")
+        self.compiles_head = False
+
+    @property
+    def tied_weight(self) -> torch.Tensor | None:
+        """The weights that the fast head gives a gradient to, in every backward; the student's embedding may share them."""
+        weight = self.head.projection.weight if self.uses_fast_head and self._active("logits") else None
+        return weight if weight is not None and weight.requires_grad else None
 
     @property
     def needs_teacher(self) -> bool:
@@ -221,7 +256,7 @@ class DistillationModel(nn.Module):
         counts = dict(zip(self.alphas, own if counts_K is None else counts_K, strict=True))
         total, means = self._logit_losses(batch, hidden_ND, teacher_ND, teacher_head, scale, counts)
         for name in self._active("hidden"):
-            loss, rows_N = LOSSES[name], batch.rows[LOSSES[name].rows].to(hidden_ND.device)
+            loss, rows_N = LOSSES[name], _copied(batch.rows[LOSSES[name].rows], hidden_ND.device)
             teacher_rows_ND = None if teacher_ND is None else at_least_float32(teacher_ND[rows_N])
             student_rows_ND = at_least_float32(hidden_ND[rows_N])
             mean = loss.formula(student_rows_ND, teacher_rows_ND, None, self.temperature) / counts[name]
@@ -241,10 +276,9 @@ class DistillationModel(nn.Module):
         names = self._active("logits")
         if not names:
             return hidden_ND[:0].sum(), {}
-        device = hidden_ND.device
-        needed = torch.cat([batch.rows[LOSSES[name].rows] for name in names]).unique()  # ascending
-        selected_N = needed.to(device, non_blocking=True)
-        terms = [self._term(name, batch, needed, scale / counts[name], device) for name in names]
+        selection = batch.selection or self.select(batch)
+        selected_N = _copied(selection.rows_N, hidden_ND.device)
+        terms = [self._term(name, selection, scale / counts[name], hidden_ND.device) for name in names]
         reads_teacher = any(LOSSES[name].needs_teacher for name in names)
         student_ND = hidden_ND[selected_N]
         teacher_ND = teacher_ND[selected_N] if reads_teacher else None
@@ -252,40 +286,79 @@ class DistillationModel(nn.Module):
             with torch.no_grad():
                 teacher = self._projection(teacher_head, teacher_ND) if reads_teacher else None
             student = self._projection(self.head, student_ND)
-            total, sums_K = projected_losses(student, teacher, terms, self.temperature, self.chunk_rows)
+            total, sums_K = projected_losses(student, teacher, terms, self.temperature, self.chunk_rows, self.compiles_head)
         else:
             total, sums_K = head_losses(
                 self.head, self.head_parameters, student_ND, teacher_head if reads_teacher else None, teacher_ND, terms,
-                self.temperature, self.chunk_rows or rows_per_chunk(device.type),
+                self.temperature, self.chunk_rows or rows_per_chunk(hidden_ND.device.type),
             )  # fmt: skip
         return total, {name: value / counts[name] for name, value in zip(names, sums_K, strict=True)}
 
-    def _term(self, name: str, batch: MicroBatch, needed: torch.Tensor, scale, device) -> Term:
-        loss = LOSSES[name]
-        rows_N = batch.rows[loss.rows]
-        offsets = torch.searchsorted(needed, rows_N)
-        labels_N = label_of_row(loss.rows, batch.labels_BT, rows_N)
+    def select(self, batch: MicroBatch) -> Selection:
+        """Find on the host what the active logit objectives read of a micro-batch."""
+        rows = {name: batch.rows[LOSSES[name].rows] for name in self._active("logits")}
+        rows_N = torch.cat(list(rows.values())).unique() if rows else torch.zeros(0, dtype=torch.int64)  # ascending
+        offsets = {name: torch.searchsorted(rows_N, own_N) for name, own_N in rows.items()}
+        labels = {name: label_of_row(LOSSES[name].rows, batch.labels_BT, own_N) for name, own_N in rows.items()}
+        return Selection(rows_N, offsets, labels)
+
+    def _term(self, name: str, selection: Selection, scale, device: torch.device) -> Term:
+        loss, offsets, labels_N = LOSSES[name], selection.offsets[name], selection.labels[name]
         return Term(
             loss.formula,
-            offsets.to(device, non_blocking=True),
+            _copied(offsets, device),
             offsets,
-            None if labels_N is None else labels_N.to(device, non_blocking=True),
+            None if labels_N is None else _copied(labels_N, device),
             self.alphas[name] * scale,
             loss.gradient,
+            loss.by_row,
         )
+
+
+def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to a device without waiting for it; from page-locked memory (see MicroBatch.pinned) the host goes on at once."""
+    return tensor.to(device, non_blocking=True)
+
+
+# Families whose attention reads nothing of a mask but who may be attended to, and takes one of (B, 1, T, T) as it is.
+PLAIN_ATTENTION = {"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra"}
 
 
 def last_hidden_state(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     """Run a language model without its prediction head: hidden states (B, T, D), for GPT-2 after the final norm.
 
-    No token types are passed.
+    No token types are passed, and no mask where nothing is padded.
     """
     device = next(model.parameters()).device
-    input_ids_BT = batch.input_ids_BT.to(device, non_blocking=True)
+    input_ids_BT = _copied(batch.input_ids_BT, device)
     options = {"use_cache": False} if batch.is_causal else {}
-    if batch.attention_mask_BT is not None:
-        options["attention_mask"] = batch.attention_mask_BT.to(device, non_blocking=True)
+    if batch.attention_mask_BT is not None and batch.is_padded:
+        options["attention_mask"] = _attention_mask(model.config, _copied(batch.attention_mask_BT, device))
     return model.base_model(input_ids_BT, **options).last_hidden_state
+
+
+def _attention_mask(config, mask_BT: torch.Tensor) -> torch.Tensor:
+    """Return the mask as a model takes it: made ready here where that is known to be the same, (B, 1, T, T).
+
+    Of a (B, T) one transformers asks first whether all of it is 1, for which the host waits.
+    """
+    if config.model_type not in PLAIN_ATTENTION or config._attn_implementation != "sdpa":
+        return mask_BT
+    return mask_BT.bool()[:, None, None, :].expand(-1, 1, mask_BT.shape[1], -1)
+
+
+CAUSAL_ATTENTION = "sdpa_causal"  # our name of it; no configuration file has it
+
+
+def attend_without_masks(model: nn.Module) -> None:
+    """Have GPT-2, called without a mask, attend through SDPA's own causal one.
+
+    transformers would look at the positions first, for packed sequences: the host waits for that, and compiled it makes a mask
+    always, with which no fused kernel runs.
+    """
+    if model.config.model_type == "gpt2" and model.config._attn_implementation == "sdpa":
+        transformers.AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
+        model.set_attn_implementation(CAUSAL_ATTENTION)
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -317,6 +390,22 @@ class StepReport:
     num_asking: int = 0
 
 
+class BegunStep:
+    """An update that the device was given, and may still compute.
+
+    read() waits for it: its StepReport, or NonFiniteError, on every rank alike, where it was not applied.
+    """
+
+    def __init__(self, read: Callable[[], StepReport]):
+        self._read, self._report = read, None
+
+    def read(self) -> StepReport:
+        """Return the report; the same at every call."""
+        if self._report is None:
+            self._report = self._read()
+        return self._report
+
+
 class Distiller:
     """Update a student towards its teacher.
 
@@ -325,7 +414,10 @@ class Distiller:
     that share an update. amp_dtype: None, or the dtype of torch's mixed precision, to which the teacher is converted.
     normalization: "micro_batches" takes the mean over each micro-batch's rows, then over the update's micro-batches, as in
     2019; "tokens" the mean over the update's rows, so that every token counts alike however the update is cut up.
-    compiles: run teacher and student through torch.compile.
+    compiles: run teacher, student and the head's element-wise part through torch.compile. waits: read what an update gave
+    before the optimizer is stepped; False: the device itself leaves out what is not finite, and all updates after it, and the
+    host reads when it likes. None: False on a GPU, but for float16, whose overflows change the schedule, and for optimizers
+    that cannot leave out an update.
     """
 
     def __init__(
@@ -342,6 +434,7 @@ class Distiller:
         amp_dtype: torch.dtype | None = None,
         normalization: str = "micro_batches",
         compiles: bool = False,
+        waits: bool | None = None,
     ):
         self.model = model
         self.teacher, self.teacher_head = (teacher, teacher_head) if model.needs_teacher else (None, None)
@@ -352,54 +445,95 @@ class Distiller:
         self.world_size = world_size
         self.amp_dtype = amp_dtype
         self.normalization = normalization
-        self.num_asking = 0
         if amp_dtype is not None and self.teacher is not None:
             self.teacher.to(amp_dtype)
+        for module in filter(None, (model.student, self.teacher)):
+            attend_without_masks(module)
         if compiles:
             for module in filter(None, (model.student, self.teacher)):
                 module.base_model.compile(dynamic=True)  # in place: parameters keep their names
+        model.compiles_head = compiles
         self.device = next(model.parameters()).device
+        self.has_cpu_kernels = self.device.type == "cpu" and not compiles
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
+        can_skip = getattr(optimizer, "_step_supports_amp_scaling", False) and not self.scaler.is_enabled()
+        self.waits = not can_skip or (self.device.type == "cpu" if waits is None else waits)
+        self.alphas_K = torch.tensor(list(model.alphas.values()), dtype=torch.float64, device=self.device)
+        self.is_broken = torch.zeros((), device=self.device)  # 1 from an update on that was not finite
         self.wrapped = _wrap_for_ranks(model) if world_size > 1 else model
         if world_size > 1:
             self._settle_buckets()
+
+    def ready(self, batch: MicroBatch) -> MicroBatch:
+        """Do on the host what the step needs of a batch beforehand, in a loader's thread: it then waits for nothing."""
+        batch = dataclasses.replace(batch, selection=self.model.select(batch))
+        return batch.pinned() if self.device.type == "cuda" else batch
 
     def step(
         self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int, wants_statistics: bool = False,
         asks_to_stop: Callable[[], bool] = lambda: False,
     ) -> StepReport:  # fmt: skip
-        """Do one update over the micro-batches `numbers`, of which this rank computes `batches` (num_mine of them).
+        """Do one update and wait for it: see begin_step. Raises NonFiniteError."""
+        return self.begin_step(batches, numbers, num_mine, wants_statistics, asks_to_stop).read()
+
+    def begin_step(
+        self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int, wants_statistics: bool = False,
+        asks_to_stop: Callable[[], bool] = lambda: False,
+    ) -> BegunStep:  # fmt: skip
+        """Give the device one update over the micro-batches `numbers`, of which this rank computes `batches` (num_mine).
 
         The gradient is the mean over all of the update's micro-batches, on whichever rank. asks_to_stop: asked after the
-        last micro-batch, and told to all ranks with the losses. Raises NonFiniteError, on every rank alike, before anything
-        is applied.
+        last micro-batch, and told to all ranks with the losses. Where the distiller waits, NonFiniteError is raised here.
         """
         self.optimizer.zero_grad(set_to_none=True)
-        losses_MK = self.accumulate(batches, numbers, num_mine, asks_to_stop)
-        # Differs from the original: nothing non-finite is applied. 2019 ended with exit status 0.
-        self._check_losses(losses_MK, numbers)
+        shared = self._accumulate(batches, numbers, num_mine, asks_to_stop)
         self.scaler.unscale_(self.optimizer)
         parameters = [parameter for parameter in self.model.parameters() if parameter.requires_grad]
         statistics = self._grad_statistics() if wants_statistics else {}
-        # The host waits for the device here, once an update: nothing non-finite may be applied.
-        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm).item()
-        if not math.isfinite(norm):
-            self._check_overflow(norm, numbers)
-            statistics = {}
-        self.scaler.step(self.optimizer)  # skips where the gradient overflowed in half precision
-        self.scaler.update()
-        if self.schedule is not None and math.isfinite(norm):
+        norm = torch.nn.utils.clip_grad_norm_(parameters, self.max_grad_norm)
+        begun = BegunStep(functools.partial(self._report, _OnHost(shared), _OnHost(norm), numbers, statistics))
+        # Differs from the original: nothing non-finite is applied. 2019 ended with exit status 0.
+        if self.waits:
+            is_applied = math.isfinite(begun.read().grad_norm)
+            self.scaler.step(self.optimizer)  # skips where the gradient overflowed in half precision
+            self.scaler.update()
+        else:
+            is_applied = True
+            self._step_if_finite(shared, norm)
+        if self.schedule is not None and is_applied:
             self.schedule.step()
-        return StepReport(losses_MK, norm, statistics, self.num_asking)
+        return begun
 
-    def accumulate(
+    def _step_if_finite(self, shared: torch.Tensor, norm: torch.Tensor) -> None:
+        """Step the optimizer unless this update, or one since the host last looked, is not finite: decided by the device."""
+        is_finite = torch.isfinite(shared).all() & torch.isfinite(norm)
+        self.is_broken.copy_(torch.maximum(self.is_broken, (~is_finite).float()))
+        self.optimizer.found_inf = self.is_broken  # as a gradient scaler tells it
+        self.optimizer.step()
+        del self.optimizer.found_inf
+
+    def _report(self, shared: "_OnHost", norm: "_OnHost", numbers: Sequence[int], statistics: dict) -> StepReport:
+        """Say what an update gave, once it is there. Raises NonFiniteError."""
+        losses_MK, num_asking, norm = shared.read()[:-1], int(shared.read()[-1, 0]), norm.read().item()
+        try:
+            self._check_losses(losses_MK, numbers)
+            if not math.isfinite(norm):
+                self._check_overflow(norm, numbers)
+                statistics = {}
+        except NonFiniteError:
+            self.is_broken.zero_()
+            raise
+        return StepReport(losses_MK, norm, statistics, num_asking)
+
+    def accumulate(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int) -> torch.Tensor:
+        """Leave the update's mean gradient in .grad; return every rank's losses_MK. One gradient all-reduce."""
+        return self._accumulate(batches, numbers, num_mine).cpu()[:-1]
+
+    def _accumulate(
         self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int,
         asks_to_stop: Callable[[], bool] = lambda: False,
     ) -> torch.Tensor:  # fmt: skip
-        """Leave the update's mean gradient in .grad; return every rank's losses_MK. One gradient all-reduce.
-
-        Sets num_asking: how many ranks' asks_to_stop said yes.
-        """
+        """Do as `accumulate`; return losses_MK on the device, with a last row whose first entry counts who asks to stop."""
         self.model.train()
         # Differs from the original: a last partial update is divided by its own size.
         share, counts_K = self.world_size / len(numbers), None  # DDP takes the mean over ranks
@@ -407,7 +541,6 @@ class Distiller:
             batches = list(batches)  # all of the update's masks are drawn before the first is counted in
             counts_K = self._count_rows(batches) / len(numbers)
         scale = self.scaler.scale(torch.full((), share, device=self.device)) if self.scaler.is_enabled() else share
-        # A last row carries the wish to stop: one exchange for both.
         shared = torch.zeros(len(numbers) + 1, 1 + len(self.model.alphas), dtype=torch.float64, device=self.device)
         losses_MK = shared[:-1]
         for done, batch in enumerate(batches, start=1):
@@ -420,16 +553,15 @@ class Distiller:
         shared[-1, 0] = float(asks_to_stop())
         if self.world_size > 1:
             torch.distributed.all_reduce(shared)
-        losses_MK[:, 0] = losses_MK[:, 1:] @ losses_MK.new_tensor(list(self.model.alphas.values()))
-        shared = shared.cpu()
-        self.num_asking = int(shared[-1, 0])
-        return shared[:-1]
+        losses_MK[:, 0] = losses_MK[:, 1:] @ self.alphas_K
+        return shared
 
     def _count_rows(self, batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Count the rows of each objective in the whole update, on every rank: (K,), 1 at least."""
         rows = [LOSSES[name].rows for name in self.model.alphas]
         counts = [sum(len(batch.rows[kind]) for batch in batches) for kind in rows]
-        counts_K = torch.tensor(counts, dtype=torch.float64, device=self.device)
+        counts_K = torch.tensor(counts, dtype=torch.float64)
+        counts_K = _copied(counts_K.pin_memory() if self.device.type == "cuda" else counts_K, self.device)
         if self.world_size > 1:
             torch.distributed.all_reduce(counts_K)
         return counts_K.clamp(min=1)
@@ -448,14 +580,18 @@ class Distiller:
 
     def _backward(self, batch: MicroBatch, scale, counts_K: torch.Tensor | None) -> torch.Tensor:
         torch.manual_seed(keyed_seed(self.seed, batch.number, "dropout"))
-        hidden_BTD = None
-        if self.teacher is not None:
-            with torch.no_grad():
-                hidden_BTD = last_hidden_state(self.teacher, batch)
-        with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
-            loss, means_K = self.wrapped(batch, hidden_BTD, self.teacher_head, scale, counts_K)
-        loss.backward()
+        tied = TiedGradient(self.model.tied_weight) if self.has_cpu_kernels and self.model.tied_weight is not None else None
+        with tied or contextlib.nullcontext():
+            with faster(tied) if self.has_cpu_kernels else contextlib.nullcontext():
+                hidden_BTD = self._teacher_hidden(batch)
+                with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None):
+                    loss, means_K = self.wrapped(batch, hidden_BTD, self.teacher_head, scale, counts_K)
+            loss.backward()
         return means_K
+
+    @torch.no_grad()
+    def _teacher_hidden(self, batch: MicroBatch) -> torch.Tensor | None:
+        return None if self.teacher is None else last_hidden_state(self.teacher, batch)
 
     def _check_losses(self, losses_MK: torch.Tensor, numbers: Sequence[int]) -> None:
         wrong = (~torch.isfinite(losses_MK[:, 1:])).nonzero().tolist()
@@ -479,6 +615,7 @@ class Distiller:
         """
         alphas, found = self.model.alphas, {}
         for batch in batches:
+            batch = dataclasses.replace(batch, selection=None)  # each objective selects its own
             for name in alphas:
                 self.optimizer.zero_grad(set_to_none=True)
                 self.model.alphas = {name: alphas[name]}
@@ -545,6 +682,25 @@ class Distiller:
         }
 
 
+class _OnHost:
+    """A copy of a device's tensor that is on its way to the host."""
+
+    def __init__(self, tensor: torch.Tensor):
+        self.event = torch.cuda.Event() if tensor.device.type == "cuda" else None
+        if self.event is None:
+            self.tensor = tensor.clone()
+            return
+        self.tensor = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        self.tensor.copy_(tensor, non_blocking=True)
+        self.event.record()
+
+    def read(self) -> torch.Tensor:
+        """Wait for it."""
+        if self.event is not None:
+            self.event.synchronize()
+        return self.tensor
+
+
 def _is_finite(tensor: torch.Tensor | None) -> bool:
     return tensor is None or bool(torch.isfinite(tensor).all())
 
@@ -559,6 +715,21 @@ def _require_same_shapes(given: Mapping[str, torch.Tensor], own: Mapping[str, to
 def _wrap_for_ranks(model: DistillationModel) -> DistributedDataParallel:
     # Buffers are constants (position ids), the same on every rank: no broadcast.
     return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
+
+
+def recompute_activations(student: nn.Module, compiles: bool = False) -> None:
+    """Save a layer's inputs only, and compute the rest again in backward: as it was computed, see `cpu_kernels`."""
+    contexts = {} if compiles else {"context_fn": checkpointing_contexts}
+    student.activation_checkpointing_enable({"use_reentrant": False, **contexts})
+
+
+def make_moments(optimizer: torch.optim.AdamW) -> None:
+    """Make the moments now, before anything short-lived: made in the first update they would lie scattered among it."""
+    for group in optimizer.param_groups:
+        for parameter in group["params"]:
+            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
+            step = torch.zeros((), dtype=torch.float32, device=parameter.device if group["fused"] else "cpu")
+            optimizer.state[parameter] = {"step": step, **moments}
 
 
 def split_for_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:

@@ -12,16 +12,19 @@ K active losses.
 """
 
 import dataclasses
+import functools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
-# Rows of logits made at once. On a CPU a chunk should stay near the cache, and be large beside the (V, D) gradient
-# that each chunk adds to; a GPU wants large products (4096 x 30522 in float32: 0.5 GB).
+# Rows of logits made at once. On a CPU a chunk should be small in memory, and large beside the (V, D) gradient that each
+# chunk adds to; a GPU wants large products (4096 x 30522 in float32: 0.5 GB).
 HEAD_CHUNK_ROWS = {"cpu": 320, "cuda": 4096}
-# The fast head's: logits in a chunk (a matrix of 64 or 128 MB), and rows of it that a CPU works through in its cache.
-CHUNK_LOGITS, BLOCK_ROWS = 2**25, 32
+# The fast head's on a GPU: logits in a chunk (a matrix of 64 or 128 MB).
+CHUNK_LOGITS = 2**25
+# On a CPU: rows of a chunk, and entries of the vocabulary, that are worked through in the cache.
+BLOCK_ROWS, SLICE_ENTRIES = 32, 4096
 PADDED_VOCABULARY = 128  # GPUs' matrix units take dimensions that are multiples of it
 IGNORED_LABEL = -100
 
@@ -55,14 +58,15 @@ def cosine_distance(student_ND, teacher_ND, labels_N, temperature: float) -> tor
 
 
 # --------------------------------------------------------------------------------------------------------------------
-# The same with their gradients by hand: (sum, gradient with respect to the student's logits). They may overwrite nothing.
+# The same with their gradients by hand: (sum, gradient with respect to the student's logits), from logits of any precision in
+# float32 or wider. They may overwrite nothing.
 # --------------------------------------------------------------------------------------------------------------------
 
 
 def kl_divergence_gradient(student_NV, teacher_NV, labels_N, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of kl_divergence: T (softmax(s / T) - softmax(t / T)) (Hinton et al., 2015, section 2.1)."""
-    student_log_probs_NV = F.log_softmax(student_NV / temperature, dim=-1)
-    teacher_log_probs_NV = F.log_softmax(teacher_NV / temperature, dim=-1)
+    student_log_probs_NV = F.log_softmax(at_least_float32(student_NV) / temperature, dim=-1)
+    teacher_log_probs_NV = F.log_softmax(at_least_float32(teacher_NV) / temperature, dim=-1)
     teacher_NV = teacher_log_probs_NV.exp()
     total = torch.dot(teacher_NV.flatten(), teacher_log_probs_NV.sub_(student_log_probs_NV).flatten()) * temperature**2
     return total, student_log_probs_NV.exp_().sub_(teacher_NV).mul_(temperature)
@@ -70,7 +74,7 @@ def kl_divergence_gradient(student_NV, teacher_NV, labels_N, temperature: float)
 
 def cross_entropy_gradient(student_NV, teacher_NV, labels_N, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of cross_entropy: softmax(s) - onehot(label)."""
-    log_probs_NV = F.log_softmax(student_NV, dim=-1)
+    log_probs_NV = F.log_softmax(at_least_float32(student_NV), dim=-1)
     total = -log_probs_NV.gather(1, labels_N[:, None]).sum()
     gradient_NV = log_probs_NV.exp_()
     gradient_NV.scatter_add_(1, labels_N[:, None], gradient_NV.new_full((len(labels_N), 1), -1.0))
@@ -79,8 +83,44 @@ def cross_entropy_gradient(student_NV, teacher_NV, labels_N, temperature: float)
 
 def squared_error_gradient(student_NV, teacher_NV, labels_N, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of squared_error: 2 (s - t)."""
-    difference_NV = student_NV - teacher_NV
+    difference_NV = at_least_float32(student_NV) - at_least_float32(teacher_NV)
     return difference_NV.square().sum(), difference_NV.mul_(2)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# The same once more, row by row, for a compiler to join: (losses_N, gradient). Sums and element-wise operations only.
+# --------------------------------------------------------------------------------------------------------------------
+
+
+def _softmax_and_log_sum(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    largest_N1 = logits_NV.amax(-1, keepdim=True)
+    exponentials_NV = (logits_NV - largest_N1).exp()
+    sum_N1 = exponentials_NV.sum(-1, keepdim=True)
+    return exponentials_NV / sum_N1, largest_N1 + sum_N1.log()
+
+
+def kl_divergence_rows(student_NV, teacher_NV, labels_N, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row by row what `kl_divergence_gradient` does."""
+    student_NV, teacher_NV = student_NV / temperature, teacher_NV / temperature
+    student_probs_NV, student_log_sum_N1 = _softmax_and_log_sum(student_NV)
+    teacher_probs_NV, teacher_log_sum_N1 = _softmax_and_log_sum(teacher_NV)
+    log_ratio_NV = (teacher_NV - teacher_log_sum_N1) - (student_NV - student_log_sum_N1)
+    losses_N = (teacher_probs_NV * log_ratio_NV).sum(-1) * temperature**2
+    return losses_N, (student_probs_NV - teacher_probs_NV) * temperature
+
+
+def cross_entropy_rows(student_NV, teacher_NV, labels_N, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row by row what `cross_entropy_gradient` does."""
+    probs_NV, log_sum_N1 = _softmax_and_log_sum(student_NV)
+    is_label_NV = torch.arange(student_NV.shape[-1], device=student_NV.device) == labels_N[:, None]
+    losses_N = log_sum_N1[:, 0] - torch.where(is_label_NV, student_NV, 0.0).sum(-1)
+    return losses_N, torch.where(is_label_NV, probs_NV - 1.0, probs_NV)
+
+
+def squared_error_rows(student_NV, teacher_NV, labels_N, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+    """Row by row what `squared_error_gradient` does."""
+    difference_NV = student_NV - teacher_NV
+    return difference_NV.square().sum(-1), 2.0 * difference_NV
 
 
 @dataclasses.dataclass(frozen=True)
@@ -88,6 +128,7 @@ class Loss:
     """One objective: a formula, what it reads, and where.
 
     gradient: the formula's sum with its gradient by the student's logits; None: autograd finds it, a block at a time.
+    by_row: the same for a compiler; None: the objective is not compiled.
     reads: "logits" or "hidden" (last hidden states).
     rows: "distilled" (real tokens, or masked positions only with --restrict_ce_to_mask), "real" (every real token),
         "masked" (positions drawn for masked-LM) or "next" (positions whose next token is real).
@@ -102,19 +143,50 @@ class Loss:
     default_alpha: float
     help: str
     gradient: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    by_row: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
 
 LOSSES: dict[str, Loss] = {
     "ce": Loss(
-        kl_divergence, "logits", "distilled", True, 0.5, "KL divergence to the teacher's distribution", kl_divergence_gradient
-    ),
+        kl_divergence,
+        "logits",
+        "distilled",
+        True,
+        0.5,
+        "KL divergence to the teacher's distribution",
+        kl_divergence_gradient,
+        kl_divergence_rows,
+    ),  # fmt: skip
     "mlm": Loss(
-        cross_entropy, "logits", "masked", False, 0.0, "masked-language-model loss; needs --mlm", cross_entropy_gradient
-    ),
+        cross_entropy,
+        "logits",
+        "masked",
+        False,
+        0.0,
+        "masked-language-model loss; needs --mlm",
+        cross_entropy_gradient,
+        cross_entropy_rows,
+    ),  # fmt: skip
     "clm": Loss(
-        cross_entropy, "logits", "next", False, 0.5, "causal-language-model loss; not with --mlm", cross_entropy_gradient
-    ),
-    "mse": Loss(squared_error, "logits", "distilled", True, 0.0, "squared error of the logits", squared_error_gradient),
+        cross_entropy,
+        "logits",
+        "next",
+        False,
+        0.5,
+        "causal-language-model loss; not with --mlm",
+        cross_entropy_gradient,
+        cross_entropy_rows,
+    ),  # fmt: skip
+    "mse": Loss(
+        squared_error,
+        "logits",
+        "distilled",
+        True,
+        0.0,
+        "squared error of the logits",
+        squared_error_gradient,
+        squared_error_rows,
+    ),  # fmt: skip
     "cos": Loss(cosine_distance, "hidden", "real", True, 0.0, "cosine distance of the last hidden states"),
 }
 
@@ -140,6 +212,7 @@ class Term:
     labels_N: torch.Tensor | None
     weight: float | torch.Tensor
     gradient: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    by_row: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def within(self, first: int, last: int) -> tuple[int, int]:
         """Return which of its rows are rows first .. last of the selection, as a range of places."""
@@ -239,16 +312,19 @@ class Projection:
 
 
 def projected_losses(
-    student: Projection, teacher: Projection | None, terms: Sequence[Term], temperature: float, chunk_rows: int | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
+    student: Projection, teacher: Projection | None, terms: Sequence[Term], temperature: float,
+    chunk_rows: int | None = None, compiles: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
     """Project N selected rows and apply the terms: (weighted total, sums_K), as `head_losses` does, faster.
 
     A chunk of logits is made, read once, and overwritten by the gradient of the total, from which the gradients of rows
     and weights follow: 8 D V operations a row, and no tensor of N x V. Matrix products run in autocast's precision where
-    that is on; the objectives in float32 or wider.
+    that is on; the objectives in float32 or wider. compiles: join the objectives' element-wise operations by
+    torch.compile, if every one of them has a form for it.
     """
+    compiles = compiles and all(term.by_row is not None for term in terms)
     parameters = [student.rows_ND, student.weight_VD, student.bias_V]
-    return _ProjectedLosses.apply(teacher, terms, temperature, chunk_rows, *parameters)
+    return _ProjectedLosses.apply(teacher, terms, temperature, chunk_rows, compiles, *parameters)
 
 
 def _products_dtype(like: torch.Tensor) -> torch.dtype:
@@ -258,13 +334,17 @@ def _products_dtype(like: torch.Tensor) -> torch.dtype:
 
 class _ProjectedLosses(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, teacher, terms, temperature, chunk_rows, rows_ND, weight_VD, bias_V):
+    def forward(ctx, teacher, terms, temperature, chunk_rows, compiles, rows_ND, weight_VD, bias_V):
         student = Projection(rows_ND, weight_VD, bias_V)
         dtype = _products_dtype(rows_ND)
         with torch.autocast(rows_ND.device.type, enabled=False):
+            if compiles:
+                overwrite = joined(terms, temperature, rows_ND)
+            else:
+                overwrite = functools.partial(_overwrite_by_gradient, terms=terms, temperature=temperature)
             total, sums_K, grads = _walk_chunks(
-                student, student.prepared(dtype), None if teacher is None else teacher.prepared(dtype), terms, temperature,
-                chunk_rows or max(CHUNK_LOGITS // len(weight_VD), 1), ctx.needs_input_grad[5:],
+                student, student.prepared(dtype), None if teacher is None else teacher.prepared(dtype), overwrite, len(terms),
+                chunk_rows or even_chunk_rows(len(rows_ND), len(weight_VD), rows_ND.device.type), ctx.needs_input_grad[6:],
             )  # fmt: skip
         ctx.grads = grads
         ctx.mark_non_differentiable(sums_K)
@@ -272,56 +352,77 @@ class _ProjectedLosses(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_total, _grad_sums):
-        return None, None, None, None, *_taken_and_scaled(ctx, grad_total)
+        return None, None, None, None, None, *_taken_and_scaled(ctx, grad_total)
 
 
-def _walk_chunks(original: Projection, student: Projection, teacher, terms, temperature, chunk_rows: int, wants_grad):
+def _walk_chunks(original: Projection, student: Projection, teacher, overwrite, num_terms: int, chunk_rows: int, wants_grad):
     """Make loss and gradients chunk by chunk: (total, sums_K, [grad_rows, grad_weight or None, grad_bias or None])."""
     rows_ND, weight_VD, bias_V = original.rows_ND, original.weight_VD, original.bias_V
     wide = torch.promote_types(rows_ND.dtype, torch.float32)
-    total, sums_K = rows_ND.new_zeros((), dtype=wide), rows_ND.new_zeros(len(terms), dtype=wide)
+    total, sums_K = rows_ND.new_zeros((), dtype=wide), rows_ND.new_zeros(num_terms, dtype=wide)
     grad_rows_ND = torch.empty_like(rows_ND)
-    grad_weight_VD = torch.zeros_like(weight_VD) if wants_grad[0] else None
-    grad_bias_V = torch.zeros_like(bias_V) if bias_V is not None and wants_grad[1] else None
     num_rows, vocab_size = len(rows_ND), len(weight_VD)
+    # Not zeroed where the first chunk fills it: zeros are as much to write as a gradient.
+    grad_weight_VD = (torch.empty_like if num_rows else torch.zeros_like)(weight_VD) if wants_grad[0] else None
+    grad_bias_V = torch.zeros_like(bias_V) if bias_V is not None and wants_grad[1] else None
     for first in range(0, num_rows, chunk_rows):
         last = min(first + chunk_rows, num_rows)
-        logits_CV = student.logits(first, last)
-        teacher_CV = None if teacher is None else teacher.logits(first, last)
-        block_rows = BLOCK_ROWS if logits_CV.device.type == "cpu" else last - first
-        for start in range(first, last, block_rows):
-            block = slice(start - first, min(start + block_rows, last) - first)
-            teacher_block = None if teacher_CV is None else at_least_float32(teacher_CV[block, :vocab_size])
-            block_total, block_sums_K = _overwrite_by_gradient(
-                logits_CV[block, :vocab_size], teacher_block, terms, temperature, start
-            )
-            total += block_total
-            sums_K += block_sums_K
-        grad_rows_ND[first:last] = logits_CV @ student.weight_VD
+        logits_CV, chunk_total, chunk_sums_K = _chunk_gradient(student, teacher, overwrite, first, last, vocab_size)
+        total += chunk_total
+        sums_K += chunk_sums_K
+        # As linear maps, which `cpu_kernels` makes faster on a CPU.
+        grad_rows_ND[first:last] = F.linear(logits_CV, student.weight_VD.t())
         if grad_weight_VD is not None:
-            grad_weight_VD += (logits_CV.t() @ student.rows_ND[first:last])[:vocab_size]
+            _take_product(grad_weight_VD, logits_CV, student.rows_ND[first:last], is_first=first == 0)
         if grad_bias_V is not None:
             grad_bias_V += logits_CV[:, :vocab_size].sum(0, dtype=wide)
     return total, sums_K, [grad_rows_ND, grad_weight_VD, grad_bias_V]
 
 
-def _overwrite_by_gradient(logits_CV, teacher_CV, terms: Sequence[Term], temperature: float, first: int):
+def _chunk_gradient(student: Projection, teacher, overwrite, first: int, last: int, vocab_size: int):
+    """Make the gradient by the logits of rows first .. last: (gradient (C, V), V filled up, weighted total, sums_K)."""
+    logits_CV = student.logits(first, last)
+    teacher_CV = None if teacher is None else teacher.logits(first, last)
+    block_rows = BLOCK_ROWS if logits_CV.device.type == "cpu" else last - first
+    found = []
+    for start in range(first, last, block_rows):
+        block = slice(start - first, min(start + block_rows, last) - first)
+        teacher_block = None if teacher_CV is None else teacher_CV[block, :vocab_size]
+        found.append(overwrite(logits_CV[block, :vocab_size], teacher_block, first=start))
+    totals, sums = zip(*found, strict=True)
+    return logits_CV, torch.stack(totals).sum(), torch.stack(sums).sum(0)
+
+
+def _take_product(grad_weight_VD: torch.Tensor, logits_CV, rows_CD, is_first: bool) -> None:
+    """Put a chunk's part of the gradient by the projection's weights in place (is_first), or add it.
+
+    On a CPU some entries of the vocabulary at a time: a part in half precision is widened while it is in the cache, and no
+    second (V, D) tensor exists.
+    """
+    vocab_size = len(grad_weight_VD)
+    step = SLICE_ENTRIES if logits_CV.device.type == "cpu" else vocab_size
+    for start in range(0, vocab_size, step):
+        target = grad_weight_VD[start : start + step]
+        part = F.linear(logits_CV[:, start : start + len(target)].t(), rows_CD.t())
+        target.copy_(part) if is_first else target.add_(part)
+
+
+def _overwrite_by_gradient(logits_CV, teacher_CV, first: int, terms: Sequence[Term], temperature: float):
     """Apply the terms to a block of logits and put the total's gradient in their place: (weighted total, sums_K)."""
-    student_CV = at_least_float32(logits_CV)
     gradient_CV: torch.Tensor | None = None
-    total, sums = student_CV.new_zeros(()), []
+    total, sums = logits_CV.new_zeros((), dtype=torch.promote_types(logits_CV.dtype, torch.float32)), []
     for term in terms:
-        low, high = term.within(first, first + len(student_CV))
+        low, high = term.within(first, first + len(logits_CV))
         if high == low:
             sums.append(total.new_zeros(()))
             continue
-        value, part = _sum_and_gradient(term, low, high, student_CV, teacher_CV, temperature, first)
+        value, part = _sum_and_gradient(term, low, high, logits_CV, teacher_CV, temperature, first)
         total = total + value * term.weight
         sums.append(value)
-        if high - low == len(student_CV) and gradient_CV is None:
+        if high - low == len(logits_CV) and gradient_CV is None:
             gradient_CV = part.mul_(term.weight)
             continue
-        gradient_CV = torch.zeros_like(student_CV) if gradient_CV is None else gradient_CV
+        gradient_CV = torch.zeros_like(logits_CV, dtype=total.dtype) if gradient_CV is None else gradient_CV
         gradient_CV.index_add_(0, term.rows_N[low:high] - first, part.mul_(term.weight))
     logits_CV.zero_() if gradient_CV is None else logits_CV.copy_(gradient_CV)
     return total, torch.stack(sums)
@@ -331,10 +432,57 @@ def _sum_and_gradient(term: Term, low: int, high: int, student_CV, teacher_CV, t
     student_CV, teacher_CV, labels = _rows_of(term, low, high, student_CV, teacher_CV, first)
     if term.gradient is not None:
         return term.gradient(student_CV, teacher_CV, labels, temperature)
+    teacher_CV = None if teacher_CV is None else at_least_float32(teacher_CV)
     with torch.enable_grad():
-        leaf_CV = student_CV.detach().requires_grad_()
+        leaf_CV = at_least_float32(student_CV.detach()).requires_grad_()
         value = term.formula(leaf_CV, teacher_CV, labels, temperature)
     return value.detach(), torch.autograd.grad(value, leaf_CV)[0]
+
+
+def joined(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> Callable:
+    """Return what `_overwrite_by_gradient` does, as one compiled pass over the logits of any of N selected rows.
+
+    Every term is applied to every row, with weight 0 where the row is not its own: reading the logits costs more.
+    """
+    num_rows, device = len(rows_ND), rows_ND.device
+    wide = torch.promote_types(rows_ND.dtype, torch.float32)
+    weights_KN = torch.zeros(len(terms), num_rows, dtype=wide, device=device)
+    is_own_KN = torch.zeros(len(terms), num_rows, dtype=torch.bool, device=device)
+    labels_KN = torch.zeros(len(terms), num_rows, dtype=torch.int64, device=device)
+    for k, term in enumerate(terms):
+        weights_KN[k, term.rows_N] = term.weight if isinstance(term.weight, torch.Tensor) else float(term.weight)
+        is_own_KN[k, term.rows_N] = True
+        if term.labels_N is not None:
+            labels_KN[k, term.rows_N] = term.labels_N
+    by_row = tuple(term.by_row for term in terms)
+
+    def overwrite(logits_CV, teacher_CV, first: int):
+        chunk = slice(first, first + len(logits_CV))
+        sums_K = _compiled()(
+            logits_CV, teacher_CV, labels_KN[:, chunk], weights_KN[:, chunk], is_own_KN[:, chunk], by_row, temperature
+        )
+        weighted_K = [value * term.weight for value, term in zip(sums_K, terms, strict=True)]
+        return torch.stack(weighted_K).sum(), sums_K
+
+    return overwrite
+
+
+def _joined_terms(logits_CV, teacher_CV, labels_KC, weights_KC, is_own_KC, by_row: tuple, temperature: float) -> torch.Tensor:
+    """Apply each term to each row; put the total's gradient in the logits' place: sums_K."""
+    student_CV = at_least_float32(logits_CV)
+    teacher_CV = None if teacher_CV is None else at_least_float32(teacher_CV)
+    gradient_CV, sums = torch.zeros_like(student_CV), []
+    for k, function in enumerate(by_row):
+        losses_C, part_CV = function(student_CV, teacher_CV, labels_KC[k], temperature)
+        sums.append(torch.where(is_own_KC[k], losses_C, 0.0).sum())
+        gradient_CV = gradient_CV + torch.where(is_own_KC[k][:, None], part_CV * weights_KC[k][:, None], 0.0)
+    logits_CV.copy_(gradient_CV)
+    return torch.stack(sums)
+
+
+@functools.cache
+def _compiled() -> Callable:
+    return torch.compile(_joined_terms)
 
 
 def _taken_and_scaled(ctx, grad_total: torch.Tensor) -> list[torch.Tensor | None]:
@@ -347,6 +495,13 @@ def _taken_and_scaled(ctx, grad_total: torch.Tensor) -> list[torch.Tensor | None
 def rows_per_chunk(device_type: str) -> int:
     """Return how many rows of logits make a chunk on a device."""
     return HEAD_CHUNK_ROWS.get(device_type, HEAD_CHUNK_ROWS["cpu"])
+
+
+def even_chunk_rows(num_rows: int, vocab_size: int, device_type: str) -> int:
+    """Return how many rows make a chunk of the fast head: as few chunks as the limit admits, of like size."""
+    limit = max(CHUNK_LOGITS // vocab_size, 1) if device_type == "cuda" else rows_per_chunk(device_type)
+    num_chunks = max(-(-num_rows // limit), 1)
+    return max(-(-num_rows // num_chunks), 1)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:

@@ -61,14 +61,17 @@ from checkpointing import Checkpoint
 from distiller import (
     ADAM_BETAS,
     NORMALIZATIONS,
+    BegunStep,
     DistillationModel,
     Distiller,
     MicroBatch,
     MlmPreparation,
     NonFiniteError,
     StepReport,
+    make_moments,
     masking_weights,
     prepare_clm,
+    recompute_activations,
     split_for_weight_decay,
 )
 from evaluation import FixedMasks, Reader, figures_of, measure, next_tokens, passes_over, plan_batches
@@ -676,7 +679,7 @@ def make_student(config: TrainConfig, student_type: ModelType, student_config) -
         load_student_weights(student, student_type, config.student_pretrained_weights)
     freeze_embeddings(student, student_type, positions=config.freeze_pos_embs, token_types=config.freeze_token_type_embds)
     if config.activation_checkpointing:
-        student.activation_checkpointing_enable({"use_reentrant": False})
+        recompute_activations(student, config.compile)
     return student
 
 
@@ -705,6 +708,7 @@ def make_distiller(config: TrainConfig, runtime: Runtime, student, teacher, num_
     teacher = teacher.to(runtime.device) if model.needs_teacher else None
     groups = split_for_weight_decay(student, config.weight_decay)
     optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=ADAM_BETAS, eps=config.adam_epsilon, fused=True)
+    make_moments(optimizer)
     num_warmup = math.ceil(config.warmup_prop * num_updates)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
     return Distiller(
@@ -1061,10 +1065,13 @@ class Progress:
             yield batch
             self.bar.update(num_ranks)
 
-    def record(self, update: Update, report: StepReport) -> None:
-        """Take an update's losses into the means and the progress bar."""
+    def advance(self, update: Update) -> None:
+        """Count an update that was begun."""
         self.step += 1
         self.micro_batches = update.planned[-1].number + 1
+
+    def record(self, update: Update, report: StepReport) -> None:
+        """Take an update's losses into the means and the progress bar."""
         self.log_sums_K += report.losses_MK.sum(0)
         self.log_count += len(update.planned)
         for batch, loss in zip(update.planned, report.losses_MK[:, 0].tolist(), strict=True):
@@ -1080,7 +1087,7 @@ class Progress:
         if "mfu" in rates:
             self.training_text += f", {rates['mfu']:.1%} MFU"
         self.bar.set_postfix_str(self.training_text + self.held_out_text, refresh=False)
-        self.bar.update(update.planned[-1].number + 1 - self.bar.n)
+        self.bar.update(max(update.planned[-1].number + 1 - self.bar.n, 0))  # the next update may have moved it on
 
     def rates(self, now: float) -> dict[str, float]:
         """Return real tokens a second over all ranks, and, where it is known, their model FLOPs' share of the peak.
@@ -1121,8 +1128,14 @@ class Progress:
     def evaluation_is_due(self, interval: int | None) -> bool:
         """True where held-out data is to be evaluated after the last update, and was not yet."""
         is_last = self.micro_batches == self.parts.num_micro_batches
-        is_wanted = is_last or (interval is not None and self.step % interval == 0)
-        return self.parts.held_out is not None and is_wanted and self.step > self.evaluated_step
+        return self._is_evaluated(self.step, interval, is_last) and self.step > self.evaluated_step
+
+    def will_evaluate(self, interval: int | None, is_last: bool) -> bool:
+        """True where held-out data is to be evaluated after the next update."""
+        return self._is_evaluated(self.step + 1, interval, is_last)
+
+    def _is_evaluated(self, step: int, interval: int | None, is_last: bool) -> bool:
+        return self.parts.held_out is not None and (is_last or (interval is not None and step % interval == 0))
 
     def take_figures(self, figures: dict[str, float], elapsed_s: float) -> bool:
         """Take an evaluation in, its time out of the rates; True where the student is the best so far."""
@@ -1147,50 +1160,117 @@ class Stopped(Exception):
         self.status = status
 
 
+@dataclasses.dataclass(frozen=True)
+class Begun:
+    """An update that the device was given. number: updates done before it."""
+
+    update: Update
+    step: BegunStep
+    number: int
+
+
 def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None, progress: Progress, stop: StopSignals):
-    """Train: an update, then whatever falls due after it. Raises Stopped."""
-    accumulation = config.gradient_accumulation_steps
+    """Train: an update, then whatever falls due after it. Raises Stopped.
+
+    Where the distiller does not wait, what an update gave is read when the next one has been given to the device, so that
+    this is never idle; before anything that falls due all is read.
+    """
     updates = parts.sampler.updates(
-        parts.num_micro_batches, accumulation, runtime.rank, runtime.world_size, progress.micro_batches
+        parts.num_micro_batches, config.gradient_accumulation_steps, runtime.rank, runtime.world_size, progress.micro_batches
     )
     stream = contextlib.closing(prefetched(prepared(parts, updates), MICRO_BATCHES_AHEAD))
     progress.logged_at = time.perf_counter()  # a checkpoint was read or written before
+    unread: list[Begun] = []
     with progress.bar, logging_redirect_tqdm([logger]), stream as items:
         evaluate_if_due(config, parts, runtime, folder, progress)  # the run was stopped before it could
         for update in items:
-            num_iterations = -(-len(update.planned) // runtime.world_size)
-            is_last = update.planned[-1].number == parts.num_micro_batches - 1
-            is_logged = is_last or progress.crosses(config.log_interval, num_iterations)
-            is_saved = is_last or progress.crosses(config.checkpoint_interval, num_iterations)
+            due = what_is_due(config, progress, update)
             batches = progress.advancing(itertools.islice(items, len(update.mine)), runtime.world_size)
-            with saying_out_of_memory(parts, update), explaining_non_finite(parts, runtime, folder, update, progress):
-                report = parts.distiller.step(
-                    batches, [batch.number for batch in update.planned], len(update.mine),
-                    wants_statistics=is_logged and runtime.is_main, asks_to_stop=lambda: stop.requested is not None,
-                )  # fmt: skip
-            progress.record(update, report)
-            is_stopped = report.num_asking > 0
-            if is_last or not is_stopped:  # whoever asks to stop may not wait: it is done when the run goes on
+            unread.append(begin(parts, runtime, folder, progress, update, batches, due, stop))
+            reports = read_some(parts, runtime, folder, progress, unread, len(unread) - 1)
+            if parts.distiller.waits or due.is_any or any(report.num_asking for report in reports):
+                reports += read_some(parts, runtime, folder, progress, unread, len(unread))
+            is_stopped = any(report.num_asking for report in reports)
+            if due.is_last or (due.is_evaluated and not is_stopped):  # whoever asks to stop may not wait: done when it goes on
                 evaluate_if_due(config, parts, runtime, folder, progress)
-            after_update(config, parts, folder, progress, update, report, is_logged, is_saved or is_stopped)
-            if is_stopped and not is_last:
+            if due.is_any or is_stopped:
+                after_update(config, parts, folder, progress, update, reports[-1], due, is_stopped)
+            if is_stopped and not due.is_last:
                 raise Stopped(exit_status(stop.requested or signal.SIGTERM))
+
+
+@dataclasses.dataclass(frozen=True)
+class Due:
+    """What is to be done after an update."""
+
+    is_last: bool
+    is_logged: bool
+    is_saved: bool
+    is_evaluated: bool
+    epochs: list[int]
+
+    @property
+    def is_any(self) -> bool:
+        """True where the update must be read at once."""
+        return self.is_last or self.is_logged or self.is_saved or self.is_evaluated or bool(self.epochs)
+
+
+def what_is_due(config: TrainConfig, progress: Progress, update: Update) -> Due:
+    """Find out what falls due after the next update."""
+    num_iterations = -(-len(update.planned) // progress.world_size)
+    is_last = update.planned[-1].number == progress.parts.num_micro_batches - 1
+    return Due(
+        is_last,
+        is_logged=is_last or progress.crosses(config.log_interval, num_iterations),
+        is_saved=is_last or progress.crosses(config.checkpoint_interval, num_iterations),
+        is_evaluated=progress.will_evaluate(config.eval_interval, is_last),
+        epochs=epochs_ended(update, len(progress.parts.sampler)),
+    )
+
+
+def begin(
+    parts: Parts, runtime: Runtime, folder: RunFolder | None, progress: Progress, update: Update, batches: Iterator, due: Due,
+    stop: StopSignals,
+) -> Begun:  # fmt: skip
+    """Give the device an update."""
+    number = progress.step
+    with saying_out_of_memory(parts, update), explaining_non_finite(parts, runtime, folder, update, number):
+        step = parts.distiller.begin_step(
+            batches, [batch.number for batch in update.planned], len(update.mine),
+            wants_statistics=due.is_logged and runtime.is_main, asks_to_stop=lambda: stop.requested is not None,
+        )  # fmt: skip
+    progress.advance(update)
+    return Begun(update, step, number)
+
+
+def read_some(
+    parts: Parts, runtime: Runtime, folder: RunFolder | None, progress: Progress, unread: list[Begun], num: int
+) -> list[StepReport]:
+    """Read the oldest `num` of the updates not read yet, and take what they gave into the means."""
+    reports = []
+    for begun in unread[:num]:
+        explained = explaining_non_finite(parts, runtime, folder, begun.update, begun.number)
+        with saying_out_of_memory(parts, begun.update), explained:
+            reports.append(begun.step.read())
+        progress.record(begun.update, reports[-1])
+    del unread[:num]
+    return reports
 
 
 def after_update(
     config: TrainConfig, parts: Parts, folder: RunFolder | None, progress: Progress, update: Update, report: StepReport,
-    is_logged: bool, is_saved: bool,
+    due: Due, is_stopped: bool,
 ) -> None:  # fmt: skip
     """Log and save what is due. Raises NonFiniteError, on every rank alike, where what is to be saved is not finite."""
     # Differs from the original: logs and checkpoints follow the update that they fall in; 2019's came before it.
-    epochs = epochs_ended(update, len(parts.sampler))
-    if is_saved or epochs:
+    is_saved = due.is_saved or is_stopped
+    if is_saved or due.epochs:
         parts.distiller.check_finite()
     if folder is None:
         return
-    if is_logged:
+    if due.is_logged:
         progress.log_to(folder.log, update.planned[-1].epoch, report)
-    for epoch in epochs:
+    for epoch in due.epochs:
         end_epoch(folder, epoch, progress.epoch_mean(epoch))
     if is_saved:
         save(config, parts, folder, progress)
@@ -1267,7 +1347,7 @@ def restore(config: TrainConfig, parts: Parts, runtime: Runtime, progress: Progr
 
 
 @contextlib.contextmanager
-def explaining_non_finite(parts: Parts, runtime: Runtime, folder: RunFolder | None, update: Update, progress: Progress):
+def explaining_non_finite(parts: Parts, runtime: Runtime, folder: RunFolder | None, update: Update, number: int):
     """Say of a NonFiniteError which update, rank and sequences it came from, and save their batches for a post-mortem."""
     try:
         yield
@@ -1275,9 +1355,9 @@ def explaining_non_finite(parts: Parts, runtime: Runtime, folder: RunFolder | No
         found = dict.fromkeys(error.numbers, "") if error.is_located else located(parts, runtime, update)
         if folder is None:
             raise
-        lines = [f"update {progress.step}: {error}", *culprit_lines(parts, runtime, update, found)]
+        lines = [f"update {number}: {error}", *culprit_lines(parts, runtime, update, found)]
         culprits = [batch for batch in update.planned if batch.number in (found or error.numbers)]
-        path = folder.path / f"nonfinite-step-{progress.step}.safetensors"
+        path = folder.path / f"nonfinite-step-{number}.safetensors"
         try:
             save_batches(path, parts, culprits, "; ".join(lines))
             lines.append(f"the batch is in {path}")
@@ -1348,7 +1428,7 @@ def prepared_batches(parts: Parts, batches: Iterable[PlannedBatch]) -> Iterator[
     """Collate and prepare micro-batches, one at a time."""
     for planned in batches:
         batch = parts.prepare(planned.number, *parts.dataset.collate(planned.sequences))
-        yield batch.pinned() if parts.distiller.device.type == "cuda" else batch
+        yield parts.distiller.ready(batch)
 
 
 def epochs_ended(update: Update, batches_per_epoch: int) -> list[int]:

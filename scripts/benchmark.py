@@ -48,11 +48,13 @@ from architectures import (
 )
 from distiller import (
     ADAM_BETAS,
+    BegunStep,
     DistillationModel,
     Distiller,
     MicroBatch,
     MlmPreparation,
     StepReport,
+    make_moments,
     masking_weights,
     prepare_clm,
     split_for_weight_decay,
@@ -379,13 +381,12 @@ class Workload:
         """Return the lengths of an update's sequences, in ids."""
         return self.dataset.lengths[np.concatenate([planned.sequences for planned in update])].astype(np.int64)
 
-    def batches(self, updates: Iterable[list[PlannedBatch]], device: str) -> Iterator[MicroBatch]:
-        """Collate and prepare micro-batches, a few ahead."""
+    def batches(self, updates: Iterable[list[PlannedBatch]], ready: Callable[[MicroBatch], MicroBatch]) -> Iterator[MicroBatch]:
+        """Collate, prepare and make ready micro-batches, a few ahead."""
 
         def make() -> Iterator[MicroBatch]:
             for planned in itertools.chain.from_iterable(updates):
-                batch = self.prepare(planned.number, *self.dataset.collate(planned.sequences))
-                yield batch.pinned() if device == "cuda" else batch
+                yield ready(self.prepare(planned.number, *self.dataset.collate(planned.sequences)))
 
         return prefetched(make(), MICRO_BATCHES_AHEAD)
 
@@ -421,6 +422,7 @@ def make_distiller(job: Job, teacher: torch.nn.Module, student: torch.nn.Module)
     if job.device == "cpu":
         keep_freed_memory()  # as train.py does
     optimizer = torch.optim.AdamW(groups, lr=LEARNING_RATE, betas=ADAM_BETAS, eps=ADAM_EPSILON, fused=True)
+    make_moments(optimizer)
     return Distiller(
         model, teacher, prediction_head(teacher), optimizer, None, max_grad_norm=MAX_GRAD_NORM, seed=job.seed,
         amp_dtype=None if job.precision == "fp32" else DTYPES[job.precision], compiles=job.compiles,
@@ -428,7 +430,7 @@ def make_distiller(job: Job, teacher: torch.nn.Module, student: torch.nn.Module)
 
 
 class PlainStep:
-    """The update as a program of 2019 would write it, from the same formulas, with a Distiller's `step` and `accumulate`.
+    """The update as a program of 2019 would write it, from the same formulas, with a Distiller's methods.
 
     Float32, or float32 weights under autocast; attention spelt out, logits of every position, selections copied, a wait for
     the device at every loss, an optimizer that goes from parameter to parameter.
@@ -449,7 +451,11 @@ class PlainStep:
         )
         self.scaler = torch.amp.GradScaler(job.device, enabled=job.is_autocast_reference and job.precision == "fp16")
 
-    def step(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int) -> StepReport:
+    def ready(self, batch: MicroBatch) -> MicroBatch:
+        """Pin a batch for a GPU."""
+        return batch.pinned() if next(self.student.parameters()).is_cuda else batch
+
+    def begin_step(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int) -> BegunStep:
         """Do one update."""
         losses_MK = torch.tensor(self.accumulate(batches, numbers, num_mine))
         self.scaler.unscale_(self.optimizer)
@@ -458,7 +464,8 @@ class PlainStep:
         self.scaler.update()
         self.optimizer.zero_grad(set_to_none=False)
         self.schedule.step()
-        return StepReport(losses_MK, norm.item(), {})
+        report = StepReport(losses_MK, norm.item(), {})
+        return BegunStep(lambda: report)
 
     def accumulate(self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int) -> list[list[float]]:
         """Add up the micro-batches' gradients; return each one's losses, unweighted."""
@@ -466,14 +473,14 @@ class PlainStep:
         logged = []
         for batch in batches:
             with self.precision():
-                losses = self.losses(batch)
+                losses, _outputs = self.losses(batch)  # in a plain program variables of one function, until the update is done
             logged.append([loss.item() for loss in losses.values()])
             total = sum(self.alphas[name] * loss for name, loss in losses.items())
             self.scaler.scale(total / len(numbers)).backward()
         return logged
 
-    def losses(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
-        """Compute the micro-batch's losses, unweighted, from whole logits."""
+    def losses(self, batch: MicroBatch) -> tuple[dict[str, torch.Tensor], list]:
+        """Compute the micro-batch's losses, unweighted, from whole logits: (losses, what the models returned)."""
         device = next(self.student.parameters()).device
         inputs = {"input_ids": batch.input_ids_BT.to(device), "output_hidden_states": True}
         if batch.attention_mask_BT is not None:
@@ -483,11 +490,12 @@ class PlainStep:
         student = self.student(**inputs)
         labels_BT = batch.labels_BT.to(device)
         real_BT = labels_BT != IGNORED_LABEL if batch.attention_mask_BT is None else inputs["attention_mask"].bool()
-        return {
+        losses = {
             "ce": self._divergence(student.logits, teacher.logits, real_BT),
             **self._prediction(student.logits, labels_BT, is_causal=batch.attention_mask_BT is None),
             "cos": self._cosine(student.hidden_states[-1], teacher.hidden_states[-1], real_BT),
         }
+        return losses, [student, teacher]
 
     def _divergence(self, student_BTV, teacher_BTV, real_BT) -> torch.Tensor:
         is_real_BTV = real_BT[:, :, None].expand_as(student_BTV)
@@ -611,8 +619,8 @@ def watch_stages(watch: Stopwatch, step: Distiller | PlainStep) -> None:
     """Time the stages of a step from now on: what is left of an update is backward, what is left of a step the optimizer."""
     student = step.model.student if isinstance(step, Distiller) else step.student
     for stage, owner, method in (
-        ("optimizer", step, "step"),
-        ("backward", step, "accumulate"),
+        ("optimizer", step, "begin_step"),
+        ("backward", step, "_accumulate" if isinstance(step, Distiller) else "accumulate"),
         ("head and losses", *((step.model, "forward") if isinstance(step, Distiller) else (step, "losses"))),
         ("teacher", step.teacher.base_model, entrance(step.teacher.base_model)),
         ("student forward", student.base_model, entrance(student.base_model)),
@@ -666,15 +674,14 @@ def run_steps(job: Job) -> dict:
     step = (make_distiller if job.kind == "distiller" else PlainStep)(job, teacher, student)
     num_timed, num_staged = job.warmup + job.updates, min(job.updates, STAGE_UPDATES)
     updates = workload.planned(job, num_timed + num_staged)
-    baseline = start_watching_memory(job.device)
-    with contextlib.closing(workload.batches(updates, job.device)) as batches:
-        timed = [time_update(job, step, update, batches) for update in updates[:num_timed]][job.warmup :]
+    baseline = start_watching_memory(job.device) - moment_bytes(step.optimizer)
+    with contextlib.closing(workload.batches(updates, step.ready)) as batches:
+        timed = time_updates(job, step, updates[:num_timed], batches)[job.warmup :]
         peak = peak_memory(job.device)
         watch = Stopwatch(job.device)
         watch_stages(watch, step)
         waiting = stopped_iterator(watch, batches)
-        for update in updates[num_timed:]:
-            time_update(job, step, update, waiting)
+        time_updates(job, step, updates[num_timed:], waiting)
     measured = updates[job.warmup : num_timed]
     return {
         "step_s": [seconds for seconds, _ in timed],
@@ -682,16 +689,52 @@ def run_steps(job: Job) -> dict:
         "tokens": [int(workload.lengths(update).sum()) for update in measured],
         "flops": [update_flops(*sizes, workload.lengths(update)) for update in measured],
         "stages_s": {stage: watch.seconds.get(stage, 0.0) / num_staged for stage in STAGES},
-        "memory": {"models": baseline, "peak": max(peak, baseline)},  # the kernel's counters lag by a few pages a thread
+        # The kernel's counters lag by a few pages a thread.
+        "memory": {"models": baseline, "peak": max(peak, baseline), "state": state_bytes(student)},
     }
 
 
-def time_update(job: Job, step, update: list[PlannedBatch], batches: Iterator[MicroBatch]) -> tuple[float, float]:
-    """Do one update, waiting for its batches included: (seconds, norm of the gradient)."""
-    numbers = [planned.number for planned in update]
-    started = clock_s(job.device)
-    report = step.step(itertools.islice(batches, len(numbers)), numbers, len(numbers))
-    return clock_s(job.device) - started, report.grad_norm
+def time_updates(job: Job, step, updates: list[list[PlannedBatch]], batches: Iterator[MicroBatch]) -> list[tuple[float, float]]:
+    """Do updates as training does between two logs, waiting for batches included: (seconds, norm of the gradient) of each.
+
+    What an update gave is read when the next one has been begun.
+    """
+    marks, begun = [mark(job.device)], []
+    for update in updates:
+        numbers = [planned.number for planned in update]
+        begun.append(step.begin_step(itertools.islice(batches, len(numbers)), numbers, len(numbers)))
+        marks.append(mark(job.device))
+        for earlier in begun[-2:-1]:
+            earlier.read()
+    norms = [one.read().grad_norm for one in begun]
+    return list(zip(itertools.starmap(seconds_between, itertools.pairwise(marks)), norms, strict=True))
+
+
+def mark(device: str) -> "float | torch.cuda.Event":
+    """Mark a point of time: of the host's clock, or, without waiting, of what the GPU was given so far."""
+    if device != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)
+    event.record()
+    return event
+
+
+def seconds_between(earlier: "float | torch.cuda.Event", later: "float | torch.cuda.Event") -> float:
+    """Return the time between two marks."""
+    if isinstance(earlier, float):
+        return later - earlier
+    later.synchronize()
+    return earlier.elapsed_time(later) / 1000
+
+
+def moment_bytes(optimizer: torch.optim.Optimizer) -> int:
+    """Count the bytes of an optimizer's state so far."""
+    return sum(tensor.nbytes for state in optimizer.state.values() for tensor in state.values())
+
+
+def state_bytes(student: torch.nn.Module) -> int:
+    """Count the bytes of gradients and moments: of all trained parameters, in their precision."""
+    return 3 * sum(parameter.nbytes for parameter in student.parameters() if parameter.requires_grad)
 
 
 def stopped_iterator(watch: Stopwatch, batches: Iterator[MicroBatch]) -> Iterator[MicroBatch]:
@@ -973,14 +1016,17 @@ def times(ratio: float | None) -> str:
 
 
 def gib(memory: dict[str, int] | None) -> str:
-    """Show peak memory: what the step added to the models, and all of it."""
-    return "-" if memory is None else f"{(memory['peak'] - memory['models']) / GIB:.2f} / {memory['peak'] / GIB:.2f}"
+    """Show peak memory: all of it; beyond the models; beyond gradients and moments, too."""
+    if memory is None:
+        return "-"
+    beyond_models = memory["peak"] - memory["models"]
+    return " / ".join(f"{value / GIB:.2f}" for value in (memory["peak"], beyond_models, beyond_models - memory["state"]))
 
 
 def main_table(rows: list[dict]) -> str:
     """Lay out a line a variant."""
     lines = [["variant", "tokens/s (min..max)", "update, ms (min..max)", "MFU of measured", "of nominal",
-              "GiB above models / all", "x reference", "x reference in autocast"]]  # fmt: skip
+              "GiB: all / beyond models / and state", "x reference", "x reference in autocast"]]  # fmt: skip
     for row in rows:
         if "problem" in row:
             lines.append([row["name"], row["problem"].removeprefix(f"{row['name']}: "), *["-"] * 6])

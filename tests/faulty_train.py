@@ -19,7 +19,7 @@ RANK, ATTEMPT = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT",
 
 def main() -> None:
     folder, fault, seconds, flags = Path(sys.argv[1]), sys.argv[2].split(":"), float(sys.argv[3]), sys.argv[4:]
-    kept, updates = train.Distiller.step, []
+    kept, updates = train.Distiller.begin_step, []
 
     def step(distiller, *arguments, **options):
         updates.append(1)
@@ -30,7 +30,7 @@ def main() -> None:
         time.sleep(seconds)
         return kept(distiller, *arguments, **options)
 
-    train.Distiller.step = step
+    train.Distiller.begin_step = step
     train.main(flags)
 
 

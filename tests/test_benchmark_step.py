@@ -71,7 +71,7 @@ def test_a_reference_under_autocast_keeps_its_weights_and_computes_nearly_the_sa
     found = {}
     for one in (job, dataclasses.replace(job, precision="fp32")):
         step = benchmark.PlainStep(one, *benchmark.make_models(one, has_dropout=False))
-        found[one.precision] = step.step(iter(batches), [0, 1], 2)
+        found[one.precision] = step.begin_step(iter(batches), [0, 1], 2).read()
         assert {p.dtype for model in (step.teacher, step.student) for p in model.parameters()} == {torch.float32}
         assert all(torch.isfinite(p).all() for p in step.student.parameters())
     (rounded, exact) = (found[name].losses_MK for name in (precision, "fp32"))

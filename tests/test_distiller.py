@@ -26,6 +26,7 @@ from distiller import (
     last_hidden_state,
     masking_weights,
     prepare_clm,
+    recompute_activations,
     split_for_weight_decay,
 )
 from evaluation import evaluate
@@ -282,7 +283,7 @@ def test_recomputed_activations_give_the_same_gradient(tmp_path):
     for is_recomputed in (False, True):
         student = make_student(tmp_path, dropout=0.2)
         if is_recomputed:
-            student.activation_checkpointing_enable({"use_reentrant": False})
+            recompute_activations(student)
         found.append(gradients(make_distiller(student, teacher), batches))
     assert all(torch.equal(found[0][name], found[1][name]) for name in found[0])
 

@@ -404,7 +404,7 @@ def test_bad_input_is_a_line_a_problem_and_nothing_is_overwritten(name, bad_inpu
 # On the way of a run
 # --------------------------------------------------------------------------------------------------------------------
 
-RUN = {"batch_size": 24, "n_epoch": 2, "log_interval": 5, "checkpoint_interval": 4, "learning_rate": 0.2}  # 10 updates
+RUN = {"batch_size": 24, "n_epoch": 2, "log_interval": 5, "checkpoint_interval": 4, "learning_rate": 0.25}  # 10 updates
 
 
 def held_out_points(run: Path) -> list[tuple]:
@@ -474,8 +474,8 @@ def stop_during(monkeypatch, owner, name: str, call: int) -> None:
 
 
 STOPS = {
-    "before an evaluation": (train.Distiller, "step", 5, 5),
-    "at an update to be evaluated": (train.Distiller, "step", 6, 6),
+    "before an evaluation": (train.Distiller, "begin_step", 5, 5),
+    "at an update to be evaluated": (train.Distiller, "begin_step", 6, 6),
     "during an evaluation": (train, "measure", 2, 7),
 }
 

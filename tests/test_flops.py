@@ -128,6 +128,27 @@ def test_an_unknown_device_is_measured_and_no_random_number_is_drawn(precision, 
     assert [size for size, _ in sizes] == list(flops.PEAK_SIZES[: len(sizes)]) and sizes[0][1] == flops.DTYPES[precision]
 
 
+@pytest.mark.parametrize(("dtype", "own_s", "expected_s"), [
+    (torch.float32, 0.5, 0.5), (torch.float32, 3.0, 2.0), (torch.bfloat16, 0.5, 2.0), (torch.float64, 0.5, 2.0),
+])  # fmt: skip
+def test_a_product_is_as_fast_as_the_faster_way_of_the_step(dtype, own_s, expected_s, monkeypatch):
+    """By a clock that only the products move: torch's takes 2 s, that of the step, which is for float32, own_s."""
+    now = [0.0]
+
+    def taking(function, seconds):
+        def slow(*arguments, **options):
+            now[0] += seconds
+            return function(*arguments, **options)
+
+        return slow
+
+    monkeypatch.setattr(torch, "matmul", taking(torch.matmul, 2.0))
+    monkeypatch.setattr(flops.cpu_kernels, "linear", taking(flops.cpu_kernels.linear, own_s))
+    monkeypatch.setattr(flops, "clock_s", lambda device: now[0])
+    left = torch.ones(8, 8, dtype=dtype)
+    assert flops.product_rate(left, left) == 2 * 8**3 / expected_s
+
+
 @pytest.mark.parametrize(("seconds_of_128", "expected"), [(1e-4, 4), (1.0, 1), (1e-9, 6)])
 def test_a_slow_device_is_asked_for_small_products_only(seconds_of_128, expected, monkeypatch):
     """By a clock that only the products move: 4 of each size, the time of one growing by 8."""

@@ -39,7 +39,7 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 def stop_after(monkeypatch, num_updates: int, number: int = signal.SIGTERM):
     """Have the process signal itself while its update `num_updates` is computed."""
-    kept, calls = train.Distiller.step, []
+    kept, calls = train.Distiller.begin_step, []
 
     def step(self, *arguments, **options):
         calls.append(1)
@@ -48,7 +48,7 @@ def stop_after(monkeypatch, num_updates: int, number: int = signal.SIGTERM):
             time.sleep(0.2)  # the system gives it to a thread
         return kept(self, *arguments, **options)
 
-    monkeypatch.setattr(train.Distiller, "step", step)
+    monkeypatch.setattr(train.Distiller, "begin_step", step)
 
 
 RUNS = {
@@ -298,14 +298,14 @@ def test_two_runs_do_not_share_a_folder(world, stopped, tmp_path, status_and_err
 
 
 def test_nothing_that_is_not_finite_is_saved(world, tmp_path, monkeypatch, capfd):
-    kept = train.Distiller.step
+    kept = train.Distiller.begin_step
 
     def step(self, *arguments, **options):
         report = kept(self, *arguments, **options)
         next(self.model.student.parameters()).data[0, 0] = float("inf")
         return report
 
-    monkeypatch.setattr(train.Distiller, "step", step)
+    monkeypatch.setattr(train.Distiller, "begin_step", step)
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run", **SHORT, checkpoint_interval=1))
     assert end.value.code == train.EXIT_NON_FINITE

@@ -671,7 +671,7 @@ def test_out_of_memory_names_the_micro_batch_and_the_flags(world, tmp_path, stat
     def fail(*_arguments, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(train.Distiller, "step", fail)
+    monkeypatch.setattr(train.Distiller, "begin_step", fail)
     status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run"))
     assert status == 2 and len(errors) == 1
     assert re.match(r"out of memory in a micro-batch of 5 x \d+ = \d+ padded tokens; lower --max_tokens", errors[0])

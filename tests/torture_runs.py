@@ -259,8 +259,8 @@ class Counted(Pipe):
         self.slow_s = slow_s
 
     def plant(self, rank: int) -> None:
-        """Wrap Distiller.step in this process."""
-        kept = train.Distiller.step
+        """Wrap Distiller.begin_step in this process."""
+        kept = train.Distiller.begin_step
 
         def step(distiller, *arguments, **options):
             if rank == 0:
@@ -268,7 +268,7 @@ class Counted(Pipe):
             time.sleep(self.slow_s)
             return kept(distiller, *arguments, **options)
 
-        train.Distiller.step = step
+        train.Distiller.begin_step = step
 
 
 def terminated(bench) -> None:
@@ -381,8 +381,8 @@ def require_finite_files(bench, run: Path) -> None:
 
 
 def poison_step(poison: Callable, update: int) -> None:
-    """Wrap Distiller.step: at one update call `poison` first; say whether weights changed where it raises."""
-    kept, calls = train.Distiller.step, []
+    """Wrap Distiller.begin_step: at one update call `poison` first; say whether weights changed where it raises."""
+    kept, calls = train.Distiller.begin_step, []
 
     def step(distiller, *arguments, **options):
         calls.append(1)
@@ -396,7 +396,7 @@ def poison_step(poison: Callable, update: int) -> None:
             print("unchanged" if same else "CHANGED", file=sys.stderr, flush=True)
             raise
 
-    train.Distiller.step = step
+    train.Distiller.begin_step = step
 
 
 def poison_teacher(bench, update: int, rank: int, value: float) -> Callable[[int], None]:

@@ -893,7 +893,7 @@ def left_by_refusal(folder: Path, step: int) -> list[str]:
 MOMENTS = [
     (train.RunFolder, "_begin", 1), (train.RunFolder, "save_checkpoint", 6), (train.RunFolder, "save_epoch", 2),
     (train.RunFolder, "finish", 1), (train.RunFolder, "_log_bytes", 6), (train.Progress, "log", 5),
-    (train.Distiller, "step", 10), (train.checkpointing, "write", 6), (train, "save_weights", 8),
+    (train.Distiller, "begin_step", 10), (train.checkpointing, "write", 6), (train, "save_weights", 8),
 ]  # fmt: skip
 
 
