@@ -450,7 +450,7 @@ def joined(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> 
     is_own_KN = torch.zeros(len(terms), num_rows, dtype=torch.bool, device=device)
     labels_KN = torch.zeros(len(terms), num_rows, dtype=torch.int64, device=device)
     for k, term in enumerate(terms):
-        weights_KN[k, term.rows_N] = term.weight if isinstance(term.weight, torch.Tensor) else float(term.weight)
+        weights_KN[k, term.rows_N] = term.weight.to(wide) if isinstance(term.weight, torch.Tensor) else float(term.weight)
         is_own_KN[k, term.rows_N] = True
         if term.labels_N is not None:
             labels_KN[k, term.rows_N] = term.labels_N

@@ -12,6 +12,7 @@ from test_resume import assert_same_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import checkpointing
+import losses
 import train
 from architectures import head_parameters, prediction_head
 from distiller import (
@@ -43,8 +44,9 @@ def make_batches(kind: str) -> list:
     return batches
 
 
-def make_distiller(kind: str, waits: bool | None, **options) -> Distiller:
-    student, teacher = make_model(kind, VOCAB, layers=2), make_model(kind, VOCAB).eval().requires_grad_(False)
+def make_distiller(kind: str, waits: bool | None, device: str = "cpu", **options) -> Distiller:
+    student, teacher = make_model(kind, VOCAB, layers=2).to(device), make_model(kind, VOCAB).eval().to(device)
+    teacher.requires_grad_(False)
     alphas = ALPHAS["gpt2" if kind == "gpt2" else "bert"]
     model = DistillationModel(student, prediction_head(student), head_parameters(student), alphas, 2.0)
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.01, fused=True)
@@ -147,12 +149,14 @@ def test_what_is_refused_is_seen():
             waiting()
 
 
+@pytest.mark.parametrize("head", ["eager", "joined"])
 @pytest.mark.parametrize("normalization", ["micro_batches", "tokens"])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
-def test_the_host_asks_the_device_nothing_during_an_update(kind, normalization):
+def test_the_host_asks_the_device_nothing_during_an_update(kind, normalization, head, monkeypatch):
     """With batches that are ready: padded and not. A CPU's own shortcuts are off, for a GPU has them not."""
+    monkeypatch.setattr(losses, "_compiled", lambda: losses._joined_terms)  # as it is before it is compiled
     distiller = make_distiller(kind, waits=False, normalization=normalization)
-    distiller.has_cpu_kernels = False
+    distiller.has_cpu_kernels, distiller.model.compiles_head = False, head == "joined"
     batches = [distiller.ready(batch) for batch in make_batches(kind)]
     distiller.begin_step(batches, [0, 1, 2], 3).read()
     with Refusing():

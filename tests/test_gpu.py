@@ -45,6 +45,42 @@ def test_batches_are_copied_from_pinned_memory():
     assert torch.equal(batch.input_ids_BT.to("cuda", non_blocking=True).cpu(), torch.arange(20).reshape(2, 10))
 
 
+@pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
+def test_an_update_waits_for_nothing(kind, amp_dtype):
+    """By torch's own account of what waits."""
+    from test_begun_step import make_batches, make_distiller
+
+    distiller = make_distiller(kind, None, "cuda", amp_dtype=amp_dtype)
+    assert not distiller.waits
+    batches = [distiller.ready(batch) for batch in make_batches(kind)]
+    distiller.step(batches, [0, 1, 2], 3)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        begun = distiller.begin_step(batches, [0, 1, 2], 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    assert begun.read().grad_norm > 0
+
+
+def test_an_update_that_is_not_finite_is_left_out_on_the_gpu():
+    from test_begun_step import assert_equal, make_batches, make_distiller, state
+
+    from distiller import NonFiniteError
+
+    distiller = make_distiller("bert", None, "cuda")
+    batches = [distiller.ready(batch) for batch in make_batches("bert")]
+    distiller.step(batches[:1], [0], 1)
+    before = state(distiller)
+    handle = distiller.model.head.projection.bias.register_hook(lambda gradient: gradient * float("nan"))
+    bad = distiller.begin_step(batches[1:2], [1], 1)
+    handle.remove()
+    distiller.begin_step(batches[2:], [2], 1)
+    assert_equal(before, state(distiller))
+    with pytest.raises(NonFiniteError, match="gradient norm"):
+        bad.read()
+
+
 def test_half_precision_trains_on_a_gpu(world, tmp_path):
     done = run_process(sys.executable, ROOT / "train.py", *world.flags("bert", tmp_path / "run", max_steps=5, fp16=True))
     assert done.returncode == 0, done.stderr
