@@ -404,7 +404,7 @@ def test_bad_input_is_a_line_a_problem_and_nothing_is_overwritten(name, bad_inpu
 # On the way of a run
 # --------------------------------------------------------------------------------------------------------------------
 
-RUN = {"batch_size": 24, "n_epoch": 2, "log_interval": 5, "checkpoint_interval": 4, "learning_rate": 0.25}  # 10 updates
+RUN = {"batch_size": 24, "n_epoch": 2, "log_interval": 5, "checkpoint_interval": 4, "learning_rate": 0.4}  # 10 updates
 
 
 def held_out_points(run: Path) -> list[tuple]:
