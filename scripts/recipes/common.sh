@@ -1,4 +1,5 @@
-# Sourced by the recipes, after their own settings: the settings they share, the checks, the commands of the stages.
+# Sourced by the recipes, after their own settings (CONFIG: the student's file in training_configs/; TOKENIZER: the teacher's
+# type): the settings they share, the checks, the commands of the stages, and the stages that several have.
 #
 # Every setting is an environment variable. Those at the head of each recipe, and
 #   OUT            folder that receives everything (default: serialization_dir/STUDENT_NAME)
@@ -72,7 +73,7 @@ PROBLEMS=()
 # Stages and checks
 # ---------------------------------------------------------------------------------------------------------------------
 
-run_stages() { # the stages named, or all: each is a function stage_NAME of the recipe
+run_stages() { # the stages named, or all: each is a function stage_NAME
     local stage check wanted=("$@")
     if [ $# = 0 ]; then
         wanted=("${STAGES[@]}")
@@ -269,4 +270,25 @@ evaluate() { # flags of evaluate_lm.py: both models on the held-out text, the ta
         --tasks lm ${TASKS[@]+"${TASKS[@]}"} --data_dir "$TASK_DATA" --seeds "${SEEDS[@]}" --task_flags "$TASK_FLAGS" \
         --scores "$OUT/held_out.teacher.json" "$OUT/held_out.student.json" \
         --output_dir "$OUT/report" --write_card ${REPORT_FLAGS[@]+"${REPORT_FLAGS[@]}"}
+}
+
+# ---------------------------------------------------------------------------------------------------------------------
+# The stages of BERT -> DistilBERT; a recipe writes those that it has otherwise
+# ---------------------------------------------------------------------------------------------------------------------
+
+stage_student() {
+    first_weights scripts/extract_distilbert.py bert --vocab_transform
+}
+
+stage_data() {
+    make_sequences
+    make_token_files "$TOKENIZER"
+}
+
+stage_train() {
+    train_first_weights distilbert bert "${MASKED[@]}" --freeze_pos_embs
+}
+
+stage_evaluate() {
+    evaluate --pseudo_perplexity "$PSEUDO"
 }

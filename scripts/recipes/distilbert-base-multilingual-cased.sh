@@ -18,23 +18,12 @@ TEXT="${TEXT:-data/wikipedia}"
 TASKS="${TASKS-xnli}"
 EXPONENT="${EXPONENT:-0.7}"
 CONFIG=distilbert-base-multilingual-cased
+TOKENIZER=bert
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-stage_student() {
-    first_weights scripts/extract_distilbert.py bert --vocab_transform
-}
 
 stage_data() {
     make_sequences --by_language --sampling_exponent "$EXPONENT"
-    make_token_files bert
-}
-
-stage_train() {
-    train_first_weights distilbert bert "${MASKED[@]}" --freeze_pos_embs
-}
-
-stage_evaluate() {
-    evaluate --pseudo_perplexity "$PSEUDO"
+    make_token_files "$TOKENIZER"
 }
 
 run_stages "$@"

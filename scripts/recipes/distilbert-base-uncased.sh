@@ -17,23 +17,7 @@ TEACHER="${TEACHER:-bert-base-uncased}"
 TEXT="${TEXT:-data/documents}"
 TASKS="${TASKS-cola mnli mrpc qnli qqp rte sst2 stsb wnli}"
 CONFIG=distilbert-base-uncased
+TOKENIZER=bert
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-
-stage_student() {
-    first_weights scripts/extract_distilbert.py bert --vocab_transform
-}
-
-stage_data() {
-    make_sequences
-    make_token_files bert
-}
-
-stage_train() {
-    train_first_weights distilbert bert "${MASKED[@]}" --freeze_pos_embs
-}
-
-stage_evaluate() {
-    evaluate --pseudo_perplexity "$PSEUDO"
-}
 
 run_stages "$@"

@@ -18,15 +18,11 @@ TEXT="${TEXT:-data/documents}"
 TASKS="${TASKS-wikitext}"
 MAX_CHARS="${MAX_CHARS:-4000}"
 CONFIG=distilgpt2
+TOKENIZER=gpt2
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 stage_student() {
     first_weights scripts/extract.py gpt2
-}
-
-stage_data() {
-    make_sequences
-    make_token_files gpt2
 }
 
 stage_train() {

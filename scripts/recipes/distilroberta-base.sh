@@ -16,23 +16,15 @@ TEACHER="${TEACHER:-roberta-base}"
 TEXT="${TEXT:-data/documents}"
 TASKS="${TASKS-cola mnli mrpc qnli qqp rte sst2 stsb wnli}"
 CONFIG=distilroberta-base
+TOKENIZER=roberta
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 stage_student() {
     first_weights scripts/extract.py roberta --vocab_transform
 }
 
-stage_data() {
-    make_sequences
-    make_token_files roberta
-}
-
 stage_train() {
     train_first_weights roberta roberta "${MASKED[@]}" --freeze_pos_embs --freeze_token_type_embds
-}
-
-stage_evaluate() {
-    evaluate --pseudo_perplexity "$PSEUDO"
 }
 
 run_stages "$@"

@@ -17,23 +17,15 @@ TEACHER="${TEACHER:-answerdotai/ModernBERT-base}"
 TEXT="${TEXT:-data/documents}"
 TASKS="${TASKS-cola mnli mrpc qnli qqp rte sst2 stsb wnli}"
 NUM_LAYERS="${NUM_LAYERS:-11}"
+TOKENIZER=auto
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 stage_student() {
     whole_student --num_layers "$NUM_LAYERS"
 }
 
-stage_data() {
-    make_sequences
-    make_token_files auto
-}
-
 stage_train() {
     train --student "$FIRST_STUDENT" "${MASKED[@]}"
-}
-
-stage_evaluate() {
-    evaluate --pseudo_perplexity "$PSEUDO"
 }
 
 run_stages "$@"
