@@ -246,7 +246,7 @@ HANDLED = {F.dropout: dropout, F.scaled_dot_product_attention: attention, F.line
 
 
 class _Faster(TorchFunctionMode):
-    """Sends the calls of HANDLED's keys to their values, and looking up `tied` to `looked_up`, which run outside of it."""
+    """Sends the calls of HANDLED's keys to their values, and looking up tied weights to `look_up`, which run outside of it."""
 
     def __init__(self, tied: TiedGradient | None = None):
         super().__init__()

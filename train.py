@@ -483,9 +483,10 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
     held_out = make_held_out(config, teacher_type, tokenizer, teacher, vocabulary)
     prepare = make_preparation(config, teacher_type, tokenizer, teacher.config.vocab_size, vocabulary)
     student = make_student(config, student_type, student_config)
-    check_forward(student, student_source(config), dataset)
-    check_forward(teacher, f"--teacher_name {config.teacher_name}", dataset)
-    work = make_work(config, student, teacher, dataset)
+    longest_BT, _ = dataset.collate([int(np.argmax(dataset.lengths))])
+    check_forward(student, student_source(config), longest_BT)
+    check_forward(teacher, f"--teacher_name {config.teacher_name}", longest_BT)
+    work = make_work(config, student, teacher, longest_BT) if runtime.is_main else None
     sampler = GroupedBatchSampler(
         dataset.lengths, config.batch_size, dataset.max_length, group_by_size=config.group_by_size, seed=config.seed,
         max_tokens=config.max_tokens,
@@ -560,7 +561,7 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
 
 def check_sizes(config: TrainConfig, student_type: ModelType, student_config, teacher, tokenizer) -> None:
     """Raise InputError, all lines at once, where student, teacher and tokenizer disagree in size."""
-    needs_width = any(LOSSES[name].reads == "hidden" and alpha > 0 for name, alpha in config.alphas.items())
+    needs_width = any(LOSSES[name].reads == "hidden" for name in active(config.alphas))
     problems = size_mismatches(student_config, teacher.config, student_source(config), student_type, needs_width)
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= teacher.config.vocab_size:
@@ -607,9 +608,8 @@ def make_held_out(config: TrainConfig, teacher_type: ModelType, tokenizer, teach
     return HeldOut(dataset, plan_batches(dataset.lengths), passes)
 
 
-def check_forward(model: torch.nn.Module, source: str, dataset: LmSeqsDataset) -> None:
-    """Raise InputError where a model fails, or gives NaN, on the longest sequence: better now than after moving folders."""
-    token_ids_BT, _ = dataset.collate([int(np.argmax(dataset.lengths))])
+def check_forward(model: torch.nn.Module, source: str, token_ids_BT: torch.Tensor) -> None:
+    """Raise InputError where a model fails, or gives NaN, on a sequence: better now than after moving folders."""
     try:
         with torch.no_grad():
             hidden_BTD = model.base_model(token_ids_BT).last_hidden_state
@@ -621,9 +621,8 @@ def check_forward(model: torch.nn.Module, source: str, dataset: LmSeqsDataset) -
         raise InputError(f"{source}: the model gives NaN or infinite values before any training; correct its JSON or weights")
 
 
-def make_work(config: TrainConfig, student, teacher, dataset: LmSeqsDataset) -> Work | None:
-    """Find out what the models compute, while they are on the CPU; None where they don't show it."""
-    token_ids_BT, _ = dataset.collate([int(np.argmax(dataset.lengths))])
+def make_work(config: TrainConfig, student, teacher, token_ids_BT: torch.Tensor) -> Work | None:
+    """Find out on a sequence what the models compute, while they are on the CPU; None where they don't show it."""
     student_size = shown_size(student, token_ids_BT[:, :COUNTED_TOKENS])
     teacher_size = shown_size(teacher, token_ids_BT[:, :COUNTED_TOKENS])
     read_of_teacher = {LOSSES[name].reads for name in active(config.alphas) if LOSSES[name].needs_teacher}
@@ -1191,7 +1190,7 @@ def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder |
             if parts.distiller.waits or due.is_any or any(report.num_asking for report in reports):
                 reports += read_some(parts, runtime, folder, progress, unread, len(unread))
             is_stopped = any(report.num_asking for report in reports)
-            if due.is_last or (due.is_evaluated and not is_stopped):  # whoever asks to stop may not wait: done when it goes on
+            if due.is_last or not is_stopped:  # whoever asks to stop may not wait: it is done when the run goes on
                 evaluate_if_due(config, parts, runtime, folder, progress)
             if due.is_any or is_stopped:
                 after_update(config, parts, folder, progress, update, reports[-1], due, is_stopped)
