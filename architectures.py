@@ -22,6 +22,7 @@ from typing import TYPE_CHECKING
 
 import huggingface_hub
 import numpy as np
+import tokenizers
 import transformers
 
 from utils import InputError, logger, one_line, require_file
@@ -276,6 +277,25 @@ def load_tokenizer(model_type: str | Architecture, name: str, flag: str, do_lowe
     except Exception as error:  # what a damaged or foreign file can raise has no end
         kind = "" if _is_any(model_type) else f"{model_type} "
         raise InputError(f"{flag} {name}: no {kind}tokenizer could be loaded ({one_line(error)})") from error
+
+
+WORD_PIECE_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def train_word_pieces(text_file: str | os.PathLike, vocab_size: int, lowercase: bool = True) -> dict[str, int]:
+    """Train a WordPiece vocabulary on a text, the same in every process: token -> id.
+
+    The library numbers the continuing characters ("##a") in the order of a hash table that each process seeds anew, and
+    breaks ties between merges by these numbers: a second training is given them in alphabetical order.
+    """
+    continuing: list[str] = []
+    for _ in range(2):
+        trainer = tokenizers.BertWordPieceTokenizer(lowercase=lowercase)
+        special = [*WORD_PIECE_SPECIALS, *continuing]
+        trainer.train([str(text_file)], vocab_size=vocab_size, show_progress=False, special_tokens=special)
+        vocabulary = trainer.get_vocab()
+        continuing = sorted(token for token in vocabulary if token.startswith("##") and len(token) == 3)
+    return vocabulary
 
 
 def tokenizer_type(model_type: str, name: str) -> str:

@@ -128,12 +128,12 @@ class Loss:
     """One objective: a formula, what it reads, and where.
 
     gradient: the formula's sum with its gradient by the student's logits; None: autograd finds it, a block at a time.
-    by_row: the same for a compiler; None: the objective is not compiled.
+    by_row: the same for a compiler; None: the objective is not compiled, the others are.
     reads: "logits" or "hidden" (last hidden states).
     rows: "distilled" (real tokens, or masked positions only with --restrict_ce_to_mask), "real" (every real token),
         "masked" (positions drawn for masked-LM) or "next" (positions whose next token is real).
     needs_teacher: False where the teacher need not run for it.
-    default_alpha: the default of its flag; help: one line for the command line.
+    default_alpha: the default of its flag; title: its name for people; condition: when its flag may be given.
     """
 
     formula: Callable[..., torch.Tensor]
@@ -141,9 +141,15 @@ class Loss:
     rows: str
     needs_teacher: bool
     default_alpha: float
-    help: str
+    title: str
     gradient: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     by_row: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    condition: str = ""
+
+    @property
+    def help(self) -> str:
+        """Return one line for the command line."""
+        return f"{self.title}; {self.condition}" if self.condition else self.title
 
 
 LOSSES: dict[str, Loss] = {
@@ -163,9 +169,10 @@ LOSSES: dict[str, Loss] = {
         "masked",
         False,
         0.0,
-        "masked-language-model loss; needs --mlm",
+        "masked-language-model loss",
         cross_entropy_gradient,
         cross_entropy_rows,
+        "needs --mlm",
     ),  # fmt: skip
     "clm": Loss(
         cross_entropy,
@@ -173,9 +180,10 @@ LOSSES: dict[str, Loss] = {
         "next",
         False,
         0.5,
-        "causal-language-model loss; not with --mlm",
+        "causal-language-model loss",
         cross_entropy_gradient,
         cross_entropy_rows,
+        "not with --mlm",
     ),  # fmt: skip
     "mse": Loss(
         squared_error,
@@ -319,10 +327,9 @@ def projected_losses(
 
     A chunk of logits is made, read once, and overwritten by the gradient of the total, from which the gradients of rows
     and weights follow: 8 D V operations a row, and no tensor of N x V. Matrix products run in autocast's precision where
-    that is on; the objectives in float32 or wider. compiles: join the objectives' element-wise operations by
-    torch.compile, if every one of them has a form for it.
+    that is on; the objectives in float32 or wider. compiles: join the element-wise operations of the objectives that have
+    a form for it by torch.compile.
     """
-    compiles = compiles and all(term.by_row is not None for term in terms)
     parameters = [student.rows_ND, student.weight_VD, student.bias_V]
     return _ProjectedLosses.apply(teacher, terms, temperature, chunk_rows, compiles, *parameters)
 
@@ -339,7 +346,7 @@ class _ProjectedLosses(torch.autograd.Function):
         dtype = _products_dtype(rows_ND)
         with torch.autocast(rows_ND.device.type, enabled=False):
             if compiles:
-                overwrite = joined(terms, temperature, rows_ND)
+                overwrite = partly_joined(terms, temperature, rows_ND)
             else:
                 overwrite = functools.partial(_overwrite_by_gradient, terms=terms, temperature=temperature)
             total, sums_K, grads = _walk_chunks(
@@ -437,6 +444,29 @@ def _sum_and_gradient(term: Term, low: int, high: int, student_CV, teacher_CV, t
         leaf_CV = at_least_float32(student_CV.detach()).requires_grad_()
         value = term.formula(leaf_CV, teacher_CV, labels, temperature)
     return value.detach(), torch.autograd.grad(value, leaf_CV)[0]
+
+
+def partly_joined(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> Callable:
+    """Return what `_overwrite_by_gradient` does: one compiled pass for the terms that have a form for it, the others after it.
+
+    One without that form costs a copy of the chunk's logits, and leaves the rest compiled.
+    """
+    places = {has_form: [k for k, t in enumerate(terms) if (t.by_row is not None) == has_form] for has_form in (True, False)}
+    with_form, without = ([terms[k] for k in places[has_form]] for has_form in (True, False))
+    plain = functools.partial(_overwrite_by_gradient, terms=without, temperature=temperature)
+    if not without or not with_form:
+        return joined(terms, temperature, rows_ND) if with_form else plain
+    compiled = joined(with_form, temperature, rows_ND)
+
+    def overwrite(logits_CV, teacher_CV, first: int):
+        gradient_CV = logits_CV.clone()
+        plain_total, plain_sums_K = plain(gradient_CV, teacher_CV, first=first)
+        total, sums_K = compiled(logits_CV, teacher_CV, first)
+        logits_CV.add_(gradient_CV)
+        order = torch.tensor([*places[True], *places[False]]).argsort().tolist()
+        return total + plain_total, torch.stack([*sums_K, *plain_sums_K])[order]
+
+    return overwrite
 
 
 def joined(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> Callable:

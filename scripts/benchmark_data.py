@@ -25,7 +25,7 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import prose
-from architectures import load_tokenizer, short_name, special_ids
+from architectures import load_tokenizer, short_name, special_ids, train_word_pieces
 from encoding import Encoding, LineEncoder, WorkerPool, divide_work
 from text_sources import find_sources, read_blocks, texts_of
 from token_files import open_token_file, writing_tokens
@@ -105,12 +105,10 @@ def make_tokenizer(args: argparse.Namespace, text: Path, folder: Path) -> str:
     if args.tokenizer_name:
         return args.tokenizer_name
     import transformers
-    from tokenizers import BertWordPieceTokenizer
 
-    trainer = BertWordPieceTokenizer(lowercase=True)
-    trainer.train([str(text)], vocab_size=VOCAB_SIZE, show_progress=False)
     target = folder / "trained-bert"
-    transformers.BertTokenizer(vocab=trainer.get_vocab(), do_lower_case=True).save_pretrained(target)
+    vocabulary = train_word_pieces(text, VOCAB_SIZE)
+    transformers.BertTokenizer(vocab=vocabulary, do_lower_case=True).save_pretrained(target)
     return str(target)
 
 

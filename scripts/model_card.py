@@ -19,6 +19,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from architectures import short_name
+from losses import LOSSES
 from utils import atomic_path, logger, one_line, output_problem
 
 SIGNATURE = "<!-- Written by Distil, scripts/report.py. SHA-256 of the rest: {} -->"
@@ -175,13 +176,6 @@ def read_run_file(student: str, name: str) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-LOSSES = {
-    "alpha_ce": "Kullback-Leibler divergence from the teacher's distribution, at the temperature",
-    "alpha_mlm": "masked-language-model loss",
-    "alpha_clm": "causal-language-model loss",
-    "alpha_mse": "squared error of the logits",
-    "alpha_cos": "cosine distance of the last hidden states",
-}
 PLACES = ("dump_path", "student_config", "student_pretrained_weights", "token_counts", "data_file", "teacher_name")
 
 
@@ -190,7 +184,8 @@ def training_text(args: argparse.Namespace) -> str:
     flags, commit = read_run_file(args.student, "parameters.json"), read_run_file(args.student, "git_log.json")
     if not flags:
         return "The model's folder holds no parameters.json of the run: its training flags are not known here."
-    losses = [f"* {flags[name]:g} x {text} (`{name}`)" for name, text in LOSSES.items() if flags.get(name)]
+    weights = {name: flags.get(f"alpha_{name}") for name in LOSSES}
+    losses = [f"* {alpha:g} x {LOSSES[name].title} (`alpha_{name}`)" for name, alpha in weights.items() if alpha]
     lines = ["The training loss was the sum of:", "", *losses, ""]
     if flags.get("data_file"):
         lines += [f"Training data: the token file `{Path(flags['data_file']).name}`"

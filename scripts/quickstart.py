@@ -39,6 +39,7 @@ from architectures import (
     read_student_config,
     short_name,
     special_ids,
+    train_word_pieces,
 )
 from distiller import MicroBatch, MlmPreparation, masking_weights, prepare_clm
 from evaluation import evaluate
@@ -176,11 +177,7 @@ def user_lines(path: str) -> Iterator[str]:
 
 def train_vocabulary(plan: Plan) -> None:
     """Train a WordPiece vocabulary on train.txt, and write it as a BERT tokenizer."""
-    from tokenizers import BertWordPieceTokenizer
-
-    trainer = BertWordPieceTokenizer(lowercase=True)
-    trainer.train([str(plan.folder / "train.txt")], vocab_size=VOCAB_SIZE, show_progress=False)
-    vocabulary = trainer.get_vocab()
+    vocabulary = train_word_pieces(plan.folder / "train.txt", VOCAB_SIZE)
     transformers.BertTokenizer(vocab=vocabulary, do_lower_case=True, model_max_length=512).save_pretrained(plan.teacher)
     logger.info("Vocabulary: %d WordPiece tokens.", len(vocabulary))
 

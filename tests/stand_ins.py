@@ -12,10 +12,12 @@ from pathlib import Path
 import torch
 import transformers
 from tensorboard.backend.event_processing.event_file_loader import EventFileLoader
-from tokenizers import BertWordPieceTokenizer, ByteLevelBPETokenizer
+from tokenizers import ByteLevelBPETokenizer
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
+
+from architectures import train_word_pieces  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()
@@ -36,9 +38,8 @@ def make_lines(num: int, seed: int = 0) -> list[str]:
 def save_tokenizer(kind: str, folder: Path, text_file: Path, lowercase: bool = True) -> None:
     """Train a tokenizer of a model type and save it as transformers does."""
     if kind == "bert":
-        trainer = BertWordPieceTokenizer(lowercase=lowercase)
-        trainer.train([str(text_file)], vocab_size=200, show_progress=False)
-        tokenizer = transformers.BertTokenizer(vocab=trainer.get_vocab(), do_lower_case=lowercase)
+        vocabulary = train_word_pieces(text_file, 200, lowercase)
+        tokenizer = transformers.BertTokenizer(vocab=vocabulary, do_lower_case=lowercase)
     else:
         trainer = ByteLevelBPETokenizer()
         special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if kind == "roberta" else ["<|endoftext|>"]

@@ -4,12 +4,13 @@ import copy
 import json
 import os
 import shutil
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 import transformers
-from conftest import load_golden
+from conftest import load_golden, run_process
 from stand_ins import LAYERS, ROOT, make_model, save_tokenizer
 
 from architectures import (
@@ -374,3 +375,9 @@ def test_real_vocabularies_give_the_ids_of_2019(name, tmp_path):
         tokens = open_token_file(tmp_path / path)
         found = [ids.tolist() for ids in torch.from_numpy(tokens.ids_M.astype("int64")).split(tokens.lengths_N.tolist())]
         assert sorted(found) == sorted(golden["ids"][name])
+
+
+def test_a_vocabulary_is_the_same_in_every_process(text_file):
+    program = f"from architectures import train_word_pieces; print(sorted(train_word_pieces({str(text_file)!r}, 200).items()))"
+    printed = {run_process(sys.executable, "-c", program, cwd=ROOT).stdout for _ in range(3)}
+    assert len(printed) == 1 and "[MASK]" in printed.pop()

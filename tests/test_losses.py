@@ -279,10 +279,19 @@ def test_the_head_that_torch_compiles_equals_the_one_that_it_does_not(dtype):
         torch.testing.assert_close(compiled, expected, **(FLOAT64 if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}))
 
 
-def test_an_objective_without_a_form_for_a_compiler_is_not_compiled(uncompiled):
+@pytest.mark.parametrize("plain", [0, 1, 2])
+def test_an_objective_without_a_form_for_a_compiler_leaves_the_others_compiled(plain, uncompiled):
     student, teacher, terms = projection_case(20, 57)
-    terms[0] = dataclasses.replace(terms[0], by_row=None)
-    run_head(student, teacher, terms, torch.float64, "joined")
+    terms[plain] = dataclasses.replace(terms[plain], gradient=None, by_row=None)
+    mixed = run_head(student, teacher, terms, torch.float64, "joined", 7)
+    assert len(uncompiled) == 3  # chunks
+    for found, expected in zip(mixed, run_head(student, teacher, terms, torch.float64, "plain"), strict=True):
+        torch.testing.assert_close(found, expected, **FLOAT64)
+
+
+def test_objectives_without_a_form_for_a_compiler_are_not_compiled(uncompiled):
+    student, teacher, terms = projection_case(20, 57)
+    run_head(student, teacher, [dataclasses.replace(term, by_row=None) for term in terms], torch.float64, "joined")
     assert not uncompiled
 
 

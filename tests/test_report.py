@@ -489,7 +489,7 @@ def test_the_card_tells_teacher_data_flags_and_commit(with_card, own_student):
     report.main(with_card)
     text = (own_student / "README.md").read_text(encoding="utf-8")
     assert "A model distilled from `tiny-bert`" in text and "`data.pickle`" in text and "/somewhere" not in text
-    assert "* 5 x Kullback-Leibler" in text and "* 2 x masked" in text and "causal-language-model loss" not in text
+    assert "* 5 x KL divergence" in text and "* 2 x masked" in text and "causal-language-model loss" not in text
     assert "commit `0123abc`" in text and "| `note` | a\\|b |" in text and "| `temperature` | 2.0 |" in text
     assert "97.3 % ≈" in text and "Measured on" in text
 

@@ -1,5 +1,6 @@
 """A new objective and a new pair of model types: a row of one table each, and train.py trains with them."""
 
+import argparse
 import sys
 
 import torch
@@ -8,6 +9,7 @@ from conftest import run_process
 from stand_ins import ROOT, logged
 
 import losses
+import model_card
 import train
 
 
@@ -30,6 +32,8 @@ def test_an_objective_is_one_row_of_one_table(world, tmp_path, monkeypatch):
         expected = sum(weight * found[name] for name, weight in weights.items())
         torch.testing.assert_close(torch.tensor(found["loss"]), torch.tensor(expected), rtol=1e-4, atol=1e-4)
     assert values
+    arguments = argparse.Namespace(student=str(tmp_path / "run"), datasets=None)
+    assert "* 0.25 x absolute error of the logits (`alpha_toy`)" in model_card.training_text(arguments)
 
 
 TOY_PAIR = f"""
