@@ -1,11 +1,14 @@
-"""Checkpoints: everything that a run needs to go on, in folders that are complete and verified or not there.
+"""Checkpoints: everything that a run needs to go on, in folders that are complete and verified or
+not there.
 
-A checkpoint is a folder `step-00000012` of safetensors files, `state.json`, and `MANIFEST.json`, which has the size and
-SHA-256 of each and a checksum of its own. It is written under another name, flushed, read back, renamed once, and the
-folder above flushed: at every instant the checkpoint before it is whole. No format in use notices a flipped bit;
-the manifest does. Nothing in a checkpoint is executed.
+A checkpoint is a folder `step-00000012` of safetensors files, `state.json`, and `MANIFEST.json`,
+which has the size and SHA-256 of each and a checksum of its own. It is written under another name,
+flushed, read back, renamed once, and the folder above flushed: at every instant the checkpoint
+before it is whole. No format in use notices a flipped bit; the manifest does. Nothing in a
+checkpoint is executed.
 
-One process writes it all: randomness is keyed by counters (see utils.keyed_seed), so no process has a state of its own.
+One process writes it all: randomness is keyed by counters (see utils.keyed_seed), so no process has
+a state of its own.
 """
 
 import contextlib
@@ -22,7 +25,16 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from utils import REMEDIES, InputError, flush_to_disk, json_digest, logger, make_folder, naming, one_line
+from utils import (
+    REMEDIES,
+    InputError,
+    flush_to_disk,
+    json_digest,
+    logger,
+    make_folder,
+    naming,
+    one_line,
+)
 
 FORMAT, VERSION = "distil-checkpoint", 1
 MANIFEST, STATE = "MANIFEST.json", "state.json"
@@ -51,7 +63,9 @@ class Checkpoint:
     manifest: Mapping[str, Mapping[str, Any]]
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Read a file of tensors, on the CPU. What is checked is what is loaded. Raises DamagedError."""
+        """Read a file of tensors, on the CPU. What is checked is what is loaded. Raises
+        DamagedError.
+        """
         path = self.path / f"{name}.safetensors"
         try:
             with _saying_damaged(path):
@@ -60,20 +74,25 @@ class Checkpoint:
             raise DamagedError(f"{path}: {one_line(error)}") from error
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def write(folder: str | os.PathLike, step: int, tensors: Tensors, state: Mapping[str, Any], keep: int) -> Path:
+def write(
+    folder: str | os.PathLike, step: int, tensors: Tensors, state: Mapping[str, Any], keep: int
+) -> Path:
     """Write a checkpoint into `folder` and drop all but the newest `keep`; return its path.
 
-    tensors: file name (without suffix) -> name -> tensor. Raises InputError that names path and bytes where the disk is
-    full or may not be written to: nothing half-written stays, and the checkpoints before are as they were.
+    tensors: file name (without suffix) -> name -> tensor. Raises InputError that names path and
+    bytes where the disk is full or may not be written to: nothing half-written stays, and the
+    checkpoints before are as they were.
     """
     final = Path(folder) / f"step-{step:08d}"
     unfinished = final.with_name(final.name + UNFINISHED)
-    num_bytes = ROOM_BYTES + sum(tensor.nbytes for file in tensors.values() for tensor in file.values())
+    num_bytes = ROOM_BYTES + sum(
+        tensor.nbytes for file in tensors.values() for tensor in file.values()
+    )
     with _saying_how_much(final, num_bytes), naming(final):
         make_folder(final.parent)
         clean(final.parent)
@@ -82,7 +101,9 @@ def write(folder: str | os.PathLike, step: int, tensors: Tensors, state: Mapping
             unfinished.mkdir()
             _write_files(unfinished, step, tensors, state)
             read(unfinished)
-            if os.path.lexists(final):  # an update that is done again after a damaged checkpoint was skipped
+            if os.path.lexists(
+                final
+            ):  # an update that is done again after a damaged checkpoint was skipped
                 _discard(final)
             os.rename(unfinished, final)
             flush_to_disk(final.parent)
@@ -96,7 +117,10 @@ def write(folder: str | os.PathLike, step: int, tensors: Tensors, state: Mapping
 def _require_room(folder: Path, num_bytes: int) -> None:
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
-        raise InputError(f"{folder}: the disk is full: a checkpoint takes {num_bytes:,} bytes, {free:,} are free{GO_ON}")
+        raise InputError(
+            f"{folder}: the disk is full: a checkpoint takes {num_bytes:,} bytes, {free:,} are"
+            f" free{GO_ON}"
+        )
 
 
 GO_ON = "; make room, then go on with --resume"
@@ -108,14 +132,18 @@ def _saying_how_much(path: Path, num_bytes: int) -> Iterator[None]:
         yield
     except OSError as error:
         remedy = GO_ON if error.errno in REMEDIES else ""
-        raise InputError(f"{one_line(error, limit=None)} (a checkpoint takes {num_bytes:,} bytes){remedy}") from error
+        raise InputError(
+            f"{one_line(error, limit=None)} (a checkpoint takes {num_bytes:,} bytes){remedy}"
+        ) from error
 
 
 def _write_files(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
     manifest = {}
     for name, content in tensors.items():
         on_host = {key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}
-        manifest[f"{name}.safetensors"] = _write_file(folder / f"{name}.safetensors", safetensors.torch.save(on_host))
+        manifest[f"{name}.safetensors"] = _write_file(
+            folder / f"{name}.safetensors", safetensors.torch.save(on_host)
+        )
     text = json.dumps({"step": step, **state}, indent=1, allow_nan=False)
     manifest[STATE] = _write_file(folder / STATE, text.encode())
     body = {"format": FORMAT, "version": VERSION, "step": step, "files": manifest}
@@ -125,7 +153,9 @@ def _write_files(folder: Path, step: int, tensors: Tensors, state: Mapping[str, 
 
 
 def _write_file(path: Path, content: bytes) -> dict[str, Any]:
-    """Write a file and flush it; return its row of the manifest, made from what was meant to be written."""
+    """Write a file and flush it; return its row of the manifest, made from what was meant to be
+    written.
+    """
     with open(path, "xb") as file:
         view = memoryview(content)
         for start in range(0, len(view), WRITE_BYTES):
@@ -144,7 +174,9 @@ def _discard(path: Path) -> None:
 
 
 def prune(folder: Path, keep: int, written: Path) -> None:
-    """Drop all checkpoints but the newest `keep` and the one just written: those of later steps may all be damaged."""
+    """Drop all checkpoints but the newest `keep` and the one just written: those of later steps may
+    all be damaged.
+    """
     for path in exist(folder)[keep:]:
         if path != written:
             _discard(path)
@@ -152,20 +184,28 @@ def prune(folder: Path, keep: int, written: Path) -> None:
 
 def clean(folder: str | os.PathLike) -> None:
     """Remove what a save that was killed left half-written, or half-deleted."""
-    for path in [*Path(folder).glob(f"step-*{UNFINISHED}"), *Path(folder).glob(f"{DISCARDED}step-*")]:
+    for path in [
+        *Path(folder).glob(f"step-*{UNFINISHED}"),
+        *Path(folder).glob(f"{DISCARDED}step-*"),
+    ]:
         shutil.rmtree(path, ignore_errors=True)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def exist(folder: str | os.PathLike) -> list[Path]:
     """List the checkpoints of a folder, whole or damaged, the newest first."""
     try:
-        found = [path for path in Path(folder).iterdir() if NAME.fullmatch(path.name) and path.is_dir()]
-    except (FileNotFoundError, NotADirectoryError):  # not another error: none that can be seen is not none that there are
+        found = [
+            path for path in Path(folder).iterdir() if NAME.fullmatch(path.name) and path.is_dir()
+        ]
+    except (
+        FileNotFoundError,
+        NotADirectoryError,
+    ):  # not another error: none that can be seen is not none that there are
         return []
     return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]), reverse=True)
 
@@ -173,8 +213,8 @@ def exist(folder: str | os.PathLike) -> list[Path]:
 def read(path: str | os.PathLike) -> Checkpoint:
     """Read a checkpoint and compare every byte with its manifest.
 
-    Raises DamagedError naming the file that is missing, cut off, changed or of another checkpoint; InputError where a
-    newer version of this program wrote it.
+    Raises DamagedError naming the file that is missing, cut off, changed or of another checkpoint;
+    InputError where a newer version of this program wrote it.
     """
     path = Path(path)
     with _saying_damaged(path):
@@ -186,7 +226,9 @@ def read(path: str | os.PathLike) -> Checkpoint:
         state = json.loads(_checked_bytes(path / STATE, manifest["files"]))
         step, named = state.pop("step"), NAME.fullmatch(path.name.removesuffix(UNFINISHED))
         if not named or not step == manifest["step"] == int(named[1]):
-            raise DamagedError(f"{path}: its {STATE} is of step {step}: the folder was renamed, or mixed from two")
+            raise DamagedError(
+                f"{path}: its {STATE} is of step {step}: the folder was renamed, or mixed from two"
+            )
         return Checkpoint(path, step, state, manifest["files"])
 
 
@@ -201,7 +243,9 @@ def _saying_damaged(path: Path) -> Iterator[None]:
     except OSError as error:
         raise DamagedError(one_line(error, limit=None)) from error
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise DamagedError(f"{path}: is damaged ({type(error).__name__}: {one_line(error)})") from error
+        raise DamagedError(
+            f"{path}: is damaged ({type(error).__name__}: {one_line(error)})"
+        ) from error
 
 
 def _read_manifest(path: Path) -> dict[str, Any]:
@@ -212,7 +256,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
             raise DamagedError(f"{name}: differs from its own checksum: damaged, or edited")
     if manifest.get("version") != VERSION:
         raise InputError(
-            f"{path}: is of version {manifest.get('version')}, this program reads version {VERSION}; update the program"
+            f"{path}: is of version {manifest.get('version')}, this program reads version"
+            f" {VERSION}; update the program"
         )
     return manifest
 
@@ -222,14 +267,19 @@ def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
         raise DamagedError(f"{path}: there is no such file")
     size = os.path.getsize(path)
     if size != expected["bytes"]:
-        raise DamagedError(f"{path}: has {size} bytes, its manifest says {expected['bytes']}: cut off, or another file")
+        raise DamagedError(
+            f"{path}: has {size} bytes, its manifest says {expected['bytes']}: cut off, or another"
+            " file"
+        )
     with naming(path), open(path, "rb") as file:
         _compare(path, hashlib.file_digest(file, "sha256").hexdigest(), expected)
 
 
 def _compare(path: Path, digest: str, expected: Mapping[str, Any]) -> None:
     if digest != expected["sha256"]:
-        raise DamagedError(f"{path}: differs from its checksum: the file is damaged, or another checkpoint's")
+        raise DamagedError(
+            f"{path}: differs from its checksum: the file is damaged, or another checkpoint's"
+        )
 
 
 def _checked_bytes(path: Path, manifest: Mapping[str, Mapping[str, Any]]) -> bytes:
@@ -240,9 +290,11 @@ def _checked_bytes(path: Path, manifest: Mapping[str, Mapping[str, Any]]) -> byt
 
 
 def newest(folder: str | os.PathLike) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, saying which were skipped and why; None where there is none at all.
+    """Return the newest checkpoint that is whole, saying which were skipped and why; None where
+    there is none at all.
 
-    Raises InputError where there are some and all are damaged: what to lose is not for a program to choose.
+    Raises InputError where there are some and all are damaged: what to lose is not for a program to
+    choose.
     """
     problems = []
     for path in exist(folder):
@@ -256,7 +308,11 @@ def newest(folder: str | os.PathLike) -> Checkpoint | None:
         return found
     if problems:
         remedy = "restore one from a copy, or start anew in another folder"
-        raise InputError("\n".join([*problems, f"{folder}: all {len(problems)} checkpoint(s) are damaged; {remedy}"]))
+        raise InputError(
+            "\n".join(
+                [*problems, f"{folder}: all {len(problems)} checkpoint(s) are damaged; {remedy}"]
+            )
+        )
     return None
 
 

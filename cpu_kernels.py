@@ -1,15 +1,21 @@
-"""What the step computes faster on a CPU than torch does by itself: dropout, attention with dropout, float32 products.
+"""What the step computes faster on a CPU than torch does by itself: dropout, attention with
+dropout, float32 products.
 
-`faster()` is a context in which a model's own calls of torch.nn.functional come here; no module is changed, so it serves
-every architecture. Outside it, on other devices and for whatever is not handled, torch's own functions run.
+`faster()` is a context in which a model's own calls of torch.nn.functional come here; no module is
+changed, so it serves every architecture. Outside it, on other devices and for whatever is not
+handled, torch's own functions run.
 
-- Dropout: torch draws a float32 per element from a serial generator (6 ms a million); here an element takes 16 bits of it.
-- Attention with dropout: torch's fused CPU kernel has none, its fallback keeps three matrices of B x H x T x T; here one, and
-  a byte an element.
-- The gradient of an embedding that is tied to the head: only the rows that occurred, where torch makes a second V x D.
-- float32 linear maps: torch gives them to MKL, which is slow on AMD; oneDNN, in the same package, is not.
+- Dropout: torch draws a float32 per element from a serial generator (6 ms a million); here an
+  element takes 16 bits of it.
+- Attention with dropout: torch's fused CPU kernel has none, its fallback keeps three matrices of B
+  x H x T x T; here one, and a byte an element.
+- The gradient of an embedding that is tied to the head: only the rows that occurred, where torch
+  makes a second V x D.
+- float32 linear maps: torch gives them to MKL, which is slow on AMD; oneDNN, in the same package,
+  is not.
 
-Shape suffixes: B sequences, H heads, T query positions, S key positions, N rows, I and O width of input and output.
+Shape suffixes: B sequences, H heads, T query positions, S key positions, N rows, I and O width of
+input and output.
 """
 
 import contextlib
@@ -21,18 +27,19 @@ from torch.overrides import TorchFunctionMode
 
 LANES = 2**16  # a share of dropped elements is rounded to a multiple of 1 / LANES
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Dropout
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def draw_kept(shape: torch.Size, probability: float) -> tuple[torch.Tensor, float]:
     """Draw which elements stay, from torch's default generator: (bool, factor that keeps the mean).
 
-    probability: of being dropped, rounded to a multiple of 2^-16 below 1 (0.1 becomes 0.100006); the factor is for the
-        rounded one.
+    probability: of being dropped, rounded to a multiple of 2^-16 below 1 (0.1 becomes 0.100006);
+        the factor is for the rounded one.
     """
-    # Differs from the original: the share is rounded. torch draws a number of its own for each element, which takes longer.
+    # Differs from the original: the share is rounded. torch draws a number of its own for each
+    # element, which takes longer.
     num_dropped = min(round(probability * LANES), LANES - 1)
     num_words = -(-shape.numel() // 4)
     words = torch.empty(num_words, dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
@@ -60,19 +67,25 @@ def dropout(input, p: float = 0.5, training: bool = True, inplace: bool = False)
     return _Dropout.apply(input, p)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class _DroppedAttention(torch.autograd.Function):
-    """softmax(q k' scale + mask), elements dropped, times v. Saves probabilities and what was kept, once each."""
+    """softmax(q k' scale + mask), elements dropped, times v. Saves probabilities and what was kept,
+    once each.
+    """
 
     @staticmethod
     def forward(ctx, query_BHTD, key_BHSD, value_BHSD, mask, probability: float, scale: float):
         scores_BHTS = (query_BHTD * scale) @ key_BHSD.transpose(-2, -1)
         if mask is not None:
-            scores_BHTS = scores_BHTS.masked_fill_(~mask, -torch.inf) if mask.dtype == torch.bool else scores_BHTS.add_(mask)
+            scores_BHTS = (
+                scores_BHTS.masked_fill_(~mask, -torch.inf)
+                if mask.dtype == torch.bool
+                else scores_BHTS.add_(mask)
+            )
         probs_BHTS = scores_BHTS.softmax(-1)
         if mask is not None and (is_blind := _sees_nothing(mask)).any():
             probs_BHTS.masked_fill_(is_blind, 0.0)
@@ -88,27 +101,49 @@ class _DroppedAttention(torch.autograd.Function):
         grad_BHTD = grad_BHTD * ctx.factor
         grad_value_BHSD = torch.mul(probs_BHTS, kept_BHTS).transpose(-2, -1) @ grad_BHTD
         grad_probs_BHTS = (grad_BHTD @ value_BHSD.transpose(-2, -1)).mul_(kept_BHTS)
-        grad_scores_BHTS = torch._softmax_backward_data(grad_probs_BHTS, probs_BHTS, -1, probs_BHTS.dtype).mul_(ctx.scale)
+        grad_scores_BHTS = torch._softmax_backward_data(
+            grad_probs_BHTS, probs_BHTS, -1, probs_BHTS.dtype
+        ).mul_(ctx.scale)
         grad_query_BHTD = grad_scores_BHTS @ key_BHSD
-        return grad_query_BHTD, grad_scores_BHTS.transpose(-2, -1) @ query_BHTD, grad_value_BHSD, None, None, None
+        return (
+            grad_query_BHTD,
+            grad_scores_BHTS.transpose(-2, -1) @ query_BHTD,
+            grad_value_BHSD,
+            None,
+            None,
+            None,
+        )
 
 
 def attention(
-    query, key, value, attn_mask=None, dropout_p: float = 0.0, is_causal: bool = False, scale: float | None = None,
+    query,
+    key,
+    value,
+    attn_mask=None,
+    dropout_p: float = 0.0,
+    is_causal: bool = False,
+    scale: float | None = None,
     enable_gqa: bool = False,
-) -> torch.Tensor:  # fmt: skip
+) -> torch.Tensor:
     """Do as torch.nn.functional.scaled_dot_product_attention does."""
     tensors, is_cast = (query, key, value), torch.is_autocast_enabled("cpu")
     is_handled = (
         0 < dropout_p < 1
-        and all(_is_float_on_cpu(t) and t.dim() == 4 and t.shape[:2] == query.shape[:2] for t in tensors)
+        and all(
+            _is_float_on_cpu(t) and t.dim() == 4 and t.shape[:2] == query.shape[:2] for t in tensors
+        )
         and all(t.dtype != torch.float64 if is_cast else t.dtype == query.dtype for t in tensors)
         and (attn_mask is None or not (is_causal or attn_mask.requires_grad))
         and (attn_mask is None or attn_mask.dtype in (torch.bool, torch.float32, query.dtype))
     )
     if not is_handled:
         return F.scaled_dot_product_attention(
-            *tensors, attn_mask=attn_mask, dropout_p=dropout_p, is_causal=is_causal, scale=scale, enable_gqa=enable_gqa
+            *tensors,
+            attn_mask=attn_mask,
+            dropout_p=dropout_p,
+            is_causal=is_causal,
+            scale=scale,
+            enable_gqa=enable_gqa,
         )
     if is_causal:
         attn_mask = torch.ones(query.shape[-2], key.shape[-2], dtype=torch.bool).tril()
@@ -122,16 +157,20 @@ def attention(
 
 
 def _sees_nothing(mask: torch.Tensor) -> torch.Tensor:
-    """Mark the queries that no key is shown to: torch's attention gives them zeros, a softmax alone NaN."""
+    """Mark the queries that no key is shown to: torch's attention gives them zeros, a softmax alone
+    NaN.
+    """
     return (~mask if mask.dtype == torch.bool else mask == -torch.inf).all(-1, keepdim=True)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Linear maps
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def _product(left_NI: torch.Tensor, right_OI: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+def _product(
+    left_NI: torch.Tensor, right_OI: torch.Tensor, bias_O: torch.Tensor | None = None
+) -> torch.Tensor:
     """left times right', in oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(left_NI, right_OI, bias_O, "none", [], "")
 
@@ -154,7 +193,11 @@ class _Linear(torch.autograd.Function):
 
 def linear(input, weight, bias=None) -> torch.Tensor:
     """Do as torch.nn.functional.linear does. In half precision torch calls oneDNN itself."""
-    return _linear(input, weight, bias) if _is_for_onednn(input, weight, bias) else F.linear(input, weight, bias)
+    return (
+        _linear(input, weight, bias)
+        if _is_for_onednn(input, weight, bias)
+        else F.linear(input, weight, bias)
+    )
 
 
 def addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None) -> torch.Tensor:
@@ -168,15 +211,23 @@ def addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None) -> torch.Tensor:
 def _is_for_onednn(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     tensors = [tensor for tensor in (input, weight, bias) if tensor is not None]
     return (
-        all(tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() > 0 for tensor in tensors)
-        and input.dim() > 1 and weight.dim() == 2 and input.shape[-1] == weight.shape[1]
+        all(
+            tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() > 0
+            for tensor in tensors
+        )
+        and input.dim() > 1
+        and weight.dim() == 2
+        and input.shape[-1] == weight.shape[1]
         and (bias is None or bias.shape == weight.shape[:1])
-        and not torch.is_autocast_enabled("cpu") and torch.backends.mkldnn.is_available()
-    )  # fmt: skip
+        and not torch.is_autocast_enabled("cpu")
+        and torch.backends.mkldnn.is_available()
+    )
 
 
 def _linear(input, weight, bias) -> torch.Tensor:
-    if torch.is_grad_enabled() and any(tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)):
+    if torch.is_grad_enabled() and any(
+        tensor is not None and tensor.requires_grad for tensor in (input, weight, bias)
+    ):
         return _Linear.apply(input, weight, bias)
     return _product(input, weight, bias)
 
@@ -185,9 +236,9 @@ def _is_float_on_cpu(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and tensor.is_floating_point()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Looking up weights that are the head's, too
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class _TiedLookup(torch.autograd.Function):
@@ -201,29 +252,54 @@ class _TiedLookup(torch.autograd.Function):
     def backward(ctx, grad):
         (ids,) = ctx.saved_tensors
         is_padding = ids == ctx.padding_id
-        ctx.found.append((ids.flatten(), grad.masked_fill(is_padding[..., None], 0.0).reshape(-1, grad.shape[-1])))
+        ctx.found.append(
+            (
+                ids.flatten(),
+                grad.masked_fill(is_padding[..., None], 0.0).reshape(-1, grad.shape[-1]),
+            )
+        )
         return None, None, None, None
 
 
 class TiedGradient:
-    """A context of forward and backward in which the rows of an embedding's gradient are added to the head's, in place.
+    """A context of forward and backward in which the rows of an embedding's gradient are added to
+    the head's, in place.
 
-    weight_VD: the embedding's weights, to which something else gives a dense gradient in every backward. Autograd alone
-    makes a second matrix of V x D for the embedding, mostly zeros, and adds the two.
+    weight_VD: the embedding's weights, to which something else gives a dense gradient in every
+    backward. Autograd alone makes a second matrix of V x D for the embedding, mostly zeros, and
+    adds the two.
     """
 
     def __init__(self, weight_VD: torch.Tensor):
         self.weight_VD = weight_VD
         self._found: list[tuple[torch.Tensor, torch.Tensor]] = []
 
-    def look_up(self, input, weight, padding_idx=None, max_norm=None, norm_type=2.0, scale_grad_by_freq=False, sparse=False):
+    def look_up(
+        self,
+        input,
+        weight,
+        padding_idx=None,
+        max_norm=None,
+        norm_type=2.0,
+        scale_grad_by_freq=False,
+        sparse=False,
+    ):
         """Do as torch.nn.functional.embedding does."""
-        if max_norm is not None or scale_grad_by_freq or sparse or not torch.is_grad_enabled() or not weight.requires_grad:
-            return F.embedding(input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse)
+        if (
+            max_norm is not None
+            or scale_grad_by_freq
+            or sparse
+            or not torch.is_grad_enabled()
+            or not weight.requires_grad
+        ):
+            return F.embedding(
+                input, weight, padding_idx, max_norm, norm_type, scale_grad_by_freq, sparse
+            )
         return _TiedLookup.apply(input, weight, padding_idx, self._found)
 
     def __enter__(self) -> "TiedGradient":
-        # Called with the sum of all dense gradients, before it is accumulated and before ranks exchange it.
+        # Called with the sum of all dense gradients, before it is accumulated and before ranks
+        # exchange it.
         self._hook = self.weight_VD.register_hook(self._add_rows)
         return self
 
@@ -238,15 +314,22 @@ class TiedGradient:
             grad_VD.index_add_(0, ids, rows.to(grad_VD.dtype))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The context
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-HANDLED = {F.dropout: dropout, F.scaled_dot_product_attention: attention, F.linear: linear, torch.addmm: addmm}
+HANDLED = {
+    F.dropout: dropout,
+    F.scaled_dot_product_attention: attention,
+    F.linear: linear,
+    torch.addmm: addmm,
+}
 
 
 class _Faster(TorchFunctionMode):
-    """Sends the calls of HANDLED's keys to their values, and looking up tied weights to `look_up`, which run outside of it."""
+    """Sends the calls of HANDLED's keys to their values, and looking up tied weights to `look_up`,
+    which run outside of it.
+    """
 
     def __init__(self, tied: TiedGradient | None = None):
         super().__init__()
@@ -254,7 +337,12 @@ class _Faster(TorchFunctionMode):
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
-        if function is F.embedding and self.tied is not None and len(args) > 1 and args[1] is self.tied.weight_VD:
+        if (
+            function is F.embedding
+            and self.tied is not None
+            and len(args) > 1
+            and args[1] is self.tied.weight_VD
+        ):
             return self.tied.look_up(*args, **kwargs)
         return HANDLED.get(function, function)(*args, **kwargs)
 
@@ -264,6 +352,10 @@ def faster(tied: TiedGradient | None = None) -> contextlib.AbstractContextManage
     return _Faster(tied)
 
 
-def checkpointing_contexts() -> tuple[contextlib.AbstractContextManager, contextlib.AbstractContextManager]:
-    """Return what torch.utils.checkpoint wants for a forward inside `faster`: nothing, then `faster` for doing it again."""
+def checkpointing_contexts() -> tuple[
+    contextlib.AbstractContextManager, contextlib.AbstractContextManager
+]:
+    """Return what torch.utils.checkpoint wants for a forward inside `faster`: nothing, then
+    `faster` for doing it again.
+    """
     return contextlib.nullcontext(), _Faster()

@@ -1,11 +1,13 @@
 """How well a language model predicts held-out text, and how near a student is to its teacher.
 
-Asked by train.py while it trains, by scripts/evaluate_lm.py and scripts/quickstart.py. Every figure is a sum over positions
-that is divided once, at the end: it depends neither on how the text is cut into batches nor on who computes which of them.
+Asked by train.py while it trains, by scripts/evaluate_lm.py and scripts/quickstart.py. Every figure
+is a sum over positions that is divided once, at the end: it depends neither on how the text is cut
+into batches nor on who computes which of them.
 
-A causal model is asked for each next token. A masked one is asked for every token once (FixedMasks): every k-th token is
-masked, in k passes, so that two models, or one at two moments, are asked the same. With k as large as the text is long each
-token is masked alone: that is the pseudo-perplexity of Salazar et al., 2020, "Masked Language Model Scoring", section 2.
+A causal model is asked for each next token. A masked one is asked for every token once
+(FixedMasks): every k-th token is masked, in k passes, so that two models, or one at two moments,
+are asked the same. With k as large as the text is long each token is masked alone: that is the
+pseudo-perplexity of Salazar et al., 2020, "Masked Language Model Scoring", section 2.
 
 Shape suffixes: B sequences, T padded length, N positions, V vocabulary, D width, S sums.
 """
@@ -24,30 +26,37 @@ from distiller import Head, MicroBatch, label_of_row, last_hidden_state, prepare
 from losses import IGNORED_LABEL, at_least_float32, cosine_distance, rows_per_chunk
 
 MASK_EVERY = 7  # about the 15 % of training are masked at once
-EVALUATED_TOKENS = 2**12  # padded tokens a batch: the same everywhere, so that what is drawn for a batch is, too
+EVALUATED_TOKENS = (
+    2**12
+)  # padded tokens a batch: the same everywhere, so that what is drawn for a batch is, too
 MAX_LOSS = 100.0  # of a perplexity: beyond e^100 it says nothing, and JSON has no infinity
 
 Passes = Callable[[int, torch.Tensor, torch.Tensor], Iterable[MicroBatch]]
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a model is asked
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedMasks:
-    """Mask every k-th token of each sequence in k passes: no chance in it, and every token is asked for once.
+    """Mask every k-th token of each sequence in k passes: no chance in it, and every token is asked
+    for once.
 
-    special_ids: tokens that are never asked for. every: k; MASK_EVERY if not given, the longest sequence's length for
-    pseudo-perplexity.
+    special_ids: tokens that are never asked for. every: k; MASK_EVERY if not given, the longest
+    sequence's length for pseudo-perplexity.
     """
 
     mask_id: int
     special_ids: Sequence[int]
     every: int = MASK_EVERY
 
-    def __call__(self, number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> Iterator[MicroBatch]:
-        """Yield the passes over a batch; sequences in which a pass masks nothing are left out of it."""
+    def __call__(
+        self, number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor
+    ) -> Iterator[MicroBatch]:
+        """Yield the passes over a batch; sequences in which a pass masks nothing are left out of
+        it.
+        """
         real_BT = real_positions(lengths_B, token_ids_BT.shape[1])
         asked_BT = real_BT & ~torch.isin(token_ids_BT, torch.tensor(list(self.special_ids)))
         turn_T = torch.arange(token_ids_BT.shape[1]) % self.every
@@ -55,22 +64,31 @@ class FixedMasks:
             masked_BT = asked_BT & (turn_T == turn)
             has_any_B = masked_BT.any(1)
             if has_any_B.any():
-                yield self._masked(number, token_ids_BT[has_any_B], real_BT[has_any_B], masked_BT[has_any_B])
+                yield self._masked(
+                    number, token_ids_BT[has_any_B], real_BT[has_any_B], masked_BT[has_any_B]
+                )
 
     def _masked(self, number: int, token_ids_BT, real_BT, masked_BT) -> MicroBatch:
-        rows = {"real": real_BT.flatten().nonzero()[:, 0], "masked": masked_BT.flatten().nonzero()[:, 0]}
+        rows = {
+            "real": real_BT.flatten().nonzero()[:, 0],
+            "masked": masked_BT.flatten().nonzero()[:, 0],
+        }
         input_ids_BT = token_ids_BT.masked_fill(masked_BT, self.mask_id)
         labels_BT = token_ids_BT.masked_fill(~masked_BT, IGNORED_LABEL)
         return MicroBatch(number, input_ids_BT, real_BT.long(), labels_BT, rows, len(rows["real"]))
 
 
-def next_tokens(number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor) -> list[MicroBatch]:
+def next_tokens(
+    number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor
+) -> list[MicroBatch]:
     """Ask a causal model for every token but the first: one pass."""
     return [prepare_clm(number, token_ids_BT, lengths_B)]
 
 
 def plan_batches(lengths: np.ndarray, max_tokens: int = EVALUATED_TOKENS) -> list[np.ndarray]:
-    """Cut sequences, the longest first, into batches of at most max_tokens padded tokens (one sequence at least)."""
+    """Cut sequences, the longest first, into batches of at most max_tokens padded tokens (one
+    sequence at least).
+    """
     order, batches, first = np.argsort(-lengths.astype(np.int64), kind="stable"), [], 0
     while first < len(order):
         size = max(max_tokens // int(lengths[order[first]]), 1)
@@ -80,7 +98,11 @@ def plan_batches(lengths: np.ndarray, max_tokens: int = EVALUATED_TOKENS) -> lis
 
 
 def passes_over(
-    collate: Callable, batches: Sequence[np.ndarray], passes: Passes, rank: int = 0, world_size: int = 1
+    collate: Callable,
+    batches: Sequence[np.ndarray],
+    passes: Passes,
+    rank: int = 0,
+    world_size: int = 1,
 ) -> Iterator[MicroBatch]:
     """Yield the passes over a rank's share of the batches: over all ranks, each batch once.
 
@@ -90,9 +112,9 @@ def passes_over(
         yield from passes(number, *collate(batches[number]))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What it answers, as sums
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,14 +150,25 @@ def reader_of(model: nn.Module) -> Reader:
 
 
 # What is summed over the positions that are asked for; without a teacher the last are 0.
-SUMS = ("positions", "loss", "accuracy", "kl", "agreement", "teacher_loss", "teacher_accuracy", "cosine")
+SUMS = (
+    "positions",
+    "loss",
+    "accuracy",
+    "kl",
+    "agreement",
+    "teacher_loss",
+    "teacher_accuracy",
+    "cosine",
+)
 
 
 @torch.no_grad()
 def measure(student: Reader, teacher: Reader | None, batches: Iterable[MicroBatch]) -> torch.Tensor:
-    """Sum a model's figures, and those against its teacher, over the labels of `batches`: (S,), float64, as in SUMS.
+    """Sum a model's figures, and those against its teacher, over the labels of `batches`: (S,),
+    float64, as in SUMS.
 
-    Sums of several ranks may be added. The model is in evaluation mode meanwhile; no random number is drawn.
+    Sums of several ranks may be added. The model is in evaluation mode meanwhile; no random number
+    is drawn.
     """
     device = next(student.model.parameters()).device
     sums_S = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
@@ -168,17 +201,24 @@ def _asked(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
 
 def _chunks(device: torch.device, *tensors_N: torch.Tensor):
     """Cut tensors, on the device, so that a chunk's logits fit: no (B, T, V) tensor is made."""
-    return zip(*(tensor_N.to(device).split(rows_per_chunk(device.type)) for tensor_N in tensors_N), strict=True)
+    return zip(
+        *(tensor_N.to(device).split(rows_per_chunk(device.type)) for tensor_N in tensors_N),
+        strict=True,
+    )
 
 
-def _sums_of_rows(student: Reader, teacher: Reader | None, student_CD, teacher_CD, labels_C) -> torch.Tensor:
+def _sums_of_rows(
+    student: Reader, teacher: Reader | None, student_CD, teacher_CD, labels_C
+) -> torch.Tensor:
     own = student.predict(student_CD)
     sums = [torch.tensor(len(labels_C)), *_label_sums(own, labels_C)]
     if teacher is not None:
         others = teacher.predict(teacher_CD)
         sums += [*_distance_sums(own, others), *_label_sums(others, labels_C)]
         if student_CD.shape == teacher_CD.shape:
-            distance = cosine_distance(at_least_float32(student_CD), at_least_float32(teacher_CD), None, 1.0)
+            distance = cosine_distance(
+                at_least_float32(student_CD), at_least_float32(teacher_CD), None, 1.0
+            )
             sums.append(len(labels_C) - distance)
     sums_K = torch.stack([value.to(labels_C.device, torch.float64) for value in sums])
     return F.pad(sums_K, (0, len(SUMS) - len(sums_K)))
@@ -195,25 +235,40 @@ def _label_sums(predicted: Predicted, labels_C: torch.Tensor) -> tuple[torch.Ten
 
 def _distance_sums(student: Predicted, teacher: Predicted) -> tuple[torch.Tensor, torch.Tensor]:
     """Sum KL(teacher || student) at temperature 1, and how often both put the same token first."""
-    (student_first_C, student_log_probs_CV), (teacher_first_C, teacher_log_probs_CV) = student, teacher
-    kl = F.kl_div(student_log_probs_CV, teacher_log_probs_CV, reduction="none", log_target=True).sum(-1)
+    (student_first_C, student_log_probs_CV), (teacher_first_C, teacher_log_probs_CV) = (
+        student,
+        teacher,
+    )
+    kl = F.kl_div(
+        student_log_probs_CV, teacher_log_probs_CV, reduction="none", log_target=True
+    ).sum(-1)
     return kl.double().sum(), (student_first_C == teacher_first_C).sum()
 
 
-def figures_of(sums_S: torch.Tensor, has_teacher: bool, same_width: bool = True) -> dict[str, float]:
+def figures_of(
+    sums_S: torch.Tensor, has_teacher: bool, same_width: bool = True
+) -> dict[str, float]:
     """Make means of `measure`'s sums; NaN where nothing was asked for.
 
-    loss: natural log; perplexity: its exponential; accuracy, agreement: shares, top-1; kl: teacher || student; cosine: of
-    last hidden states, where both have the same width; teacher_*: the teacher's own.
+    loss: natural log; perplexity: its exponential; accuracy, agreement: shares, top-1; kl: teacher
+    || student; cosine: of last hidden states, where both have the same width; teacher_*: the
+    teacher's own.
     """
     sums = dict(zip(SUMS, sums_S.tolist(), strict=True))
     num = sums.pop("positions") or math.nan
     means = {name: value / num for name, value in sums.items()}
-    figures = {"loss": means["loss"], "perplexity": perplexity(means["loss"]), "accuracy": means["accuracy"]}
+    figures = {
+        "loss": means["loss"],
+        "perplexity": perplexity(means["loss"]),
+        "accuracy": means["accuracy"],
+    }
     if has_teacher:
         figures |= {"kl": means["kl"], "agreement": means["agreement"]}
         figures |= {"cosine": means["cosine"]} if same_width else {}
-        figures |= {"teacher_loss": means["teacher_loss"], "teacher_perplexity": perplexity(means["teacher_loss"])}
+        figures |= {
+            "teacher_loss": means["teacher_loss"],
+            "teacher_perplexity": perplexity(means["teacher_loss"]),
+        }
         figures |= {"teacher_accuracy": means["teacher_accuracy"]}
     return figures
 
@@ -223,18 +278,25 @@ def perplexity(loss: float) -> float:
     return math.exp(min(loss, MAX_LOSS))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Against the teacher at every real token, as in the quickstart's table
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
-def evaluate(student: nn.Module, head: Head, teacher: nn.Module, teacher_head: Head, batches: Iterable[MicroBatch]) -> dict:
+def evaluate(
+    student: nn.Module,
+    head: Head,
+    teacher: nn.Module,
+    teacher_head: Head,
+    batches: Iterable[MicroBatch],
+) -> dict:
     """Compare a student with its teacher on held-out batches.
 
-    Returns means in natural log: loss and accuracy (top-1) where a label is to be predicted; over every real token,
-    kl (teacher || student, T = 1) and agreement (share of positions where both put the same token first). With the
-    teacher as its own student, loss and accuracy are the teacher's.
+    Returns means in natural log: loss and accuracy (top-1) where a label is to be predicted; over
+    every real token, kl (teacher || student, T = 1) and agreement (share of positions where both
+    put the same token first). With the teacher as its own student, loss and accuracy are the
+    teacher's.
     """
     student.eval()
     own, others = Reader(student, head), Reader(teacher, teacher_head)
@@ -243,7 +305,9 @@ def evaluate(student: nn.Module, head: Head, teacher: nn.Module, teacher_head: H
     for batch in batches:
         hidden, teacher_hidden = own.hidden(batch), others.hidden(batch)
         for (rows_C,) in _chunks(hidden.device, batch.rows["real"]):
-            kl, agreed = _distance_sums(own.predict(hidden[rows_C]), others.predict(teacher_hidden[rows_C]))
+            kl, agreed = _distance_sums(
+                own.predict(hidden[rows_C]), others.predict(teacher_hidden[rows_C])
+            )
             sums["kl"] += kl.item()
             sums["agreement"] += agreed.item()
         for rows_C, labels_C in _chunks(hidden.device, *_asked(batch)):

@@ -1,7 +1,9 @@
-"""Model FLOPs of an update, and the FLOP/s that a device can reach: the share of these that a step uses is its MFU.
+"""Model FLOPs of an update, and the FLOP/s that a device can reach: the share of these that a step
+uses is its MFU.
 
-Model FLOPs are those that the mathematics needs for the real tokens, whatever an implementation spends beyond them (padding,
-recomputation, logits of padding). Source: Chowdhery et al., 2022, "PaLM", appendix B.
+Model FLOPs are those that the mathematics needs for the real tokens, whatever an implementation
+spends beyond them (padding, recomputation, logits of padding). Source: Chowdhery et al., 2022,
+"PaLM", appendix B.
 """
 
 import dataclasses
@@ -15,16 +17,18 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import cpu_kernels
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What the mathematics needs
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSize:
-    """What a forward pass multiplies with: entries of the layers' matrices and of the prediction head's; layers; width.
+    """What a forward pass multiplies with: entries of the layers' matrices and of the prediction
+    head's; layers; width.
 
-    attention_width: heads x width of a head, in some families another than the hidden states' width.
+    attention_width: heads x width of a head, in some families another than the hidden states'
+    width.
     """
 
     in_layers: int
@@ -33,10 +37,12 @@ class ModelSize:
     attention_width: int
 
     def forward_flops(self, lengths_B: np.ndarray, num_head_rows: int | None = None) -> int:
-        """Count a forward pass over sequences, num_head_rows of their tokens (None: all) projected to the vocabulary.
+        """Count a forward pass over sequences, num_head_rows of their tokens (None: all) projected
+        to the vocabulary.
 
-        2 a matrix entry and token; 4 T d a token, layer and sequence of T tokens for the attention. A causal model's
-        attention is counted whole too, as is customary, though half of it is masked; so is one within a window.
+        2 a matrix entry and token; 4 T d a token, layer and sequence of T tokens for the attention.
+        A causal model's attention is counted whole too, as is customary, though half of it is
+        masked; so is one within a window.
         """
         lengths_B = lengths_B.astype(np.int64)
         num_tokens, num_pairs = int(lengths_B.sum()), int((lengths_B**2).sum())
@@ -46,16 +52,23 @@ class ModelSize:
 
 
 def size_of(model: torch.nn.Module) -> ModelSize:
-    """Count the entries of a model's matrices; tables that are looked up are none, nor is what reads one token (a pooler).
+    """Count the entries of a model's matrices; tables that are looked up are none, nor is what
+    reads one token (a pooler).
 
     Raises AttributeError or TypeError where the configuration names no layers, heads or width.
     """
 
     def entries(module: torch.nn.Module) -> int:
-        return sum(m.weight.numel() for name, m in module.named_modules() if _is_matrix(m) and "pooler" not in name)
+        return sum(
+            m.weight.numel()
+            for name, m in module.named_modules()
+            if _is_matrix(m) and "pooler" not in name
+        )
 
     config = model.config.get_text_config()
-    head_width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    head_width = (
+        getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    )
     in_layers = entries(model.base_model)
     num_layers, num_heads = config.num_hidden_layers, config.num_attention_heads
     return ModelSize(in_layers, entries(model) - in_layers, num_layers, num_heads * head_width)
@@ -63,17 +76,23 @@ def size_of(model: torch.nn.Module) -> ModelSize:
 
 def _is_matrix(module: torch.nn.Module) -> bool:
     weight = getattr(module, "weight", None)
-    return isinstance(weight, torch.Tensor) and weight.dim() == 2 and not isinstance(module, torch.nn.Embedding)
+    return (
+        isinstance(weight, torch.Tensor)
+        and weight.dim() == 2
+        and not isinstance(module, torch.nn.Embedding)
+    )
 
 
 TOLERANCE = 0.01
 
 
 def shown_size(model: torch.nn.Module, token_ids_BT: torch.Tensor) -> ModelSize | None:
-    """Count a model's matrices and compare with a forward pass over ids on the CPU; None where that does something else.
+    """Count a model's matrices and compare with a forward pass over ids on the CPU; None where that
+    does something else.
 
-    Nothing is known of a family but its conventions: it may use its layers twice (ALBERT), or pad (Longformer). Experts, of
-    which a token sees some, and convolutions have weights of more than two dimensions.
+    Nothing is known of a family but its conventions: it may use its layers twice (ALBERT), or pad
+    (Longformer). Experts, of which a token sees some, and convolutions have weights of more than
+    two dimensions.
     """
     if any(parameter.dim() > 2 for parameter in model.parameters()):
         return None
@@ -83,29 +102,44 @@ def shown_size(model: torch.nn.Module, token_ids_BT: torch.Tensor) -> ModelSize 
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.eval()(token_ids_BT)
         whole = size.forward_flops(np.full(*token_ids_BT.shape))
-    except Exception:  # what a configuration lacks, or a class refuses, has no end: then there is no figure, and no harm
+    # What a configuration lacks, or a class refuses, has no end: then there is no figure, and no
+    # harm
+    except Exception:
         return None
     finally:
         model.train(was_training)
-    attention = 4 * size.attention_width * size.num_layers * token_ids_BT.numel() * token_ids_BT.shape[1]
+    attention = (
+        4 * size.attention_width * size.num_layers * token_ids_BT.numel() * token_ids_BT.shape[1]
+    )
     found = counter.get_total_flops()  # a fused attention's are left out, on a CPU
-    return size if any(abs(found - wanted) <= TOLERANCE * wanted for wanted in (whole, whole - attention)) else None
+    return (
+        size
+        if any(abs(found - wanted) <= TOLERANCE * wanted for wanted in (whole, whole - attention))
+        else None
+    )
 
 
-def update_flops(teacher: ModelSize | None, student: ModelSize, lengths_B: np.ndarray, num_head_rows: int | None = None) -> int:
-    """Count an update: the teacher's forward pass, if there is one; the student's, and twice as much for its backward pass."""
+def update_flops(
+    teacher: ModelSize | None,
+    student: ModelSize,
+    lengths_B: np.ndarray,
+    num_head_rows: int | None = None,
+) -> int:
+    """Count an update: the teacher's forward pass, if there is one; the student's, and twice as
+    much for its backward pass.
+    """
     of_teacher = 0 if teacher is None else teacher.forward_flops(lengths_B, num_head_rows)
     return of_teacher + 3 * student.forward_flops(lengths_B, num_head_rows)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What a device can do
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Dense peaks of the data sheets, TFLOP/s: (tensor cores in half precision, float32 without tensor cores). The first name
-# that is part of the device's counts.
+# Dense peaks of the data sheets, TFLOP/s: (tensor cores in half precision, float32 without tensor
+# cores). The first name that is part of the device's counts.
 NOMINAL_PEAKS = {
     "H100 PCIe": (756, 51),
     "H100 NVL": (835, 60),
@@ -142,7 +176,9 @@ def best_seconds(device: str, work: Callable[[], object], limit_s: float = 1.0) 
 
 
 def product_rate(left: torch.Tensor, right: torch.Tensor, limit_s: float = 1.0) -> float:
-    """Measure the product of two square matrices, FLOP/s: the faster way, where the step has one of its own."""
+    """Measure the product of two square matrices, FLOP/s: the faster way, where the step has one of
+    its own.
+    """
     ways = [functools.partial(torch.matmul, left, right, out=torch.empty_like(left))]
     if left.device.type == "cpu" and left.dtype == torch.float32:
         ways.append(functools.partial(cpu_kernels.linear, left, right))
@@ -154,9 +190,11 @@ PEAK_LIMIT_S = 0.1
 
 
 def measured_peak(device: str, dtype: torch.dtype, limit_s: float = PEAK_LIMIT_S) -> float:
-    """Measure the fastest matrix product, FLOP/s: larger and larger ones, while the next is expected within limit_s in all.
+    """Measure the fastest matrix product, FLOP/s: larger and larger ones, while the next is
+    expected within limit_s in all.
 
-    Float16 on a CPU may be a thousand times slower than float32: the first is small. No random number is drawn.
+    Float16 on a CPU may be a thousand times slower than float32: the first is small. No random
+    number is drawn.
     """
     best, started, expected_s = 0.0, clock_s(device), 0.0
     for size in PEAK_SIZES:
@@ -170,7 +208,9 @@ def measured_peak(device: str, dtype: torch.dtype, limit_s: float = PEAK_LIMIT_S
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return what a device can do, FLOP/s: by its data sheet where the table has it, else measured."""
+    """Return what a device can do, FLOP/s: by its data sheet where the table has it, else
+    measured.
+    """
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     precision = next(key for key, value in DTYPES.items() if value == dtype)
     return nominal_peak(name, precision) or measured_peak(device.type, dtype)

@@ -1,8 +1,9 @@
 """The plan of micro-batches: which sequences make which micro-batch, in which order, on which rank.
 
-A pure function of (lengths, seed, epoch), so that every rank makes the same plan by itself, none sees another's data
-and none waits. Batches hold sequences of like lengths, which keeps padding small (the 2019 program's sampler); dealing
-whole updates to the ranks is ours: W ranks at accumulation A take what one rank at A x W would take.
+A pure function of (lengths, seed, epoch), so that every rank makes the same plan by itself, none
+sees another's data and none waits. Batches hold sequences of like lengths, which keeps padding
+small (the 2019 program's sampler); dealing whole updates to the ranks is ours: W ranks at
+accumulation A take what one rank at A x W would take.
 """
 
 import dataclasses
@@ -17,7 +18,8 @@ CHUNK_BATCHES = 2**16
 
 
 def length_groups(lengths: np.ndarray, max_length: int) -> np.ndarray:
-    """Number each sequence's group: how many of the edges 3, 7, 11, .. below max_length are <= its length.
+    """Number each sequence's group: how many of the edges 3, 7, 11, .. below max_length are <= its
+    length.
 
     max_length 0 leaves one edge, 10.
     """
@@ -56,18 +58,23 @@ def plain_batches(order: np.ndarray, batch_size: int) -> Batches:
 def grouped_batches(order: np.ndarray, groups: np.ndarray, batch_size: int) -> Batches:
     """Cut `order` (a permutation of the sequences) into batches of one group each.
 
-    Batches come in the order in which groups fill up while `order` is read; what is left over is joined by ascending
-    group, reading order inside, and cut again. ceil(N / batch_size) batches, each sequence once.
+    Batches come in the order in which groups fill up while `order` is read; what is left over is
+    joined by ascending group, reading order inside, and cut again. ceil(N / batch_size) batches,
+    each sequence once.
     """
     full, rest, _ = _fill_groups(order, groups, np.full(_num_groups(groups), batch_size))
     return _joined(full, plain_batches(rest, batch_size))
 
 
-def budget_batches(order: np.ndarray, groups: np.ndarray, longest: np.ndarray, max_tokens: int) -> Batches:
-    """Cut `order` into batches of one group each, of as many sequences as keep the padded batch within max_tokens.
+def budget_batches(
+    order: np.ndarray, groups: np.ndarray, longest: np.ndarray, max_tokens: int
+) -> Batches:
+    """Cut `order` into batches of one group each, of as many sequences as keep the padded batch
+    within max_tokens.
 
-    longest: bounds the length in each group, at most max_tokens. Order and left-overs as in grouped_batches. The number of
-    batches depends on the groups' sizes alone, and so is the same for every order.
+    longest: bounds the length in each group, at most max_tokens. Order and left-overs as in
+    grouped_batches. The number of batches depends on the groups' sizes alone, and so is the same
+    for every order.
     """
     full, rest, groups_of_rest = _fill_groups(order, groups, max_tokens // longest)
     return _joined(full, Batches(rest, _ends_within(longest[groups_of_rest], max_tokens)))
@@ -77,8 +84,12 @@ def _num_groups(groups: np.ndarray) -> int:
     return int(groups.max(initial=0)) + 1
 
 
-def _fill_groups(order: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -> tuple[Batches, np.ndarray, np.ndarray]:
-    """Read `order` into groups of `sizes` a batch: (full batches as they fill up, what is left over, its groups)."""
+def _fill_groups(
+    order: np.ndarray, groups: np.ndarray, sizes: np.ndarray
+) -> tuple[Batches, np.ndarray, np.ndarray]:
+    """Read `order` into groups of `sizes` a batch: (full batches as they fill up, what is left
+    over, its groups).
+    """
     group_of_place = groups[order]
     places_by_group = np.argsort(group_of_place, kind="stable")  # in reading order inside a group
     bounds = np.searchsorted(group_of_place[places_by_group], np.arange(_num_groups(groups) + 1))
@@ -91,17 +102,23 @@ def _fill_groups(order: np.ndarray, groups: np.ndarray, sizes: np.ndarray) -> tu
         count = num_batches * size
         by_group[num_full : num_full + count] = order[places[:count]]
         num_full += count
-        filled_at.append(places[size - 1 : count : size].astype(np.int32 if len(order) < 2**31 else np.int64))
+        filled_at.append(
+            places[size - 1 : count : size].astype(np.int32 if len(order) < 2**31 else np.int64)
+        )
         batch_sizes.append(np.full(num_batches, size, np.int32))
         rest.append(order[places[count:]])
         groups_of_rest.append(np.full(len(rest[-1]), group))
     del places_by_group, places
-    full = _reordered(by_group[:num_full], np.concatenate(batch_sizes), np.argsort(np.concatenate(filled_at)))
+    full = _reordered(
+        by_group[:num_full], np.concatenate(batch_sizes), np.argsort(np.concatenate(filled_at))
+    )
     return full, np.concatenate(rest), np.concatenate(groups_of_rest)
 
 
 def _reordered(sequences: np.ndarray, sizes: np.ndarray, batches: np.ndarray) -> Batches:
-    """Put consecutive batches of the given sizes into another order, a chunk of batches at a time."""
+    """Put consecutive batches of the given sizes into another order, a chunk of batches at a
+    time.
+    """
     starts = np.cumsum(sizes) - sizes
     ends = np.cumsum(sizes[batches])
     result, place = np.empty_like(sequences), 0
@@ -113,7 +130,9 @@ def _reordered(sequences: np.ndarray, sizes: np.ndarray, batches: np.ndarray) ->
 
 
 def _ends_within(longest: np.ndarray, max_tokens: int) -> np.ndarray:
-    """Cut sequences of ascending bounded lengths where one more would take the padded batch over max_tokens."""
+    """Cut sequences of ascending bounded lengths where one more would take the padded batch over
+    max_tokens.
+    """
     ends, start = [], 0
     while start < len(longest):
         bounds = longest[start : start + max_tokens // int(longest[start])]
@@ -124,12 +143,17 @@ def _ends_within(longest: np.ndarray, max_tokens: int) -> np.ndarray:
 
 def _joined(first: Batches, second: Batches) -> Batches:
     offset = len(first.sequences)
-    return Batches(np.concatenate([first.sequences, second.sequences]), np.concatenate([first.ends, second.ends + offset]))
+    return Batches(
+        np.concatenate([first.sequences, second.sequences]),
+        np.concatenate([first.ends, second.ends + offset]),
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
-    """One micro-batch: its number over the whole run, the epoch it belongs to, and its sequences."""
+    """One micro-batch: its number over the whole run, the epoch it belongs to, and its
+    sequences.
+    """
 
     number: int
     epoch: int
@@ -138,7 +162,9 @@ class PlannedBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """One optimizer update: every micro-batch in it, and those of them that this rank computes (maybe none)."""
+    """One optimizer update: every micro-batch in it, and those of them that this rank computes
+    (maybe none).
+    """
 
     planned: list[PlannedBatch]
     mine: list[PlannedBatch]
@@ -148,12 +174,20 @@ class GroupedBatchSampler:
     """Plan the micro-batches of a whole run from the sequences' lengths."""
 
     def __init__(
-        self, lengths: np.ndarray, batch_size: int, max_length: int, *, group_by_size: bool, seed: int,
+        self,
+        lengths: np.ndarray,
+        batch_size: int,
+        max_length: int,
+        *,
+        group_by_size: bool,
+        seed: int,
         max_tokens: int | None = None,
-    ):  # fmt: skip
-        """max_tokens: a micro-batch takes as many sequences as its padded size stays within, in place of batch_size.
+    ):
+        """max_tokens: a micro-batch takes as many sequences as its padded size stays within, in
+        place of batch_size.
 
-        Raises InputError where a sequence is longer than that, or where sequences are not grouped by length.
+        Raises InputError where a sequence is longer than that, or where sequences are not grouped
+        by length.
         """
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
@@ -167,13 +201,19 @@ class GroupedBatchSampler:
 
     def _bound_groups(self, max_length: int) -> None:
         if self.groups is None:
-            raise InputError("--max_tokens with --no-group_by_size: the budget is planned by length; leave one of them out")
+            raise InputError(
+                "--max_tokens with --no-group_by_size: the budget is planned by length; leave one"
+                " of them out"
+            )
         longest = int(self.lengths.max(initial=0))
         if longest > self.max_tokens:
             raise InputError(
-                f"--max_tokens {self.max_tokens}: the longest sequence has {longest} ids; raise it, or set --max_length"
+                f"--max_tokens {self.max_tokens}: the longest sequence has {longest} ids; raise it,"
+                " or set --max_length"
             )
-        self.longest_of_group = np.arange(_num_groups(self.groups)) * BIN_WIDTH + 2  # group k ends below edge 3 + 4 k
+        self.longest_of_group = (
+            np.arange(_num_groups(self.groups)) * BIN_WIDTH + 2
+        )  # group k ends below edge 3 + 4 k
         self.longest_of_group[-1] = longest
 
     def __len__(self) -> int:
@@ -206,7 +246,9 @@ class GroupedBatchSampler:
         return budget_batches(order, self.groups, self.longest_of_group, self.max_tokens)
 
     def micro_batches(self, num_micro_batches: int, first: int = 0) -> Iterator[PlannedBatch]:
-        """Yield the run's micro-batches from `first` on as a single process would take them, over the ends of epochs."""
+        """Yield the run's micro-batches from `first` on as a single process would take them, over
+        the ends of epochs.
+        """
         for number in range(first, num_micro_batches):
             epoch, place = divmod(number, len(self))
             yield PlannedBatch(number, epoch, self.epoch_batches(epoch)[place])
@@ -214,11 +256,13 @@ class GroupedBatchSampler:
     def updates(
         self, num_micro_batches: int, accumulation: int, rank: int, world_size: int, first: int = 0
     ) -> Iterator[Update]:
-        """Yield the run's updates: the next accumulation x world_size micro-batches, dealt to the ranks.
+        """Yield the run's updates: the next accumulation x world_size micro-batches, dealt to the
+        ranks.
 
         first: the micro-batch that the run goes on from.
         """
-        # Differs from the original: counted over the run. 2019 counted anew each epoch, and left-over gradients leaked.
+        # Differs from the original: counted over the run. 2019 counted anew each epoch, and
+        # left-over gradients leaked.
         planned: list[PlannedBatch] = []
         for batch in self.micro_batches(num_micro_batches, first):
             planned.append(batch)
@@ -227,11 +271,17 @@ class GroupedBatchSampler:
                 planned = []
 
     def deal(self, planned: list[PlannedBatch], rank: int, world_size: int) -> list[PlannedBatch]:
-        """Choose this rank's share of an update: counts differ by 1 at most, padded sizes are balanced."""
-        sizes = [-len(batch.sequences) * int(self.lengths[batch.sequences].max()) for batch in planned]
+        """Choose this rank's share of an update: counts differ by 1 at most, padded sizes are
+        balanced.
+        """
+        sizes = [
+            -len(batch.sequences) * int(self.lengths[batch.sequences].max()) for batch in planned
+        ]
         share = []
         for place, index in enumerate(np.argsort(sizes, kind="stable")):
             lap, seat = divmod(place, world_size)
-            if (seat if lap % 2 == 0 else world_size - 1 - seat) == rank:  # there and back again: 0 1 1 0 0 1 ..
+            if (
+                seat if lap % 2 == 0 else world_size - 1 - seat
+            ) == rank:  # there and back again: 0 1 1 0 0 1 ..
                 share.append(planned[index])
         return sorted(share, key=lambda batch: batch.number)

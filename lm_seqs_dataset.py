@@ -1,9 +1,9 @@
 """The sequences that a model is trained on, out of a token file.
 
-`LmSeqsDataset` splits long sequences and filters short and unknown ones as index arithmetic over one flat array of ids:
-a sequence is a view, 14 bytes, and no id is copied before it goes into a batch. What a store's card already tells (no
-boundary token inside a sequence, where unknown tokens abound) is not looked up again, so that a store is not read
-when it is opened.
+`LmSeqsDataset` splits long sequences and filters short and unknown ones as index arithmetic over
+one flat array of ids: a sequence is a view, 14 bytes, and no id is copied before it goes into a
+batch. What a store's card already tells (no boundary token inside a sequence, where unknown tokens
+abound) is not looked up again, so that a store is not read when it is opened.
 """
 
 import dataclasses
@@ -29,11 +29,15 @@ CHUNK_SEQUENCES = 2**18  # that are split and filtered in one go
 CHUNK_IDS = 2**22
 
 
-def read_token_counts(path: str | os.PathLike, vocab_size: int, model: str, vocabulary: str | None = None) -> np.ndarray:
-    """Read the occurrences of each id, int64 (V,), for the model that `model` names (its flag and name).
+def read_token_counts(
+    path: str | os.PathLike, vocab_size: int, model: str, vocabulary: str | None = None
+) -> np.ndarray:
+    """Read the occurrences of each id, int64 (V,), for the model that `model` names (its flag and
+    name).
 
-    vocabulary: fingerprint of the model's vocabulary, compared with the card's where there is one. Raises InputError for
-    anything but a list of vocab_size non-negative ints, and for counts of another vocabulary.
+    vocabulary: fingerprint of the model's vocabulary, compared with the card's where there is one.
+    Raises InputError for anything but a list of vocab_size non-negative ints, and for counts of
+    another vocabulary.
     """
     what = "--token_counts"
     content = read_pickle(path, what)
@@ -41,25 +45,35 @@ def read_token_counts(path: str | os.PathLike, vocab_size: int, model: str, voca
         counts_V = np.asarray(content)
     except ValueError:
         counts_V = np.empty(0)
-    if counts_V.ndim != 1 or counts_V.dtype.kind not in "iu" or counts_V.size == 0 or counts_V.min() < 0:
-        raise InputError(f"{what} {path}: expected a list of counts, one a token id; make it with token_counts.py")
+    if (
+        counts_V.ndim != 1
+        or counts_V.dtype.kind not in "iu"
+        or counts_V.size == 0
+        or counts_V.min() < 0
+    ):
+        raise InputError(
+            f"{what} {path}: expected a list of counts, one a token id; make it with"
+            " token_counts.py"
+        )
     if len(counts_V) != vocab_size:
         raise InputError(
-            f"{what} {path}: has {len(counts_V)} entries, the vocabulary of {model} has {vocab_size}; "
-            f"count again with --vocab_size {vocab_size}"
+            f"{what} {path}: has {len(counts_V)} entries, the vocabulary of {model} has"
+            f" {vocab_size}; count again with --vocab_size {vocab_size}"
         )
     check_vocabulary(read_checked_card(path, what), vocabulary, f"{what} {path}", model)
     return counts_V.astype(np.int64)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The dataset
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
-    """Token ids by role. start, unknown: None where the tokenizer has no such token; sequences then begin without."""
+    """Token ids by role. start, unknown: None where the tokenizer has no such token; sequences then
+    begin without.
+    """
 
     start: int | None
     end: int
@@ -70,15 +84,23 @@ class SpecialIds:
 class LmSeqsDataset:
     """Sequences of token ids, cut to the model's maximum and filtered, as views of one flat array.
 
-    A sequence is ids[start : start + its own ids], with the start id in front and the end id behind where the cut took
-    them away. Steps and order as in 2019: split, remove short, remove unknown.
-    starts (int64), lengths (int32, boundary tokens included), adds_start, adds_end (bool): one entry a sequence.
+    A sequence is ids[start : start + its own ids], with the start id in front and the end id behind
+    where the cut took them away. Steps and order as in 2019: split, remove short, remove unknown.
+    starts (int64), lengths (int32, boundary tokens included), adds_start, adds_end (bool): one
+    entry a sequence.
     """
 
-    def __init__(self, tokens: TokenFile, special: SpecialIds, max_length: int, source: str = "the data"):
-        """tokens: the token file; source: names it in an error. Raises InputError where boundary tokens are missing."""
+    def __init__(
+        self, tokens: TokenFile, special: SpecialIds, max_length: int, source: str = "the data"
+    ):
+        """tokens: the token file; source: names it in an error. Raises InputError where boundary
+        tokens are missing.
+        """
         if max_length <= MIN_LENGTH:
-            raise InputError(f"--max_length {max_length}: sequences of {MIN_LENGTH} ids or fewer are removed; expected more")
+            raise InputError(
+                f"--max_length {max_length}: sequences of {MIN_LENGTH} ids or fewer are removed;"
+                " expected more"
+            )
         self.tokens = tokens
         self.special = special
         self.max_length = max_length
@@ -87,25 +109,37 @@ class LmSeqsDataset:
 
     @classmethod
     def from_file(
-        cls, path: str | os.PathLike, special: SpecialIds, max_length: int, vocab_size: int, model: str,
+        cls,
+        path: str | os.PathLike,
+        special: SpecialIds,
+        max_length: int,
+        vocab_size: int,
+        model: str,
         vocabulary: str | None = None,
-    ):  # fmt: skip
+    ):
         """Open, check and filter a token file for the model that `model` names (its flag and name).
 
-        vocabulary: fingerprint of the model's vocabulary, compared with the file's where that has a card. Raises
-        InputError naming the file where it is unreadable, of another vocabulary, has ids outside the vocabulary,
-        sequences without boundary tokens, or nothing left after filtering.
+        vocabulary: fingerprint of the model's vocabulary, compared with the file's where that has a
+        card. Raises InputError naming the file where it is unreadable, of another vocabulary, has
+        ids outside the vocabulary, sequences without boundary tokens, or nothing left after
+        filtering.
         """
         source = f"--data_file {path}"
         tokens = open_token_file(path)
         check_vocabulary(tokens.card, vocabulary, source, model)
         largest_id = (tokens.card.get("counts") or {}).get("largest_id")
-        check_ids_below(tokens.ids_M if largest_id is None else np.array([largest_id]), vocab_size, source, model)
+        check_ids_below(
+            tokens.ids_M if largest_id is None else np.array([largest_id]),
+            vocab_size,
+            source,
+            model,
+        )
         dataset = cls(tokens, special, max_length, source)
         if len(dataset) == 0:
             raise InputError(
-                f"{source}: none of its {len(tokens.lengths_N)} sequences is left after filtering (more than {MIN_LENGTH} "
-                "ids, less than half unknown tokens); put more text on a line, or check --max_length and the tokenizer"
+                f"{source}: none of its {len(tokens.lengths_N)} sequences is left after filtering"
+                f" (more than {MIN_LENGTH} ids, less than half unknown tokens); put more text on a"
+                " line, or check --max_length and the tokenizer"
             )
         return dataset
 
@@ -113,7 +147,8 @@ class LmSeqsDataset:
         """Split and filter, a chunk of the file's sequences at a time."""
         raw_N = self.tokens.lengths_N
         num_views = sum(
-            int(self._num_pieces(raw_N[k : k + CHUNK_SEQUENCES]).sum()) for k in range(0, len(raw_N), CHUNK_SEQUENCES)
+            int(self._num_pieces(raw_N[k : k + CHUNK_SEQUENCES]).sum())
+            for k in range(0, len(raw_N), CHUNK_SEQUENCES)
         )
         self.starts = np.empty(num_views, np.int64)  # pages that stay untouched take no memory
         self.lengths = np.empty(num_views, np.int32)
@@ -131,22 +166,39 @@ class LmSeqsDataset:
             for name, values in views.items():
                 getattr(self, name)[place] = values[kept]
             num_long += int((raw_lengths > self.max_length).sum())
-            num_short, num_unknown = num_short + int(is_short.sum()), num_unknown + int(is_unknown.sum())
+            num_short, num_unknown = (
+                num_short + int(is_short.sum()),
+                num_unknown + int(is_unknown.sum()),
+            )
             num_kept, first_id = place.stop, int(ends[-1])
         for name in ("starts", "lengths", "adds_start", "adds_end"):
             getattr(self, name).resize(num_kept, refcheck=False)
         self._log(num_long, num_views, num_short, num_unknown)
 
     def _log(self, num_long: int, num_views: int, num_short: int, num_unknown: int) -> None:
-        logger.info("Split %d sequences longer than %d ids: %d sequences.", num_long, self.max_length, num_views)
-        logger.info("Removed %d sequences of %d ids or fewer: %d left.", num_short, MIN_LENGTH, num_views - num_short)
+        logger.info(
+            "Split %d sequences longer than %d ids: %d sequences.",
+            num_long,
+            self.max_length,
+            num_views,
+        )
+        logger.info(
+            "Removed %d sequences of %d ids or fewer: %d left.",
+            num_short,
+            MIN_LENGTH,
+            num_views - num_short,
+        )
         if self.special.unknown is not None:
             logger.info(
                 "Removed %d sequences with %.0f%% unknown tokens or more: %d left.",
-                num_unknown, 100 * MAX_UNKNOWN_SHARE, len(self.starts),
-            )  # fmt: skip
+                num_unknown,
+                100 * MAX_UNKNOWN_SHARE,
+                len(self.starts),
+            )
 
-    def _check_boundaries(self, first: int, starts: np.ndarray, ends: np.ndarray, source: str) -> None:
+    def _check_boundaries(
+        self, first: int, starts: np.ndarray, ends: np.ndarray, source: str
+    ) -> None:
         if self._known.has_boundaries:
             return
         ids_M = self.tokens.ids_M
@@ -157,10 +209,11 @@ class LmSeqsDataset:
             number = int(np.flatnonzero(wrong)[0])
             begins, finishes = int(ids_M[starts[number]]), int(ids_M[ends[number] - 1])
             raise InputError(
-                f"{source}: sequence {first + number} begins with id {begins} and ends with id {finishes}, expected "
-                f"{'any' if self.special.start is None else self.special.start} and {self.special.end} "
-                f"({int(wrong.sum())} such sequences around it); "
-                "binarize the text with the teacher's tokenizer and its --tokenizer_type"
+                f"{source}: sequence {first + number} begins with id {begins} and ends with id"
+                f" {finishes}, expected"
+                f" {'any' if self.special.start is None else self.special.start} and"
+                f" {self.special.end} ({int(wrong.sum())} such sequences around it); binarize the"
+                " text with the teacher's tokenizer and its --tokenizer_type"
             )
 
     def _num_pieces(self, lengths: np.ndarray) -> np.ndarray:
@@ -168,44 +221,64 @@ class LmSeqsDataset:
         return np.where(lengths > self.max_length, -(-lengths // size), 1)
 
     def _split(self, starts: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """Cut sequences longer than max_length into pieces of max_length - 2 ids, and restore their boundaries."""
+        """Cut sequences longer than max_length into pieces of max_length - 2 ids, and restore their
+        boundaries.
+        """
         size = self.max_length - 2
         num_pieces = self._num_pieces(lengths)
-        piece = np.arange(num_pieces.sum()) - np.repeat(np.cumsum(num_pieces) - num_pieces, num_pieces)
+        piece = np.arange(num_pieces.sum()) - np.repeat(
+            np.cumsum(num_pieces) - num_pieces, num_pieces
+        )
         left = np.repeat(lengths, num_pieces) - piece * size
         is_cut = np.repeat(lengths > self.max_length, num_pieces)
         own = np.where(is_cut, np.minimum(left, size), left)
         views = {"starts": np.repeat(starts, num_pieces) + piece * size}
         views["adds_start"] = self._lacks(is_cut & (piece > 0), views["starts"], self.special.start)
-        views["adds_end"] = self._lacks(is_cut & (left > own), views["starts"] + own - 1, self.special.end)
+        views["adds_end"] = self._lacks(
+            is_cut & (left > own), views["starts"] + own - 1, self.special.end
+        )
         views["lengths"] = own + views["adds_start"] + views["adds_end"]
         return views
 
-    def _lacks(self, is_inside: np.ndarray, places: np.ndarray, boundary_id: int | None) -> np.ndarray:
-        """Say which pieces do not have the boundary id at their end, of those whose end is inside a sequence."""
+    def _lacks(
+        self, is_inside: np.ndarray, places: np.ndarray, boundary_id: int | None
+    ) -> np.ndarray:
+        """Say which pieces do not have the boundary id at their end, of those whose end is inside a
+        sequence.
+        """
         if boundary_id is None:
             return np.zeros_like(is_inside)
         if self._known.has_inner_boundaries:
             is_inside[is_inside] = self.tokens.ids_M[places[is_inside]] != boundary_id
         return is_inside
 
-    def _is_mostly_unknown(self, views: dict[str, np.ndarray], first: int, first_id: int, ends: np.ndarray) -> np.ndarray:
+    def _is_mostly_unknown(
+        self, views: dict[str, np.ndarray], first: int, first_id: int, ends: np.ndarray
+    ) -> np.ndarray:
         unknown = self.special.unknown
         if unknown is None:
             return np.zeros(len(views["starts"]), bool)
         places = self._places_of(unknown, first, first_id, ends)
         view_ends = views["starts"] + views["lengths"] - views["adds_start"] - views["adds_end"]
         counts = np.searchsorted(places, view_ends) - np.searchsorted(places, views["starts"])
-        for adds, boundary_id in ((views["adds_start"], self.special.start), (views["adds_end"], self.special.end)):
+        for adds, boundary_id in (
+            (views["adds_start"], self.special.start),
+            (views["adds_end"], self.special.end),
+        ):
             counts = counts + adds * (boundary_id == unknown)
         return counts / views["lengths"] >= MAX_UNKNOWN_SHARE
 
     def _places_of(self, unknown: int, first: int, first_id: int, ends: np.ndarray) -> np.ndarray:
-        """Find the unknown ids in a chunk of sequences, in ascending order; those that can't matter may be left out."""
+        """Find the unknown ids in a chunk of sequences, in ascending order; those that can't matter
+        may be left out.
+        """
         ranges = [(first_id, int(ends[-1]))]
         if self._known.many_unknown is not None:
             listed = self._known.many_unknown
-            numbers = listed[np.searchsorted(listed, first) : np.searchsorted(listed, first + len(ends))] - first
+            numbers = (
+                listed[np.searchsorted(listed, first) : np.searchsorted(listed, first + len(ends))]
+                - first
+            )
             ranges = [(int(ends[k - 1]) if k else first_id, int(ends[k])) for k in numbers.tolist()]
         found = [
             np.flatnonzero(self.tokens.ids_M[k : min(k + CHUNK_IDS, end)] == unknown) + k
@@ -222,7 +295,8 @@ class LmSeqsDataset:
         return self.collate([index])[0][0].numpy()
 
     def collate(self, indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make a batch: token_ids_BT padded to the longest with the pad id, and lengths_B, both int64. One gather.
+        """Make a batch: token_ids_BT padded to the longest with the pad id, and lengths_B, both
+        int64. One gather.
 
         Raises InputError where the ids' bytes differ from their checksum.
         """
@@ -231,8 +305,11 @@ class LmSeqsDataset:
         adds_start_B, adds_end_B = self.adds_start[index_B], self.adds_end[index_B]
         self.tokens.check(starts_B, starts_B + lengths_B - adds_start_B - adds_end_B)
         column_T = np.arange(lengths_B.max())
-        # Places before the file's first id and behind its last hold boundary tokens or padding: any id will do there.
-        token_ids_BT = self.tokens.ids_M.take((starts_B - adds_start_B)[:, None] + column_T, mode="clip").astype(np.int64)
+        # Places before the file's first id and behind its last hold boundary tokens or padding: any
+        # id will do there.
+        token_ids_BT = self.tokens.ids_M.take(
+            (starts_B - adds_start_B)[:, None] + column_T, mode="clip"
+        ).astype(np.int64)
         if self.special.start is not None:
             token_ids_BT[adds_start_B, 0] = self.special.start
         token_ids_BT[adds_end_B, lengths_B[adds_end_B] - 1] = self.special.end
@@ -242,7 +319,9 @@ class LmSeqsDataset:
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """What need not be looked up in the ids. many_unknown: see token_files.MANY_UNKNOWN; None: not known."""
+    """What need not be looked up in the ids. many_unknown: see token_files.MANY_UNKNOWN; None: not
+    known.
+    """
 
     has_boundaries: bool = False
     has_inner_boundaries: bool = True
@@ -255,4 +334,6 @@ def _what_the_card_tells(tokens: TokenFile, special: SpecialIds) -> _Known:
         return _Known()
     listed = tokens.card.get("many_unknown") if ids.get("unknown") == special.unknown else None
     many_unknown = None if listed is None else np.array(listed, np.int64)
-    return _Known(True, (tokens.card.get("counts") or {}).get("boundary_ids_inside") != 0, many_unknown)
+    return _Known(
+        True, (tokens.card.get("counts") or {}).get("boundary_ids_inside") != 0, many_unknown
+    )

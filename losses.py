@@ -1,14 +1,16 @@
 """The objectives of distillation: tensors in, scalars out.
 
-One row of LOSSES is one objective; its `--alpha_x` flag, log tag, rows and inputs follow from the row. Objectives that
-read logits are computed through `head_losses`, which projects the selected hidden states to the vocabulary chunk by
-chunk and takes each chunk's gradient at once, so that no (N, V) tensor larger than a chunk exists.
+One row of LOSSES is one objective; its `--alpha_x` flag, log tag, rows and inputs follow from the
+row. Objectives that read logits are computed through `head_losses`, which projects the selected
+hidden states to the vocabulary chunk by chunk and takes each chunk's gradient at once, so that no
+(N, V) tensor larger than a chunk exists.
 
-Source: Sanh et al., 2019, "DistilBERT, a distilled version of BERT", section 3 (training loss); Hinton et al., 2015,
-"Distilling the Knowledge in a Neural Network", section 2 (temperature and its square).
+Source: Sanh et al., 2019, "DistilBERT, a distilled version of BERT", section 3 (training loss);
+Hinton et al., 2015, "Distilling the Knowledge in a Neural Network", section 2 (temperature and its
+square).
 
-Shape suffixes: B sequences, T padded length, N selected positions, C positions of a chunk, V vocabulary, D width,
-K active losses.
+Shape suffixes: B sequences, T padded length, N selected positions, C positions of a chunk, V
+vocabulary, D width, K active losses.
 """
 
 import dataclasses
@@ -18,8 +20,8 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
-# Rows of logits made at once. On a CPU a chunk should be small in memory, and large beside the (V, D) gradient that each
-# chunk adds to; a GPU wants large products (4096 x 30522 in float32: 0.5 GB).
+# Rows of logits made at once. On a CPU a chunk should be small in memory, and large beside the (V,
+# D) gradient that each chunk adds to; a GPU wants large products (4096 x 30522 in float32: 0.5 GB).
 HEAD_CHUNK_ROWS = {"cpu": 320, "cuda": 4096}
 # The fast head's on a GPU: logits in a chunk (a matrix of 64 or 128 MB).
 CHUNK_LOGITS = 2**25
@@ -29,16 +31,21 @@ PADDED_VOCABULARY = 128  # GPUs' matrix units take dimensions that are multiples
 IGNORED_LABEL = -100
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Formulas. Each returns a sum over its rows; the mean is taken by whoever knows the count.
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def kl_divergence(student_NV, teacher_NV, labels_N, temperature: float) -> torch.Tensor:
-    """Sum T^2 KL(softmax(t / T) || softmax(s / T)) over N rows; natural log. T^2 keeps gradients' size (Hinton, 2)."""
+    """Sum T^2 KL(softmax(t / T) || softmax(s / T)) over N rows; natural log. T^2 keeps gradients'
+    size (Hinton, 2).
+    """
     student_log_probs_NV = F.log_softmax(student_NV / temperature, dim=-1)
     teacher_log_probs_NV = F.log_softmax(teacher_NV / temperature, dim=-1)
-    return F.kl_div(student_log_probs_NV, teacher_log_probs_NV, reduction="sum", log_target=True) * temperature**2
+    return (
+        F.kl_div(student_log_probs_NV, teacher_log_probs_NV, reduction="sum", log_target=True)
+        * temperature**2
+    )
 
 
 def cross_entropy(student_NV, teacher_NV, labels_N, temperature: float) -> torch.Tensor:
@@ -52,27 +59,38 @@ def squared_error(student_NV, teacher_NV, labels_N, temperature: float) -> torch
 
 
 def cosine_distance(student_ND, teacher_ND, labels_N, temperature: float) -> torch.Tensor:
-    """Sum 1 - cos(h_s, h_t) over N rows of last hidden states; 1e-12 is added to each squared norm."""
+    """Sum 1 - cos(h_s, h_t) over N rows of last hidden states; 1e-12 is added to each squared
+    norm.
+    """
     ones_N = student_ND.new_ones(len(student_ND))
     return F.cosine_embedding_loss(student_ND, teacher_ND, ones_N, reduction="sum")
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The same with their gradients by hand: (sum, gradient with respect to the student's logits), from logits of any precision in
-# float32 or wider. They may overwrite nothing.
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The same with their gradients by hand: (sum, gradient with respect to the student's logits), from
+# logits of any precision in float32 or wider. They may overwrite nothing.
+# --------------------------------------------------------------------------------------------------
 
 
-def kl_divergence_gradient(student_NV, teacher_NV, labels_N, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of kl_divergence: T (softmax(s / T) - softmax(t / T)) (Hinton et al., 2015, section 2.1)."""
+def kl_divergence_gradient(
+    student_NV, teacher_NV, labels_N, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Gradient of kl_divergence: T (softmax(s / T) - softmax(t / T)) (Hinton et al., 2015, section
+    2.1).
+    """
     student_log_probs_NV = F.log_softmax(at_least_float32(student_NV) / temperature, dim=-1)
     teacher_log_probs_NV = F.log_softmax(at_least_float32(teacher_NV) / temperature, dim=-1)
     teacher_NV = teacher_log_probs_NV.exp()
-    total = torch.dot(teacher_NV.flatten(), teacher_log_probs_NV.sub_(student_log_probs_NV).flatten()) * temperature**2
+    total = (
+        torch.dot(teacher_NV.flatten(), teacher_log_probs_NV.sub_(student_log_probs_NV).flatten())
+        * temperature**2
+    )
     return total, student_log_probs_NV.exp_().sub_(teacher_NV).mul_(temperature)
 
 
-def cross_entropy_gradient(student_NV, teacher_NV, labels_N, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def cross_entropy_gradient(
+    student_NV, teacher_NV, labels_N, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of cross_entropy: softmax(s) - onehot(label)."""
     log_probs_NV = F.log_softmax(at_least_float32(student_NV), dim=-1)
     total = -log_probs_NV.gather(1, labels_N[:, None]).sum()
@@ -81,15 +99,18 @@ def cross_entropy_gradient(student_NV, teacher_NV, labels_N, temperature: float)
     return total, gradient_NV
 
 
-def squared_error_gradient(student_NV, teacher_NV, labels_N, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def squared_error_gradient(
+    student_NV, teacher_NV, labels_N, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Gradient of squared_error: 2 (s - t)."""
     difference_NV = at_least_float32(student_NV) - at_least_float32(teacher_NV)
     return difference_NV.square().sum(), difference_NV.mul_(2)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The same once more, row by row, for a compiler to join: (losses_N, gradient). Sums and element-wise operations only.
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The same once more, row by row, for a compiler to join: (losses_N, gradient). Sums and
+# element-wise operations only.
+# --------------------------------------------------------------------------------------------------
 
 
 def _softmax_and_log_sum(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
@@ -99,7 +120,9 @@ def _softmax_and_log_sum(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return exponentials_NV / sum_N1, largest_N1 + sum_N1.log()
 
 
-def kl_divergence_rows(student_NV, teacher_NV, labels_N, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def kl_divergence_rows(
+    student_NV, teacher_NV, labels_N, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Row by row what `kl_divergence_gradient` does."""
     student_NV, teacher_NV = student_NV / temperature, teacher_NV / temperature
     student_probs_NV, student_log_sum_N1 = _softmax_and_log_sum(student_NV)
@@ -109,7 +132,9 @@ def kl_divergence_rows(student_NV, teacher_NV, labels_N, temperature: float) -> 
     return losses_N, (student_probs_NV - teacher_probs_NV) * temperature
 
 
-def cross_entropy_rows(student_NV, teacher_NV, labels_N, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def cross_entropy_rows(
+    student_NV, teacher_NV, labels_N, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Row by row what `cross_entropy_gradient` does."""
     probs_NV, log_sum_N1 = _softmax_and_log_sum(student_NV)
     is_label_NV = torch.arange(student_NV.shape[-1], device=student_NV.device) == labels_N[:, None]
@@ -117,7 +142,9 @@ def cross_entropy_rows(student_NV, teacher_NV, labels_N, temperature: float) -> 
     return losses_N, torch.where(is_label_NV, probs_NV - 1.0, probs_NV)
 
 
-def squared_error_rows(student_NV, teacher_NV, labels_N, temperature: float) -> tuple[torch.Tensor, torch.Tensor]:
+def squared_error_rows(
+    student_NV, teacher_NV, labels_N, temperature: float
+) -> tuple[torch.Tensor, torch.Tensor]:
     """Row by row what `squared_error_gradient` does."""
     difference_NV = student_NV - teacher_NV
     return difference_NV.square().sum(-1), 2.0 * difference_NV
@@ -127,13 +154,16 @@ def squared_error_rows(student_NV, teacher_NV, labels_N, temperature: float) -> 
 class Loss:
     """One objective: a formula, what it reads, and where.
 
-    gradient: the formula's sum with its gradient by the student's logits; None: autograd finds it, a block at a time.
+    gradient: the formula's sum with its gradient by the student's logits; None: autograd finds it,
+    a block at a time.
     by_row: the same for a compiler; None: the objective is not compiled, the others are.
     reads: "logits" or "hidden" (last hidden states).
-    rows: "distilled" (real tokens, or masked positions only with --restrict_ce_to_mask), "real" (every real token),
-        "masked" (positions drawn for masked-LM) or "next" (positions whose next token is real).
+    rows: "distilled" (real tokens, or masked positions only with --restrict_ce_to_mask), "real"
+        (every real token), "masked" (positions drawn for masked-LM) or "next" (positions whose next
+        token is real).
     needs_teacher: False where the teacher need not run for it.
-    default_alpha: the default of its flag; title: its name for people; condition: when its flag may be given.
+    default_alpha: the default of its flag; title: its name for people; condition: when its flag may
+    be given.
     """
 
     formula: Callable[..., torch.Tensor]
@@ -162,7 +192,7 @@ LOSSES: dict[str, Loss] = {
         "KL divergence to the teacher's distribution",
         kl_divergence_gradient,
         kl_divergence_rows,
-    ),  # fmt: skip
+    ),
     "mlm": Loss(
         cross_entropy,
         "logits",
@@ -173,7 +203,7 @@ LOSSES: dict[str, Loss] = {
         cross_entropy_gradient,
         cross_entropy_rows,
         "needs --mlm",
-    ),  # fmt: skip
+    ),
     "clm": Loss(
         cross_entropy,
         "logits",
@@ -184,7 +214,7 @@ LOSSES: dict[str, Loss] = {
         cross_entropy_gradient,
         cross_entropy_rows,
         "not with --mlm",
-    ),  # fmt: skip
+    ),
     "mse": Loss(
         squared_error,
         "logits",
@@ -194,24 +224,27 @@ LOSSES: dict[str, Loss] = {
         "squared error of the logits",
         squared_error_gradient,
         squared_error_rows,
-    ),  # fmt: skip
-    "cos": Loss(cosine_distance, "hidden", "real", True, 0.0, "cosine distance of the last hidden states"),
+    ),
+    "cos": Loss(
+        cosine_distance, "hidden", "real", True, 0.0, "cosine distance of the last hidden states"
+    ),
 }
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # From rows to a loss
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Term:
     """One active objective of one micro-batch.
 
-    rows_N: ascending positions, on the device, into the rows that are handed in; offsets: the same on the host, so
-        that cutting chunks never waits for the device. labels_N: one a row, only where the formula reads them.
-    weight: what its sum is multiplied by in the total: alpha / count x the update's scale (a number, or a scalar
-        tensor on the device when a gradient scaler provides it).
+    rows_N: ascending positions, on the device, into the rows that are handed in; offsets: the same
+        on the host, so that cutting chunks never waits for the device. labels_N: one a row, only
+        where the formula reads them.
+    weight: what its sum is multiplied by in the total: alpha / count x the update's scale (a
+        number, or a scalar tensor on the device when a gradient scaler provides it).
     """
 
     formula: Callable[..., torch.Tensor]
@@ -223,16 +256,21 @@ class Term:
     by_row: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
 
     def within(self, first: int, last: int) -> tuple[int, int]:
-        """Return which of its rows are rows first .. last of the selection, as a range of places."""
+        """Return which of its rows are rows first .. last of the selection, as a range of
+        places.
+        """
         low, high = torch.searchsorted(self.offsets, torch.tensor([first, last])).tolist()
         return low, high
 
 
-def weighted_sums(student_CX, teacher_CX, terms: Sequence[Term], temperature: float, first: int = 0):
-    """Apply each term to rows first .. first + C of the selection: (weighted total, unweighted sums_K).
+def weighted_sums(
+    student_CX, teacher_CX, terms: Sequence[Term], temperature: float, first: int = 0
+):
+    """Apply each term to rows first .. first + C of the selection: (weighted total, unweighted
+    sums_K).
 
-    The plain version: given every row at once it is the reference that `head_losses` is tested against. A term that
-    has no row here contributes 0.
+    The plain version: given every row at once it is the reference that `head_losses` is tested
+    against. A term that has no row here contributes 0.
     """
     total = student_CX[:0].sum()  # 0 with a zero gradient, also where no term has a row
     sums = []
@@ -246,7 +284,9 @@ def weighted_sums(student_CX, teacher_CX, terms: Sequence[Term], temperature: fl
     return total, torch.stack(sums)
 
 
-def _term_sum(term: Term, low: int, high: int, student_CX, teacher_CX, temperature: float, first: int) -> torch.Tensor:
+def _term_sum(
+    term: Term, low: int, high: int, student_CX, teacher_CX, temperature: float, first: int
+) -> torch.Tensor:
     return term.formula(*_rows_of(term, low, high, student_CX, teacher_CX, first), temperature)
 
 
@@ -270,11 +310,12 @@ def head_losses(
     temperature: float,
     chunk_rows: int,
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Project N selected hidden states and apply the terms: (weighted total, sums_K), without an (N, V) tensor.
+    """Project N selected hidden states and apply the terms: (weighted total, sums_K), without an
+    (N, V) tensor.
 
-    Forward goes chunk by chunk: both projections, every term, and at once the gradient with respect to the chunk's
-    hidden states and to `head_parameters`, which backward only scales. Logits are float32 or wider inside the terms,
-    whatever precision the projection runs in.
+    Forward goes chunk by chunk: both projections, every term, and at once the gradient with respect
+    to the chunk's hidden states and to `head_parameters`, which backward only scales. Logits are
+    float32 or wider inside the terms, whatever precision the projection runs in.
     """
 
     def chunk_loss(hidden_CD: torch.Tensor, first: int):
@@ -282,33 +323,46 @@ def head_losses(
         teacher_CV = None
         if teacher_head is not None:
             with torch.no_grad():
-                teacher_CV = at_least_float32(teacher_head(teacher_ND[first : first + len(hidden_CD)]))
+                teacher_CV = at_least_float32(
+                    teacher_head(teacher_ND[first : first + len(hidden_CD)])
+                )
         return weighted_sums(student_CV, teacher_CV, terms, temperature, first)
 
     return _ChunkedHead.apply(chunk_loss, chunk_rows, len(terms), student_ND, *head_parameters)
 
 
-# --------------------------------------------------------------------------------------------------------------------
-# The fast head: the last linear map by hand, 4 matrix products and one pass over each chunk of logits
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
+# The fast head: the last linear map by hand, 4 matrix products and one pass over each chunk of
+# logits
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Projection:
-    """A linear map to the vocabulary. rows_ND: what it is applied to; weight_VD, bias_V (or None): its parameters."""
+    """A linear map to the vocabulary. rows_ND: what it is applied to; weight_VD, bias_V (or None):
+    its parameters.
+    """
 
     rows_ND: torch.Tensor
     weight_VD: torch.Tensor
     bias_V: torch.Tensor | None
 
     def prepared(self, dtype: torch.dtype) -> "Projection":
-        """Return it in the precision of the matrix products; for a GPU's matrix units V is filled up to a multiple of 128.
+        """Return it in the precision of the matrix products; for a GPU's matrix units V is filled
+        up to a multiple of 128.
 
-        Filling is exact: the rows added are zeros, and so are the logits, whose columns the objectives never see.
+        Filling is exact: the rows added are zeros, and so are the logits, whose columns the
+        objectives never see.
         """
         given = self.rows_ND, self.weight_VD, self.bias_V
-        rows, weight, bias = (None if tensor is None else tensor.detach().to(dtype) for tensor in given)
-        missing = -len(weight) % PADDED_VOCABULARY if weight.device.type == "cuda" and dtype.itemsize == 2 else 0
+        rows, weight, bias = (
+            None if tensor is None else tensor.detach().to(dtype) for tensor in given
+        )
+        missing = (
+            -len(weight) % PADDED_VOCABULARY
+            if weight.device.type == "cuda" and dtype.itemsize == 2
+            else 0
+        )
         if missing:
             weight = F.pad(weight, (0, 0, 0, missing))
             bias = None if bias is None else F.pad(bias, (0, missing))
@@ -320,15 +374,21 @@ class Projection:
 
 
 def projected_losses(
-    student: Projection, teacher: Projection | None, terms: Sequence[Term], temperature: float,
-    chunk_rows: int | None = None, compiles: bool = False,
-) -> tuple[torch.Tensor, torch.Tensor]:  # fmt: skip
-    """Project N selected rows and apply the terms: (weighted total, sums_K), as `head_losses` does, faster.
+    student: Projection,
+    teacher: Projection | None,
+    terms: Sequence[Term],
+    temperature: float,
+    chunk_rows: int | None = None,
+    compiles: bool = False,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Project N selected rows and apply the terms: (weighted total, sums_K), as `head_losses` does,
+    faster.
 
-    A chunk of logits is made, read once, and overwritten by the gradient of the total, from which the gradients of rows
-    and weights follow: 8 D V operations a row, and no tensor of N x V. Matrix products run in autocast's precision where
-    that is on; the objectives in float32 or wider. compiles: join the element-wise operations of the objectives that have
-    a form for it by torch.compile.
+    A chunk of logits is made, read once, and overwritten by the gradient of the total, from which
+    the gradients of rows and weights follow: 8 D V operations a row, and no tensor of N x V. Matrix
+    products run in autocast's precision where that is on; the objectives in float32 or wider.
+    compiles: join the element-wise operations of the objectives that have a form for it by
+    torch.compile.
     """
     parameters = [student.rows_ND, student.weight_VD, student.bias_V]
     return _ProjectedLosses.apply(teacher, terms, temperature, chunk_rows, compiles, *parameters)
@@ -348,11 +408,18 @@ class _ProjectedLosses(torch.autograd.Function):
             if compiles:
                 overwrite = partly_joined(terms, temperature, rows_ND)
             else:
-                overwrite = functools.partial(_overwrite_by_gradient, terms=terms, temperature=temperature)
+                overwrite = functools.partial(
+                    _overwrite_by_gradient, terms=terms, temperature=temperature
+                )
             total, sums_K, grads = _walk_chunks(
-                student, student.prepared(dtype), None if teacher is None else teacher.prepared(dtype), overwrite, len(terms),
-                chunk_rows or even_chunk_rows(len(rows_ND), len(weight_VD), rows_ND.device.type), ctx.needs_input_grad[6:],
-            )  # fmt: skip
+                student,
+                student.prepared(dtype),
+                None if teacher is None else teacher.prepared(dtype),
+                overwrite,
+                len(terms),
+                chunk_rows or even_chunk_rows(len(rows_ND), len(weight_VD), rows_ND.device.type),
+                ctx.needs_input_grad[6:],
+            )
         ctx.grads = grads
         ctx.mark_non_differentiable(sums_K)
         return total, sums_K
@@ -362,32 +429,52 @@ class _ProjectedLosses(torch.autograd.Function):
         return None, None, None, None, None, *_taken_and_scaled(ctx, grad_total)
 
 
-def _walk_chunks(original: Projection, student: Projection, teacher, overwrite, num_terms: int, chunk_rows: int, wants_grad):
-    """Make loss and gradients chunk by chunk: (total, sums_K, [grad_rows, grad_weight or None, grad_bias or None])."""
+def _walk_chunks(
+    original: Projection,
+    student: Projection,
+    teacher,
+    overwrite,
+    num_terms: int,
+    chunk_rows: int,
+    wants_grad,
+):
+    """Make loss and gradients chunk by chunk: (total, sums_K, [grad_rows, grad_weight or None,
+    grad_bias or None]).
+    """
     rows_ND, weight_VD, bias_V = original.rows_ND, original.weight_VD, original.bias_V
     wide = torch.promote_types(rows_ND.dtype, torch.float32)
     total, sums_K = rows_ND.new_zeros((), dtype=wide), rows_ND.new_zeros(num_terms, dtype=wide)
     grad_rows_ND = torch.empty_like(rows_ND)
     num_rows, vocab_size = len(rows_ND), len(weight_VD)
     # Not zeroed where the first chunk fills it: zeros are as much to write as a gradient.
-    grad_weight_VD = (torch.empty_like if num_rows else torch.zeros_like)(weight_VD) if wants_grad[0] else None
+    grad_weight_VD = (
+        (torch.empty_like if num_rows else torch.zeros_like)(weight_VD) if wants_grad[0] else None
+    )
     grad_bias_V = torch.zeros_like(bias_V) if bias_V is not None and wants_grad[1] else None
     for first in range(0, num_rows, chunk_rows):
         last = min(first + chunk_rows, num_rows)
-        logits_CV, chunk_total, chunk_sums_K = _chunk_gradient(student, teacher, overwrite, first, last, vocab_size)
+        logits_CV, chunk_total, chunk_sums_K = _chunk_gradient(
+            student, teacher, overwrite, first, last, vocab_size
+        )
         total += chunk_total
         sums_K += chunk_sums_K
         # As linear maps, which `cpu_kernels` makes faster on a CPU.
         grad_rows_ND[first:last] = F.linear(logits_CV, student.weight_VD.t())
         if grad_weight_VD is not None:
-            _take_product(grad_weight_VD, logits_CV, student.rows_ND[first:last], is_first=first == 0)
+            _take_product(
+                grad_weight_VD, logits_CV, student.rows_ND[first:last], is_first=first == 0
+            )
         if grad_bias_V is not None:
             grad_bias_V += logits_CV[:, :vocab_size].sum(0, dtype=wide)
     return total, sums_K, [grad_rows_ND, grad_weight_VD, grad_bias_V]
 
 
-def _chunk_gradient(student: Projection, teacher, overwrite, first: int, last: int, vocab_size: int):
-    """Make the gradient by the logits of rows first .. last: (gradient (C, V), V filled up, weighted total, sums_K)."""
+def _chunk_gradient(
+    student: Projection, teacher, overwrite, first: int, last: int, vocab_size: int
+):
+    """Make the gradient by the logits of rows first .. last: (gradient (C, V), V filled up,
+    weighted total, sums_K).
+    """
     logits_CV = student.logits(first, last)
     teacher_CV = None if teacher is None else teacher.logits(first, last)
     block_rows = BLOCK_ROWS if logits_CV.device.type == "cpu" else last - first
@@ -401,10 +488,11 @@ def _chunk_gradient(student: Projection, teacher, overwrite, first: int, last: i
 
 
 def _take_product(grad_weight_VD: torch.Tensor, logits_CV, rows_CD, is_first: bool) -> None:
-    """Put a chunk's part of the gradient by the projection's weights in place (is_first), or add it.
+    """Put a chunk's part of the gradient by the projection's weights in place (is_first), or add
+    it.
 
-    On a CPU some entries of the vocabulary at a time: a part in half precision is widened while it is in the cache, and no
-    second (V, D) tensor exists.
+    On a CPU some entries of the vocabulary at a time: a part in half precision is widened while it
+    is in the cache, and no second (V, D) tensor exists.
     """
     vocab_size = len(grad_weight_VD)
     step = SLICE_ENTRIES if logits_CV.device.type == "cpu" else vocab_size
@@ -414,10 +502,17 @@ def _take_product(grad_weight_VD: torch.Tensor, logits_CV, rows_CD, is_first: bo
         target.copy_(part) if is_first else target.add_(part)
 
 
-def _overwrite_by_gradient(logits_CV, teacher_CV, first: int, terms: Sequence[Term], temperature: float):
-    """Apply the terms to a block of logits and put the total's gradient in their place: (weighted total, sums_K)."""
+def _overwrite_by_gradient(
+    logits_CV, teacher_CV, first: int, terms: Sequence[Term], temperature: float
+):
+    """Apply the terms to a block of logits and put the total's gradient in their place: (weighted
+    total, sums_K).
+    """
     gradient_CV: torch.Tensor | None = None
-    total, sums = logits_CV.new_zeros((), dtype=torch.promote_types(logits_CV.dtype, torch.float32)), []
+    total, sums = (
+        logits_CV.new_zeros((), dtype=torch.promote_types(logits_CV.dtype, torch.float32)),
+        [],
+    )
     for term in terms:
         low, high = term.within(first, first + len(logits_CV))
         if high == low:
@@ -429,13 +524,17 @@ def _overwrite_by_gradient(logits_CV, teacher_CV, first: int, terms: Sequence[Te
         if high - low == len(logits_CV) and gradient_CV is None:
             gradient_CV = part.mul_(term.weight)
             continue
-        gradient_CV = torch.zeros_like(logits_CV, dtype=total.dtype) if gradient_CV is None else gradient_CV
+        gradient_CV = (
+            torch.zeros_like(logits_CV, dtype=total.dtype) if gradient_CV is None else gradient_CV
+        )
         gradient_CV.index_add_(0, term.rows_N[low:high] - first, part.mul_(term.weight))
     logits_CV.zero_() if gradient_CV is None else logits_CV.copy_(gradient_CV)
     return total, torch.stack(sums)
 
 
-def _sum_and_gradient(term: Term, low: int, high: int, student_CV, teacher_CV, temperature: float, first: int):
+def _sum_and_gradient(
+    term: Term, low: int, high: int, student_CV, teacher_CV, temperature: float, first: int
+):
     student_CV, teacher_CV, labels = _rows_of(term, low, high, student_CV, teacher_CV, first)
     if term.gradient is not None:
         return term.gradient(student_CV, teacher_CV, labels, temperature)
@@ -447,11 +546,15 @@ def _sum_and_gradient(term: Term, low: int, high: int, student_CV, teacher_CV, t
 
 
 def partly_joined(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> Callable:
-    """Return what `_overwrite_by_gradient` does: one compiled pass for the terms that have a form for it, the others after it.
+    """Return what `_overwrite_by_gradient` does: one compiled pass for the terms that have a form
+    for it, the others after it.
 
     One without that form costs a copy of the chunk's logits, and leaves the rest compiled.
     """
-    places = {has_form: [k for k, t in enumerate(terms) if (t.by_row is not None) == has_form] for has_form in (True, False)}
+    places = {
+        has_form: [k for k, t in enumerate(terms) if (t.by_row is not None) == has_form]
+        for has_form in (True, False)
+    }
     with_form, without = ([terms[k] for k in places[has_form]] for has_form in (True, False))
     plain = functools.partial(_overwrite_by_gradient, terms=without, temperature=temperature)
     if not without or not with_form:
@@ -470,9 +573,11 @@ def partly_joined(terms: Sequence[Term], temperature: float, rows_ND: torch.Tens
 
 
 def joined(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> Callable:
-    """Return what `_overwrite_by_gradient` does, as one compiled pass over the logits of any of N selected rows.
+    """Return what `_overwrite_by_gradient` does, as one compiled pass over the logits of any of N
+    selected rows.
 
-    Every term is applied to every row, with weight 0 where the row is not its own: reading the logits costs more.
+    Every term is applied to every row, with weight 0 where the row is not its own: reading the
+    logits costs more.
     """
     num_rows, device = len(rows_ND), rows_ND.device
     wide = torch.promote_types(rows_ND.dtype, torch.float32)
@@ -480,7 +585,9 @@ def joined(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> 
     is_own_KN = torch.zeros(len(terms), num_rows, dtype=torch.bool, device=device)
     labels_KN = torch.zeros(len(terms), num_rows, dtype=torch.int64, device=device)
     for k, term in enumerate(terms):
-        weights_KN[k, term.rows_N] = term.weight.to(wide) if isinstance(term.weight, torch.Tensor) else float(term.weight)
+        weights_KN[k, term.rows_N] = (
+            term.weight.to(wide) if isinstance(term.weight, torch.Tensor) else float(term.weight)
+        )
         is_own_KN[k, term.rows_N] = True
         if term.labels_N is not None:
             labels_KN[k, term.rows_N] = term.labels_N
@@ -489,7 +596,13 @@ def joined(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> 
     def overwrite(logits_CV, teacher_CV, first: int):
         chunk = slice(first, first + len(logits_CV))
         sums_K = _compiled()(
-            logits_CV, teacher_CV, labels_KN[:, chunk], weights_KN[:, chunk], is_own_KN[:, chunk], by_row, temperature
+            logits_CV,
+            teacher_CV,
+            labels_KN[:, chunk],
+            weights_KN[:, chunk],
+            is_own_KN[:, chunk],
+            by_row,
+            temperature,
         )
         weighted_K = [value * term.weight for value, term in zip(sums_K, terms, strict=True)]
         return torch.stack(weighted_K).sum(), sums_K
@@ -497,7 +610,9 @@ def joined(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> 
     return overwrite
 
 
-def _joined_terms(logits_CV, teacher_CV, labels_KC, weights_KC, is_own_KC, by_row: tuple, temperature: float) -> torch.Tensor:
+def _joined_terms(
+    logits_CV, teacher_CV, labels_KC, weights_KC, is_own_KC, by_row: tuple, temperature: float
+) -> torch.Tensor:
     """Apply each term to each row; put the total's gradient in the logits' place: sums_K."""
     student_CV = at_least_float32(logits_CV)
     teacher_CV = None if teacher_CV is None else at_least_float32(teacher_CV)
@@ -505,7 +620,9 @@ def _joined_terms(logits_CV, teacher_CV, labels_KC, weights_KC, is_own_KC, by_ro
     for k, function in enumerate(by_row):
         losses_C, part_CV = function(student_CV, teacher_CV, labels_KC[k], temperature)
         sums.append(torch.where(is_own_KC[k], losses_C, 0.0).sum())
-        gradient_CV = gradient_CV + torch.where(is_own_KC[k][:, None], part_CV * weights_KC[k][:, None], 0.0)
+        gradient_CV = gradient_CV + torch.where(
+            is_own_KC[k][:, None], part_CV * weights_KC[k][:, None], 0.0
+        )
     logits_CV.copy_(gradient_CV)
     return torch.stack(sums)
 
@@ -528,8 +645,12 @@ def rows_per_chunk(device_type: str) -> int:
 
 
 def even_chunk_rows(num_rows: int, vocab_size: int, device_type: str) -> int:
-    """Return how many rows make a chunk of the fast head: as few chunks as the limit admits, of like size."""
-    limit = max(CHUNK_LOGITS // vocab_size, 1) if device_type == "cuda" else rows_per_chunk(device_type)
+    """Return how many rows make a chunk of the fast head: as few chunks as the limit admits, of
+    like size.
+    """
+    limit = (
+        max(CHUNK_LOGITS // vocab_size, 1) if device_type == "cuda" else rows_per_chunk(device_type)
+    )
     num_chunks = max(-(-num_rows // limit), 1)
     return max(-(-num_rows // num_chunks), 1)
 
@@ -540,7 +661,9 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 class _ChunkedHead(torch.autograd.Function):
-    """Sum chunk_loss over chunks of rows; the gradients are made in forward, while a chunk's logits are at hand."""
+    """Sum chunk_loss over chunks of rows; the gradients are made in forward, while a chunk's logits
+    are at hand.
+    """
 
     @staticmethod
     def forward(ctx, chunk_loss, chunk_rows: int, num_terms: int, hidden_ND, *parameters):
@@ -557,11 +680,16 @@ class _ChunkedHead(torch.autograd.Function):
             chunk_grads = torch.autograd.grad(chunk_total, [hidden_CD, *trained], allow_unused=True)
             total += chunk_total.detach()
             sums_K += chunk_sums_K
-            for target, grad in zip([grad_hidden_ND[first : first + chunk_rows], *grads], chunk_grads, strict=True):
+            for target, grad in zip(
+                [grad_hidden_ND[first : first + chunk_rows], *grads], chunk_grads, strict=True
+            ):
                 if grad is not None:
                     target += grad
         by_parameter = iter(grads)
-        ctx.grads = [grad_hidden_ND, *(next(by_parameter) if p.requires_grad else None for p in parameters)]
+        ctx.grads = [
+            grad_hidden_ND,
+            *(next(by_parameter) if p.requires_grad else None for p in parameters),
+        ]
         ctx.mark_non_differentiable(sums_K)
         return total, sums_K
 

@@ -1,8 +1,10 @@
-"""Which process this is, where it computes, how it meets the others, and how it learns that it is to stop.
+"""Which process this is, where it computes, how it meets the others, and how it learns that it is
+to stop.
 
-`start_runtime` reads what a launcher left in the environment (torchrun, torch.distributed.launch, or nothing), chooses
-the device and joins the process group. From then on a thread of each process sends heartbeats (`Watch`), so that one that
-hangs or is gone is named: the collectives' own errors name none. `StopSignals` notes what asks the run to end.
+`start_runtime` reads what a launcher left in the environment (torchrun, torch.distributed.launch,
+or nothing), chooses the device and joins the process group. From then on a thread of each process
+sends heartbeats (`Watch`), so that one that hangs or is gone is named: the collectives' own errors
+name none. `StopSignals` notes what asks the run to end.
 """
 
 import contextlib
@@ -46,7 +48,9 @@ class Runtime:
 
     @contextlib.contextmanager
     def sharing_errors(self) -> Iterator[None]:
-        """Raise an input or system error of any rank on every rank: none is left waiting, and rank 0 can say it."""
+        """Raise an input or system error of any rank on every rank: none is left waiting, and rank
+        0 can say it.
+        """
         problem = None
         try:
             yield
@@ -73,11 +77,17 @@ class Runtime:
         return box[0]
 
     def tensors_from_main(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Give every rank the tensors of rank 0, on the CPU; on other ranks the argument is not looked at."""
-        shapes = self.from_main({name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()})
+        """Give every rank the tensors of rank 0, on the CPU; on other ranks the argument is not
+        looked at.
+        """
+        shapes = self.from_main(
+            {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
+        )
         received = {}
         for name, (shape, dtype) in shapes.items():
-            tensor = (tensors[name] if self.is_main else torch.empty(shape, dtype=dtype)).to(self.device)
+            tensor = (tensors[name] if self.is_main else torch.empty(shape, dtype=dtype)).to(
+                self.device
+            )
             if self.world_size > 1:
                 distributed.broadcast(tensor, src=0)
             received[name] = tensor.cpu()
@@ -87,7 +97,8 @@ class Runtime:
     def watching(self, on_orphaned: Callable[[], None]) -> Iterator[None]:
         """Turn a collective's failure into LostRankError, which says who is missing.
 
-        on_orphaned: called, from another thread, where the launcher that started this process is gone.
+        on_orphaned: called, from another thread, where the launcher that started this process is
+        gone.
         """
         if self.watch is not None:
             self.watch.on_orphaned = on_orphaned
@@ -107,11 +118,22 @@ class LostRankError(RuntimeError):
 
 
 def _is_of_collective(error: RuntimeError) -> bool:
-    signs = ("gloo", "NCCL", "Connection closed", "Connection reset", "Broken pipe", "Timed out waiting", "Socket", "recvValue")
+    signs = (
+        "gloo",
+        "NCCL",
+        "Connection closed",
+        "Connection reset",
+        "Broken pipe",
+        "Timed out waiting",
+        "Socket",
+        "recvValue",
+    )
     return isinstance(error, distributed.DistError) or any(sign in str(error) for sign in signs)
 
 
-LAUNCHER_REMEDY = "start with torchrun or python -m torch.distributed.launch, or unset it for a single process"
+LAUNCHER_REMEDY = (
+    "start with torchrun or python -m torch.distributed.launch, or unset it for a single process"
+)
 
 
 def is_one_of_several(environment: Mapping[str, str]) -> bool:
@@ -124,33 +146,54 @@ def is_another_rank(environment: Mapping[str, str]) -> bool:
     return is_one_of_several(environment) and environment["RANK"] != "0"
 
 
-def read_launcher(environment: Mapping[str, str], local_rank_flag: int) -> tuple[int, int, int, int] | None:
+def read_launcher(
+    environment: Mapping[str, str], local_rank_flag: int
+) -> tuple[int, int, int, int] | None:
     """Read (rank, world size, local rank, processes on this machine) from a launcher's variables.
 
-    Returns None for a process that no launcher started: it is one of several if and only if RANK and LOCAL_RANK are
-    set. Raises InputError that names every variable missing, malformed or contradicting another.
+    Returns None for a process that no launcher started: it is one of several if and only if RANK
+    and LOCAL_RANK are set. Raises InputError that names every variable missing, malformed or
+    contradicting another.
     """
     if not is_one_of_several(environment):
         if local_rank_flag >= 0:
-            missing = " and ".join(name for name in ("RANK", "LOCAL_RANK") if not environment.get(name))
-            raise RankError(f"--local_rank {local_rank_flag}: {missing} not set in the environment; {LAUNCHER_REMEDY}")
+            missing = " and ".join(
+                name for name in ("RANK", "LOCAL_RANK") if not environment.get(name)
+            )
+            raise RankError(
+                f"--local_rank {local_rank_flag}: {missing} not set in the environment;"
+                f" {LAUNCHER_REMEDY}"
+            )
         return None
     problems = [
         f"{name} is not set though RANK and LOCAL_RANK are; {LAUNCHER_REMEDY}"
         for name in ("WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
         if not environment.get(name)
     ]
-    names = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "N_GPU_NODE", "N_NODES", "NODE_RANK",
-             "MASTER_PORT")  # fmt: skip
+    names = (
+        "RANK",
+        "LOCAL_RANK",
+        "WORLD_SIZE",
+        "LOCAL_WORLD_SIZE",
+        "GROUP_RANK",
+        "N_GPU_NODE",
+        "N_NODES",
+        "NODE_RANK",
+        "MASTER_PORT",
+    )
     value: dict[str, int] = {}
     for name in names:
         if environment.get(name):
             try:
                 value[name] = int(environment[name])
             except ValueError:
-                problems.append(f"{name}={environment[name]}: not a whole number; {LAUNCHER_REMEDY}")
+                problems.append(
+                    f"{name}={environment[name]}: not a whole number; {LAUNCHER_REMEDY}"
+                )
     if not 1 <= value.get("MASTER_PORT", 1) <= 65535:
-        problems.append(f"MASTER_PORT={value['MASTER_PORT']}: expected 1 to 65535; {LAUNCHER_REMEDY}")
+        problems.append(
+            f"MASTER_PORT={value['MASTER_PORT']}: expected 1 to 65535; {LAUNCHER_REMEDY}"
+        )
     if problems:
         raise RankError("\n".join(problems))
     _check_launcher(value, local_rank_flag)
@@ -164,7 +207,9 @@ def _processes_on_machine(value: Mapping[str, int]) -> int:
 
 
 def _check_launcher(value: Mapping[str, int], local_rank_flag: int) -> None:
-    """Raise RankError or InputError for variables that contradict each other, on this rank or on all."""
+    """Raise RankError or InputError for variables that contradict each other, on this rank or on
+    all.
+    """
     rank, world_size, local_rank = value["RANK"], value["WORLD_SIZE"], value["LOCAL_RANK"]
     per_machine = value.get("N_GPU_NODE", _processes_on_machine(value))
     source = "N_GPU_NODE" if "N_GPU_NODE" in value else "LOCAL_WORLD_SIZE"
@@ -174,43 +219,88 @@ def _check_launcher(value: Mapping[str, int], local_rank_flag: int) -> None:
     of_all = [
         (world_size < 1, f"WORLD_SIZE={world_size}: at least 1 is expected"),
         (per_machine < 1, f"{source}={per_machine}: at least 1 is expected"),
-        (per_machine > max(world_size, 1), f"{source}={per_machine} contradicts WORLD_SIZE={world_size}"),
-        ("N_GPU_NODE" in value and value.get("LOCAL_WORLD_SIZE", per_machine) != per_machine,
-         f"N_GPU_NODE={per_machine} contradicts LOCAL_WORLD_SIZE={value.get('LOCAL_WORLD_SIZE')}"),
-        ("N_NODES" in value and machines * per_machine != world_size,
-         f"N_NODES={machines} x {per_machine} processes a machine contradicts WORLD_SIZE={world_size}"),
-        ("N_GPU_NODE" in value and world_size % max(per_machine, 1) != 0,
-         f"N_GPU_NODE={per_machine} does not divide WORLD_SIZE={world_size}"),
-    ]  # fmt: skip
+        (
+            per_machine > max(world_size, 1),
+            f"{source}={per_machine} contradicts WORLD_SIZE={world_size}",
+        ),
+        (
+            "N_GPU_NODE" in value and value.get("LOCAL_WORLD_SIZE", per_machine) != per_machine,
+            (
+                f"N_GPU_NODE={per_machine} contradicts"
+                f" LOCAL_WORLD_SIZE={value.get('LOCAL_WORLD_SIZE')}"
+            ),
+        ),
+        (
+            "N_NODES" in value and machines * per_machine != world_size,
+            (
+                f"N_NODES={machines} x {per_machine} processes a machine contradicts"
+                f" WORLD_SIZE={world_size}"
+            ),
+        ),
+        (
+            "N_GPU_NODE" in value and world_size % max(per_machine, 1) != 0,
+            f"N_GPU_NODE={per_machine} does not divide WORLD_SIZE={world_size}",
+        ),
+    ]
     of_this_rank = [
-        (not 0 <= rank < max(world_size, 1), f"RANK={rank}: expected 0 to WORLD_SIZE - 1 = {world_size - 1}"),
-        (not 0 <= local_rank < max(per_machine, 1),
-         f"LOCAL_RANK={local_rank}: expected 0 to {per_machine - 1}, for {per_machine} processes run on a machine"),
-        (local_rank_flag >= 0 and local_rank_flag != local_rank,
-         f"--local_rank {local_rank_flag} contradicts LOCAL_RANK={local_rank}; leave the flag out"),
-        ("NODE_RANK" in value and machine != expected_machine,
-         f"NODE_RANK={machine} contradicts RANK={rank}, which runs on machine {expected_machine}"),
-        ("NODE_RANK" in value and not 0 <= machine < max(machines, 1),
-         f"NODE_RANK={machine}: expected 0 to N_NODES - 1 = {machines - 1}"),
-    ]  # fmt: skip
+        (
+            not 0 <= rank < max(world_size, 1),
+            f"RANK={rank}: expected 0 to WORLD_SIZE - 1 = {world_size - 1}",
+        ),
+        (
+            not 0 <= local_rank < max(per_machine, 1),
+            (
+                f"LOCAL_RANK={local_rank}: expected 0 to {per_machine - 1}, for {per_machine}"
+                " processes run on a machine"
+            ),
+        ),
+        (
+            local_rank_flag >= 0 and local_rank_flag != local_rank,
+            (
+                f"--local_rank {local_rank_flag} contradicts LOCAL_RANK={local_rank}; leave the"
+                " flag out"
+            ),
+        ),
+        (
+            "NODE_RANK" in value and machine != expected_machine,
+            (
+                f"NODE_RANK={machine} contradicts RANK={rank}, which runs on machine"
+                f" {expected_machine}"
+            ),
+        ),
+        (
+            "NODE_RANK" in value and not 0 <= machine < max(machines, 1),
+            f"NODE_RANK={machine}: expected 0 to N_NODES - 1 = {machines - 1}",
+        ),
+    ]
     remedy = "; export what the launcher is told, or unset it"
     for kind, checks in ((RankError, of_this_rank), (InputError, of_all)):
         if any(is_wrong for is_wrong, _ in checks):
-            raise kind("\n".join(message + remedy for is_wrong, message in of_all + of_this_rank if is_wrong))
+            raise kind(
+                "\n".join(
+                    message + remedy for is_wrong, message in of_all + of_this_rank if is_wrong
+                )
+            )
 
 
 def start_runtime(
-    n_gpu: int, local_rank_flag: int, environment: Mapping[str, str] | None = None, timeout_s: float = TIMEOUT_S
+    n_gpu: int,
+    local_rank_flag: int,
+    environment: Mapping[str, str] | None = None,
+    timeout_s: float = TIMEOUT_S,
 ) -> Runtime:
     """Find out which process this is, choose its device, and join the others where there are any.
 
-    n_gpu: GPUs over all processes; 0 = the CPU. timeout_s: how long processes wait for each other. Raises InputError where
-    the launcher's variables are missing or contradict each other, or where there are GPUs but too few.
+    n_gpu: GPUs over all processes; 0 = the CPU. timeout_s: how long processes wait for each other.
+    Raises InputError where the launcher's variables are missing or contradict each other, or where
+    there are GPUs but too few.
     """
     launched = read_launcher(os.environ if environment is None else environment, local_rank_flag)
     rank, world_size, local_rank, per_machine = launched or (0, 1, 0, 1)
     gpus_here = torch.cuda.device_count()
-    device = choose_device(n_gpu, world_size, local_rank, per_machine, gpus_here, launched is not None)
+    device = choose_device(
+        n_gpu, world_size, local_rank, per_machine, gpus_here, launched is not None
+    )
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend, watch = "nccl" if device.type == "cuda" else "gloo", None
@@ -222,33 +312,57 @@ def start_runtime(
         wanted_gpu = n_gpu > 0 and device.type == "cpu"
         where = "the GPU" if device.type == "cuda" else "the CPU"
         how = f"{world_size} processes, {backend}" if launched is not None else "one process"
-        logger.info("%s on %s%s.", how, where, f" (--n_gpu {n_gpu}, but this machine has no GPU)" if wanted_gpu else "")
+        logger.info(
+            "%s on %s%s.",
+            how,
+            where,
+            f" (--n_gpu {n_gpu}, but this machine has no GPU)" if wanted_gpu else "",
+        )
     return runtime
 
 
-def _join_the_others(backend: str, rank: int, world_size: int, timeout_s: float) -> distributed.Store:
+def _join_the_others(
+    backend: str, rank: int, world_size: int, timeout_s: float
+) -> distributed.Store:
     """Join the process group; return a store that this attempt has for itself."""
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)  # torch would look for the name until the timeout
+        socket.getaddrinfo(
+            os.environ["MASTER_ADDR"], None
+        )  # torch would look for the name until the timeout
         store, rank, world_size = next(distributed.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
-        store = distributed.PrefixStore(_agree_on_attempt(store, rank, world_size, timeout_s), store)
-        distributed.init_process_group(backend, store=store, rank=rank, world_size=world_size, timeout=timeout)
-    except (OSError, RuntimeError, ValueError) as error:  # no such host, port in use, a rank that never came
-        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        store = distributed.PrefixStore(
+            _agree_on_attempt(store, rank, world_size, timeout_s), store
+        )
+        distributed.init_process_group(
+            backend, store=store, rank=rank, world_size=world_size, timeout=timeout
+        )
+    except (
+        OSError,
+        RuntimeError,
+        ValueError,
+    ) as error:  # no such host, port in use, a rank that never came
+        where = (
+            f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}"
+            f" MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        )
         raise RankError(
-            f"{where}: the processes could not meet ({one_line(error)}); check address, port and every rank"
+            f"{where}: the processes could not meet ({one_line(error)}); check address, port and"
+            " every rank"
         ) from error
     return store
 
 
-def _agree_on_attempt(store: distributed.Store, rank: int, world_size: int, timeout_s: float) -> str:
+def _agree_on_attempt(
+    store: distributed.Store, rank: int, world_size: int, timeout_s: float
+) -> str:
     """Agree with the others of this attempt on a name that no earlier attempt had.
 
-    A launcher that starts the processes again keeps its store, with all that the dead ones left in it: of 17 restarted
-    runs of two ranks 6 hung. Nor do several machines count attempts alike. So rank 0 invents a name, and tells it to those
-    who greet with a word of their own, which no dead process can have said.
+    A launcher that starts the processes again keeps its store, with all that the dead ones left in
+    it: of 17 restarted runs of two ranks 6 hung. Nor do several machines count attempts alike. So
+    rank 0 invents a name, and tells it to those who greet with a word of their own, which no dead
+    process can have said.
     """
     word, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
     if rank == 0:
@@ -278,43 +392,59 @@ def _welcome(store: distributed.Store, attempt: str, waiting: set[int], deadline
 
 
 def choose_device(
-    n_gpu: int, world_size: int, local_rank: int, per_machine: int, gpus_here: int, is_launched: bool
+    n_gpu: int,
+    world_size: int,
+    local_rank: int,
+    per_machine: int,
+    gpus_here: int,
+    is_launched: bool,
 ) -> torch.device:
-    """Choose a process's device. No GPU, or n_gpu 0: the CPU. GPUs, but fewer than asked for: InputError."""
+    """Choose a process's device. No GPU, or n_gpu 0: the CPU. GPUs, but fewer than asked for:
+    InputError.
+    """
     if n_gpu == 0 or gpus_here == 0:
         return torch.device("cpu")
     if n_gpu > 1 and not is_launched:
-        raise InputError(f"--n_gpu {n_gpu}: this is a single process; start {n_gpu} with torchrun --nproc_per_node={n_gpu}")
+        raise InputError(
+            f"--n_gpu {n_gpu}: this is a single process; start {n_gpu} with torchrun"
+            f" --nproc_per_node={n_gpu}"
+        )
     if n_gpu > 1 and n_gpu != world_size:
-        raise InputError(f"--n_gpu {n_gpu} contradicts WORLD_SIZE={world_size}; pass --n_gpu {world_size}")
+        raise InputError(
+            f"--n_gpu {n_gpu} contradicts WORLD_SIZE={world_size}; pass --n_gpu {world_size}"
+        )
     if per_machine > gpus_here:
         raise InputError(
-            f"{per_machine} processes on this machine, which has {gpus_here} GPU(s): one GPU a process is expected; "
-            f"start {gpus_here} process(es), or pass --n_gpu 0 for the CPU"
+            f"{per_machine} processes on this machine, which has {gpus_here} GPU(s): one GPU a"
+            f" process is expected; start {gpus_here} process(es), or pass --n_gpu 0 for the CPU"
         )
     return torch.device("cuda", local_rank)
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise InputError where torch.compile does not work on this machine: better now than after moving folders."""
+    """Raise InputError where torch.compile does not work on this machine: better now than after
+    moving folders.
+    """
     try:
         torch.compile(lambda x: (x * 2).sin())(torch.ones(8, device=device))
     except Exception as error:
         raise InputError(
-            f"--compile: torch.compile fails on this machine ({one_line(error)}); install a C++ compiler (for a GPU Triton, "
-            "too), or leave it out"
+            f"--compile: torch.compile fails on this machine ({one_line(error)}); install a C++"
+            " compiler (for a GPU Triton, too), or leave it out"
         ) from error
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # One run a folder, and the launcher that starts it again
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 LOCK = "run.lock"
 
 
 def launch_facts() -> dict[str, str | None]:
-    """Name the launcher that started this process, and its job where that has a name; None without."""
+    """Name the launcher that started this process, and its job where that has a name; None
+    without.
+    """
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return {"launcher": None, "job": None}
     launcher, job = psutil.Process(os.getppid()), os.environ["TORCHELASTIC_RUN_ID"]
@@ -323,10 +453,11 @@ def launch_facts() -> dict[str, str | None]:
 
 
 def is_restarted(environment: Mapping[str, str], lock: Path) -> bool:
-    """True where the launcher, or its job on another machine, has run in the folder of this lock before.
+    """True where the launcher, or its job on another machine, has run in the folder of this lock
+    before.
 
-    Not by the launcher's count: it says nothing of the folder, which may be an earlier job's; and of several machines'
-    launchers only the one whose process failed counts.
+    Not by the launcher's count: it says nothing of the folder, which may be an earlier job's; and
+    of several machines' launchers only the one whose process failed counts.
     """
     try:
         then, now = json.loads(lock.read_text(encoding="utf-8")), launch_facts()
@@ -334,16 +465,24 @@ def is_restarted(environment: Mapping[str, str], lock: Path) -> bool:
         is_same_job = now["job"] is not None and then["job"] == now["job"]
     except (OSError, ValueError, KeyError, TypeError):
         return False
-    return is_same_launcher or (is_same_job and environment.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0"))
+    return is_same_launcher or (
+        is_same_job and environment.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+    )
 
 
 def take_lock(path: Path) -> TextIO:
-    """Lock a run's folder until the file returned is closed, or the process gone. Raises InputError where another has it."""
+    """Lock a run's folder until the file returned is closed, or the process gone. Raises InputError
+    where another has it.
+    """
     # A link in its place may lead to any file.
-    file = os.fdopen(os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8")
+    file = os.fdopen(
+        os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8"
+    )
     _lock(file, path)
     file.truncate(0)
-    file.write(json.dumps({"host": socket.gethostname(), "pid": os.getpid(), **launch_facts()}) + "\n")
+    file.write(
+        json.dumps({"host": socket.gethostname(), "pid": os.getpid(), **launch_facts()}) + "\n"
+    )
     file.flush()
     return file
 
@@ -361,28 +500,44 @@ def _lock(file: TextIO, path: Path) -> None:
     except BlockingIOError as error:
         holder = file.read(1000).strip()
         file.close()
-        raise InputError(f"{path.parent}: another run trains in it ({holder}); end that, or choose another folder") from error
+        raise InputError(
+            f"{path.parent}: another run trains in it ({holder}); end that, or choose another"
+            " folder"
+        ) from error
     except OSError as error:  # a file system without locks
-        logger.warning("%s: can't be locked (%s); take care that no two runs share the folder.", path, one_line(error))
+        logger.warning(
+            "%s: can't be locked (%s); take care that no two runs share the folder.",
+            path,
+            one_line(error),
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Who is missing
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Watch:
-    """Heartbeats of this process, and what is heard of the others; in a thread, for the process may hang in a collective.
+    """Heartbeats of this process, and what is heard of the others; in a thread, for the process may
+    hang in a collective.
 
-    Rank 0 watches all, the others watch rank 0. One that is silent for timeout_s ends this process, too.
+    Rank 0 watches all, the others watch rank 0. One that is silent for timeout_s ends this process,
+    too.
     """
 
     def __init__(self, store: distributed.Store, rank: int, world_size: int, timeout_s: float):
-        self.store, self.rank, self.timeout_s = store.clone(), rank, timeout_s  # a connection of its own
+        self.store, self.rank, self.timeout_s = (
+            store.clone(),
+            rank,
+            timeout_s,
+        )  # a connection of its own
         self.interval_s = min(2.0, timeout_s / 10)
         self.heard_at = dict.fromkeys(range(1, world_size) if rank == 0 else [0], time.monotonic())
         self.last_beat: dict[int, bytes] = {}
-        self.parent, self.on_orphaned = os.getppid(), lambda: None  # called once, when the launcher is gone
+        self.parent, self.on_orphaned = (
+            os.getppid(),
+            lambda: None,
+        )  # called once, when the launcher is gone
         self.is_closed = threading.Event()
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()
@@ -396,7 +551,9 @@ class Watch:
         num_beats = 0
         while not self.is_closed.wait(self.interval_s):
             num_beats += 1
-            with contextlib.suppress(RuntimeError):  # the store may be gone with the process that had it
+            with contextlib.suppress(
+                RuntimeError
+            ):  # the store may be gone with the process that had it
                 self.store.set(f"beat/{self.rank}", str(num_beats))
                 for rank in self.heard_at:
                     self._listen(rank)
@@ -417,16 +574,24 @@ class Watch:
         return [rank for rank, heard_at in self.heard_at.items() if now - heard_at > silence_s]
 
     def describe(self) -> str:
-        """Say which ranks are missing, once a collective has failed; waits for the heartbeats that are due."""
+        """Say which ranks are missing, once a collective has failed; waits for the heartbeats that
+        are due.
+        """
         time.sleep(2.5 * self.interval_s)
         silent = self.silent_for(2.5 * self.interval_s)
         if silent:
             return self._say(silent)
-        return "the processes lost each other, though those watched still beat: another says why, or the network does"
+        return (
+            "the processes lost each other, though those watched still beat: another says why, or"
+            " the network does"
+        )
 
     def _say(self, silent: list[int]) -> str:
         now = time.monotonic()
-        return "; ".join(f"rank {rank} was last heard of {now - self.heard_at[rank]:.0f} s ago" for rank in silent)
+        return "; ".join(
+            f"rank {rank} was last heard of {now - self.heard_at[rank]:.0f} s ago"
+            for rank in silent
+        )
 
     def _give_up(self, silent: list[int]) -> None:
         report_lost_ranks(self._say(silent), self.rank)
@@ -439,22 +604,26 @@ EXIT_LOST_RANK = 1
 def report_lost_ranks(message: str, rank: int) -> None:
     """Say who is missing: rank 0 does; where that is the one, rank 1."""
     if rank == 0 or (rank == 1 and message.startswith("rank 0 ")):
-        report_problems(f"stopped: {message}; see its own output, then go on with --resume", from_any_rank=True)
+        report_problems(
+            f"stopped: {message}; see its own output, then go on with --resume", from_any_rank=True
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Signals
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_EVENT_S = 1.0
 
 
 class StopSignals:
-    """Note the signals that ask a run to stop at its next update; a second one ends the process at once.
+    """Note the signals that ask a run to stop at its next update; a second one ends the process at
+    once.
 
-    In a thread that the system wakes: the main one may stand in a collective, where Python's own handlers do not run. Signals
-    within a second are one: a scheduler and a launcher may both pass the same on.
+    In a thread that the system wakes: the main one may stand in a collective, where Python's own
+    handlers do not run. Signals within a second are one: a scheduler and a launcher may both pass
+    the same on.
     """
 
     def __init__(self) -> None:
@@ -462,12 +631,17 @@ class StopSignals:
         self._noted_at = 0.0
 
     def request(self, number: int) -> None:
-        """Ask for a stop at the next update, as the signal does; the second time end the process."""
+        """Ask for a stop at the next update, as the signal does; the second time end the
+        process.
+        """
         now = time.monotonic()
         if self.requested is None:
             self.requested, self._noted_at = number, now
             name = signal.Signals(number).name
-            logger.info("%s: stopping after this update, with a checkpoint; once more to stop at once.", name)
+            logger.info(
+                "%s: stopping after this update, with a checkpoint; once more to stop at once.",
+                name,
+            )
         elif now - self._noted_at > SAME_EVENT_S:
             os._exit(exit_status(number))
 
@@ -503,5 +677,7 @@ class StopSignals:
 
 
 def exit_status(number: int) -> int:
-    """Return the status of a process that a signal ended: 143 for SIGTERM and SIGUSR1 (a scheduler starts it again)."""
+    """Return the status of a process that a signal ended: 143 for SIGTERM and SIGUSR1 (a scheduler
+    starts it again).
+    """
     return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)

@@ -1,12 +1,15 @@
-"""Token files: sequences of token ids on the disk, in either of two formats, told apart by what is in them.
+"""Token files: sequences of token ids on the disk, in either of two formats, told apart by what is
+in them.
 
-- The pickled list of 2019: one 1-D array of ids a sequence. It is read into memory, without executing anything in it.
-- The store, in the layout of Megatron-LM's indexed dataset: `.bin` holds all ids end to end, `.idx` a header, the
-  sequences' lengths (int32), their byte offsets (int64) and the document index (int64). It is memory-mapped: opening it
-  costs nothing, and all processes of a machine share one copy in the page cache.
+- The pickled list of 2019: one 1-D array of ids a sequence. It is read into memory, without
+  executing anything in it.
+- The store, in the layout of Megatron-LM's indexed dataset: `.bin` holds all ids end to end, `.idx`
+  a header, the sequences' lengths (int32), their byte offsets (int64) and the document index
+  (int64). It is memory-mapped: opening it costs nothing, and all processes of a machine share one
+  copy in the page cache.
 
-Beside either stands a JSON file, the *card*: tokenizer and its vocabulary's fingerprint, what was counted, and checksums. Files
-without a card are read, too, with a notice.
+Beside either stands a JSON file, the *card*: tokenizer and its vocabulary's fingerprint, what was
+counted, and checksums. Files without a card are read, too, with a notice.
 """
 
 import array
@@ -29,12 +32,31 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from utils import InputError, RankError, atomic_path, atomic_paths, json_digest, logger, one_line, require_file, require_output
+from utils import (
+    InputError,
+    RankError,
+    atomic_path,
+    atomic_paths,
+    json_digest,
+    logger,
+    one_line,
+    require_file,
+    require_output,
+)
 
 CARD_FORMAT, CARD_VERSION = "distil-tokens", 1
 MAGIC, STORE_VERSION = b"MMIDIDX\x00\x00", 1
-HEADER = struct.Struct("<9sQBQQ")  # magic, version, dtype code, number of sequences, entries of the document index
-DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}  # Megatron-LM's codes
+HEADER = struct.Struct(
+    "<9sQBQQ"
+)  # magic, version, dtype code, number of sequences, entries of the document index
+DTYPES = {
+    1: np.uint8,
+    2: np.int8,
+    3: np.int16,
+    4: np.int32,
+    5: np.int64,
+    8: np.uint16,
+}  # Megatron-LM's codes
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
 BLOCK_BYTES = 2**16  # one checksum each
 DIGEST_BYTES = 8  # the beginning of a block's SHA-256
@@ -49,7 +71,9 @@ MAX_VOCAB_SIZE = 2**27
 
 @dataclasses.dataclass(frozen=True)
 class TokenFile:
-    """Sequences of ids. ids_M: all of them end to end; lengths_N: of each sequence; card: {} where there is none."""
+    """Sequences of ids. ids_M: all of them end to end; lengths_N: of each sequence; card: {} where
+    there is none.
+    """
 
     path: str
     ids_M: np.ndarray
@@ -58,22 +82,28 @@ class TokenFile:
     blocks: "CheckedBlocks | None" = None
 
     def check(self, starts: np.ndarray, ends: np.ndarray) -> None:
-        """Compare the blocks that hold ids[start:end] with their checksums, each once. Raises InputError."""
+        """Compare the blocks that hold ids[start:end] with their checksums, each once. Raises
+        InputError.
+        """
         if self.blocks is not None:
             size = self.ids_M.itemsize
             self.blocks.check(starts * size, ends * size)
 
     def digest(self) -> str:
-        """Return a SHA-256 of the content, the same with a card (from the checksums in it) and without."""
+        """Return a SHA-256 of the content, the same with a card (from the checksums in it) and
+        without.
+        """
         if os.path.isfile(self.path):
             return self.card.get("sha256") or file_digest(self.path)
-        checksums = self.card.get("checksums") or {name: _block_digests(f"{self.path}.{name}") for name in ("bin", "idx")}
+        checksums = self.card.get("checksums") or {
+            name: _block_digests(f"{self.path}.{name}") for name in ("bin", "idx")
+        }
         return hashlib.sha256(f"{checksums['bin']} {checksums['idx']}".encode()).hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Cards and checksums
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def write_card(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
@@ -84,11 +114,15 @@ def write_card(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
 
 def _write_card_to(path: Path, content: Mapping[str, Any]) -> None:
     card = {"format": CARD_FORMAT, "version": CARD_VERSION, **content}
-    path.write_text(json.dumps({**card, "card_sha256": json_digest(card)}, indent=2) + "\n", encoding="utf-8")
+    path.write_text(
+        json.dumps({**card, "card_sha256": json_digest(card)}, indent=2) + "\n", encoding="utf-8"
+    )
 
 
 def check_vocab_size(vocab_size: int) -> None:
-    """Raise InputError where --vocab_size is no vocabulary's: no vocabulary comes near the largest, a slip of the hand."""
+    """Raise InputError where --vocab_size is no vocabulary's: no vocabulary comes near the largest,
+    a slip of the hand.
+    """
     if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
         raise InputError(f"--vocab_size {vocab_size}: expected 1 to {MAX_VOCAB_SIZE}")
 
@@ -100,59 +134,91 @@ def is_card(path: str | os.PathLike) -> bool:
 
 
 def require_card_output(path: str, flag: str, inputs: Sequence[str] = ()) -> None:
-    """Raise InputError where a card can't be written to `path`, or would overwrite what is no card."""
+    """Raise InputError where a card can't be written to `path`, or would overwrite what is no
+    card.
+    """
     require_output(path, flag, inputs)
     if os.path.isfile(path) and not is_card(path):
-        raise InputError(f"{flag}: would overwrite {path}, which this program did not make; choose another name")
+        raise InputError(
+            f"{flag}: would overwrite {path}, which this program did not make; choose another name"
+        )
 
 
 def require_counts_output(path: str, flag: str, inputs: Sequence[str] = ()) -> None:
-    """Raise InputError where counts and their card can't be written, or would stand where a store's card does."""
+    """Raise InputError where counts and their card can't be written, or would stand where a store's
+    card does.
+    """
     require_output(path, flag, inputs)
     if store_prefix(path) is not None:
-        raise InputError(f"{flag} {path}: is the prefix of a store, whose card is {path}.json; choose another name")
+        raise InputError(
+            f"{flag} {path}: is the prefix of a store, whose card is {path}.json; choose another"
+            " name"
+        )
     require_card_output(f"{path}.json", flag, inputs)
 
 
 def read_card(path: str | os.PathLike, what: str) -> dict[str, Any]:
-    """Read a card; {} where there is none. Raises InputError where it is damaged, foreign or newer than this program."""
+    """Read a card; {} where there is none. Raises InputError where it is damaged, foreign or newer
+    than this program.
+    """
     if not os.path.isfile(path):
         return {}
     try:
         card = json.loads(Path(path).read_bytes())
         is_ours = card["format"] == CARD_FORMAT
     except (ValueError, KeyError, TypeError, RecursionError) as error:
-        raise InputError(f"{what} {path}: is no card of a token file ({one_line(error)}); make the token file again") from error
+        raise InputError(
+            f"{what} {path}: is no card of a token file ({one_line(error)}); make the token file"
+            " again"
+        ) from error
     if not is_ours:
-        raise InputError(f"{what} {path}: has format {card['format']!r}, expected {CARD_FORMAT!r}; make the token file again")
+        raise InputError(
+            f"{what} {path}: has format {card['format']!r}, expected {CARD_FORMAT!r}; make the"
+            " token file again"
+        )
     if card.get("version") != CARD_VERSION:
         raise InputError(
-            f"{what} {path}: is of version {card.get('version')}, this program reads version {CARD_VERSION}; update the program"
+            f"{what} {path}: is of version {card.get('version')}, this program reads version"
+            f" {CARD_VERSION}; update the program"
         )
     if card.pop("card_sha256", None) != json_digest(card):
-        raise InputError(f"{what} {path}: its checksum is wrong: damaged, or edited; make the token file again")
+        raise InputError(
+            f"{what} {path}: its checksum is wrong: damaged, or edited; make the token file again"
+        )
     return card
 
 
-def check_vocabulary(card: Mapping[str, Any], vocabulary: str | None, source: str, model: str) -> None:
-    """Raise InputError where a file's card says that it was made with another vocabulary than the model's.
+def check_vocabulary(
+    card: Mapping[str, Any], vocabulary: str | None, source: str, model: str
+) -> None:
+    """Raise InputError where a file's card says that it was made with another vocabulary than the
+    model's.
 
-    vocabulary: the fingerprint of the model's; None: not known. source, model: name the file and the model.
+    vocabulary: the fingerprint of the model's; None: not known. source, model: name the file and
+    the model.
     """
     _check_parts(card, source)
     of_file = card.get("tokenizer") or {}
     fingerprint = of_file.get("vocabulary_sha256")
     if None not in (vocabulary, fingerprint) and fingerprint != vocabulary:
         raise InputError(
-            f"{source}: was made with the tokenizer {of_file.get('name')} ({of_file.get('vocab_size')} entries, fingerprint "
-            f"{fingerprint[:12]}), the vocabulary of {model} is another (fingerprint {vocabulary[:12]}); "
-            "binarize and count with that model's tokenizer"
+            f"{source}: was made with the tokenizer {of_file.get('name')}"
+            f" ({of_file.get('vocab_size')} entries, fingerprint {fingerprint[:12]}), the"
+            f" vocabulary of {model} is another (fingerprint {vocabulary[:12]}); binarize and count"
+            " with that model's tokenizer"
         )
 
 
 # What parts of a card are, where it has them: parents first.
-CARD_PARTS = {"tokenizer": dict, "tokenizer vocabulary_sha256": str, "tokenizer special_ids": dict, "counts": dict,
-              "counts largest_id": int, "counts boundary_ids_inside": int, "many_unknown": list}  # fmt: skip
+CARD_PARTS = {
+    "tokenizer": dict,
+    "tokenizer vocabulary_sha256": str,
+    "tokenizer special_ids": dict,
+    "counts": dict,
+    "counts largest_id": int,
+    "counts boundary_ids_inside": int,
+    "many_unknown": list,
+}
 
 
 def _check_parts(card: Mapping[str, Any], source: str) -> None:
@@ -161,8 +227,13 @@ def _check_parts(card: Mapping[str, Any], source: str) -> None:
         for name in names.split():
             part = None if part is None else part.get(name)
         items = part if isinstance(part, list) else []
-        if not isinstance(part, kind | None) or not all(type(item) is int and 0 <= item < 2**63 for item in items):
-            raise InputError(f"{source}: its card's {names} is {part!r:.40}, expected {kind.__name__}; make the file again")
+        if not isinstance(part, kind | None) or not all(
+            type(item) is int and 0 <= item < 2**63 for item in items
+        ):
+            raise InputError(
+                f"{source}: its card's {names} is {part!r:.40}, expected {kind.__name__}; make the"
+                " file again"
+            )
 
 
 def file_digest(path: str | os.PathLike) -> str:
@@ -205,27 +276,36 @@ def _block_digests(path: str) -> str:
 
 
 class CheckedBlocks:
-    """A memory-mapped file whose blocks are compared with their checksums when they are first touched."""
+    """A memory-mapped file whose blocks are compared with their checksums when they are first
+    touched.
+    """
 
     def __init__(self, path: str, digests: str, what: str):
         """digests: text from the card. Raises InputError where it does not fit the file's size."""
         self.path, self.what = path, what
         self.data = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
         try:
-            expected = np.frombuffer(base64.b64decode(digests, validate=True), dtype=f"V{DIGEST_BYTES}")
+            expected = np.frombuffer(
+                base64.b64decode(digests, validate=True), dtype=f"V{DIGEST_BYTES}"
+            )
         except (ValueError, TypeError) as error:
-            raise InputError(f"{what} {path}: the checksums in its card are none ({one_line(error)}); make it again") from error
+            raise InputError(
+                f"{what} {path}: the checksums in its card are none ({one_line(error)}); make it"
+                " again"
+            ) from error
         num_blocks = -(-len(self.data) // BLOCK_BYTES)
         if len(expected) != num_blocks:
             raise InputError(
-                f"{what} {path}: has {len(self.data)} bytes, its card counts {len(expected)} blocks of {BLOCK_BYTES}: cut off, "
-                "or of another file; make it again"
+                f"{what} {path}: has {len(self.data)} bytes, its card counts {len(expected)} blocks"
+                f" of {BLOCK_BYTES}: cut off, or of another file; make it again"
             )
         self.expected = expected
         self.is_checked = np.zeros(num_blocks, bool)
 
     def check(self, starts: np.ndarray, ends: np.ndarray) -> None:
-        """Check the blocks under the byte ranges [start, end). Raises InputError naming file, block and place."""
+        """Check the blocks under the byte ranges [start, end). Raises InputError naming file, block
+        and place.
+        """
         first, last = starts // BLOCK_BYTES, (ends - 1) // BLOCK_BYTES
         widest = int((last - first).max(initial=-1))
         for step in range(widest + 1):
@@ -244,15 +324,15 @@ class CheckedBlocks:
         if _digest(self.data[start : start + BLOCK_BYTES]) != self.expected[block].tobytes():
             end = min(start + BLOCK_BYTES, len(self.data))
             raise RankError(
-                f"{self.what} {self.path}: bytes {start} to {end - 1} differ from their checksum: the file is damaged; "
-                "restore it from a copy, or make it again"
+                f"{self.what} {self.path}: bytes {start} to {end - 1} differ from their checksum:"
+                " the file is damaged; restore it from a copy, or make it again"
             )
         self.is_checked[block] = True
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def open_token_file(path: str | os.PathLike, what: str = "--data_file") -> TokenFile:
@@ -264,7 +344,9 @@ def open_token_file(path: str | os.PathLike, what: str = "--data_file") -> Token
     if prefix is not None:
         return _open_store(prefix, what)
     stem, suffix = os.path.splitext(path)
-    path = stem if suffix == ".json" and os.path.isfile(stem) else os.fspath(path)  # a pickle, named by its card
+    path = (
+        stem if suffix == ".json" and os.path.isfile(stem) else os.fspath(path)
+    )  # a pickle, named by its card
     require_file(path, what)
     return _open_pickle(path, what)
 
@@ -276,7 +358,9 @@ def store_prefix(path: str | os.PathLike) -> str | None:
     if suffix in (".bin", ".idx") and os.path.isfile(path):
         return stem
     for prefix in (path, *[stem] * (suffix in (".bin", ".idx", ".json"))):
-        if not os.path.isfile(prefix) and any(os.path.isfile(prefix + part) for part in (".idx", ".bin")):
+        if not os.path.isfile(prefix) and any(
+            os.path.isfile(prefix + part) for part in (".idx", ".bin")
+        ):
             return prefix
     return None
 
@@ -302,7 +386,9 @@ def _open_store(prefix: str, what: str) -> TokenFile:
         for _ in checked_index.check_all():
             pass
     else:
-        logger.info("%s %s: no %s.json stands beside it, so its checksums are unknown.", what, data, prefix)
+        logger.info(
+            "%s %s: no %s.json stands beside it, so its checksums are unknown.", what, data, prefix
+        )
     dtype, lengths_N = _read_index(index, data, what, is_checked=bool(card))
     blocks = CheckedBlocks(data, _checksums(card, "bin", prefix, what), what) if card else None
     ids_M = np.memmap(data, dtype=dtype, mode="r").view(np.ndarray)
@@ -313,42 +399,65 @@ def _checksums(card: Mapping[str, Any], name: str, prefix: str, what: str) -> st
     try:
         return card["checksums"][name]
     except (KeyError, TypeError) as error:
-        raise InputError(f"{what} {prefix}.json: is no card of a store, it has no checksums; make the store again") from error
+        raise InputError(
+            f"{what} {prefix}.json: is no card of a store, it has no checksums; make the store"
+            " again"
+        ) from error
 
 
 def _read_index(index: str, data: str, what: str, is_checked: bool) -> tuple[np.dtype, np.ndarray]:
     """Check a store's index against the size of its data: (dtype of ids, lengths_N, memory-mapped).
 
-    is_checked: its checksums are right, so that what StoreWriter wrote need not be checked against itself.
+    is_checked: its checksums are right, so that what StoreWriter wrote need not be checked against
+    itself.
     """
     size, data_size = os.path.getsize(index), os.path.getsize(data)
     with open(index, "rb") as file:
         head = file.read(HEADER.size)
     if len(head) < HEADER.size or not head.startswith(MAGIC):
-        raise InputError(f"{what} {index}: is no index of a store (it does not begin with {MAGIC!r}); make it again")
+        raise InputError(
+            f"{what} {index}: is no index of a store (it does not begin with {MAGIC!r}); make it"
+            " again"
+        )
     _, version, code, num_sequences, num_documents = HEADER.unpack(head)
     if version != STORE_VERSION:
-        raise InputError(f"{what} {index}: is of version {version}, expected {STORE_VERSION}; make it again")
-    if code not in DTYPES:
-        raise InputError(f"{what} {index}: its dtype code {code} is none of integers; expected one of {sorted(DTYPES)}")
-    expected = HEADER.size + 12 * num_sequences + 8 * num_documents
-    if num_sequences == 0 or size not in (expected, expected + num_sequences):  # the latter with Megatron-LM's modes
         raise InputError(
-            f"{what} {index}: has {size} bytes, {num_sequences} sequences take {expected}: cut off or damaged; make it again"
+            f"{what} {index}: is of version {version}, expected {STORE_VERSION}; make it again"
+        )
+    if code not in DTYPES:
+        raise InputError(
+            f"{what} {index}: its dtype code {code} is none of integers; expected one of"
+            f" {sorted(DTYPES)}"
+        )
+    expected = HEADER.size + 12 * num_sequences + 8 * num_documents
+    if num_sequences == 0 or size not in (
+        expected,
+        expected + num_sequences,
+    ):  # the latter with Megatron-LM's modes
+        raise InputError(
+            f"{what} {index}: has {size} bytes, {num_sequences} sequences take {expected}: cut off"
+            " or damaged; make it again"
         )
     dtype = np.dtype(DTYPES[code])
     lengths_N = np.memmap(index, "<i4", "r", HEADER.size, (num_sequences,)).view(np.ndarray)
-    offsets_N = np.memmap(index, "<i8", "r", HEADER.size + 4 * num_sequences, (num_sequences,)).view(np.ndarray)
+    offsets_N = np.memmap(
+        index, "<i8", "r", HEADER.size + 4 * num_sequences, (num_sequences,)
+    ).view(np.ndarray)
     end = int(offsets_N[-1]) + int(lengths_N[-1]) * dtype.itemsize
     if not is_checked:
         end = _check_offsets(lengths_N, offsets_N, dtype.itemsize, f"{what} {index}")
     if end != data_size:
-        raise InputError(f"{what} {data}: has {data_size} bytes, its index expects {end}: cut off or foreign; make it again")
+        raise InputError(
+            f"{what} {data}: has {data_size} bytes, its index expects {end}: cut off or foreign;"
+            " make it again"
+        )
     return dtype, lengths_N
 
 
 def _check_offsets(lengths_N: np.ndarray, offsets_N: np.ndarray, itemsize: int, where: str) -> int:
-    """Check that each sequence begins where the one before it ends; return the end of the last, in bytes."""
+    """Check that each sequence begins where the one before it ends; return the end of the last, in
+    bytes.
+    """
     end = 0
     for start in range(0, len(lengths_N), CHUNK):
         lengths = lengths_N[start : start + CHUNK].astype(np.int64)
@@ -357,18 +466,23 @@ def _check_offsets(lengths_N: np.ndarray, offsets_N: np.ndarray, itemsize: int, 
         if wrong.any():
             number = start + int(np.flatnonzero(wrong)[0])
             raise InputError(
-                f"{where}: sequence {number} has length {lengths_N[number]} at byte {offsets_N[number]}, which does not follow "
-                "from those before it; make the store again"
+                f"{where}: sequence {number} has length {lengths_N[number]} at byte"
+                f" {offsets_N[number]}, which does not follow from those before it; make the store"
+                " again"
             )
         end = int(ends[-1])
     return end
 
 
-NUMBERS = re.compile(r"[<>|=]?[biuf][1248]")  # dtypes that an array of a token file may have, as numpy spells them
+NUMBERS = re.compile(
+    r"[<>|=]?[biuf][1248]"
+)  # dtypes that an array of a token file may have, as numpy spells them
 
 
 class _Dtype:
-    """Stand for numpy.dtype, of plain numbers: arrays of other types can be made to hold forged pointers to objects."""
+    """Stand for numpy.dtype, of plain numbers: arrays of other types can be made to hold forged
+    pointers to objects.
+    """
 
     __slots__ = ("dtype",)
 
@@ -407,7 +521,9 @@ class _Maker:
 
 
 class _ArrayUnpickler(pickle.Unpickler):
-    """Load lists of numpy arrays and ints, and nothing else: a pickle may otherwise execute what it likes."""
+    """Load lists of numpy arrays and ints, and nothing else: a pickle may otherwise execute what it
+    likes.
+    """
 
     # Differs from the original: 2019 unpickled, and so executed, anything.
 
@@ -416,16 +532,23 @@ class _ArrayUnpickler(pickle.Unpickler):
         ("numpy", "ndarray"),
         ("_codecs", "encode"),
         *itertools.product(("numpy._core.numeric", "numpy.core.numeric"), ("_frombuffer",)),
-        *itertools.product(("numpy._core.multiarray", "numpy.core.multiarray"), ("_reconstruct", "scalar")),
+        *itertools.product(
+            ("numpy._core.multiarray", "numpy.core.multiarray"), ("_reconstruct", "scalar")
+        ),
     }
 
     def __init__(self, file: BinaryIO, maker: "_Maker | _Sink"):
         super().__init__(file)
-        # Numpy's own would do what no array needs: numpy.ndarray((1,), "O", eight bytes) takes the bytes for a pointer.
+        # Numpy's own would do what no array needs: numpy.ndarray((1,), "O", eight bytes) takes the
+        # bytes for a pointer.
         self.stand_ins = {
-            "dtype": _Dtype, "ndarray": maker.take, "_frombuffer": maker.take_frombuffer, "_reconstruct": maker.rebuilt,
-            "scalar": self._make_scalar, "encode": self._encode,
-        }  # fmt: skip
+            "dtype": _Dtype,
+            "ndarray": maker.take,
+            "_frombuffer": maker.take_frombuffer,
+            "_reconstruct": maker.rebuilt,
+            "scalar": self._make_scalar,
+            "encode": self._encode,
+        }
 
     def find_class(self, module: str, name: str) -> Any:
         if (module, name) not in self.ADMITTED:
@@ -440,7 +563,8 @@ class _ArrayUnpickler(pickle.Unpickler):
 
 
 def _opcodes(size: int) -> re.Pattern[bytes]:
-    """Match opcodes of values, lists, tuples and calls, up to and with the size of one that data of any length follow.
+    """Match opcodes of values, lists, tuples and calls, up to and with the size of one that data of
+    any length follow.
 
     An index of the memo, and a frame, must fit into a file of `size` bytes.
     """
@@ -448,20 +572,26 @@ def _opcodes(size: int) -> re.Pattern[bytes]:
     return re.compile(
         rb"(?s:(?:[()\]}tl012aeNRb\x85-\x89\x93\x94]|[Khq\x80].|[Jj].{4}|M..|r%s|\x95%s|G.{8}|[ILFVSg][^\n]*\n"
         rb"|p[0-9]{1,%d}\n|c[^\n]*\n[^\n]*\n){0,4096}+"
-        rb"(?:[\x8d\x8e\x96](.{8})|[CU\x8a\x8c](.)|[BXT\x8b](.{4}))?)" % (index, _at_most(size, 8), len(str(size)))
+        rb"(?:[\x8d\x8e\x96](.{8})|[CU\x8a\x8c](.)|[BXT\x8b](.{4}))?)"
+        % (index, _at_most(size, 8), len(str(size)))
     )
 
 
 def _at_most(number: int, num_bytes: int) -> bytes:
     """Match little-endian integers that are not much above `number`."""
-    lower, top = (max(number.bit_length() - 1, 0)) // 8, number.to_bytes(num_bytes, "little").rstrip(b"\0")[-1:]
+    lower, top = (
+        (max(number.bit_length() - 1, 0)) // 8,
+        number.to_bytes(num_bytes, "little").rstrip(b"\0")[-1:],
+    )
     return rb".{%d}[\x00-\x%02x]\x00{%d}" % (lower, top[0], num_bytes - 1 - lower)
 
 
 def _check_opcodes(file: BinaryIO) -> None:
-    """Raise UnpicklingError for opcodes that no token file needs, and for sizes and indices beyond the file.
+    """Raise UnpicklingError for opcodes that no token file needs, and for sizes and indices beyond
+    the file.
 
-    An index of the memo alone can make pickle take 64 GB, and tuples in tuples as a dict's key can end the process.
+    An index of the memo alone can make pickle take 64 GB, and tuples in tuples as a dict's key can
+    end the process.
     """
     with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
         size, place = len(data), 0
@@ -477,7 +607,9 @@ def _check_opcodes(file: BinaryIO) -> None:
                 return
             else:
                 wrong = data[place : place + 1]
-                raise pickle.UnpicklingError(f"byte {place} is {wrong!r}: expected a list of counts, or of arrays")
+                raise pickle.UnpicklingError(
+                    f"byte {place} is {wrong!r}: expected a list of counts, or of arrays"
+                )
         raise pickle.UnpicklingError("it is cut off")
 
 
@@ -488,18 +620,24 @@ def _load_arrays(path: str | os.PathLike, maker: "_Maker | _Sink") -> Any:
 
 
 def read_pickle(path: str | os.PathLike, what: str) -> Any:
-    """Read a pickle of lists, ints and numpy arrays. Raises InputError for any other content or a damaged file."""
+    """Read a pickle of lists, ints and numpy arrays. Raises InputError for any other content or a
+    damaged file.
+    """
     require_file(path, what)
     try:
         return _load_arrays(path, _Maker())
     except OSError:
         raise
     except Exception as error:  # a damaged pickle can raise nearly anything
-        raise InputError(f"{what} {path}: not a readable pickle of token ids ({one_line(error)}); make it again") from error
+        raise InputError(
+            f"{what} {path}: not a readable pickle of token ids ({one_line(error)}); make it again"
+        ) from error
 
 
 class _Sink:
-    """Take the arrays of a pickle as they are read: their ids go end to end into one buffer, and no array is made."""
+    """Take the arrays of a pickle as they are read: their ids go end to end into one buffer, and no
+    array is made.
+    """
 
     TAKEN = None  # what stands in the list for an array that was taken
 
@@ -510,9 +648,16 @@ class _Sink:
         self.rebuilt = type("_SunkArray", (_SunkArray,), {"__slots__": (), "sink": self})
 
     def take(self, shape: tuple, dtype: _Dtype, buffer: Any, *_order: str) -> None:
-        """Stand for numpy.ndarray(shape, dtype, buffer). Raises ValueError for what is no sequence like those before."""
+        """Stand for numpy.ndarray(shape, dtype, buffer). Raises ValueError for what is no sequence
+        like those before.
+        """
         self.dtype = self.dtype or dtype.dtype
-        is_ids = dtype.dtype == self.dtype and self.dtype.kind in "iu" and len(shape) == 1 and shape[0] > 0
+        is_ids = (
+            dtype.dtype == self.dtype
+            and self.dtype.kind in "iu"
+            and len(shape) == 1
+            and shape[0] > 0
+        )
         if not is_ids or memoryview(buffer).nbytes != shape[0] * self.dtype.itemsize:
             raise ValueError("not a 1-D array of integers of one width")
         self.ids += buffer
@@ -538,7 +683,9 @@ class _SunkArray:
 
 
 def _read_sequences(path: str) -> tuple[np.ndarray, np.ndarray] | None:
-    """Read a pickled list of 1-D arrays of one integer type: (ids_M, lengths_N). None where it is anything else."""
+    """Read a pickled list of 1-D arrays of one integer type: (ids_M, lengths_N). None where it is
+    anything else.
+    """
     sink = _Sink()
     try:
         content = _load_arrays(path, sink)
@@ -547,24 +694,31 @@ def _read_sequences(path: str) -> tuple[np.ndarray, np.ndarray] | None:
     except Exception:  # said by who looks closer
         return None
     is_flat = isinstance(content, list) and len(content) == len(sink.lengths) > 0
-    if not is_flat or not all(item is _Sink.TAKEN or isinstance(item, _SunkArray) for item in content):
+    if not is_flat or not all(
+        item is _Sink.TAKEN or isinstance(item, _SunkArray) for item in content
+    ):
         return None
     return np.frombuffer(sink.ids, sink.dtype), np.frombuffer(sink.lengths, np.int64)
 
 
 def read_checked_card(path: str | os.PathLike, what: str) -> dict[str, Any]:
-    """Read the card beside a pickle and compare the pickle with the checksum in it; {} where there is no card."""
+    """Read the card beside a pickle and compare the pickle with the checksum in it; {} where there
+    is no card.
+    """
     card = read_card(f"{path}.json", what)
     if not card:
-        logger.info("%s %s: no %s.json stands beside it, so its checksum is unknown.", what, path, path)
+        logger.info(
+            "%s %s: no %s.json stands beside it, so its checksum is unknown.", what, path, path
+        )
     elif "sha256" not in card:
         raise InputError(
-            f"{what} {path}: {path}.json is the card of a {card.get('kind')}, not of this file; give one of them another name"
+            f"{what} {path}: {path}.json is the card of a {card.get('kind')}, not of this file;"
+            " give one of them another name"
         )
     elif card["sha256"] != file_digest(path):
         raise InputError(
-            f"{what} {path}: differs from the checksum in {path}.json: damaged, or changed since; make it again, or remove "
-            "the .json if the change was meant"
+            f"{what} {path}: differs from the checksum in {path}.json: damaged, or changed since;"
+            " make it again, or remove the .json if the change was meant"
         )
     return card
 
@@ -577,12 +731,17 @@ def _open_pickle(path: str, what: str) -> TokenFile:
     content = read_pickle(path, what)
     if not isinstance(content, list) or not content:
         found = "an empty list" if isinstance(content, list) else type(content).__name__
-        raise InputError(f"{what} {path}: expected a list of token-id arrays, got {found}; make it with binarized_data.py")
+        raise InputError(
+            f"{what} {path}: expected a list of token-id arrays, got {found}; make it with"
+            " binarized_data.py"
+        )
     sequences = [_as_ids(sequence, number, path, what) for number, sequence in enumerate(content)]
     del content
     lengths_N = np.fromiter(map(len, sequences), np.int64, len(sequences))
     ids_M = np.concatenate(sequences)
-    ids_M = ids_M if ids_M.dtype.kind in "iu" else ids_M.astype(np.int64)  # uint64 beside int64 gives floats
+    ids_M = (
+        ids_M if ids_M.dtype.kind in "iu" else ids_M.astype(np.int64)
+    )  # uint64 beside int64 gives floats
     return TokenFile(path, ids_M, lengths_N, card)
 
 
@@ -592,8 +751,13 @@ def _as_ids(sequence: Any, number: int, path: str, what: str) -> np.ndarray:
     except ValueError:  # a list of lists of unequal lengths
         array = None
     if array is None or array.ndim != 1 or array.dtype.kind not in "iu" or array.size == 0:
-        found = type(sequence).__name__ if array is None else f"{array.dtype} of shape {array.shape}"
-        raise InputError(f"{what} {path}: sequence {number} is {found}, expected a 1-D array of integers; make it again")
+        found = (
+            type(sequence).__name__ if array is None else f"{array.dtype} of shape {array.shape}"
+        )
+        raise InputError(
+            f"{what} {path}: sequence {number} is {found}, expected a 1-D array of integers; make"
+            " it again"
+        )
     return array
 
 
@@ -604,26 +768,30 @@ def check_ids_below(ids_M: np.ndarray, vocab_size: int, path: str | os.PathLike,
         if int(chunk.max()) >= vocab_size or int(chunk.min()) < 0:
             wrong = int(chunk[np.flatnonzero((chunk >= vocab_size) | (chunk < 0))[0]])
             raise InputError(
-                f"{path}: token id {wrong} is outside the vocabulary of {what}, ids 0 to {vocab_size - 1}; "
-                "binarize with the tokenizer of that vocabulary, or correct the size"
+                f"{path}: token id {wrong} is outside the vocabulary of {what}, ids 0 to"
+                f" {vocab_size - 1}; binarize with the tokenizer of that vocabulary, or correct the"
+                " size"
             )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Writing
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class PickleWriter:
-    """Write the pickled list of 2019 one sequence at a time: what pickle.load returns is a list of numpy arrays.
+    """Write the pickled list of 2019 one sequence at a time: what pickle.load returns is a list of
+    numpy arrays.
 
-    The opcodes are written by hand, for pickle.dump wants the whole list in memory. Protocol 5; an array is
-    numpy.ndarray(shape, dtype, bytes), by public names that every version of numpy has.
+    The opcodes are written by hand, for pickle.dump wants the whole list in memory. Protocol 5; an
+    array is numpy.ndarray(shape, dtype, bytes), by public names that every version of numpy has.
     """
 
     # numpy.ndarray is memo 0, the dtype memo 1; then an empty list.
     BEGINNING = b"\x80\x05cnumpy\nndarray\nq\x000cnumpy\ndtype\n\x8c\x03%s\x85Rq\x010]"
-    SEQUENCE = struct.Struct("<2sBi1s2sBQ")  # get memo 0; an int32 as 1-tuple; get memo 1; bytes of a 64-bit length
+    SEQUENCE = struct.Struct(
+        "<2sBi1s2sBQ"
+    )  # get memo 0; an int32 as 1-tuple; get memo 1; bytes of a 64-bit length
     PER_APPEND = 1000  # sequences behind one mark, as pickle.dump has it
 
     def __init__(self, file: BinaryIO, dtype: np.dtype):
@@ -656,7 +824,9 @@ class PickleWriter:
 
 
 class StoreWriter:
-    """Write a store's `.bin` and `.idx` one chunk of sequences at a time, in constant memory, with their checksums."""
+    """Write a store's `.bin` and `.idx` one chunk of sequences at a time, in constant memory, with
+    their checksums.
+    """
 
     def __init__(self, data: BinaryIO, index: BinaryIO, lengths: BinaryIO, dtype: np.dtype):
         """lengths: a scratch file, readable, for what goes into the index at the end."""
@@ -676,16 +846,22 @@ class StoreWriter:
     def close(self) -> None:
         """Write the index: header, lengths, byte offsets, and one document a sequence."""
         code = CODES[self.dtype.newbyteorder("=")]
-        self._to_index(HEADER.pack(MAGIC, STORE_VERSION, code, self.num_sequences, self.num_sequences + 1))
+        self._to_index(
+            HEADER.pack(MAGIC, STORE_VERSION, code, self.num_sequences, self.num_sequences + 1)
+        )
         for lengths in self._written_lengths():
             self._to_index(lengths.tobytes())
         end = 0
         for lengths in self._written_lengths():
             ends = end + np.cumsum(lengths, dtype=np.int64) * self.dtype.itemsize
-            self._to_index((ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8").tobytes())
+            self._to_index(
+                (ends - lengths.astype(np.int64) * self.dtype.itemsize).astype("<i8").tobytes()
+            )
             end = int(ends[-1])
         for start in range(0, self.num_sequences + 1, CHUNK):
-            self._to_index(np.arange(start, min(start + CHUNK, self.num_sequences + 1), dtype="<i8").tobytes())
+            self._to_index(
+                np.arange(start, min(start + CHUNK, self.num_sequences + 1), dtype="<i8").tobytes()
+            )
 
     def _written_lengths(self) -> Iterator[np.ndarray]:
         self.lengths.seek(0)
@@ -699,17 +875,23 @@ class StoreWriter:
     def checksums(self) -> dict[str, Any]:
         """Return the checksums of both files, as the card has them."""
         return {
-            "algorithm": f"first {DIGEST_BYTES} bytes of the SHA-256 of each block of {BLOCK_BYTES} bytes, base64",
+            "algorithm": (
+                f"first {DIGEST_BYTES} bytes of the SHA-256 of each block of {BLOCK_BYTES} bytes,"
+                " base64"
+            ),
             **{name: digests.text() for name, digests in self.digests.items()},
         }
 
 
 @contextlib.contextmanager
-def writing_tokens(path: str, file_format: str, dtype: np.dtype) -> Iterator[tuple["PickleWriter | StoreWriter", dict]]:
-    """Yield (a writer, the card to be filled in) for a pickle at `path`, or a store whose prefix is `path`.
+def writing_tokens(
+    path: str, file_format: str, dtype: np.dtype
+) -> Iterator[tuple["PickleWriter | StoreWriter", dict]]:
+    """Yield (a writer, the card to be filled in) for a pickle at `path`, or a store whose prefix is
+    `path`.
 
-    Everything is written under temporary names. On success the card goes last; a card of an earlier file goes first, so
-    that none ever stands beside a file that it does not describe.
+    Everything is written under temporary names. On success the card goes last; a card of an earlier
+    file goes first, so that none ever stands beside a file that it does not describe.
     """
     card: dict[str, Any] = {"kind": file_format}
     if file_format == "pickle":
@@ -723,7 +905,11 @@ def writing_tokens(path: str, file_format: str, dtype: np.dtype) -> Iterator[tup
     # Half-way no index is there, without which nothing is taken for a store.
     files = [f"{path}{suffix}" for suffix in (".bin", ".idx", ".json")]
     with atomic_paths(*files, stale=files[1:]) as (data_path, index_path, card_path):
-        with open(data_path, "wb") as data, open(index_path, "wb") as index, _scratch_beside(path) as lengths:
+        with (
+            open(data_path, "wb") as data,
+            open(index_path, "wb") as index,
+            _scratch_beside(path) as lengths,
+        ):
             writer = StoreWriter(data, index, lengths, dtype)
             yield writer, card
             writer.close()
@@ -736,7 +922,9 @@ def _scratch_beside(path: str) -> Iterator[BinaryIO]:
         yield file
 
 
-def write_token_counts(path: str | os.PathLike, counts_V: np.ndarray, card: Mapping[str, Any]) -> None:
+def write_token_counts(
+    path: str | os.PathLike, counts_V: np.ndarray, card: Mapping[str, Any]
+) -> None:
     """Write counts as 2019 did, a pickled list of ints, with a card beside it."""
     with atomic_paths(path, f"{path}.json", stale=[f"{path}.json"]) as (temporary, card_path):
         temporary.write_bytes(pickle.dumps(counts_V.tolist(), protocol=pickle.HIGHEST_PROTOCOL))

@@ -1,6 +1,7 @@
 """Distil a language model: flags, the loop, the wall clock and the run folder. See README.md.
 
-Launch as one process (`python train.py ..`) or as several (`torchrun`, `python -m torch.distributed.launch`).
+Launch as one process (`python train.py ..`) or as several (`torchrun`, `python -m
+torch.distributed.launch`).
 """
 
 import argparse
@@ -74,7 +75,15 @@ from distiller import (
     recompute_activations,
     split_for_weight_decay,
 )
-from evaluation import FixedMasks, Reader, figures_of, measure, next_tokens, passes_over, plan_batches
+from evaluation import (
+    FixedMasks,
+    Reader,
+    figures_of,
+    measure,
+    next_tokens,
+    passes_over,
+    plan_batches,
+)
 from flops import ModelSize, peak_flops, shown_size, update_flops
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch, Update
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
@@ -126,14 +135,18 @@ FEW_UPDATES = 20
 MICRO_BATCHES_AHEAD = 8  # made ready while the step computes
 COUNTED_TOKENS = 16  # of a forward pass that shows what a model computes
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configuration: each option once
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def option(help: str, default=dataclasses.MISSING, choices=None, bare=None):
-    """Declare one flag: its help (with the unit), default and choices; bare: its value where it is given without one."""
-    return dataclasses.field(default=default, metadata={"help": help, "choices": choices, "bare": bare})
+    """Declare one flag: its help (with the unit), default and choices; bare: its value where it is
+    given without one.
+    """
+    return dataclasses.field(
+        default=default, metadata={"help": help, "choices": choices, "bare": bare}
+    )
 
 
 STUDENT_TYPES = [*sorted({student for _, student in PAIRS}), AUTO]
@@ -144,22 +157,36 @@ TEACHER_TYPES = [*sorted({teacher for teacher, _ in PAIRS}), AUTO]
 class TrainConfig:
     """Every option of a run. Raises InputError that names all problems at once."""
 
-    force: bool = option("move an existing dump_path aside (to DUMP_PATH.old-TIME) instead of refusing it", False)
+    force: bool = option(
+        "move an existing dump_path aside (to DUMP_PATH.old-TIME) instead of refusing it", False
+    )
     resume: str | None = option(
-        "go on from the newest valid checkpoint in DUMP_PATH; with auto, start anew where there is none",
-        None, choices=("required", "auto"), bare="required",
-    )  # fmt: skip
+        "go on from the newest valid checkpoint in DUMP_PATH; with auto, start anew where there is"
+        " none",
+        None,
+        choices=("required", "auto"),
+        bare="required",
+    )
     keep_checkpoints: int = option("checkpoints that stay, the newest", 3)
     dump_path: str = option("folder that receives log, checkpoints and the student")
-    data_file: str = option("token file made by scripts/binarized_data.py: a pickle, or a store by its prefix")
+    data_file: str = option(
+        "token file made by scripts/binarized_data.py: a pickle, or a store by its prefix"
+    )
 
-    student: str | None = option("a whole student made by scripts/extract.py --output, in place of the three flags below", None)
+    student: str | None = option(
+        "a whole student made by scripts/extract.py --output, in place of the three flags below",
+        None,
+    )
     student_type: str = option("student's model type; auto: found out", AUTO, choices=STUDENT_TYPES)
     student_config: str | None = option("student's configuration, JSON", None)
-    student_pretrained_weights: str | None = option("student's first weights: of scripts/extract*.py, or .safetensors", None)
+    student_pretrained_weights: str | None = option(
+        "student's first weights: of scripts/extract*.py, or .safetensors", None
+    )
     teacher_type: str = option("teacher's model type; auto: found out", AUTO, choices=TEACHER_TYPES)
     teacher_name: str = option("teacher, hub name or local folder; its tokenizer is used")
-    trust_remote_code: bool = option("run Python files that come with teacher or student, where they need them", False)
+    trust_remote_code: bool = option(
+        "run Python files that come with teacher or student, where they need them", False
+    )
 
     temperature: float = option("softmax temperature of the KL divergence", 2.0)
     alphas: dict[str, float] = dataclasses.field(
@@ -170,18 +197,32 @@ class TrainConfig:
     word_mask: float = option("share of predicted tokens that become [MASK]", 0.8)
     word_keep: float = option("share of predicted tokens that stay", 0.1)
     word_rand: float = option("share of predicted tokens that become a random token", 0.1)
-    mlm_smoothing: float = option("tokens are drawn for prediction with weight count ^ -MLM_SMOOTHING", 0.7)
-    token_counts: str | None = option("token counts made by scripts/token_counts.py; needed with --mlm", None)
-    restrict_ce_to_mask: bool = option("distil at masked positions only; without --mlm no effect", False)
+    mlm_smoothing: float = option(
+        "tokens are drawn for prediction with weight count ^ -MLM_SMOOTHING", 0.7
+    )
+    token_counts: str | None = option(
+        "token counts made by scripts/token_counts.py; needed with --mlm", None
+    )
+    restrict_ce_to_mask: bool = option(
+        "distil at masked positions only; without --mlm no effect", False
+    )
     freeze_pos_embs: bool = option("keep the student's position embeddings as they are", False)
-    freeze_token_type_embds: bool = option("keep the student's token types as they are (roberta)", False)
+    freeze_token_type_embds: bool = option(
+        "keep the student's token types as they are (roberta)", False
+    )
 
     n_epoch: int = option("passes over the data", 3)
-    max_steps: int | None = option("number of updates, in place of N_EPOCH; the schedule spans them", None)
-    max_length: int | None = option("longest sequence, in token ids; default: what the teacher admits", None)
+    max_steps: int | None = option(
+        "number of updates, in place of N_EPOCH; the schedule spans them", None
+    )
+    max_length: int | None = option(
+        "longest sequence, in token ids; default: what the teacher admits", None
+    )
     batch_size: int = option("sequences a micro-batch, on each process", 5)
     max_tokens: int | None = option(
-        "padded tokens a micro-batch, at the most, in place of BATCH_SIZE: long and short sequences cost alike", None
+        "padded tokens a micro-batch, at the most, in place of BATCH_SIZE: long and short sequences"
+        " cost alike",
+        None,
     )
     # Differs from the original: 2019's flag switched grouping off.
     group_by_size: bool = option("make batches of sequences of like lengths", True)
@@ -192,19 +233,29 @@ class TrainConfig:
     adam_epsilon: float = option("epsilon of AdamW", 1e-6)
     max_grad_norm: float = option("the gradient's norm is clipped to this", 5.0)
     initializer_range: float | None = option(
-        "standard deviation of random first weights; default: the student configuration's (0.02 in those shipped)", None
+        "standard deviation of random first weights; default: the student configuration's (0.02 in"
+        " those shipped)",
+        None,
     )
 
     loss_normalization: str = option(
-        "micro_batches: means over each micro-batch, then over the update's, as in 2019; tokens: over the update's tokens",
-        "micro_batches", choices=NORMALIZATIONS,
-    )  # fmt: skip
+        "micro_batches: means over each micro-batch, then over the update's, as in 2019; tokens:"
+        " over the update's tokens",
+        "micro_batches",
+        choices=NORMALIZATIONS,
+    )
 
     bf16: bool = option("mixed precision in bfloat16", False)
     fp16: bool = option("mixed precision in float16, with a gradient scaler", False)
-    fp16_opt_level: str = option("accepted for old command lines, without effect: torch's own mixed precision is used", "O1")
-    activation_checkpointing: bool = option("compute the student's activations twice, to keep fewer of them", False)
-    compile: bool = option("compile teacher and student (torch.compile): minutes at first, faster then", False)
+    fp16_opt_level: str = option(
+        "accepted for old command lines, without effect: torch's own mixed precision is used", "O1"
+    )
+    activation_checkpointing: bool = option(
+        "compute the student's activations twice, to keep fewer of them", False
+    )
+    compile: bool = option(
+        "compile teacher and student (torch.compile): minutes at first, faster then", False
+    )
     n_gpu: int = option("GPUs over all processes, one a process; 0: CPU", 1)
     local_rank: int = option("given by old launchers; leave it alone", -1)
     distributed_timeout_s: int = option(
@@ -213,11 +264,20 @@ class TrainConfig:
     seed: int = option("seed of order, masks, dropout and first weights", 56)
     log_interval: int = option("micro-batches of one process between two logs to TensorBoard", 500)
     checkpoint_interval: int = option("micro-batches of one process between two checkpoints", 4000)
-    eval_data_file: str | None = option("token file of held-out text, made as DATA_FILE is: evaluated on fixed masks", None)
-    eval_interval: int | None = option("updates between two evaluations of EVAL_DATA_FILE; default: one, at the end", None)
+    eval_data_file: str | None = option(
+        "token file of held-out text, made as DATA_FILE is: evaluated on fixed masks", None
+    )
+    eval_interval: int | None = option(
+        "updates between two evaluations of EVAL_DATA_FILE; default: one, at the end", None
+    )
 
     def __post_init__(self):
-        problems = [*number_problems(self), *objective_problems(self), *type_problems(self), *path_problems(self)]
+        problems = [
+            *number_problems(self),
+            *objective_problems(self),
+            *type_problems(self),
+            *path_problems(self),
+        ]
         if problems:
             raise InputError("\n".join(problems))
 
@@ -225,13 +285,23 @@ class TrainConfig:
 def number_problems(config: TrainConfig) -> list[str]:
     """Say what is wrong with single numbers."""
     positive_int = [
-        "n_epoch", "batch_size", "gradient_accumulation_steps", "log_interval", "checkpoint_interval", "max_steps",
-        "max_tokens", "distributed_timeout_s", "eval_interval",
-    ]  # fmt: skip
+        "n_epoch",
+        "batch_size",
+        "gradient_accumulation_steps",
+        "log_interval",
+        "checkpoint_interval",
+        "max_steps",
+        "max_tokens",
+        "distributed_timeout_s",
+        "eval_interval",
+    ]
     bounds = {
         **{name: (lambda x: x >= 1, "at least 1") for name in positive_int},
         "keep_checkpoints": (lambda x: x >= 2, "at least 2, for one may be damaged"),
-        "max_length": (lambda x: x > MIN_LENGTH, f"more than {MIN_LENGTH}, for shorter sequences are removed"),
+        "max_length": (
+            lambda x: x > MIN_LENGTH,
+            f"more than {MIN_LENGTH}, for shorter sequences are removed",
+        ),
         "temperature": (lambda x: 0 < x <= 1e6, "above 0, at most 1e6"),
         "learning_rate": (lambda x: 0 < x <= 1e3, "above 0, at most 1e3"),
         "adam_epsilon": (lambda x: x > 0, "a number above 0"),
@@ -240,9 +310,11 @@ def number_problems(config: TrainConfig) -> list[str]:
         "weight_decay": (lambda x: x >= 0, "0 or more"),
         "mlm_smoothing": (lambda x: x >= 0, "0 or more"),
         "n_gpu": (lambda x: x >= 0, "0 or more"),
-        **{name: (lambda x: 0 <= x <= 1, "0 to 1") for name in
-           ("mlm_mask_prop", "word_mask", "word_keep", "word_rand", "warmup_prop")},
-    }  # fmt: skip
+        **{
+            name: (lambda x: 0 <= x <= 1, "0 to 1")
+            for name in ("mlm_mask_prop", "word_mask", "word_keep", "word_rand", "warmup_prop")
+        },
+    }
     values = {name: getattr(config, name) for name in bounds}
     problems = [
         f"--{name} {value}: expected {bounds[name][1]}"
@@ -251,7 +323,9 @@ def number_problems(config: TrainConfig) -> list[str]:
     ]
     total = config.word_mask + config.word_keep + config.word_rand
     if not abs(total - 1) <= 1e-6:
-        problems.append(f"--word_mask + --word_keep + --word_rand: their sum is {total:g}, expected 1")
+        problems.append(
+            f"--word_mask + --word_keep + --word_rand: their sum is {total:g}, expected 1"
+        )
     return problems
 
 
@@ -265,17 +339,32 @@ def objective_problems(config: TrainConfig) -> list[str]:
     ]
     mlm, clm = alphas["mlm"], alphas["clm"]
     if config.mlm and not mlm > 0:
-        problems.append(f"--mlm with --alpha_mlm {mlm}: expected --alpha_mlm above 0; set it, or leave --mlm out")
+        problems.append(
+            f"--mlm with --alpha_mlm {mlm}: expected --alpha_mlm above 0; set it, or leave"
+            " --mlm out"
+        )
     if not config.mlm and mlm > 0:
         problems.append(f"--alpha_mlm {mlm} without --mlm: add --mlm, or set --alpha_mlm 0")
     if (mlm > 0) == (clm > 0):
-        problems.append(f"--alpha_mlm {mlm} and --alpha_clm {clm}: expected exactly one above 0; set the other to 0")
+        problems.append(
+            f"--alpha_mlm {mlm} and --alpha_clm {clm}: expected exactly one above 0; set the other"
+            " to 0"
+        )
     if not sum(alphas.values()) > 0:
-        problems.append(f"{' '.join(f'--alpha_{name}' for name in alphas)}: their sum is not above 0; weigh an objective")
+        problems.append(
+            f"{' '.join(f'--alpha_{name}' for name in alphas)}: their sum is not above 0; weigh an"
+            " objective"
+        )
     if config.mlm and config.token_counts is None:
-        problems.append("--mlm without --token_counts: expected the file that scripts/token_counts.py makes; name it")
+        problems.append(
+            "--mlm without --token_counts: expected the file that scripts/token_counts.py makes;"
+            " name it"
+        )
     if config.eval_interval is not None and config.eval_data_file is None:
-        problems.append(f"--eval_interval {config.eval_interval} without --eval_data_file: name held-out text to evaluate")
+        problems.append(
+            f"--eval_interval {config.eval_interval} without --eval_data_file: name held-out text"
+            " to evaluate"
+        )
     return problems
 
 
@@ -285,32 +374,59 @@ def type_problems(config: TrainConfig) -> list[str]:
     problems = student_problems(config)
     if AUTO not in (teacher, student) and (teacher, student) not in PAIRS:
         known = ", ".join(f"{t} -> {s}" for t, s in PAIRS)
-        problems.append(f"--teacher_type {teacher} with --student_type {student}: no such pair; expected one of {known}")
-    named = {flag: kind for flag, kind in (("--student_type", student), ("--teacher_type", teacher)) if kind != AUTO}
+        problems.append(
+            f"--teacher_type {teacher} with --student_type {student}: no such pair; expected one of"
+            f" {known}"
+        )
+    named = {
+        flag: kind
+        for flag, kind in (("--student_type", student), ("--teacher_type", teacher))
+        if kind != AUTO
+    }
     for flag, model_type in named.items():
         is_masked = ARCHITECTURES[model_type].is_masked
         if config.mlm != is_masked:
             kind = "masked" if is_masked else "causal"
-            remedy = "add --mlm, with --alpha_mlm above 0 and --alpha_clm 0" if is_masked else "leave --mlm out"
-            problems.append(f"{flag} {model_type} {'with' if config.mlm else 'without'} --mlm: it is a {kind} model; {remedy}")
+            remedy = (
+                "add --mlm, with --alpha_mlm above 0 and --alpha_clm 0"
+                if is_masked
+                else "leave --mlm out"
+            )
+            problems.append(
+                f"{flag} {model_type} {'with' if config.mlm else 'without'} --mlm: it is a {kind}"
+                f" model; {remedy}"
+            )
     if config.bf16 and config.fp16:
         problems.append("--bf16 and --fp16: two precisions; leave one of them out")
     if config.max_tokens is not None and not config.group_by_size:
-        problems.append("--max_tokens with --no-group_by_size: the budget is planned by length; leave one of them out")
-    if config.freeze_token_type_embds and student != AUTO and ARCHITECTURES[student].token_type_embeddings is None:
-        problems.append(f"--freeze_token_type_embds with --student_type {student}: it has no token types; leave it out")
+        problems.append(
+            "--max_tokens with --no-group_by_size: the budget is planned by length; leave one of"
+            " them out"
+        )
+    if (
+        config.freeze_token_type_embds
+        and student != AUTO
+        and ARCHITECTURES[student].token_type_embeddings is None
+    ):
+        problems.append(
+            f"--freeze_token_type_embds with --student_type {student}: it has no token types; leave"
+            " it out"
+        )
     return problems
 
 
 def student_problems(config: TrainConfig) -> list[str]:
     """Say where the student is given twice, or not at all."""
     if config.student is None:
-        missing = "--student, --student_config: neither is given; name a folder made by scripts/extract.py --output, or a JSON"
+        missing = (
+            "--student, --student_config: neither is given; name a folder made by"
+            " scripts/extract.py --output, or a JSON"
+        )
         return [missing] if config.student_config is None else []
     others = ("student_config", "student_pretrained_weights", "initializer_range")
     return [
-        f"--{name} {getattr(config, name)} with --student {config.student}: the folder holds configuration and weights; leave "
-        "one of them out"
+        f"--{name} {getattr(config, name)} with --student {config.student}: the folder holds"
+        " configuration and weights; leave one of them out"
         for name in others
         if getattr(config, name) is not None
     ]
@@ -320,13 +436,23 @@ def path_problems(config: TrainConfig) -> list[str]:
     """Say which files are missing, and whether the run folder is in the way."""
     files = {name: getattr(config, name) for name in INPUT_FILES}
     checks = {"data_file": token_file_problem, "eval_data_file": token_file_problem}
-    problems = [checks.get(name, file_problem)(path, f"--{name}") for name, path in files.items() if path is not None]
+    problems = [
+        checks.get(name, file_problem)(path, f"--{name}")
+        for name, path in files.items()
+        if path is not None
+    ]
     if not is_another_rank(os.environ):  # rank 0 writes, and may have made the folder already
         problems.append(dump_path_problem(config))
     return [problem for problem in problems if problem]
 
 
-INPUT_FILES = ("data_file", "student_config", "student_pretrained_weights", "token_counts", "eval_data_file")
+INPUT_FILES = (
+    "data_file",
+    "student_config",
+    "student_pretrained_weights",
+    "token_counts",
+    "eval_data_file",
+)
 # What a run writes: a folder with none of it is not taken for a run's.
 RUN_FILES = ("parameters.json", "checkpoint.pth", "model_epoch_*.pth", "checkpoints/step-*")
 
@@ -336,21 +462,45 @@ def dump_path_problem(config: TrainConfig) -> str | None:
     path = Path(config.dump_path)
     problem = output_problem(config.dump_path, "--dump_path", is_folder=True)
     mode = resume_mode(config)
-    if problem or not os.path.lexists(path) or mode == "required" or (mode and checkpointing.exist(path / CHECKPOINTS)):
+    if (
+        problem
+        or not os.path.lexists(path)
+        or mode == "required"
+        or (mode and checkpointing.exist(path / CHECKPOINTS))
+    ):
         return problem
     if not config.force and not mode:
-        return f"--dump_path {path}: exists already; choose another, go on with --resume, or move it aside with --force"
+        return (
+            f"--dump_path {path}: exists already; choose another, go on with --resume, or move it"
+            " aside with --force"
+        )
     stores = [f"{prefix}.bin" for prefix in (config.data_file, config.eval_data_file) if prefix]
-    inputs = [getattr(config, name) for name in INPUT_FILES] + [config.teacher_name, config.student, *stores]
+    inputs = [getattr(config, name) for name in INPUT_FILES] + [
+        config.teacher_name,
+        config.student,
+        *stores,
+    ]
     inside = [name for name in inputs if name and os.path.exists(name) and _is_within(name, path)]
     if inside:
         return f"--dump_path {path}: holds {inside[0]}, which this run reads; choose another folder"
-    if _is_within(os.getcwd(), path) or _is_within(__file__, path) or _is_within(os.path.expanduser("~"), path):
-        return f"--dump_path {path}: is no run's folder; choose another, --force does not apply to it"
+    if (
+        _is_within(os.getcwd(), path)
+        or _is_within(__file__, path)
+        or _is_within(os.path.expanduser("~"), path)
+    ):
+        return (
+            f"--dump_path {path}: is no run's folder; choose another, --force does not apply to it"
+        )
     if any(path.iterdir()) and not any(any(path.glob(name)) for name in RUN_FILES):
-        return f"--dump_path {path}: holds other files than a run's; choose another, --force does not apply to it"
+        return (
+            f"--dump_path {path}: holds other files than a run's; choose another, --force does not"
+            " apply to it"
+        )
     if not os.access(entry(config.dump_path).parent, os.W_OK):
-        return f"--dump_path {path}: can't be moved aside, for {entry(config.dump_path).parent} may not be written to"
+        return (
+            f"--dump_path {path}: can't be moved aside, for {entry(config.dump_path).parent} may"
+            " not be written to"
+        )
     return None
 
 
@@ -358,20 +508,24 @@ CHECKPOINTS, BEST = "checkpoints", "best"
 
 
 def resume_mode(config: TrainConfig) -> str | None:
-    """Say whether the run goes on from a checkpoint: "required", "auto" (if there is one), or None: it starts anew.
+    """Say whether the run goes on from a checkpoint: "required", "auto" (if there is one), or None:
+    it starts anew.
 
-    A launcher that starts its processes again gives them the flags of the first time, --force among them: auto.
+    A launcher that starts its processes again gives them the flags of the first time, --force among
+    them: auto.
     """
-    return config.resume or ("auto" if is_restarted(os.environ, Path(config.dump_path) / LOCK) else None)
+    return config.resume or (
+        "auto" if is_restarted(os.environ, Path(config.dump_path) / LOCK) else None
+    )
 
 
 def _is_within(path: str | os.PathLike, folder: Path) -> bool:
     return Path(path).resolve().is_relative_to(folder.resolve())
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The command line, made from the configuration
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -381,8 +535,13 @@ def make_parser() -> argparse.ArgumentParser:
     for field in dataclasses.fields(TrainConfig):
         if field.name == "alphas":
             for name, loss in LOSSES.items():
-                parser.add_argument(f"--alpha_{name}", type=float, default=loss.default_alpha, metavar="X",
-                                    help=f"weight of the {loss.help} (default: {loss.default_alpha})")  # fmt: skip
+                parser.add_argument(
+                    f"--alpha_{name}",
+                    type=float,
+                    default=loss.default_alpha,
+                    metavar="X",
+                    help=f"weight of the {loss.help} (default: {loss.default_alpha})",
+                )
         else:
             _add_option(parser, field, types[field.name])
     return parser
@@ -391,12 +550,19 @@ def make_parser() -> argparse.ArgumentParser:
 def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: type) -> None:
     required = field.default is dataclasses.MISSING
     flags = [f"--{field.name}"] + (["--local-rank"] if field.name == "local_rank" else [])
-    options: dict[str, typing.Any] = {"help": field.metadata["help"].replace("%", "%%"), "dest": field.name}
+    options: dict[str, typing.Any] = {
+        "help": field.metadata["help"].replace("%", "%%"),
+        "dest": field.name,
+    }
     if required:
         options["required"] = True
     else:
         options["default"] = field.default
-        options["help"] += "" if field.default is None or field.default is False else f" (default: {field.default})"
+        options["help"] += (
+            ""
+            if field.default is None or field.default is False
+            else f" (default: {field.default})"
+        )
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
     else:
@@ -418,17 +584,22 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
 def as_flags(config: TrainConfig) -> dict[str, typing.Any]:
     """List every flag with its value, as parameters.json records it."""
     values = dataclasses.asdict(config)
-    return {**{k: v for k, v in values.items() if k != "alphas"}, **{f"alpha_{k}": v for k, v in config.alphas.items()}}
+    return {
+        **{k: v for k, v in values.items() if k != "alphas"},
+        **{f"alpha_{k}": v for k, v in config.alphas.items()},
+    }
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Setup: everything that is read and checked before the first step
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class HeldOut:
-    """What is evaluated on the way. batches: numbers of sequences; passes: see evaluation.passes_over."""
+    """What is evaluated on the way. batches: numbers of sequences; passes: see
+    evaluation.passes_over.
+    """
 
     dataset: LmSeqsDataset
     batches: list[np.ndarray]
@@ -437,7 +608,9 @@ class HeldOut:
 
 @dataclasses.dataclass(frozen=True)
 class Work:
-    """What a micro-batch has computed. teacher: None where no objective reads it; head_rows: lengths_B -> rows projected."""
+    """What a micro-batch has computed. teacher: None where no objective reads it; head_rows:
+    lengths_B -> rows projected.
+    """
 
     teacher: ModelSize | None
     student: ModelSize
@@ -470,7 +643,10 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
         logger.warning("--restrict_ce_to_mask has no effect without --mlm.")
     check_device(config, runtime.device)
     if config.fp16:
-        logger.info("--fp16: torch's own mixed precision; --fp16_opt_level %s has no effect.", config.fp16_opt_level)
+        logger.info(
+            "--fp16: torch's own mixed precision; --fp16_opt_level %s has no effect.",
+            config.fp16_opt_level,
+        )
     student_config = find_student_config(config)
     student_type = found_type(config, config.student_type, student_config, student_source(config))
     teacher_type = find_teacher_type(config)
@@ -481,20 +657,39 @@ def set_up(config: TrainConfig, runtime: Runtime) -> Parts:
     vocabulary = vocabulary_fingerprint(tokenizer)
     dataset = make_dataset(config, teacher_type, tokenizer, teacher, vocabulary)
     held_out = make_held_out(config, teacher_type, tokenizer, teacher, vocabulary)
-    prepare = make_preparation(config, teacher_type, tokenizer, teacher.config.vocab_size, vocabulary)
+    prepare = make_preparation(
+        config, teacher_type, tokenizer, teacher.config.vocab_size, vocabulary
+    )
     student = make_student(config, student_type, student_config)
     longest_BT, _ = dataset.collate([int(np.argmax(dataset.lengths))])
     check_forward(student, student_source(config), longest_BT)
     check_forward(teacher, f"--teacher_name {config.teacher_name}", longest_BT)
     work = make_work(config, student, teacher, longest_BT) if runtime.is_main else None
     sampler = GroupedBatchSampler(
-        dataset.lengths, config.batch_size, dataset.max_length, group_by_size=config.group_by_size, seed=config.seed,
+        dataset.lengths,
+        config.batch_size,
+        dataset.max_length,
+        group_by_size=config.group_by_size,
+        seed=config.seed,
         max_tokens=config.max_tokens,
-    )  # fmt: skip
+    )
     num_micro_batches, num_updates = run_length(config, len(sampler), runtime.world_size)
-    identity = identify(config, student, teacher, dataset, vocabulary, held_out) if runtime.is_main else {}
+    identity = (
+        identify(config, student, teacher, dataset, vocabulary, held_out) if runtime.is_main else {}
+    )
     distiller = make_distiller(config, runtime, student, teacher, num_updates)
-    return Parts(student, distiller, dataset, sampler, prepare, tokenizer, num_micro_batches, identity, held_out, work)
+    return Parts(
+        student,
+        distiller,
+        dataset,
+        sampler,
+        prepare,
+        tokenizer,
+        num_micro_batches,
+        identity,
+        held_out,
+        work,
+    )
 
 
 ModelType = str | Architecture  # the name of a row, or what was found out
@@ -502,38 +697,68 @@ ModelType = str | Architecture  # the name of a row, or what was found out
 
 def student_source(config: TrainConfig) -> str:
     """Name the student in a message: its flag and path."""
-    return f"--student_config {config.student_config}" if config.student is None else f"--student {config.student}"
+    return (
+        f"--student_config {config.student_config}"
+        if config.student is None
+        else f"--student {config.student}"
+    )
 
 
 def find_student_config(config: TrainConfig):
     """Load the student's configuration: the folder's, or the JSON. Raises InputError."""
     if config.student is None:
-        return read_student_config(config.student_type, config.student_config, config.initializer_range)
+        return read_student_config(
+            config.student_type, config.student_config, config.initializer_range
+        )
     named = None if config.student_type == AUTO else config.student_type
     return load_config(named, config.student, "--student", config.trust_remote_code)
 
 
 def found_type(config: TrainConfig, model_type: str, model_config, source: str) -> ModelType:
-    """Return a model type as given; for auto what its configuration tells. Raises InputError naming `source`."""
-    return find_out(model_config, config.mlm, source, config.trust_remote_code) if model_type == AUTO else model_type
+    """Return a model type as given; for auto what its configuration tells. Raises InputError naming
+    `source`.
+    """
+    return (
+        find_out(model_config, config.mlm, source, config.trust_remote_code)
+        if model_type == AUTO
+        else model_type
+    )
 
 
 def find_teacher_type(config: TrainConfig) -> ModelType:
     """Return the teacher's type, found out where it is auto. Raises InputError."""
     if config.teacher_type != AUTO:
         return config.teacher_type
-    teacher_config = load_config(None, config.teacher_name, "--teacher_name", config.trust_remote_code)
+    teacher_config = load_config(
+        None, config.teacher_name, "--teacher_name", config.trust_remote_code
+    )
     return found_type(config, AUTO, teacher_config, f"--teacher_name {config.teacher_name}")
 
 
 def identify(
-    config: TrainConfig, student, teacher, dataset: LmSeqsDataset, vocabulary: str, held_out: HeldOut | None = None
+    config: TrainConfig,
+    student,
+    teacher,
+    dataset: LmSeqsDataset,
+    vocabulary: str,
+    held_out: HeldOut | None = None,
 ) -> dict[str, typing.Any]:
-    """Describe what a run must find again when it goes on: digests of the inputs' content, whatever their paths."""
-    student_config = {k: v for k, v in student.config.to_dict().items() if k not in ("transformers_version", "_name_or_path")}
-    data, held_out_data = dataset.tokens.digest(), held_out.dataset.tokens.digest() if held_out else None
+    """Describe what a run must find again when it goes on: digests of the inputs' content, whatever
+    their paths.
+    """
+    student_config = {
+        k: v
+        for k, v in student.config.to_dict().items()
+        if k not in ("transformers_version", "_name_or_path")
+    }
+    data, held_out_data = (
+        dataset.tokens.digest(),
+        held_out.dataset.tokens.digest() if held_out else None,
+    )
     if data == held_out_data:
-        logger.warning("--eval_data_file is what is trained on: its figures say nothing about other text.")
+        logger.warning(
+            "--eval_data_file is what is trained on: its figures say nothing about other text."
+        )
     return {
         "student_config": json.loads(json.dumps(student_config, default=str)),
         "teacher_name": checkpointing.content_digest(teacher.state_dict()),
@@ -546,70 +771,116 @@ def identify(
 
 def check_device(config: TrainConfig, device: torch.device) -> None:
     """Raise InputError where the device can't do what is asked; say what it does only slowly."""
-    if config.bf16 and device.type == "cuda" and not torch.cuda.is_bf16_supported(including_emulation=False):
+    if (
+        config.bf16
+        and device.type == "cuda"
+        and not torch.cuda.is_bf16_supported(including_emulation=False)
+    ):
         name = torch.cuda.get_device_name(device)
-        raise InputError(f"--bf16: {name} does not compute in bfloat16; use --fp16, or neither for float32")
+        raise InputError(
+            f"--bf16: {name} does not compute in bfloat16; use --fp16, or neither for float32"
+        )
     # avx512_bf16, amx_bf16, or what other processors call theirs.
-    has_bf16 = any(value is True for name, value in torch.cpu.get_capabilities().items() if "bf16" in name)
+    has_bf16 = any(
+        value is True for name, value in torch.cpu.get_capabilities().items() if "bf16" in name
+    )
     if config.bf16 and device.type == "cpu" and not has_bf16:
-        logger.warning("--bf16: this CPU has no instructions for bfloat16, which makes it slower than float32.")
+        logger.warning(
+            "--bf16: this CPU has no instructions for bfloat16, which makes it slower than float32."
+        )
     if config.fp16 and device.type == "cpu":
-        logger.warning("--fp16: on a CPU float16 is slow; --bf16 has the same size and needs no scaling.")
+        logger.warning(
+            "--fp16: on a CPU float16 is slow; --bf16 has the same size and needs no scaling."
+        )
     if config.compile:
         check_compiler(device)
 
 
-def check_sizes(config: TrainConfig, student_type: ModelType, student_config, teacher, tokenizer) -> None:
-    """Raise InputError, all lines at once, where student, teacher and tokenizer disagree in size."""
+def check_sizes(
+    config: TrainConfig, student_type: ModelType, student_config, teacher, tokenizer
+) -> None:
+    """Raise InputError, all lines at once, where student, teacher and tokenizer disagree in
+    size.
+    """
     needs_width = any(LOSSES[name].reads == "hidden" for name in active(config.alphas))
-    problems = size_mismatches(student_config, teacher.config, student_source(config), student_type, needs_width)
+    problems = size_mismatches(
+        student_config, teacher.config, student_source(config), student_type, needs_width
+    )
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= teacher.config.vocab_size:
         problems.append(
-            f"--teacher_name {config.teacher_name}: its tokenizer has ids up to {largest_id}, the model's vocabulary "
-            f"{teacher.config.vocab_size} entries; take a model and tokenizer that belong together"
+            f"--teacher_name {config.teacher_name}: its tokenizer has ids up to {largest_id}, the"
+            f" model's vocabulary {teacher.config.vocab_size} entries; take a model and tokenizer"
+            " that belong together"
         )
     if problems:
         raise InputError("\n".join(problems))
 
 
 def check_vocabularies(config: TrainConfig, student_type: ModelType, tokenizer) -> None:
-    """Raise InputError where the student's folder holds a tokenizer of another vocabulary than the teacher's."""
+    """Raise InputError where the student's folder holds a tokenizer of another vocabulary than the
+    teacher's.
+    """
     files = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
-    if config.student is None or not any(os.path.exists(os.path.join(config.student, file)) for file in files):
+    if config.student is None or not any(
+        os.path.exists(os.path.join(config.student, file)) for file in files
+    ):
         return
-    difference = vocabulary_difference(load_tokenizer(student_type, config.student, "--student"), tokenizer)
+    difference = vocabulary_difference(
+        load_tokenizer(student_type, config.student, "--student"), tokenizer
+    )
     if difference:
-        raise InputError(f"--student {config.student}: {difference}; a student has its teacher's vocabulary")
+        raise InputError(
+            f"--student {config.student}: {difference}; a student has its teacher's vocabulary"
+        )
 
 
 def make_dataset(
-    config: TrainConfig, teacher_type: ModelType, tokenizer, teacher, vocabulary: str, flag: str = "data_file"
+    config: TrainConfig,
+    teacher_type: ModelType,
+    tokenizer,
+    teacher,
+    vocabulary: str,
+    flag: str = "data_file",
 ) -> LmSeqsDataset:
-    """Read and filter the sequences of a flag's file. Raises InputError where it doesn't fit or nothing is left."""
+    """Read and filter the sequences of a flag's file. Raises InputError where it doesn't fit or
+    nothing is left.
+    """
     max_length = max_input_length(teacher_type, tokenizer, teacher.config)
     max_length = min(max_length, config.max_length or max_length)
     special = SpecialIds(**special_ids(teacher_type, tokenizer))
     model = f"--teacher_name {config.teacher_name}"
     path = getattr(config, flag)
     try:
-        return LmSeqsDataset.from_file(path, special, max_length, teacher.config.vocab_size, model, vocabulary)
+        return LmSeqsDataset.from_file(
+            path, special, max_length, teacher.config.vocab_size, model, vocabulary
+        )
     except InputError as error:
         raise InputError(str(error).replace(f"--data_file {path}", f"--{flag} {path}")) from error
 
 
-def make_held_out(config: TrainConfig, teacher_type: ModelType, tokenizer, teacher, vocabulary: str) -> HeldOut | None:
-    """Read the held-out sequences, and plan how they are evaluated: on all ranks alike. None where there are none."""
+def make_held_out(
+    config: TrainConfig, teacher_type: ModelType, tokenizer, teacher, vocabulary: str
+) -> HeldOut | None:
+    """Read the held-out sequences, and plan how they are evaluated: on all ranks alike. None where
+    there are none.
+    """
     if config.eval_data_file is None:
         return None
     logger.info("Held out: %s.", config.eval_data_file)
     dataset = make_dataset(config, teacher_type, tokenizer, teacher, vocabulary, "eval_data_file")
-    passes = FixedMasks(tokenizer.mask_token_id, tokenizer.all_special_ids) if config.mlm else next_tokens
+    passes = (
+        FixedMasks(tokenizer.mask_token_id, tokenizer.all_special_ids)
+        if config.mlm
+        else next_tokens
+    )
     return HeldOut(dataset, plan_batches(dataset.lengths), passes)
 
 
 def check_forward(model: torch.nn.Module, source: str, token_ids_BT: torch.Tensor) -> None:
-    """Raise InputError where a model fails, or gives NaN, on a sequence: better now than after moving folders."""
+    """Raise InputError where a model fails, or gives NaN, on a sequence: better now than after
+    moving folders.
+    """
     try:
         with torch.no_grad():
             hidden_BTD = model.base_model(token_ids_BT).last_hidden_state
@@ -618,16 +889,25 @@ def check_forward(model: torch.nn.Module, source: str, token_ids_BT: torch.Tenso
         where = f"{source}: the model fails on {token_ids_BT.shape[1]} tokens"
         raise InputError(f"{where} ({one_line(error)}); correct its JSON") from error
     if not (torch.isfinite(hidden_BTD).all() and torch.isfinite(logits_NV).all()):
-        raise InputError(f"{source}: the model gives NaN or infinite values before any training; correct its JSON or weights")
+        raise InputError(
+            f"{source}: the model gives NaN or infinite values before any training; correct its"
+            " JSON or weights"
+        )
 
 
 def make_work(config: TrainConfig, student, teacher, token_ids_BT: torch.Tensor) -> Work | None:
-    """Find out on a sequence what the models compute, while they are on the CPU; None where they don't show it."""
+    """Find out on a sequence what the models compute, while they are on the CPU; None where they
+    don't show it.
+    """
     student_size = shown_size(student, token_ids_BT[:, :COUNTED_TOKENS])
     teacher_size = shown_size(teacher, token_ids_BT[:, :COUNTED_TOKENS])
-    read_of_teacher = {LOSSES[name].reads for name in active(config.alphas) if LOSSES[name].needs_teacher}
+    read_of_teacher = {
+        LOSSES[name].reads for name in active(config.alphas) if LOSSES[name].needs_teacher
+    }
     if student_size is None or (teacher_size is None and read_of_teacher):
-        logger.info("How much these models compute is not known for their families: no MFU is shown.")
+        logger.info(
+            "How much these models compute is not known for their families: no MFU is shown."
+        )
         return None
     if "logits" not in read_of_teacher:
         teacher_size = dataclasses.replace(teacher_size, in_head=0) if read_of_teacher else None
@@ -640,12 +920,18 @@ def active(alphas: typing.Mapping[str, float]) -> list[str]:
 
 
 def head_rows(config: TrainConfig, lengths_B: np.ndarray) -> int:
-    """Return how many rows of a micro-batch are projected to the vocabulary: those that any objective on logits reads."""
+    """Return how many rows of a micro-batch are projected to the vocabulary: those that any
+    objective on logits reads.
+    """
     num_real = int(lengths_B.sum())
     num_masked = math.ceil(config.mlm_mask_prop * num_real)
     is_restricted = config.mlm and config.restrict_ce_to_mask
-    num_rows = {"real": num_real, "masked": num_masked, "next": num_real - len(lengths_B),
-                "distilled": num_masked if is_restricted else num_real}  # fmt: skip
+    num_rows = {
+        "real": num_real,
+        "masked": num_masked,
+        "next": num_real - len(lengths_B),
+        "distilled": num_masked if is_restricted else num_real,
+    }
     read = [LOSSES[name].rows for name in active(config.alphas) if LOSSES[name].reads == "logits"]
     return max((num_rows[kind] for kind in read), default=0)
 
@@ -653,22 +939,37 @@ def head_rows(config: TrainConfig, lengths_B: np.ndarray) -> int:
 def make_preparation(
     config: TrainConfig, teacher_type: ModelType, tokenizer, vocab_size: int, vocabulary: str
 ) -> typing.Callable:
-    """Choose how batches are prepared: masked (with the token counts) or causal. Raises InputError."""
+    """Choose how batches are prepared: masked (with the token counts) or causal. Raises
+    InputError.
+    """
     if not config.mlm:
         return functools.partial(prepare_clm, with_mask=row_of(teacher_type).pads_by_mask)
     if tokenizer.mask_token_id is None:
-        raise InputError(f"--teacher_name {config.teacher_name}: its tokenizer has no mask_token, which --mlm needs; add it")
+        raise InputError(
+            f"--teacher_name {config.teacher_name}: its tokenizer has no mask_token, which --mlm"
+            " needs; add it"
+        )
     model = f"--teacher_name {config.teacher_name}"
     counts_V = read_token_counts(config.token_counts, vocab_size, model, vocabulary)
-    weights_V = masking_weights(torch.from_numpy(counts_V), config.mlm_smoothing, tokenizer.all_special_ids)
+    weights_V = masking_weights(
+        torch.from_numpy(counts_V), config.mlm_smoothing, tokenizer.all_special_ids
+    )
     return MlmPreparation(
-        weights_V, tokenizer.mask_token_id, config.mlm_mask_prop, config.word_mask, config.word_keep, config.word_rand,
-        config.restrict_ce_to_mask, config.seed
-    )  # fmt: skip
+        weights_V,
+        tokenizer.mask_token_id,
+        config.mlm_mask_prop,
+        config.word_mask,
+        config.word_keep,
+        config.word_rand,
+        config.restrict_ce_to_mask,
+        config.seed,
+    )
 
 
 def make_student(config: TrainConfig, student_type: ModelType, student_config) -> torch.nn.Module:
-    """Make the student: the folder's, or seeded random weights, then those given; what is to stay fixed is frozen."""
+    """Make the student: the folder's, or seeded random weights, then those given; what is to stay
+    fixed is frozen.
+    """
     torch.manual_seed(keyed_seed(config.seed, "student"))
     if config.student is not None:
         student = load_model(student_type, config.student, "--student")
@@ -676,14 +977,21 @@ def make_student(config: TrainConfig, student_type: ModelType, student_config) -
         student = build_student(student_type, student_config, student_source(config))
     if config.student_pretrained_weights is not None:
         load_student_weights(student, student_type, config.student_pretrained_weights)
-    freeze_embeddings(student, student_type, positions=config.freeze_pos_embs, token_types=config.freeze_token_type_embds)
+    freeze_embeddings(
+        student,
+        student_type,
+        positions=config.freeze_pos_embs,
+        token_types=config.freeze_token_type_embds,
+    )
     if config.activation_checkpointing:
         recompute_activations(student, config.compile)
     return student
 
 
 def run_length(config: TrainConfig, batches_per_epoch: int, world_size: int) -> tuple[int, int]:
-    """Return the run's number of micro-batches over all ranks, and of updates that the schedule counts."""
+    """Return the run's number of micro-batches over all ranks, and of updates that the schedule
+    counts.
+    """
     per_update = config.gradient_accumulation_steps * world_size
     if config.max_steps is not None:
         num_micro_batches = config.max_steps * per_update
@@ -692,52 +1000,95 @@ def run_length(config: TrainConfig, batches_per_epoch: int, world_size: int) -> 
     num_real = -(-num_micro_batches // per_update)
     if num_real < FEW_UPDATES:
         logger.warning(
-            "Only %d update(s) (%d micro-batches, %d an update), the first at learning rate 0: take more data or epochs, "
-            "or a smaller --gradient_accumulation_steps.", num_real, num_micro_batches, per_update
-        )  # fmt: skip
+            "Only %d update(s) (%d micro-batches, %d an update), the first at learning rate 0: take"
+            " more data or epochs, or a smaller --gradient_accumulation_steps.",
+            num_real,
+            num_micro_batches,
+            per_update,
+        )
     return num_micro_batches, num_micro_batches // per_update + 1
 
 
-def make_distiller(config: TrainConfig, runtime: Runtime, student, teacher, num_updates: int) -> Distiller:
+def make_distiller(
+    config: TrainConfig, runtime: Runtime, student, teacher, num_updates: int
+) -> Distiller:
     """Put the models on the device, and optimizer and schedule around the student."""
     student.to(runtime.device)
-    model = DistillationModel(student, prediction_head(student), head_parameters(student), config.alphas, config.temperature)
+    model = DistillationModel(
+        student,
+        prediction_head(student),
+        head_parameters(student),
+        config.alphas,
+        config.temperature,
+    )
     if not model.uses_fast_head:
-        logger.info("The student's head is more than layers and one linear map: the plain, slower head is used.")
+        logger.info(
+            "The student's head is more than layers and one linear map: the plain, slower head is"
+            " used."
+        )
     teacher = teacher.to(runtime.device) if model.needs_teacher else None
     groups = split_for_weight_decay(student, config.weight_decay)
-    optimizer = torch.optim.AdamW(groups, lr=config.learning_rate, betas=ADAM_BETAS, eps=config.adam_epsilon, fused=True)
+    optimizer = torch.optim.AdamW(
+        groups, lr=config.learning_rate, betas=ADAM_BETAS, eps=config.adam_epsilon, fused=True
+    )
     make_moments(optimizer)
     num_warmup = math.ceil(config.warmup_prop * num_updates)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup, num_updates)
     return Distiller(
-        model, teacher, prediction_head(teacher) if teacher is not None else None, optimizer, schedule,
-        max_grad_norm=config.max_grad_norm, seed=config.seed, world_size=runtime.world_size,
+        model,
+        teacher,
+        prediction_head(teacher) if teacher is not None else None,
+        optimizer,
+        schedule,
+        max_grad_norm=config.max_grad_norm,
+        seed=config.seed,
+        world_size=runtime.world_size,
         amp_dtype=torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None,
-        normalization=config.loss_normalization, compiles=config.compile,
-    )  # fmt: skip
+        normalization=config.loss_normalization,
+        compiles=config.compile,
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The run folder
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-# Flags that may change when a run goes on: where things are (their content is compared), how often and how, not what.
+# Flags that may change when a run goes on: where things are (their content is compared), how often
+# and how, not what.
 FREE_FLAGS = {
-    "force", "resume", "keep_checkpoints", "dump_path", "data_file", "token_counts", "student_config", "teacher_name",
-    "student", "trust_remote_code",
-    "student_pretrained_weights", "initializer_range", "n_gpu", "local_rank", "distributed_timeout_s", "log_interval",
-    "checkpoint_interval", "fp16_opt_level", "compile", "activation_checkpointing", "gradient_accumulation_steps",
-    "eval_data_file", "eval_interval",
-}  # fmt: skip
+    "force",
+    "resume",
+    "keep_checkpoints",
+    "dump_path",
+    "data_file",
+    "token_counts",
+    "student_config",
+    "teacher_name",
+    "student",
+    "trust_remote_code",
+    "student_pretrained_weights",
+    "initializer_range",
+    "n_gpu",
+    "local_rank",
+    "distributed_timeout_s",
+    "log_interval",
+    "checkpoint_interval",
+    "fp16_opt_level",
+    "compile",
+    "activation_checkpointing",
+    "gradient_accumulation_steps",
+    "eval_data_file",
+    "eval_interval",
+}
 START_ANEW = "or start anew with another --dump_path"
 
 
 def find_resume_point(config: TrainConfig, world_size: int) -> Checkpoint | None:
     """Find the checkpoint to go on from, before any model is loaded; None: the run starts anew.
 
-    Raises InputError where one is asked for and there is none, all are damaged, or it is of a run of other flags.
+    Raises InputError where one is asked for and there is none, all are damaged, or it is of a run
+    of other flags.
     """
     mode, folder = resume_mode(config), Path(config.dump_path) / CHECKPOINTS
     if mode is None:
@@ -745,21 +1096,29 @@ def find_resume_point(config: TrainConfig, world_size: int) -> Checkpoint | None
     found = checkpointing.newest(folder)
     if found is None:
         if mode == "required":
-            raise InputError(f"--resume: there is no checkpoint in {folder}; name the run's --dump_path, or use --resume auto")
+            raise InputError(
+                f"--resume: there is no checkpoint in {folder}; name the run's --dump_path, or use"
+                " --resume auto"
+            )
         return None
     with saying_misfit(found):
         problems = flag_contradictions(config, world_size, found)
         if problems:
             raise InputError("\n".join(problems))
         logger.info(
-            "Going on from %s: %d updates, %d micro-batches done.", found.path, found.step, found.state["micro_batches"]
+            "Going on from %s: %d updates, %d micro-batches done.",
+            found.path,
+            found.step,
+            found.state["micro_batches"],
         )
     return found
 
 
 @contextlib.contextmanager
 def saying_misfit(found: Checkpoint | None) -> Iterator[None]:
-    """Turn what an odd state raises into InputError: it is whole, but not what this program writes."""
+    """Turn what an odd state raises into InputError: it is whole, but not what this program
+    writes.
+    """
     try:
         yield
     except InputError:
@@ -767,7 +1126,9 @@ def saying_misfit(found: Checkpoint | None) -> Iterator[None]:
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         name = "--resume: the checkpoint" if found is None else found.path
         reason = f"{type(error).__name__}: {one_line(error)}"
-        raise InputError(f"{name}: does not fit this program and run ({reason}); {START_ANEW[3:]}") from error
+        raise InputError(
+            f"{name}: does not fit this program and run ({reason}); {START_ANEW[3:]}"
+        ) from error
 
 
 def flag_contradictions(config: TrainConfig, world_size: int, found: Checkpoint) -> list[str]:
@@ -781,41 +1142,55 @@ def flag_contradictions(config: TrainConfig, world_size: int, found: Checkpoint)
     per_update = config.gradient_accumulation_steps * world_size
     if per_update != found.state["per_update"]:
         problems.append(
-            f"--gradient_accumulation_steps {config.gradient_accumulation_steps} on {world_size} process(es): {per_update} "
-            f"micro-batches an update, {found.path} was made with {found.state['per_update']}; keep their product, {START_ANEW}"
+            f"--gradient_accumulation_steps {config.gradient_accumulation_steps} on {world_size}"
+            f" process(es): {per_update} micro-batches an update, {found.path} was made with"
+            f" {found.state['per_update']}; keep their product, {START_ANEW}"
         )
     return problems
 
 
 def check_identity(config: TrainConfig, now: dict, found: Checkpoint) -> None:
-    """Raise InputError, a line each, where the inputs' content is not what the checkpoint was made with."""
+    """Raise InputError, a line each, where the inputs' content is not what the checkpoint was made
+    with.
+    """
     then, problems = found.state["identity"], []
     for key, value in now["student_config"].items():
         if key in then["student_config"] and then["student_config"][key] != value:
             was = then["student_config"][key]
-            problems.append(f"{student_source(config)}: {key} is {value}, {found.path} was made with {was}")
+            problems.append(
+                f"{student_source(config)}: {key} is {value}, {found.path} was made with {was}"
+            )
     for name in ("teacher_name", "data_file", "token_counts", "vocabulary"):
         if now[name] != then[name]:
             source = "the tokenizer of --teacher_name" if name == "vocabulary" else f"--{name}"
             path = getattr(config, "teacher_name" if name == "vocabulary" else name)
             digests = [str(digest)[:12] for digest in (now[name], then[name])]
-            problems.append(f"{source} {path}: its digest is {digests[0]}, {found.path} was made with {digests[1]}")
+            problems.append(
+                f"{source} {path}: its digest is {digests[0]}, {found.path} was made with"
+                f" {digests[1]}"
+            )
     best = found.state.get("best")
     if best and now["eval_data_file"] not in (None, best["data"]):
         digests = [str(digest)[:12] for digest in (now["eval_data_file"], best["data"])]
         problems.append(
-            f"--eval_data_file {config.eval_data_file}: its digest is {digests[0]}, the best student so far was found on "
-            f"{digests[1]}"
+            f"--eval_data_file {config.eval_data_file}: its digest is {digests[0]}, the best"
+            f" student so far was found on {digests[1]}"
         )
     if problems:
-        raise InputError("\n".join(f"{problem}; name the same, {START_ANEW}" for problem in problems))
+        raise InputError(
+            "\n".join(f"{problem}; name the same, {START_ANEW}" for problem in problems)
+        )
 
 
 class RunFolder:
-    """What a run writes, on the main process only. Every file is complete under its name or not there."""
+    """What a run writes, on the main process only. Every file is complete under its name or not
+    there.
+    """
 
     def __init__(self, config: TrainConfig, parts: Parts, point: Checkpoint | None):
-        """point: the checkpoint that the run goes on from; without one the folder is made, an old one moved aside."""
+        """point: the checkpoint that the run goes on from; without one the folder is made, an old
+        one moved aside.
+        """
         self.path = entry(config.dump_path)
         self.student = parts.student
         self.tokenizer = parts.tokenizer
@@ -839,7 +1214,9 @@ class RunFolder:
         self.log = Log(self.log_path)
         if point is None:
             student_config = self.student.config.to_json_string(use_diff=False)
-            self.log.add_texts({"config/training": json.dumps(as_flags(config)), "config/student": student_config})
+            self.log.add_texts(
+                {"config/training": json.dumps(as_flags(config)), "config/student": student_config}
+            )
 
     @property
     def log_path(self) -> Path:
@@ -879,7 +1256,9 @@ class RunFolder:
             self.log.let_go()
 
     def save_checkpoint(self, distiller: Distiller, state: dict, step: int, keep: int) -> None:
-        """Write all that the run needs to go on, then checkpoint.pth: the student's plain state dict."""
+        """Write all that the run needs to go on, then checkpoint.pth: the student's plain state
+        dict.
+        """
         state = {**state, "log_bytes": self._log_bytes()}
         checkpointing.write(self.path / CHECKPOINTS, step, distiller.tensors(), state, keep)
         self._save_plain_checkpoint()
@@ -902,21 +1281,31 @@ class RunFolder:
     def describe_saved(self) -> str:
         """Say what is on the disk to go on from."""
         saved = checkpointing.exist(self.path / CHECKPOINTS)
-        return f"The newest checkpoint is {saved[0]}." if saved else f"No checkpoint was saved yet in {self.path}."
+        return (
+            f"The newest checkpoint is {saved[0]}."
+            if saved
+            else f"No checkpoint was saved yet in {self.path}."
+        )
 
     def save_best(self, record: dict) -> None:
-        """Keep the student as the best so far: best/, for from_pretrained, and best.json last, which says what it holds."""
+        """Keep the student as the best so far: best/, for from_pretrained, and best.json last,
+        which says what it holds.
+        """
         target = self.path / BEST
         with self._exported() as files:
             names = [target / file.name for file in files]
-            with atomic_paths(*names, target / "best.json", stale=[target / "best.json"]) as temporaries:
+            with atomic_paths(
+                *names, target / "best.json", stale=[target / "best.json"]
+            ) as temporaries:
                 for file, temporary in zip(files, temporaries, strict=False):
                     os.replace(file, temporary)
                 temporaries[-1].write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
 
     @contextlib.contextmanager
     def _exported(self) -> Iterator[list[Path]]:
-        """Yield the files of the student and its tokenizer as from_pretrained wants them, in a folder to take them from."""
+        """Yield the files of the student and its tokenizer as from_pretrained wants them, in a
+        folder to take them from.
+        """
         with tempfile.TemporaryDirectory(prefix=".export-", dir=self.path) as folder:
             with quiet_transformers(), naming_library_errors(self.path):
                 self.student.save_pretrained(folder)
@@ -924,7 +1313,9 @@ class RunFolder:
             yield sorted(Path(folder).iterdir())
 
     def finish(self) -> None:
-        """Make the folder one that from_pretrained loads, and write pytorch_model.bin last: its presence means done."""
+        """Make the folder one that from_pretrained loads, and write pytorch_model.bin last: its
+        presence means done.
+        """
         with self._exported() as files:
             for file in files:
                 with atomic_path(self.path / file.name) as temporary:
@@ -938,13 +1329,17 @@ class Log:
 
     def __init__(self, path: Path):
         self.path = path
-        # Their writer's thread prints a traceback of its own where the disk is full, besides handing the error on.
+        # Their writer's thread prints a traceback of its own where the disk is full, besides
+        # handing the error on.
         self.kept_hook, threading.excepthook = threading.excepthook, self._thread_failed
         with naming(path):
             self.writer = SummaryWriter(str(path))
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
-        if not (type(failure.thread).__name__ == "_AsyncWriterThread" and issubclass(failure.exc_type, OSError)):
+        if not (
+            type(failure.thread).__name__ == "_AsyncWriterThread"
+            and issubclass(failure.exc_type, OSError)
+        ):
             self.kept_hook(failure)
 
     def add_texts(self, texts: dict[str, str]) -> None:
@@ -975,7 +1370,9 @@ class Log:
 
 
 def cut_log(folder: Path, sizes: dict[str, int]) -> None:
-    """Cut TensorBoard's files to what they held at a checkpoint: what came after it will come again."""
+    """Cut TensorBoard's files to what they held at a checkpoint: what came after it will come
+    again.
+    """
     for file in sorted(folder.iterdir()) if folder.is_dir() else []:
         size = sizes.get(file.name, 0)
         if file.stat().st_size < size:
@@ -987,12 +1384,17 @@ def cut_log(folder: Path, sizes: dict[str, int]) -> None:
 
 
 def entry(path: str) -> Path:
-    """Name a folder by its place in the folder above: links on the way are followed, as the system does, one at the end not.
+    """Name a folder by its place in the folder above: links on the way are followed, as the system
+    does, one at the end not.
 
-    A rename then moves what was looked at: os.path.abspath takes "link/../run" for "run", and rename a slash behind a link
-    for the folder behind it.
+    A rename then moves what was looked at: os.path.abspath takes "link/../run" for "run", and
+    rename a slash behind a link for the folder behind it.
     """
-    return Path(path).resolve() if Path(path).name in ("", "..") else Path(path).parent.resolve() / Path(path).name
+    return (
+        Path(path).resolve()
+        if Path(path).name in ("", "..")
+        else Path(path).parent.resolve() / Path(path).name
+    )
 
 
 def _free_name(name: str) -> str:
@@ -1000,9 +1402,9 @@ def _free_name(name: str) -> str:
     return next(candidate for candidate in candidates if not os.path.lexists(candidate))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The loop
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Progress:
@@ -1015,17 +1417,28 @@ class Progress:
         self.step = 0  # updates done
         self.micro_batches = 0  # done, over all processes
         self.log_sums_K, self.log_count = torch.zeros(len(self.names), dtype=torch.float64), 0
-        # Others wait for rank 0 at the first exchange: it measures undisturbed, with its share of a CPU's threads.
-        self.peak_flops = self._find_peak(runtime) if runtime.is_main and parts.work is not None else None
-        self.num_tokens, self.num_flops, self.logged_at = 0, 0, time.perf_counter()  # of all ranks, since the last log
+        # Others wait for rank 0 at the first exchange: it measures undisturbed, with its share of a
+        # CPU's threads.
+        self.peak_flops = (
+            self._find_peak(runtime) if runtime.is_main and parts.work is not None else None
+        )
+        self.num_tokens, self.num_flops, self.logged_at = (
+            0,
+            0,
+            time.perf_counter(),
+        )  # of all ranks, since the last log
         self.epoch_sums: dict[int, tuple[float, int]] = {}
         self.evaluated_step = 0  # the last update after which held-out data was evaluated
         self.best: dict | None = None  # what best.json holds
         self.training_text = self.held_out_text = ""  # what the bar shows
         self.bar = tqdm(
-            total=parts.num_micro_batches, unit="batch", desc="epoch 0", smoothing=0.05, disable=not runtime.is_main,
+            total=parts.num_micro_batches,
+            unit="batch",
+            desc="epoch 0",
+            smoothing=0.05,
+            disable=not runtime.is_main,
             **bar_options(),
-        )  # fmt: skip
+        )
 
     def _find_peak(self, runtime: Runtime) -> float:
         dtype = self.parts.distiller.amp_dtype or torch.float32
@@ -1044,22 +1457,29 @@ class Progress:
         """Return the counters and sums as numbers, for a checkpoint."""
         return {
             "micro_batches": self.micro_batches,
-            "log_sums": self.log_sums_K.tolist(), "log_count": self.log_count,
+            "log_sums": self.log_sums_K.tolist(),
+            "log_count": self.log_count,
             "epoch_sums": [[epoch, *sums] for epoch, sums in self.epoch_sums.items()],
-            "evaluated_step": self.evaluated_step, "best": self.best,
-        }  # fmt: skip
+            "evaluated_step": self.evaluated_step,
+            "best": self.best,
+        }
 
     def load(self, step: int, state: typing.Mapping[str, typing.Any]) -> None:
         """Take what `state` returned after update number `step`."""
         self.step, self.micro_batches = step, state["micro_batches"]
-        self.log_sums_K, self.log_count = torch.tensor(state["log_sums"], dtype=torch.float64), state["log_count"]
+        self.log_sums_K, self.log_count = (
+            torch.tensor(state["log_sums"], dtype=torch.float64),
+            state["log_count"],
+        )
         self.epoch_sums = {epoch: (total, count) for epoch, total, count in state["epoch_sums"]}
         self.evaluated_step, self.best = state.get("evaluated_step", 0), state.get("best")
         self.bar.initial = self.micro_batches  # the bar's rate is of what is done now
         self.bar.update(self.micro_batches - self.bar.n)
 
     def advancing(self, batches: Iterator, num_ranks: int) -> Iterator:
-        """Pass this rank's micro-batches on, moving the bar as each is done; it stands for one on every rank."""
+        """Pass this rank's micro-batches on, moving the bar as each is done; it stands for one on
+        every rank.
+        """
         for batch in batches:
             yield batch
             self.bar.update(num_ranks)
@@ -1082,20 +1502,29 @@ class Progress:
             self.num_flops += 0 if self.parts.work is None else self.parts.work.flops(lengths_B)
         rates = self.rates(time.perf_counter())
         self.bar.set_description(f"epoch {update.planned[-1].epoch}", refresh=False)
-        self.training_text = f"loss {report.losses_MK[:, 0].mean():.4f}, {rates['tokens_per_s']:,.0f} tokens/s"
+        self.training_text = (
+            f"loss {report.losses_MK[:, 0].mean():.4f}, {rates['tokens_per_s']:,.0f} tokens/s"
+        )
         if "mfu" in rates:
             self.training_text += f", {rates['mfu']:.1%} MFU"
         self.bar.set_postfix_str(self.training_text + self.held_out_text, refresh=False)
-        self.bar.update(max(update.planned[-1].number + 1 - self.bar.n, 0))  # the next update may have moved it on
+        self.bar.update(
+            max(update.planned[-1].number + 1 - self.bar.n, 0)
+        )  # the next update may have moved it on
 
     def rates(self, now: float) -> dict[str, float]:
-        """Return real tokens a second over all ranks, and, where it is known, their model FLOPs' share of the peak.
+        """Return real tokens a second over all ranks, and, where it is known, their model FLOPs'
+        share of the peak.
 
         Of the time since the last log, or since this process began to train.
         """
         elapsed_s = now - self.logged_at
         rates = {"tokens_per_s": self.num_tokens / elapsed_s}
-        return rates if self.peak_flops is None else {**rates, "mfu": self.num_flops / elapsed_s / self.peak_flops}
+        return (
+            rates
+            if self.peak_flops is None
+            else {**rates, "mfu": self.num_flops / elapsed_s / self.peak_flops}
+        )
 
     def epoch_mean(self, epoch: int) -> float:
         """Mean loss over an epoch's micro-batches so far."""
@@ -1105,7 +1534,8 @@ class Progress:
     def log_to(self, log: Log, epoch: int, report: StepReport) -> None:
         """Write the scalars of SummaryWriter; x = micro-batches that each process has taken."""
         now = time.perf_counter()
-        # Differs from the original: means since the last log, over all ranks; 2019 logged one micro-batch.
+        # Differs from the original: means since the last log, over all ranks; 2019 logged one
+        # micro-batch.
         means = (self.log_sums_K / self.log_count).tolist()
         scalars = {f"losses/{name}": mean for name, mean in zip(self.names, means, strict=True)}
         scalars |= {
@@ -1117,7 +1547,9 @@ class Progress:
         }
         for name, parameter in self.parts.student.named_parameters():
             scalars[f"parameter_mean/{name}"] = parameter.detach().mean().item()
-            scalars[f"parameter_std/{name}"] = parameter.detach().std(correction=int(parameter.numel() > 1)).item()
+            scalars[f"parameter_std/{name}"] = (
+                parameter.detach().std(correction=int(parameter.numel() > 1)).item()
+            )
         for name, (mean, std) in report.grad_statistics.items():
             scalars |= {f"grad_mean/{name}": mean, f"grad_std/{name}": std}
         log.add_scalars(scalars, self.iterations)
@@ -1134,17 +1566,25 @@ class Progress:
         return self._is_evaluated(self.step + 1, interval, is_last)
 
     def _is_evaluated(self, step: int, interval: int | None, is_last: bool) -> bool:
-        return self.parts.held_out is not None and (is_last or (interval is not None and step % interval == 0))
+        return self.parts.held_out is not None and (
+            is_last or (interval is not None and step % interval == 0)
+        )
 
     def take_figures(self, figures: dict[str, float], elapsed_s: float) -> bool:
-        """Take an evaluation in, its time out of the rates; True where the student is the best so far."""
+        """Take an evaluation in, its time out of the rates; True where the student is the best so
+        far.
+        """
         self.evaluated_step = self.step
         self.logged_at += elapsed_s
         measure = "kl" if "kl" in figures else "loss"
-        self.held_out_text = f", held-out {measure} {figures[measure]:.4f}, top-1 {figures['accuracy']:.1%}"
+        self.held_out_text = (
+            f", held-out {measure} {figures[measure]:.4f}, top-1 {figures['accuracy']:.1%}"
+        )
         self.bar.set_postfix_str(self.training_text + self.held_out_text)
         # A comparison with NaN is false: such a student is never the best.
-        is_best = figures[measure] < (math.inf if self.best is None else self.best["figures"][measure])
+        is_best = figures[measure] < (
+            math.inf if self.best is None else self.best["figures"][measure]
+        )
         if is_best:
             data = self.parts.identity.get("eval_data_file")
             self.best = {"step": self.step, "lowest": measure, "figures": figures, "data": data}
@@ -1168,29 +1608,46 @@ class Begun:
     number: int
 
 
-def fit(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None, progress: Progress, stop: StopSignals):
+def fit(
+    config: TrainConfig,
+    parts: Parts,
+    runtime: Runtime,
+    folder: RunFolder | None,
+    progress: Progress,
+    stop: StopSignals,
+):
     """Train: an update, then whatever falls due after it. Raises Stopped.
 
-    Where the distiller does not wait, what an update gave is read when the next one has been given to the device, so that
-    this is never idle; before anything that falls due all is read.
+    Where the distiller does not wait, what an update gave is read when the next one has been given
+    to the device, so that this is never idle; before anything that falls due all is read.
     """
     updates = parts.sampler.updates(
-        parts.num_micro_batches, config.gradient_accumulation_steps, runtime.rank, runtime.world_size, progress.micro_batches
+        parts.num_micro_batches,
+        config.gradient_accumulation_steps,
+        runtime.rank,
+        runtime.world_size,
+        progress.micro_batches,
     )
     stream = contextlib.closing(prefetched(prepared(parts, updates), MICRO_BATCHES_AHEAD))
     progress.logged_at = time.perf_counter()  # a checkpoint was read or written before
     unread: list[Begun] = []
     with progress.bar, logging_redirect_tqdm([logger]), stream as items:
-        evaluate_if_due(config, parts, runtime, folder, progress)  # the run was stopped before it could
+        evaluate_if_due(
+            config, parts, runtime, folder, progress
+        )  # the run was stopped before it could
         for update in items:
             due = what_is_due(config, progress, update)
-            batches = progress.advancing(itertools.islice(items, len(update.mine)), runtime.world_size)
+            batches = progress.advancing(
+                itertools.islice(items, len(update.mine)), runtime.world_size
+            )
             unread.append(begin(parts, runtime, folder, progress, update, batches, due, stop))
             reports = read_some(parts, runtime, folder, progress, unread, len(unread) - 1)
             if parts.distiller.waits or due.is_any or any(report.num_asking for report in reports):
                 reports += read_some(parts, runtime, folder, progress, unread, len(unread))
             is_stopped = any(report.num_asking for report in reports)
-            if due.is_last or not is_stopped:  # whoever asks to stop may not wait: it is done when the run goes on
+            if (
+                due.is_last or not is_stopped
+            ):  # whoever asks to stop may not wait: it is done when the run goes on
                 evaluate_if_due(config, parts, runtime, folder, progress)
             if due.is_any or is_stopped:
                 after_update(config, parts, folder, progress, update, reports[-1], due, is_stopped)
@@ -1211,7 +1668,13 @@ class Due:
     @property
     def is_any(self) -> bool:
         """True where the update must be read at once."""
-        return self.is_last or self.is_logged or self.is_saved or self.is_evaluated or bool(self.epochs)
+        return (
+            self.is_last
+            or self.is_logged
+            or self.is_saved
+            or self.is_evaluated
+            or bool(self.epochs)
+        )
 
 
 def what_is_due(config: TrainConfig, progress: Progress, update: Update) -> Due:
@@ -1228,22 +1691,39 @@ def what_is_due(config: TrainConfig, progress: Progress, update: Update) -> Due:
 
 
 def begin(
-    parts: Parts, runtime: Runtime, folder: RunFolder | None, progress: Progress, update: Update, batches: Iterator, due: Due,
+    parts: Parts,
+    runtime: Runtime,
+    folder: RunFolder | None,
+    progress: Progress,
+    update: Update,
+    batches: Iterator,
+    due: Due,
     stop: StopSignals,
-) -> Begun:  # fmt: skip
+) -> Begun:
     """Give the device an update."""
     number = progress.step
-    with saying_out_of_memory(parts, update), explaining_non_finite(parts, runtime, folder, update, number):
+    with (
+        saying_out_of_memory(parts, update),
+        explaining_non_finite(parts, runtime, folder, update, number),
+    ):
         step = parts.distiller.begin_step(
-            batches, [batch.number for batch in update.planned], len(update.mine),
-            wants_statistics=due.is_logged and runtime.is_main, asks_to_stop=lambda: stop.requested is not None,
-        )  # fmt: skip
+            batches,
+            [batch.number for batch in update.planned],
+            len(update.mine),
+            wants_statistics=due.is_logged and runtime.is_main,
+            asks_to_stop=lambda: stop.requested is not None,
+        )
     progress.advance(update)
     return Begun(update, step, number)
 
 
 def read_some(
-    parts: Parts, runtime: Runtime, folder: RunFolder | None, progress: Progress, unread: list[Begun], num: int
+    parts: Parts,
+    runtime: Runtime,
+    folder: RunFolder | None,
+    progress: Progress,
+    unread: list[Begun],
+    num: int,
 ) -> list[StepReport]:
     """Read the oldest `num` of the updates not read yet, and take what they gave into the means."""
     reports = []
@@ -1257,11 +1737,20 @@ def read_some(
 
 
 def after_update(
-    config: TrainConfig, parts: Parts, folder: RunFolder | None, progress: Progress, update: Update, report: StepReport,
-    due: Due, is_stopped: bool,
-) -> None:  # fmt: skip
-    """Log and save what is due. Raises NonFiniteError, on every rank alike, where what is to be saved is not finite."""
-    # Differs from the original: logs and checkpoints follow the update that they fall in; 2019's came before it.
+    config: TrainConfig,
+    parts: Parts,
+    folder: RunFolder | None,
+    progress: Progress,
+    update: Update,
+    report: StepReport,
+    due: Due,
+    is_stopped: bool,
+) -> None:
+    """Log and save what is due. Raises NonFiniteError, on every rank alike, where what is to be
+    saved is not finite.
+    """
+    # Differs from the original: logs and checkpoints follow the update that they fall in; 2019's
+    # came before it.
     is_saved = due.is_saved or is_stopped
     if is_saved or due.epochs:
         parts.distiller.check_finite()
@@ -1275,11 +1764,18 @@ def after_update(
         save(config, parts, folder, progress)
 
 
-def evaluate_if_due(config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None, progress: Progress) -> None:
+def evaluate_if_due(
+    config: TrainConfig,
+    parts: Parts,
+    runtime: Runtime,
+    folder: RunFolder | None,
+    progress: Progress,
+) -> None:
     """Evaluate held-out data where that falls due: show it, log it, keep the best student.
 
-    The checkpoint that follows remembers all three; a run that dies before it does them again. Training is not touched.
-    Raises NonFiniteError, on every rank alike, before anything not finite is kept.
+    The checkpoint that follows remembers all three; a run that dies before it does them again.
+    Training is not touched. Raises NonFiniteError, on every rank alike, before anything not finite
+    is kept.
     """
     if not progress.evaluation_is_due(config.eval_interval):
         return
@@ -1289,9 +1785,13 @@ def evaluate_if_due(config: TrainConfig, parts: Parts, runtime: Runtime, folder:
     is_best = progress.take_figures(figures, time.perf_counter() - started)
     if folder is None:
         return
-    folder.log.add_scalars({f"eval/{name}": value for name, value in figures.items()}, progress.iterations)
+    folder.log.add_scalars(
+        {f"eval/{name}": value for name, value in figures.items()}, progress.iterations
+    )
     listed = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-    logger.info("Update %d, held out: %s%s.", progress.step, listed, "; the best so far" if is_best else "")
+    logger.info(
+        "Update %d, held out: %s%s.", progress.step, listed, "; the best so far" if is_best else ""
+    )
     if is_best:
         folder.save_best(progress.best)
 
@@ -1300,12 +1800,22 @@ LOGGED_FIGURES = ("loss", "accuracy", "perplexity", "kl", "agreement")
 
 
 def held_out_figures(parts: Parts, runtime: Runtime) -> dict[str, float]:
-    """Measure the student, against its teacher if it has one, on held-out data: each rank its share, summed once."""
+    """Measure the student, against its teacher if it has one, on held-out data: each rank its
+    share, summed once.
+    """
     held_out, distiller = parts.held_out, parts.distiller
     student = Reader(parts.student, distiller.model.head, distiller.amp_dtype)
-    teacher = None if distiller.teacher is None else Reader(distiller.teacher, distiller.teacher_head)
+    teacher = (
+        None if distiller.teacher is None else Reader(distiller.teacher, distiller.teacher_head)
+    )
     with runtime.sharing_errors():
-        mine = passes_over(held_out.dataset.collate, held_out.batches, held_out.passes, runtime.rank, runtime.world_size)
+        mine = passes_over(
+            held_out.dataset.collate,
+            held_out.batches,
+            held_out.passes,
+            runtime.rank,
+            runtime.world_size,
+        )
         sums_S = measure(student, teacher, mine)
     if runtime.world_size > 1:
         torch.distributed.all_reduce(sums_S)
@@ -1323,35 +1833,62 @@ def end_epoch(folder: RunFolder, epoch: int, mean_loss: float) -> None:
 def save(config: TrainConfig, parts: Parts, folder: RunFolder, progress: Progress) -> None:
     """Write a checkpoint of the run as it stands."""
     state = {
-        **progress.state(), **parts.distiller.values(), "identity": parts.identity, "flags": as_flags(config),
-        "per_update": config.gradient_accumulation_steps * progress.world_size, "torch": torch.__version__,
-    }  # fmt: skip
+        **progress.state(),
+        **parts.distiller.values(),
+        "identity": parts.identity,
+        "flags": as_flags(config),
+        "per_update": config.gradient_accumulation_steps * progress.world_size,
+        "torch": torch.__version__,
+    }
     folder.save_checkpoint(parts.distiller, state, progress.step, config.keep_checkpoints)
 
 
-def restore(config: TrainConfig, parts: Parts, runtime: Runtime, progress: Progress, point: Checkpoint | None) -> None:
-    """Take the state of the checkpoint that rank 0 found onto every rank. Raises InputError where it is another run's."""
+def restore(
+    config: TrainConfig,
+    parts: Parts,
+    runtime: Runtime,
+    progress: Progress,
+    point: Checkpoint | None,
+) -> None:
+    """Take the state of the checkpoint that rank 0 found onto every rank. Raises InputError where
+    it is another run's.
+    """
     with runtime.sharing_errors():
         if point is not None:
             with saying_misfit(point):
                 check_identity(config, parts.identity, point)
-        tensors = {name: point.tensors(name) if point is not None else {} for name in ("student", "optimizer")}
+        tensors = {
+            name: point.tensors(name) if point is not None else {}
+            for name in ("student", "optimizer")
+        }
     tensors = {name: runtime.tensors_from_main(content) for name, content in tensors.items()}
     step, state = runtime.from_main((point.step, dict(point.state)) if point is not None else None)
     with runtime.sharing_errors(), saying_misfit(point):
         parts.distiller.load(tensors, state)
         progress.load(step, state)
     if state.get("torch") != torch.__version__:
-        logger.warning("The checkpoint is of torch %s, this is %s: results may differ.", state.get("torch"), torch.__version__)
+        logger.warning(
+            "The checkpoint is of torch %s, this is %s: results may differ.",
+            state.get("torch"),
+            torch.__version__,
+        )
 
 
 @contextlib.contextmanager
-def explaining_non_finite(parts: Parts, runtime: Runtime, folder: RunFolder | None, update: Update, number: int):
-    """Say of a NonFiniteError which update, rank and sequences it came from, and save their batches for a post-mortem."""
+def explaining_non_finite(
+    parts: Parts, runtime: Runtime, folder: RunFolder | None, update: Update, number: int
+):
+    """Say of a NonFiniteError which update, rank and sequences it came from, and save their batches
+    for a post-mortem.
+    """
     try:
         yield
     except NonFiniteError as error:
-        found = dict.fromkeys(error.numbers, "") if error.is_located else located(parts, runtime, update)
+        found = (
+            dict.fromkeys(error.numbers, "")
+            if error.is_located
+            else located(parts, runtime, update)
+        )
         if folder is None:
             raise
         lines = [f"update {number}: {error}", *culprit_lines(parts, runtime, update, found)]
@@ -1365,15 +1902,25 @@ def explaining_non_finite(parts: Parts, runtime: Runtime, folder: RunFolder | No
         raise NonFiniteError("; ".join(lines), error.numbers, error.is_located) from error
 
 
-def culprit_lines(parts: Parts, runtime: Runtime, update: Update, found: dict[int, str]) -> list[str]:
-    """Describe the micro-batches found, number -> what is wrong: on which rank, of which sequences."""
-    shares = [parts.sampler.deal(update.planned, rank, runtime.world_size) for rank in range(runtime.world_size)]
+def culprit_lines(
+    parts: Parts, runtime: Runtime, update: Update, found: dict[int, str]
+) -> list[str]:
+    """Describe the micro-batches found, number -> what is wrong: on which rank, of which
+    sequences.
+    """
+    shares = [
+        parts.sampler.deal(update.planned, rank, runtime.world_size)
+        for rank in range(runtime.world_size)
+    ]
     ranks = {batch.number: rank for rank, share in enumerate(shares) for batch in share}
     lines = []
     for batch in update.planned:
         if batch.number in found:
             what = f"micro-batch {batch.number}{found[batch.number] and ': '}{found[batch.number]}"
-            lines.append(f"{what}, on rank {ranks[batch.number]}, sequences {', '.join(map(str, batch.sequences.tolist()))}")
+            lines.append(
+                f"{what}, on rank {ranks[batch.number]}, sequences"
+                f" {', '.join(map(str, batch.sequences.tolist()))}"
+            )
     return lines or ["computed again everything was finite: suspect the machine"]
 
 
@@ -1391,33 +1938,50 @@ def save_batches(path: Path, parts: Parts, planned: list[PlannedBatch], message:
     tensors = {}
     for batch, plan in zip(prepared_batches(parts, planned), planned, strict=True):
         content = {
-            "input_ids": batch.input_ids_BT, "labels": batch.labels_BT, "attention_mask": batch.attention_mask_BT,
+            "input_ids": batch.input_ids_BT,
+            "labels": batch.labels_BT,
+            "attention_mask": batch.attention_mask_BT,
             "sequences": torch.from_numpy(plan.sequences.astype(np.int64)),
-        }  # fmt: skip
-        tensors |= {f"{batch.number}/{name}": value.contiguous() for name, value in content.items() if value is not None}
+        }
+        tensors |= {
+            f"{batch.number}/{name}": value.contiguous()
+            for name, value in content.items()
+            if value is not None
+        }
     with atomic_path(path) as temporary:
         temporary.write_bytes(safetensors.torch.save(tensors, {"error": message}))
 
 
 @contextlib.contextmanager
 def saying_out_of_memory(parts: Parts, update: Update) -> Iterator[None]:
-    """Turn an allocation that failed into one line that names the largest micro-batch and the flags to lower."""
+    """Turn an allocation that failed into one line that names the largest micro-batch and the flags
+    to lower.
+    """
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, (torch.OutOfMemoryError, MemoryError)) or "not enough memory" in str(error)
+        is_memory = isinstance(
+            error, (torch.OutOfMemoryError, MemoryError)
+        ) or "not enough memory" in str(error)
         if not is_memory:
             raise
-        shapes = [(len(b.sequences), int(parts.dataset.lengths[b.sequences].max())) for b in update.mine]
-        num, length = max(shapes, key=lambda shape: shape[0] * shape[1], default=(0, 0))  # a rank may have none
+        shapes = [
+            (len(b.sequences), int(parts.dataset.lengths[b.sequences].max())) for b in update.mine
+        ]
+        num, length = max(
+            shapes, key=lambda shape: shape[0] * shape[1], default=(0, 0)
+        )  # a rank may have none
         raise RankError(
-            f"out of memory in a micro-batch of {num} x {length} = {num * length} padded tokens; lower --max_tokens or "
-            "--batch_size (and raise --gradient_accumulation_steps), or try --bf16 or --activation_checkpointing"
+            f"out of memory in a micro-batch of {num} x {length} = {num * length} padded tokens;"
+            " lower --max_tokens or --batch_size (and raise --gradient_accumulation_steps), or try"
+            " --bf16 or --activation_checkpointing"
         ) from error
 
 
 def prepared(parts: Parts, updates: Iterable[Update]) -> Iterator[Update | MicroBatch]:
-    """Yield each update, then this rank's micro-batches of it, collated, masked and ready to be copied to the device."""
+    """Yield each update, then this rank's micro-batches of it, collated, masked and ready to be
+    copied to the device.
+    """
     for update in updates:
         yield update
         yield from prepared_batches(parts, update.mine)
@@ -1436,7 +2000,9 @@ def epochs_ended(update: Update, batches_per_epoch: int) -> list[int]:
 
 
 def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
-    """Set up, go on from a checkpoint if that is wanted, train, export. Raises InputError, NonFiniteError, Stopped."""
+    """Set up, go on from a checkpoint if that is wanted, train, export. Raises InputError,
+    NonFiniteError, Stopped.
+    """
     point, folder = None, None
     with runtime.sharing_errors():
         if runtime.is_main:
@@ -1452,11 +2018,16 @@ def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
             if runtime.is_main:
                 folder = RunFolder(config, parts, point)
                 if not goes_on:
-                    save(config, parts, folder, progress)  # shows now that there is room, and ever after there is one
+                    save(
+                        config, parts, folder, progress
+                    )  # shows now that there is room, and ever after there is one
         logger.info(
-            "Training %s parameters on %d sequences (%d ids), %d micro-batches in all.", f"{parts.student.num_parameters():,}",
-            len(parts.dataset), int(np.sum(parts.dataset.lengths)), parts.num_micro_batches,
-        )  # fmt: skip
+            "Training %s parameters on %d sequences (%d ids), %d micro-batches in all.",
+            f"{parts.student.num_parameters():,}",
+            len(parts.dataset),
+            int(np.sum(parts.dataset.lengths)),
+            parts.num_micro_batches,
+        )
         fit_and_export(config, parts, runtime, folder, progress, stop)
     finally:
         if folder is not None:
@@ -1464,7 +2035,12 @@ def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
 
 
 def fit_and_export(
-    config: TrainConfig, parts: Parts, runtime: Runtime, folder: RunFolder | None, progress: Progress, stop: StopSignals
+    config: TrainConfig,
+    parts: Parts,
+    runtime: Runtime,
+    folder: RunFolder | None,
+    progress: Progress,
+    stop: StopSignals,
 ) -> None:
     """Run the loop with what ends it early said; then export the student."""
     try:
@@ -1476,7 +2052,11 @@ def fit_and_export(
         sys.exit(EXIT_NON_FINITE)
     except Stopped as end:
         if runtime.is_main:
-            logger.info("Stopped after update %d; go on with --resume. %s", progress.step, folder.describe_saved())
+            logger.info(
+                "Stopped after update %d; go on with --resume. %s",
+                progress.step,
+                folder.describe_saved(),
+            )
         sys.exit(end.status)
     if folder is not None:
         folder.finish()

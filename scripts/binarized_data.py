@@ -1,8 +1,10 @@
-"""Turn text into token ids: one sequence a line -> {dump_file}.{tokenizer name}.pickle, a shuffled list of id arrays.
+"""Turn text into token ids: one sequence a line -> {dump_file}.{tokenizer name}.pickle, a shuffled
+list of id arrays.
 
-With --format store: {dump_file}.{tokenizer name}.bin and .idx, which training maps into memory. Either way a .json beside
-it says what it is. Any corpus that fits on the disk: text is read as a stream, tokenized on all cores, spooled, and
-shuffled from the disk; memory does not grow with it. The same text, tokenizer and seed give the same bytes.
+With --format store: {dump_file}.{tokenizer name}.bin and .idx, which training maps into memory.
+Either way a .json beside it says what it is. Any corpus that fits on the disk: text is read as a
+stream, tokenized on all cores, spooled, and shuffled from the disk; memory does not grow with it.
+The same text, tokenizer and seed give the same bytes.
 """
 
 import argparse
@@ -53,39 +55,91 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--file_path", default="data/dump.txt",
-        help="UTF-8 text, one sequence a line: a file, a folder, or a quoted glob; .txt, .jsonl, both also as .gz; what "
-        "the datasets library opens (.parquet, .csv, ..) (default: %(default)s)")  # fmt: skip
-    add("--text_field", default="text", help="the text's field or column in .jsonl, .parquet, .. (default: %(default)s)")
-    add("--errors", default="strict", choices=ERRORS,
-        help="what becomes of text that is not UTF-8: stop, skip the line, replace the bytes; counted "
-        "(default: %(default)s)")  # fmt: skip
+    add(
+        "--file_path",
+        default="data/dump.txt",
+        help=(
+            "UTF-8 text, one sequence a line: a file, a folder, or a quoted glob; .txt, .jsonl,"
+            " both also as .gz; what the datasets library opens (.parquet, .csv, ..) (default:"
+            " %(default)s)"
+        ),
+    )
+    add(
+        "--text_field",
+        default="text",
+        help="the text's field or column in .jsonl, .parquet, .. (default: %(default)s)",
+    )
+    add(
+        "--errors",
+        default="strict",
+        choices=ERRORS,
+        help=(
+            "what becomes of text that is not UTF-8: stop, skip the line, replace the bytes;"
+            " counted (default: %(default)s)"
+        ),
+    )
     add(
         "--tokenizer_type",
         default="bert",
         choices=["bert", "roberta", "gpt2", AUTO],
         help="auto: boundary tokens are those that the tokenizer has (default: %(default)s)",
     )
-    add("--tokenizer_name", default="bert-base-uncased", help="hub name or local folder (default: %(default)s)")
-    add("--do_lower_case", action=argparse.BooleanOptionalAction, default=None,
-        help="bert only; default: what the tokenizer's configuration says, without one whether the vocabulary has no "
-        "capitals")  # fmt: skip
+    add(
+        "--tokenizer_name",
+        default="bert-base-uncased",
+        help="hub name or local folder (default: %(default)s)",
+    )
+    add(
+        "--do_lower_case",
+        action=argparse.BooleanOptionalAction,
+        default=None,
+        help=(
+            "bert only; default: what the tokenizer's configuration says, without one whether the"
+            " vocabulary has no capitals"
+        ),
+    )
     add("--dump_file", default="data/dump", help="prefix of the output (default: %(default)s)")
-    add("--format", default="pickle", choices=["pickle", "store"],
-        help="pickle: the list of 2019, read into memory; store: mapped into memory, for large corpora "
-        "(default: %(default)s)")  # fmt: skip
+    add(
+        "--format",
+        default="pickle",
+        choices=["pickle", "store"],
+        help=(
+            "pickle: the list of 2019, read into memory; store: mapped into memory, for large"
+            " corpora (default: %(default)s)"
+        ),
+    )
     add("--seed", type=int, default=56, help="seed of the shuffle (default: %(default)s)")
-    add("--num_workers", type=int, default=None, help="processes that tokenize (default: one a core)")
-    add("--token_counts_dump", default=None, help="also count the ids, as token_counts.py does, into this file")
-    add("--vocab_size", type=int, default=None, help="entries of the counts (default: the tokenizer's vocabulary)")
-    add("--report", nargs="?", const="", default=None, metavar="PNG",
-        help="draw the sequences' lengths (default file: the output's name and .lengths.png)")  # fmt: skip
+    add(
+        "--num_workers",
+        type=int,
+        default=None,
+        help="processes that tokenize (default: one a core)",
+    )
+    add(
+        "--token_counts_dump",
+        default=None,
+        help="also count the ids, as token_counts.py does, into this file",
+    )
+    add(
+        "--vocab_size",
+        type=int,
+        default=None,
+        help="entries of the counts (default: the tokenizer's vocabulary)",
+    )
+    add(
+        "--report",
+        nargs="?",
+        const="",
+        default=None,
+        metavar="PNG",
+        help="draw the sequences' lengths (default file: the output's name and .lengths.png)",
+    )
     return parser.parse_args(argv)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is counted on the way
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Tally:
@@ -101,7 +155,9 @@ class Tally:
     def take(self, block) -> None:
         """Count an encoded block."""
         self.counts_V += np.bincount(block.ids_M, minlength=len(self.counts_V))
-        for length, number in zip(*(a.tolist() for a in np.unique(block.lengths_N, return_counts=True)), strict=True):
+        for length, number in zip(
+            *(a.tolist() for a in np.unique(block.lengths_N, return_counts=True)), strict=True
+        ):
             self.num_of_length[length] = self.num_of_length.get(length, 0) + number
         self.num_words += block.num_words
         self.num_blank += block.num_blank
@@ -122,13 +178,17 @@ class Tally:
             "bad_lines": self.num_bad,
             "longest": max(self.num_of_length, default=0),
             "largest_id": int(np.flatnonzero(self.counts_V)[-1]) if num_sequences else -1,
-            "boundary_ids_inside": int(self.counts_V[list(ends)].sum())
-            - (1 if self.encoding.start_id is None else 2) * num_sequences,
+            "boundary_ids_inside": (
+                int(self.counts_V[list(ends)].sum())
+                - (1 if self.encoding.start_id is None else 2) * num_sequences
+            ),
         }
 
 
 class UnknownList:
-    """Number the sequences with so many unknown ids that training may have to leave them out; None if there are too many."""
+    """Number the sequences with so many unknown ids that training may have to leave them out; None
+    if there are too many.
+    """
 
     def __init__(self, unknown_id: int | None):
         self.unknown_id = unknown_id
@@ -146,12 +206,14 @@ class UnknownList:
         self.num_seen += len(lengths_N)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The way of the data
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def spool_ids(sources: list[Source], encoding: Encoding, num_cores: int, folder: Path) -> tuple[Spool, Tally]:
+def spool_ids(
+    sources: list[Source], encoding: Encoding, num_cores: int, folder: Path
+) -> tuple[Spool, Tally]:
     """Tokenize all sources into a spool on the disk, in reading order."""
     tally = Tally(encoding)
     spool = Spool(folder / "spool", encoding.dtype)
@@ -176,10 +238,14 @@ def all_blocks(sources: list[Source], text_field: str, block_bytes: int) -> Iter
         yield from read_blocks(source, text_field, block_bytes=block_bytes)
 
 
-def write_shuffled(spool: Spool, path: str, file_format: str, seed: int, card: dict, unknown_id: int | None) -> None:
+def write_shuffled(
+    spool: Spool, path: str, file_format: str, seed: int, card: dict, unknown_id: int | None
+) -> None:
     """Write a spool's sequences in shuffled order, as a token file with its card."""
     listed = UnknownList(unknown_id)
-    bar = tqdm(total=spool.num_ids, unit="id", unit_scale=True, desc="shuffle and write", **bar_options())
+    bar = tqdm(
+        total=spool.num_ids, unit="id", unit_scale=True, desc="shuffle and write", **bar_options()
+    )
     with bar, writing_tokens(path, file_format, spool.dtype) as (writer, written_card):
         for ids_M, lengths_N in shuffled(spool, seed, "shuffle"):
             writer.append(ids_M, lengths_N)
@@ -195,12 +261,23 @@ def draw_lengths(num_of_length: dict[int, int], path: str, title: str) -> None:
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
-    lengths, numbers = (np.array(list(column)) for column in zip(*sorted(num_of_length.items()), strict=True))
-    edges = np.unique(np.round(np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 60)).astype(int))
+    lengths, numbers = (
+        np.array(list(column)) for column in zip(*sorted(num_of_length.items()), strict=True)
+    )
+    edges = np.unique(
+        np.round(np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 60)).astype(int)
+    )
     figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    axes.hist(lengths, bins=edges, weights=numbers, color="tab:blue", edgecolor="white", linewidth=0.3)
+    axes.hist(
+        lengths, bins=edges, weights=numbers, color="tab:blue", edgecolor="white", linewidth=0.3
+    )
     title = title.encode(errors="replace").decode().replace("$", r"\$")  # "$" would begin a formula
-    axes.set(title=title, xlabel="ids in the sequence, boundary tokens included", ylabel="sequences", xscale="log")
+    axes.set(
+        title=title,
+        xlabel="ids in the sequence, boundary tokens included",
+        ylabel="sequences",
+        xscale="log",
+    )
     with atomic_path(path) as temporary:
         figure.savefig(temporary, dpi=110, format="png")
     plt.close(figure)
@@ -211,24 +288,36 @@ def summary(tally: Tally) -> list[str]:
     counts = tally.counts()
     words, ids = max(counts["words"], 1), counts["ids"]
     per_word = (ids - 2 * counts["sequences"]) / words
-    num_short = sum(number for length, number in tally.num_of_length.items() if length <= MIN_LENGTH)
+    num_short = sum(
+        number for length, number in tally.num_of_length.items() if length <= MIN_LENGTH
+    )
     short = f"{num_short:,} of them of {MIN_LENGTH} ids or fewer, which are not trained on"
     return [
-        f"{counts['sequences']:,} sequences ({short}), {ids:,} ids ({tally.encoding.dtype}), longest {counts['longest']:,}.",
-        f"{counts['words']:,} words, {per_word:.3f} ids a word, {counts['unknown'] / ids:.4%} of the ids unknown.",
-        f"Skipped {counts['blank_lines']:,} blank lines; {counts['bad_lines']:,} lines with text that could not be read "
-        f"(--errors {tally.encoding.errors}).",
+        (
+            f"{counts['sequences']:,} sequences ({short}), {ids:,} ids ({tally.encoding.dtype}),"
+            f" longest {counts['longest']:,}."
+        ),
+        (
+            f"{counts['words']:,} words, {per_word:.3f} ids a word, {counts['unknown'] / ids:.4%}"
+            " of the ids unknown."
+        ),
+        (
+            f"Skipped {counts['blank_lines']:,} blank lines; {counts['bad_lines']:,} lines with"
+            f" text that could not be read (--errors {tally.encoding.errors})."
+        ),
     ]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Where everything goes. path: the pickle, or the store's prefix; counts, report: None where not wanted."""
+    """Where everything goes. path: the pickle, or the store's prefix; counts, report: None where
+    not wanted.
+    """
 
     path: str
     files: list[str]
@@ -239,11 +328,19 @@ class Outputs:
 def plan_outputs(args: argparse.Namespace, sources: list[Source]) -> Outputs:
     """Name the outputs and check them before any work. Raises InputError."""
     if not os.path.basename(args.dump_file):
-        raise InputError(f"--dump_file {args.dump_file}: ends with a slash; expected a prefix such as {args.dump_file}dump")
-    # Differs from the original: a folder or owner/name gives its last component to the file's name, not its whole path.
+        raise InputError(
+            f"--dump_file {args.dump_file}: ends with a slash; expected a prefix such as"
+            f" {args.dump_file}dump"
+        )
+    # Differs from the original: a folder or owner/name gives its last component to the file's name,
+    # not its whole path.
     stem = f"{args.dump_file}.{short_name(args.tokenizer_name)}"
     path = f"{stem}.pickle" if args.format == "pickle" else stem
-    files = [path, f"{path}.json"] if args.format == "pickle" else [f"{stem}.bin", f"{stem}.idx", f"{stem}.json"]
+    files = (
+        [path, f"{path}.json"]
+        if args.format == "pickle"
+        else [f"{stem}.bin", f"{stem}.idx", f"{stem}.json"]
+    )
     report = args.report if args.report != "" else f"{stem}.lengths.png"
     inputs = [source.path for source in sources]
     for file in files[:-1]:
@@ -258,7 +355,10 @@ def plan_outputs(args: argparse.Namespace, sources: list[Source]) -> Outputs:
         others.append(report)
     names = [os.path.realpath(file) for file in files + others]
     if len(set(names)) < len(names):
-        raise InputError(f"--token_counts_dump, --report: two outputs have one name beside {path}; name another file")
+        raise InputError(
+            f"--token_counts_dump, --report: two outputs have one name beside {path}; name another"
+            " file"
+        )
     return Outputs(path, files, args.token_counts_dump, report)
 
 
@@ -267,35 +367,53 @@ def check_numbers(args: argparse.Namespace) -> int:
     if args.num_workers is not None and not 1 <= args.num_workers <= 1024:
         raise InputError(f"--num_workers {args.num_workers}: expected 1 to 1024")
     if args.vocab_size is not None and args.token_counts_dump is None:
-        raise InputError(f"--vocab_size {args.vocab_size}: is for --token_counts_dump only; add that, or leave it out")
+        raise InputError(
+            f"--vocab_size {args.vocab_size}: is for --token_counts_dump only; add that, or leave"
+            " it out"
+        )
     if args.vocab_size is not None:
         check_vocab_size(args.vocab_size)
-    return args.num_workers or len(os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1))
+    return args.num_workers or len(
+        os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
+    )
 
 
 def make_encoding(args: argparse.Namespace) -> tuple[Encoding, dict]:
-    """Load the tokenizer: (how lines become ids, the tokenizer's part of the card). Raises InputError."""
+    """Load the tokenizer: (how lines become ids, the tokenizer's part of the card). Raises
+    InputError.
+    """
     kind = tokenizer_type(args.tokenizer_type, args.tokenizer_name)
     tokenizer = load_tokenizer(kind, args.tokenizer_name, "--tokenizer_name", args.do_lower_case)
     description = describe_tokenizer(kind, args.tokenizer_name, tokenizer, args.do_lower_case)
     special = description["special_ids"]
     largest_id = description["vocab_size"] - 1
     if args.vocab_size is not None and args.vocab_size <= largest_id:
-        raise InputError(f"--vocab_size {args.vocab_size}: the tokenizer has ids up to {largest_id}; expected more than that")
+        raise InputError(
+            f"--vocab_size {args.vocab_size}: the tokenizer has ids up to {largest_id}; expected"
+            " more than that"
+        )
     ids = special["start"], special["end"], largest_id, special["unknown"]
     return Encoding(tokenizer.backend_tokenizer, *ids, args.text_field, args.errors), description
 
 
-def make_card(args: argparse.Namespace, description: dict, sources: list[Source], tally: Tally) -> dict:
+def make_card(
+    args: argparse.Namespace, description: dict, sources: list[Source], tally: Tally
+) -> dict:
     """Describe what was made, for the card; nothing in it depends on time or machine."""
     return {
-        "tokenizer": description, "dtype": str(tally.encoding.dtype), "seed": args.seed, "errors": args.errors,
-        "text_field": args.text_field, "sources": [{"path": s.path, "bytes": s.num_bytes} for s in sources],
+        "tokenizer": description,
+        "dtype": str(tally.encoding.dtype),
+        "seed": args.seed,
+        "errors": args.errors,
+        "text_field": args.text_field,
+        "sources": [{"path": s.path, "bytes": s.num_bytes} for s in sources],
         "counts": tally.counts(),
-    }  # fmt: skip
+    }
 
 
-def write_extras(args: argparse.Namespace, outputs: Outputs, description: dict, tally: Tally) -> None:
+def write_extras(
+    args: argparse.Namespace, outputs: Outputs, description: dict, tally: Tally
+) -> None:
     """Write the token counts and the picture where they are wanted."""
     if outputs.counts is not None:
         num_more = (args.vocab_size or len(tally.counts_V)) - len(tally.counts_V)
@@ -303,7 +421,11 @@ def write_extras(args: argparse.Namespace, outputs: Outputs, description: dict, 
         write_token_counts(outputs.counts, np.pad(tally.counts_V, (0, num_more)), card)
         logger.info("Wrote %s.", outputs.counts)
     if outputs.report is not None:
-        draw_lengths(tally.num_of_length, outputs.report, f"{tally.counts()['sequences']:,} sequences of {outputs.path}")
+        draw_lengths(
+            tally.num_of_length,
+            outputs.report,
+            f"{tally.counts()['sequences']:,} sequences of {outputs.path}",
+        )
         logger.info("Drew %s.", outputs.report)
 
 
@@ -318,11 +440,19 @@ def main(argv: list[str] | None = None) -> None:
     started = time.perf_counter()
     folder = Path(outputs.path).parent
     folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f".{Path(outputs.path).name}.", suffix=".tmp", dir=folder) as scratch:
+    with tempfile.TemporaryDirectory(
+        prefix=f".{Path(outputs.path).name}.", suffix=".tmp", dir=folder
+    ) as scratch:
         spool, tally = spool_ids(sources, encoding, num_cores, Path(scratch))
         if not spool.num_sequences:
-            num, kind = tally.num_blank + tally.num_bad, "blank or unreadable" if tally.num_bad else "blank"
-            raise InputError(f"--file_path {args.file_path}: has {num} lines, all {kind}; expected one sequence a line")
+            num, kind = (
+                tally.num_blank + tally.num_bad,
+                "blank or unreadable" if tally.num_bad else "blank",
+            )
+            raise InputError(
+                f"--file_path {args.file_path}: has {num} lines, all {kind}; expected one sequence"
+                " a line"
+            )
         tokenized_s = time.perf_counter() - started
         card = make_card(args, description, sources, tally)
         write_shuffled(spool, outputs.path, args.format, args.seed, card, encoding.unknown_id)
@@ -331,9 +461,13 @@ def main(argv: list[str] | None = None) -> None:
         logger.info(line)
     seconds = time.perf_counter() - started
     logger.info(
-        "Wrote %s in %.1f s: tokenized at %.1f MB/s on %d core(s), shuffled and written in %.1f s.", " ".join(outputs.files),
-        seconds, tally.num_bytes / 1e6 / tokenized_s, num_cores, seconds - tokenized_s,
-    )  # fmt: skip
+        "Wrote %s in %.1f s: tokenized at %.1f MB/s on %d core(s), shuffled and written in %.1f s.",
+        " ".join(outputs.files),
+        seconds,
+        tally.num_bytes / 1e6 / tokenized_s,
+        num_cores,
+        seconds - tokenized_s,
+    )
 
 
 if __name__ == "__main__":

@@ -1,8 +1,9 @@
 """Blocks of text -> token ids, in worker processes.
 
-WordPiece and byte-level BPE treat what stands between two spaces without regard to its neighbours, so the ids of such a
-chunk are remembered: most of a text is chunks that were seen before, and a dictionary answers several times faster than
-the tokenizers library encodes. Which tokenizers that holds for, and where it does not, is said at `chunk_rule`.
+WordPiece and byte-level BPE treat what stands between two spaces without regard to its neighbours,
+so the ids of such a chunk are remembered: most of a text is chunks that were seen before, and a
+dictionary answers several times faster than the tokenizers library encodes. Which tokenizers that
+holds for, and where it does not, is said at `chunk_rule`.
 """
 
 import array
@@ -34,7 +35,9 @@ MIN_BYTES_PER_WORKER, MIN_BLOCK_BYTES = 2**17, 2**16
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How lines become ids. tokenizer: of the tokenizers library; largest_id: what its vocabulary ends at."""
+    """How lines become ids. tokenizer: of the tokenizers library; largest_id: what its vocabulary
+    ends at.
+    """
 
     tokenizer: Tokenizer
     start_id: int | None
@@ -46,14 +49,19 @@ class Encoding:
 
     @property
     def dtype(self) -> np.dtype:
-        """uint16 while the vocabulary, added tokens included, has fewer than 65536 entries; else int32."""
-        # Differs from the original: added tokens count, and ids are checked; 2019 wrapped at 16 bits in silence.
+        """uint16 while the vocabulary, added tokens included, has fewer than 65536 entries; else
+        int32.
+        """
+        # Differs from the original: added tokens count, and ids are checked; 2019 wrapped at 16
+        # bits in silence.
         return np.dtype(np.uint16 if self.largest_id + 1 < 2**16 else np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedBlock:
-    """A block's sequences: ids end to end and their lengths; what was counted; num_bytes as in Block."""
+    """A block's sequences: ids end to end and their lengths; what was counted; num_bytes as in
+    Block.
+    """
 
     ids_M: np.ndarray
     lengths_N: np.ndarray
@@ -63,20 +71,23 @@ class EncodedBlock:
     num_bytes: int
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Chunks whose ids do not depend on their neighbours
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def chunk_rule(tokenizer: Tokenizer, end_id: int) -> str | None:
-    """Say how a line may be cut at its spaces without changing the ids: "bert", "byte_level", or None: not at all.
+    """Say how a line may be cut at its spaces without changing the ids: "bert", "byte_level", or
+    None: not at all.
 
-    bert: BertNormalizer works a character at a time (NFD reorders marks only behind a letter, and a space is none),
-    BertPreTokenizer cuts at every white space: any cut at U+0020 is exact, and the space itself is dropped.
-    byte_level: GPT-2's pattern never joins a character with a space that follows it, and looks ahead only inside a run
-    of white space: a cut in front of a space is exact in lines whose only white space is single spaces.
-    Added tokens are found in the text first: with a space in them, or eating that behind them, none of this holds.
-    The end token has to be one of those: it tells chunks apart.
+    bert: BertNormalizer works a character at a time (NFD reorders marks only behind a letter, and a
+    space is none), BertPreTokenizer cuts at every white space: any cut at U+0020 is exact, and the
+    space itself is dropped.
+    byte_level: GPT-2's pattern never joins a character with a space that follows it, and looks
+    ahead only inside a run of white space: a cut in front of a space is exact in lines whose only
+    white space is single spaces. Added tokens are found in the text first: with a space in them, or
+    eating that behind them, none of this holds. The end token has to be one of those: it tells
+    chunks apart.
     """
     added = tokenizer.get_added_tokens_decoder()
     if any(token.rstrip or any(map(str.isspace, token.content)) for token in added.values()):
@@ -87,12 +98,17 @@ def chunk_rule(tokenizer: Tokenizer, end_id: int) -> str | None:
     kinds = tuple(None if part is None else type(part).__name__ for part in parts)
     if kinds == ("BertNormalizer", "BertPreTokenizer", "WordPiece"):
         return "bert"
-    if kinds == (None, "ByteLevel", "BPE") and tokenizer.pre_tokenizer.use_regex and not tokenizer.model.dropout:
+    if (
+        kinds == (None, "ByteLevel", "BPE")
+        and tokenizer.pre_tokenizer.use_regex
+        and not tokenizer.model.dropout
+    ):
         return "byte_level"
     return None
 
 
-FIRST = "\n"  # begins the key of a line's first chunk, which no space precedes; stripped lines hold none
+# Begins the key of a line's first chunk, which no space precedes; stripped lines hold none
+FIRST = "\n"
 
 
 def _byte_level_keys(line: str) -> list[str] | None:
@@ -104,15 +120,19 @@ def _byte_level_keys(line: str) -> list[str] | None:
 
 
 # Line -> keys of its chunks; None where the rule does not hold for the line.
-KEYS: dict[str, Callable[[str], list[str] | None]] = {"bert": lambda line: line.split(" "), "byte_level": _byte_level_keys}
+KEYS: dict[str, Callable[[str], list[str] | None]] = {
+    "bert": lambda line: line.split(" "),
+    "byte_level": _byte_level_keys,
+}
 
 
 def choose_separator(tokenizer: Tokenizer, rule: str, end_id: int) -> tuple[str, int]:
-    """Choose what stands between chunks that are encoded in one text: (text, the one id that only it has).
+    """Choose what stands between chunks that are encoded in one text: (text, the one id that only
+    it has).
 
-    The end token always does, being found in the text before anything else is done; plain characters are faster. For
-    BERT ";", a word by itself wherever it stands; for byte-level BPE the line end, a token by itself before a letter or
-    a space.
+    The end token always does, being found in the text before anything else is done; plain
+    characters are faster. For BERT ";", a word by itself wherever it stands; for byte-level BPE the
+    line end, a token by itself before a letter or a space.
     """
     end_token = tokenizer.id_to_token(end_id)
     if rule == "byte_level":
@@ -130,7 +150,9 @@ def choose_separator(tokenizer: Tokenizer, rule: str, end_id: int) -> tuple[str,
 
 
 class LineEncoder:
-    """Encode lines: start id, the line's ids without special tokens of the tokenizer's own, end id."""
+    """Encode lines: start id, the line's ids without special tokens of the tokenizer's own, end
+    id.
+    """
 
     def __init__(self, encoding: Encoding, *, remembers: bool = True):
         """remembers: False encodes every line by the library, for comparison."""
@@ -144,22 +166,36 @@ class LineEncoder:
         self.end = self._bytes_of([encoding.end_id])
         self.rule = chunk_rule(self.tokenizer, encoding.end_id) if remembers else None
         if self.rule:
-            self.separator, self.separator_id = choose_separator(self.tokenizer, self.rule, encoding.end_id)
+            self.separator, self.separator_id = choose_separator(
+                self.tokenizer, self.rule, encoding.end_id
+            )
             self.mark = self.separator.strip(" ")
-        self.joint = " " if self.rule == "byte_level" else ""  # what stands before a chunk that is not the first
-        # Two generations: when the young one is full it becomes the old one, and what is still in use is taken back.
+        self.joint = (
+            " " if self.rule == "byte_level" else ""
+        )  # what stands before a chunk that is not the first
+        # Two generations: when the young one is full it becomes the old one, and what is still in
+        # use is taken back.
         self.young: dict[str, bytes] = {}
         self.old: dict[str, bytes] = {}
         self.passing: list[str] = []  # chunks in the young one that are too long to stay
 
     def encode(self, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return (ids_M of all lines end to end, lengths_N as int32). Raises InputError for an id beyond."""
-        ids_of_line = self._encode_whole(lines) if self.rule is None else self._encode_by_chunks(lines)
+        """Return (ids_M of all lines end to end, lengths_N as int32). Raises InputError for an id
+        beyond.
+        """
+        ids_of_line = (
+            self._encode_whole(lines) if self.rule is None else self._encode_by_chunks(lines)
+        )
         sequences = [self.start + ids + self.end for ids in ids_of_line]
-        lengths_N = np.fromiter(map(len, sequences), np.int32, len(sequences)) // self.dtype.itemsize
+        lengths_N = (
+            np.fromiter(map(len, sequences), np.int32, len(sequences)) // self.dtype.itemsize
+        )
         ids_M = np.frombuffer(b"".join(sequences), self.dtype)
         if len(ids_M) and int(ids_M.max()) > self.largest_id:
-            raise InputError(f"--tokenizer_name: it gave id {int(ids_M.max())}, but its vocabulary ends at {self.largest_id}")
+            raise InputError(
+                f"--tokenizer_name: it gave id {int(ids_M.max())}, but its vocabulary ends at"
+                f" {self.largest_id}"
+            )
         return ids_M, lengths_N
 
     def _encode_whole(self, lines: list[str]) -> list[bytes]:
@@ -170,19 +206,32 @@ class LineEncoder:
         chunks_of_line = list(map(KEYS[self.rule], lines))
         new = self._unknown_chunks([chunks for chunks in chunks_of_line if chunks is not None])
         self._remember(new)
-        whole = iter(self._encode_whole([line for line, chunks in zip(lines, chunks_of_line, strict=True) if chunks is None]))
+        whole = iter(
+            self._encode_whole(
+                [line for line, chunks in zip(lines, chunks_of_line, strict=True) if chunks is None]
+            )
+        )
         ids_of = self.young.__getitem__
-        return [next(whole) if chunks is None else b"".join(map(ids_of, chunks)) for chunks in chunks_of_line]
+        return [
+            next(whole) if chunks is None else b"".join(map(ids_of, chunks))
+            for chunks in chunks_of_line
+        ]
 
     def _unknown_chunks(self, chunks_of_line: list[list[str]]) -> list[str]:
-        """List the chunks that are not remembered, each once; those of the old generation are taken back."""
+        """List the chunks that are not remembered, each once; those of the old generation are taken
+        back.
+        """
         for chunk in self.passing:
             del self.young[chunk]
         self.passing = []
         if len(self.young) > MAX_REMEMBERED:
             self.young, self.old = {}, self.young
         young, old = self.young, self.old
-        missing = [chunk for chunk in set(itertools.chain.from_iterable(chunks_of_line)) if chunk not in young]
+        missing = [
+            chunk
+            for chunk in set(itertools.chain.from_iterable(chunks_of_line))
+            if chunk not in young
+        ]
         young.update((chunk, old[chunk]) for chunk in missing if chunk in old)
         return [chunk for chunk in missing if chunk not in young]
 
@@ -201,14 +250,19 @@ class LineEncoder:
         return [next(given[self.mark in chunk]) for chunk in chunks]
 
     def _encode_joined(self, chunks: list[str]) -> list[bytes]:
-        texts = [self.separator.join(chunks[k : k + NEW_PER_TEXT]) for k in range(0, len(chunks), NEW_PER_TEXT)]
+        texts = [
+            self.separator.join(chunks[k : k + NEW_PER_TEXT])
+            for k in range(0, len(chunks), NEW_PER_TEXT)
+        ]
         found: list[bytes] = []
         for one in self.tokenizer.encode_batch_fast(texts, add_special_tokens=False):
             ids = np.array(one.ids, self.dtype)
             data, size = ids.tobytes(), self.dtype.itemsize
             ends = (np.flatnonzero(ids == self.separator_id) * size).tolist()
             starts = [0, *(end + size for end in ends)]
-            found += [data[start:end] for start, end in zip(starts, [*ends, len(data)], strict=True)]
+            found += [
+                data[start:end] for start, end in zip(starts, [*ends, len(data)], strict=True)
+            ]
         # A character that is another way to write the separator shows in their number.
         return found if len(found) == len(chunks) else self._encode_whole(chunks)
 
@@ -218,18 +272,22 @@ class LineEncoder:
 
 def count_words(line: str) -> int:
     """Count what white space separates in a stripped line."""
-    if line.isascii() and line.isprintable() and "  " not in line:  # then single spaces do, and counting them is faster
+    if (
+        line.isascii() and line.isprintable() and "  " not in line
+    ):  # then single spaces do, and counting them is faster
         return line.count(" ") + 1
     return len(line.split())
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Workers
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class BlockEncoder:
-    """Encode a block of text. Raises InputError naming file and line where the text can't be used."""
+    """Encode a block of text. Raises InputError naming file and line where the text can't be
+    used.
+    """
 
     def __init__(self, encoding: Encoding):
         self.encoding = encoding
@@ -241,19 +299,30 @@ class BlockEncoder:
         lines = [stripped for text in texts if (stripped := text.strip())]
         ids_M, lengths_N = self.encoder.encode(lines)
         # Differs from the original: blank lines are no sequences of two boundary tokens.
-        return EncodedBlock(ids_M, lengths_N, sum(map(count_words, lines)), len(texts) - len(lines), num_bad, block.num_bytes)
+        return EncodedBlock(
+            ids_M,
+            lengths_N,
+            sum(map(count_words, lines)),
+            len(texts) - len(lines),
+            num_bad,
+            block.num_bytes,
+        )
 
 
 def divide_work(num_bytes: int, num_cores: int) -> tuple[int, int]:
-    """Return (worker processes, bytes a block) for a text of num_bytes: a small one is no work for many."""
+    """Return (worker processes, bytes a block) for a text of num_bytes: a small one is no work for
+    many.
+    """
     num_workers = max(min(num_cores, num_bytes // MIN_BYTES_PER_WORKER), 1)
     return num_workers, min(max(num_bytes // (8 * num_workers), MIN_BLOCK_BYTES), BLOCK_BYTES)
 
 
 class WorkerPool:
-    """Encode blocks on several processes, in order. Use as a context manager; the processes start at once.
+    """Encode blocks on several processes, in order. Use as a context manager; the processes start
+    at once.
 
-    Started before any thread of this process, they are forked where the system can, and share its memory.
+    Started before any thread of this process, they are forked where the system can, and share its
+    memory.
     """
 
     def __init__(self, encoding: Encoding, num_workers: int):
@@ -285,16 +354,19 @@ class WorkerPool:
         try:
             yield
         except concurrent.futures.process.BrokenProcessPool as error:
-            self._kill()  # the executor asks the others by SIGTERM, which one that is just starting does not hear
+            # The executor asks the others by SIGTERM, which one that is just starting does not hear
+            self._kill()
             raise InputError(
-                "a worker process was ended from outside (is the memory full?); run again with a smaller --num_workers"
+                "a worker process was ended from outside (is the memory full?); run again with a"
+                " smaller --num_workers"
             ) from error
 
     def _kill(self) -> None:
         """End the workers at once, in the middle of what they do.
 
-        The executor's thread may be reading a result of which a killed worker wrote half: it would wait for the rest for ever,
-        as this process itself holds the pipe open. Neither is told by a public name.
+        The executor's thread may be reading a result of which a killed worker wrote half: it would
+        wait for the rest for ever, as this process itself holds the pipe open. Neither is told by a
+        public name.
         """
         for process in list((self.executor._processes or {}).values()):
             process.kill()
@@ -311,7 +383,9 @@ class WorkerPool:
                     self._kill()
 
     def map(self, blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
-        """Yield the blocks encoded, in their order, with a few of them under way. Raises InputError of the first."""
+        """Yield the blocks encoded, in their order, with a few of them under way. Raises InputError
+        of the first.
+        """
         if self.num_workers == 1:
             yield from map(self.encode, blocks)
             return

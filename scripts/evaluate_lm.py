@@ -1,11 +1,13 @@
-"""Measure how well a language model predicts held-out text and, beside a teacher, how near it is to that.
+"""Measure how well a language model predicts held-out text and, beside a teacher, how near it is to
+that.
 
-Masked models (BERT, DistilBERT, RoBERTa, ModernBERT, ..): loss, perplexity and top-1 accuracy on fixed masks, where every k-th
-token is masked in k passes, so that each is asked for once and nothing is left to chance; the same on masks drawn as in
-training; and the pseudo-perplexity of some sentences, each token masked alone (Salazar et al., 2020). Causal models (GPT-2,
-Llama, ..): loss, token perplexity and accuracy. Beside a teacher, at the same positions: KL(teacher || student) at temperature
-1, how often both put the same token first, and the cosine of the last hidden states. A masked model's perplexity is no causal
-one's: don't compare.
+Masked models (BERT, DistilBERT, RoBERTa, ModernBERT, ..): loss, perplexity and top-1 accuracy on
+fixed masks, where every k-th token is masked in k passes, so that each is asked for once and
+nothing is left to chance; the same on masks drawn as in training; and the pseudo-perplexity of some
+sentences, each token masked alone (Salazar et al., 2020). Causal models (GPT-2, Llama, ..): loss,
+token perplexity and accuracy. Beside a teacher, at the same positions: KL(teacher || student) at
+temperature 1, how often both put the same token first, and the cosine of the last hidden states. A
+masked model's perplexity is no causal one's: don't compare.
 """
 
 import argparse
@@ -71,61 +73,156 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--model", required=True, help="model to be measured, hub name or local folder (a run's --dump_path, its best/)")
-    add("--teacher", default=None, help="the model it is compared with, hub name or local folder, of the same vocabulary")
-    add("--data_file", default=None, help="held-out token file made by binarized_data.py: a pickle, or a store by its prefix")
-    add("--text_file", default=None, help="held-out text instead, one sequence a line, in what binarized_data.py reads")
-    add("--text_field", default="text", help="the text's field or column in .jsonl, .parquet, .. (default: %(default)s)")
-    add("--errors", default="strict", choices=ERRORS,
-        help="what becomes of text that is not UTF-8 (default: %(default)s)")  # fmt: skip
+    add(
+        "--model",
+        required=True,
+        help="model to be measured, hub name or local folder (a run's --dump_path, its best/)",
+    )
+    add(
+        "--teacher",
+        default=None,
+        help="the model it is compared with, hub name or local folder, of the same vocabulary",
+    )
+    add(
+        "--data_file",
+        default=None,
+        help="held-out token file made by binarized_data.py: a pickle, or a store by its prefix",
+    )
+    add(
+        "--text_file",
+        default=None,
+        help="held-out text instead, one sequence a line, in what binarized_data.py reads",
+    )
+    add(
+        "--text_field",
+        default="text",
+        help="the text's field or column in .jsonl, .parquet, .. (default: %(default)s)",
+    )
+    add(
+        "--errors",
+        default="strict",
+        choices=ERRORS,
+        help="what becomes of text that is not UTF-8 (default: %(default)s)",
+    )
     add("--output", required=True, help="JSON that receives the scores")
-    add("--max_length", type=int, default=None, help="longest sequence, in token ids (default: what the models admit)")
-    add("--mask_every", type=int, default=MASK_EVERY, help="tokens from one fixed mask to the next (default: %(default)s)")
-    add("--mlm_mask_prop", type=float, default=0.15, help="share of the tokens that is drawn (default: %(default)s)")
-    add("--token_counts", default=None, help="draw by rarity, as training does, from these counts (default: uniformly)")
-    add("--mlm_smoothing", type=float, default=0.7,
-        help="with --token_counts: weight count ^ -MLM_SMOOTHING (default: %(default)s)")  # fmt: skip
-    add("--pseudo_perplexity", type=int, default=None, metavar="N",
-        help="also mask the tokens of N sequences one by one, a pass a token; they are taken at even distances")  # fmt: skip
-    add("--seed", type=int, default=56, help="seed of the masks that are drawn (default: %(default)s)")
-    add("--trust_remote_code", action="store_true", help="run the Python files that a model comes with, where it needs them")
-    add("--device", choices=["cpu", "cuda"], default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(default: %(default)s)")  # fmt: skip
+    add(
+        "--max_length",
+        type=int,
+        default=None,
+        help="longest sequence, in token ids (default: what the models admit)",
+    )
+    add(
+        "--mask_every",
+        type=int,
+        default=MASK_EVERY,
+        help="tokens from one fixed mask to the next (default: %(default)s)",
+    )
+    add(
+        "--mlm_mask_prop",
+        type=float,
+        default=0.15,
+        help="share of the tokens that is drawn (default: %(default)s)",
+    )
+    add(
+        "--token_counts",
+        default=None,
+        help="draw by rarity, as training does, from these counts (default: uniformly)",
+    )
+    add(
+        "--mlm_smoothing",
+        type=float,
+        default=0.7,
+        help="with --token_counts: weight count ^ -MLM_SMOOTHING (default: %(default)s)",
+    )
+    add(
+        "--pseudo_perplexity",
+        type=int,
+        default=None,
+        metavar="N",
+        help=(
+            "also mask the tokens of N sequences one by one, a pass a token; they are taken at even"
+            " distances"
+        ),
+    )
+    add(
+        "--seed",
+        type=int,
+        default=56,
+        help="seed of the masks that are drawn (default: %(default)s)",
+    )
+    add(
+        "--trust_remote_code",
+        action="store_true",
+        help="run the Python files that a model comes with, where it needs them",
+    )
+    add(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: %(default)s)",
+    )
     return parser.parse_args(argv)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise InputError that names every argument out of its range, missing file and contradiction."""
-    ranges = {"max_length": (MIN_LENGTH + 1, 1e6), "mask_every": (2, 1e6), "mlm_mask_prop": (1e-6, 1),
-              "mlm_smoothing": (0, 100), "pseudo_perplexity": (1, 1e9)}  # fmt: skip
+    """Raise InputError that names every argument out of its range, missing file and
+    contradiction.
+    """
+    ranges = {
+        "max_length": (MIN_LENGTH + 1, 1e6),
+        "mask_every": (2, 1e6),
+        "mlm_mask_prop": (1e-6, 1),
+        "mlm_smoothing": (0, 100),
+        "pseudo_perplexity": (1, 1e9),
+    }
     problems = [
         f"--{name} {value}: expected {low:g} to {high:g}"
         for name, (low, high) in ranges.items()
         if (value := getattr(args, name)) is not None and not low <= value <= high
     ]
     if (args.data_file is None) == (args.text_file is None):
-        found = "neither is given" if args.data_file is None else f"got {args.data_file} and {args.text_file}"
-        problems.append(f"--data_file, --text_file: {found}, expected one of them; name the held-out text once")
+        found = (
+            "neither is given"
+            if args.data_file is None
+            else f"got {args.data_file} and {args.text_file}"
+        )
+        problems.append(
+            f"--data_file, --text_file: {found}, expected one of them; name the held-out text once"
+        )
     stores = [f"{args.data_file}.{ending}" for ending in ("bin", "idx", "json")]
-    inputs = [args.data_file, args.text_file, args.token_counts, *stores, *model_files(args.model, args.teacher)]
+    inputs = [
+        args.data_file,
+        args.text_file,
+        args.token_counts,
+        *stores,
+        *model_files(args.model, args.teacher),
+    ]
     problems.append(output_problem(args.output, "--output", [name for name in inputs if name]))
-    problems += [token_file_problem(args.data_file, "--data_file")] if args.data_file is not None else []
-    problems += [file_problem(args.token_counts, "--token_counts")] if args.token_counts is not None else []
+    problems += (
+        [token_file_problem(args.data_file, "--data_file")] if args.data_file is not None else []
+    )
+    problems += (
+        [file_problem(args.token_counts, "--token_counts")] if args.token_counts is not None else []
+    )
     if args.device == "cuda" and not torch.cuda.is_available():
-        problems.append("--device cuda: this machine has no GPU that torch can use; pass --device cpu")
+        problems.append(
+            "--device cuda: this machine has no GPU that torch can use; pass --device cpu"
+        )
     problems = [problem for problem in problems if problem]
     if problems:
         raise InputError("\n".join(problems))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models and text
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model and its tokenizer, checked. source: its flag and name; model_type: or what was found out about it."""
+    """A model and its tokenizer, checked. source: its flag and name; model_type: or what was found
+    out about it.
+    """
 
     source: str
     model_type: str | Architecture
@@ -146,21 +243,38 @@ class Model:
 def model_files(*names: str | None) -> list[str]:
     """List what models' folders hold that is read: scores may lie beside it, not over it."""
     folders = [Path(name) for name in names if name and os.path.isdir(name)]
-    return [str(path) for folder in folders for pattern in MODEL_FILES for path in sorted(folder.glob(pattern))]
+    return [
+        str(path)
+        for folder in folders
+        for pattern in MODEL_FILES
+        for path in sorted(folder.glob(pattern))
+    ]
 
 
-MODEL_FILES = ("*config.json", "*.safetensors*", "*.bin*", "tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json")
+MODEL_FILES = (
+    "*config.json",
+    "*.safetensors*",
+    "*.bin*",
+    "tokenizer*",
+    "vocab*",
+    "merges.txt",
+    "special_tokens_map.json",
+)
 
 
 def model_types(args: argparse.Namespace) -> list[str | Architecture]:
-    """Find out of which types the model and its teacher are, before they are loaded. Raises InputError, a line a problem."""
+    """Find out of which types the model and its teacher are, before they are loaded. Raises
+    InputError, a line a problem.
+    """
     types: dict[str, str | Architecture] = {}
     problems: list[str] = []
     for flag, name in names_of(args).items():
         source = f"{flag} {name}"
         try:
             config = load_config(None, name, flag, args.trust_remote_code)
-            types[source] = find_out(config, kind_of(config, source), source, args.trust_remote_code)
+            types[source] = find_out(
+                config, kind_of(config, source), source, args.trust_remote_code
+            )
         except InputError as error:
             problems.append(str(error))
     if problems:
@@ -168,7 +282,10 @@ def model_types(args: argparse.Namespace) -> list[str | Architecture]:
     kinds = ["masked" if row_of(found).is_masked else "causal" for found in types.values()]
     if kinds[0] != kinds[-1]:
         model, teacher = types
-        problems.append(f"{teacher}: is a {kinds[1]} model, {model} a {kinds[0]} one; compare with a {kinds[0]} model")
+        problems.append(
+            f"{teacher}: is a {kinds[1]} model, {model} a {kinds[0]} one; compare with a {kinds[0]}"
+            " model"
+        )
     if kinds[0] == "causal":
         problems += [
             f"--{name}: is for masked models, --model {args.model} is a causal one; leave it out"
@@ -189,27 +306,37 @@ def load(model_type: str | Architecture, name: str, flag: str, device: str) -> M
     """Load a model and its tokenizer, in evaluation mode. Raises InputError."""
     tokenizer = load_tokenizer(model_type, name, flag)
     if row_of(model_type).is_masked and tokenizer.mask_token_id is None:
-        raise InputError(f"{flag} {name}: its tokenizer has no mask_token; set it in tokenizer_config.json")
+        raise InputError(
+            f"{flag} {name}: its tokenizer has no mask_token; set it in tokenizer_config.json"
+        )
     network = load_teacher(model_type, name, flag).to(device)
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= network.config.vocab_size:
         raise InputError(
-            f"{flag} {name}: its tokenizer has ids up to {largest_id}, the model's vocabulary {network.config.vocab_size} "
-            "entries; take a model and tokenizer that belong together"
+            f"{flag} {name}: its tokenizer has ids up to {largest_id}, the model's vocabulary"
+            f" {network.config.vocab_size} entries; take a model and tokenizer that belong together"
         )
     return Model(f"{flag} {name}", model_type, network, tokenizer)
 
 
 def load_both(args: argparse.Namespace) -> list[Model]:
-    """Load the model and, if there is one, its teacher. Raises InputError where they don't predict the same tokens."""
+    """Load the model and, if there is one, its teacher. Raises InputError where they don't predict
+    the same tokens.
+    """
     types, names = model_types(args), names_of(args).items()
-    loaded = [load(found, name, flag, args.device) for found, (flag, name) in zip(types, names, strict=True)]
+    loaded = [
+        load(found, name, flag, args.device)
+        for found, (flag, name) in zip(types, names, strict=True)
+    ]
     if len(loaded) > 1:
         model, teacher = loaded
         require_same_vocabulary(model.tokenizer, teacher.tokenizer, args.model, args.teacher)
         sizes = [one.network.config.vocab_size for one in loaded]
         if sizes[0] != sizes[1]:
-            raise InputError(f"{teacher.source}: gives {sizes[1]} logits, {model.source} {sizes[0]}; take one of as many")
+            raise InputError(
+                f"{teacher.source}: gives {sizes[1]} logits, {model.source} {sizes[0]}; take one of"
+                " as many"
+            )
     return loaded
 
 
@@ -217,21 +344,39 @@ def read_sequences(args: argparse.Namespace, model: Model, max_length: int) -> L
     """Read the held-out sequences, split and filtered as in training. Raises InputError."""
     special = SpecialIds(**special_ids(model.model_type, model.tokenizer))
     if args.data_file is not None:
-        vocabulary, vocab_size = vocabulary_fingerprint(model.tokenizer), model.network.config.vocab_size
-        return LmSeqsDataset.from_file(args.data_file, special, max_length, vocab_size, model.source, vocabulary)
-    dataset = LmSeqsDataset(encoded_text(args, model, special), special, max_length, f"--text_file {args.text_file}")
+        vocabulary, vocab_size = (
+            vocabulary_fingerprint(model.tokenizer),
+            model.network.config.vocab_size,
+        )
+        return LmSeqsDataset.from_file(
+            args.data_file, special, max_length, vocab_size, model.source, vocabulary
+        )
+    dataset = LmSeqsDataset(
+        encoded_text(args, model, special), special, max_length, f"--text_file {args.text_file}"
+    )
     if len(dataset) == 0:
         raise InputError(
-            f"--text_file {args.text_file}: none of its lines is left after filtering (more than {MIN_LENGTH} ids, less than "
-            "half unknown tokens); put more text on a line, or check --max_length and the tokenizer"
+            f"--text_file {args.text_file}: none of its lines is left after filtering (more than"
+            f" {MIN_LENGTH} ids, less than half unknown tokens); put more text on a line, or check"
+            " --max_length and the tokenizer"
         )
     return dataset
 
 
 def encoded_text(args: argparse.Namespace, model: Model, special: SpecialIds) -> TokenFile:
-    """Make token ids of a text's lines, in their order, as binarized_data.py does. Raises InputError."""
+    """Make token ids of a text's lines, in their order, as binarized_data.py does. Raises
+    InputError.
+    """
     largest_id = max(model.tokenizer.get_vocab().values())
-    encoder = LineEncoder(Encoding(model.tokenizer.backend_tokenizer, special.start, special.end, largest_id, special.unknown))
+    encoder = LineEncoder(
+        Encoding(
+            model.tokenizer.backend_tokenizer,
+            special.start,
+            special.end,
+            largest_id,
+            special.unknown,
+        )
+    )
     parts = []
     for source in find_sources(args.text_file, "--text_file"):
         for block in read_blocks(source, args.text_field, "--text_file"):
@@ -239,18 +384,22 @@ def encoded_text(args: argparse.Namespace, model: Model, special: SpecialIds) ->
             parts.append(encoder.encode([line for text in texts if (line := text.strip())]))
     ids_M, lengths_N = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
     if not len(lengths_N):
-        raise InputError(f"--text_file {args.text_file}: has blank lines only; expected one sequence a line")
+        raise InputError(
+            f"--text_file {args.text_file}: has blank lines only; expected one sequence a line"
+        )
     return TokenFile(args.text_file, ids_M, lengths_N)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is measured
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Question:
-    """One way to ask. prefix: before its figures' names; batches: numbers of sequences; passes: see passes_over."""
+    """One way to ask. prefix: before its figures' names; batches: numbers of sequences; passes: see
+    passes_over.
+    """
 
     prefix: str
     batches: list[np.ndarray]
@@ -262,7 +411,9 @@ def questions(args: argparse.Namespace, model: Model, dataset: LmSeqsDataset) ->
     batches = plan_batches(dataset.lengths)
     if not model.is_masked:
         return [Question("", batches, next_tokens)]
-    masks = FixedMasks(model.tokenizer.mask_token_id, model.tokenizer.all_special_ids, args.mask_every)
+    masks = FixedMasks(
+        model.tokenizer.mask_token_id, model.tokenizer.all_special_ids, args.mask_every
+    )
     found = [Question("", batches, masks), Question("drawn_", batches, drawing(args, model))]
     if args.pseudo_perplexity is not None:
         num = min(args.pseudo_perplexity, len(dataset))
@@ -274,14 +425,20 @@ def questions(args: argparse.Namespace, model: Model, dataset: LmSeqsDataset) ->
 
 
 def drawing(args: argparse.Namespace, model: Model) -> Passes:
-    """Choose how masks are drawn: MLM_MASK_PROP of the tokens, of which 80 % are masked, 10 % kept, 10 % random."""
+    """Choose how masks are drawn: MLM_MASK_PROP of the tokens, of which 80 % are masked, 10 % kept,
+    10 % random.
+    """
     counts_V, smoothing = np.ones(model.network.config.vocab_size, np.int64), 0.0
     if args.token_counts is not None:
         vocabulary, smoothing = vocabulary_fingerprint(model.tokenizer), args.mlm_smoothing
         counts_V = read_token_counts(args.token_counts, len(counts_V), model.source, vocabulary)
-    weights_V = masking_weights(torch.from_numpy(counts_V), smoothing, model.tokenizer.all_special_ids)
+    weights_V = masking_weights(
+        torch.from_numpy(counts_V), smoothing, model.tokenizer.all_special_ids
+    )
     mask_id = model.tokenizer.mask_token_id
-    prepare = MlmPreparation(weights_V, mask_id, args.mlm_mask_prop, 0.8, 0.1, 0.1, False, args.seed)
+    prepare = MlmPreparation(
+        weights_V, mask_id, args.mlm_mask_prop, 0.8, 0.1, 0.1, False, args.seed
+    )
     return functools.partial(_once, prepare)
 
 
@@ -289,29 +446,38 @@ def _once(prepare, number: int, token_ids_BT, lengths_B) -> list[MicroBatch]:
     return [prepare(number, token_ids_BT, lengths_B)]
 
 
-def answer(question: Question, model: Model, teacher: Model | None, dataset: LmSeqsDataset) -> dict[str, float]:
-    """Ask a model, and its teacher, one way: their figures, the way's prefix in front. Raises InputError."""
+def answer(
+    question: Question, model: Model, teacher: Model | None, dataset: LmSeqsDataset
+) -> dict[str, float]:
+    """Ask a model, and its teacher, one way: their figures, the way's prefix in front. Raises
+    InputError.
+    """
     readers = [None if one is None else reader_of(one.network) for one in (model, teacher)]
-    with tqdm(total=len(question.batches), unit="batch", desc=f"{question.prefix}loss", **bar_options()) as bar:
+    with tqdm(
+        total=len(question.batches), unit="batch", desc=f"{question.prefix}loss", **bar_options()
+    ) as bar:
 
         def collate(numbers):
             bar.update()
             return dataset.collate(numbers)
 
         sums_S = measure(*readers, passes_over(collate, question.batches, question.passes))
-    same_width = teacher is not None and model.network.config.hidden_size == teacher.network.config.hidden_size
+    same_width = (
+        teacher is not None
+        and model.network.config.hidden_size == teacher.network.config.hidden_size
+    )
     figures = figures_of(sums_S, teacher is not None, same_width)
     if not all(map(math.isfinite, figures.values())):
         raise InputError(
-            f"{model.source}: a figure is NaN or infinite; the text has nothing to be predicted but special tokens, or a "
-            "model overflows: take other text, another model"
+            f"{model.source}: a figure is NaN or infinite; the text has nothing to be predicted but"
+            " special tokens, or a model overflows: take other text, another model"
         )
     return {f"{question.prefix}{name}": value for name, value in figures.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is shown and written
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def table_lines(figures: dict[str, float], has_teacher: bool) -> list[str]:
@@ -325,7 +491,10 @@ def table_lines(figures: dict[str, float], has_teacher: bool) -> list[str]:
             rows.append([name.replace("_", " "), *shown[: 1 + has_teacher]])
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     rows.insert(1, ["-" * width for width in widths])
-    return ["| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |" for row in rows]
+    return [
+        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
+        for row in rows
+    ]
 
 
 def _shown(name: str, value: float) -> str:
@@ -334,7 +503,9 @@ def _shown(name: str, value: float) -> str:
 
 def as_metrics(figures: dict[str, float]) -> dict[str, float]:
     """Make figures into scores: shares x100."""
-    return {name: 100 * value if name.endswith(SHARES) else value for name, value in figures.items()}
+    return {
+        name: 100 * value if name.endswith(SHARES) else value for name, value in figures.items()
+    }
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -354,7 +525,9 @@ def main(argv: list[str] | None = None) -> None:
     num_examples = {"sequences": len(dataset), "ids": int(dataset.lengths.sum())}
     runs = [{"seed": args.seed, "metrics": as_metrics(figures), "num_examples": num_examples}]
     task = "masked lm" if model.is_masked else "causal lm"
-    write_scores(args.output, task=task, model=args.model, runs=runs, teacher=args.teacher, flags=vars(args))
+    write_scores(
+        args.output, task=task, model=args.model, runs=runs, teacher=args.teacher, flags=vars(args)
+    )
     print("\n".join(table_lines(figures, teacher is not None)))
     logger.info("Wrote %s: %d sequences, %d ids.", args.output, *num_examples.values())
 

@@ -1,4 +1,6 @@
-"""Make a student's first weights from layers of a teacher of the same architecture (RoBERTa or GPT-2)."""
+"""Make a student's first weights from layers of a teacher of the same architecture (RoBERTa or
+GPT-2).
+"""
 
 import sys
 from pathlib import Path

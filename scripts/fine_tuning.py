@@ -1,13 +1,14 @@
-"""Fine-tuning for a task, with or without a fine-tuned teacher: what run_task.py and run_squad_w_distillation.py share.
+"""Fine-tuning for a task, with or without a fine-tuned teacher: what run_task.py and
+run_squad_w_distillation.py share.
 
-The second step of distillation (Sanh et al., 2019, section 3, "DistilBERT (D)"): the student learns the task and, at the
-same time, the logits of a teacher that was fine-tuned for it before:
+The second step of distillation (Sanh et al., 2019, section 3, "DistilBERT (D)"): the student learns
+the task and, at the same time, the logits of a teacher that was fine-tuned for it before:
 
     loss = alpha_task x the task's own loss + alpha_ce x DISTANCES[head](student, teacher, T)
 
-The loop is the transformers Trainer's; the optimizer is that of the 2019 scripts (AdamW, linear decay to 0, no warm-up, clip
-at 1, nothing decayed in biases and layer norms). Every score goes to a file of its own (scores.json), from which tables are
-made without running anything again.
+The loop is the transformers Trainer's; the optimizer is that of the 2019 scripts (AdamW, linear
+decay to 0, no warm-up, clip at 1, nothing decayed in biases and layer norms). Every score goes to a
+file of its own (scores.json), from which tables are made without running anything again.
 
 Shape suffixes: B examples, T padded length, C classes or vocabulary, N selected positions.
 """
@@ -45,14 +46,18 @@ from utils import InputError, git_facts, one_line, setup_logging, write_json
 
 IGNORED_LABEL = -100
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The second step's loss
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def _mean_kl(student_NC: torch.Tensor, teacher_NC: torch.Tensor, temperature: float) -> torch.Tensor:
+def _mean_kl(
+    student_NC: torch.Tensor, teacher_NC: torch.Tensor, temperature: float
+) -> torch.Tensor:
     """Return the mean over rows of T^2 KL(softmax(t / T) || softmax(s / T)); 0 without rows."""
-    total = kl_divergence(at_least_float32(student_NC), at_least_float32(teacher_NC), None, temperature)
+    total = kl_divergence(
+        at_least_float32(student_NC), at_least_float32(teacher_NC), None, temperature
+    )
     return total / max(len(student_NC), 1)
 
 
@@ -61,7 +66,9 @@ def _of_classes(student, teacher, labels, temperature: float) -> torch.Tensor:
 
 
 def _of_values(student, teacher, labels, temperature: float) -> torch.Tensor:
-    total = squared_error(at_least_float32(student.logits), at_least_float32(teacher.logits), None, temperature)
+    total = squared_error(
+        at_least_float32(student.logits), at_least_float32(teacher.logits), None, temperature
+    )
     return total / max(student.logits.numel(), 1)
 
 
@@ -72,11 +79,15 @@ def _of_tokens(student, teacher, labels_BT: torch.Tensor, temperature: float) ->
 
 def _of_next_tokens(student, teacher, labels_BT: torch.Tensor, temperature: float) -> torch.Tensor:
     counts_BT = labels_BT[:, 1:] != IGNORED_LABEL
-    return _mean_kl(student.logits[:, :-1][counts_BT], teacher.logits[:, :-1][counts_BT], temperature)
+    return _mean_kl(
+        student.logits[:, :-1][counts_BT], teacher.logits[:, :-1][counts_BT], temperature
+    )
 
 
 def _of_spans(student, teacher, labels, temperature: float) -> torch.Tensor:
-    """Return the mean of start and end; the distributions are over all T positions, padding and question included."""
+    """Return the mean of start and end; the distributions are over all T positions, padding and
+    question included.
+    """
     start = _mean_kl(student.start_logits, teacher.start_logits, temperature)
     return (start + _mean_kl(student.end_logits, teacher.end_logits, temperature)) / 2
 
@@ -91,27 +102,51 @@ DISTANCES: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def inputs_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Take from a batch what a model's forward knows; token types only where it has more than one (BERT's)."""
+    """Take from a batch what a model's forward knows; token types only where it has more than one
+    (BERT's).
+    """
     known = inspect.signature(model.forward).parameters
     has_types = getattr(model.config, "type_vocab_size", 0) > 1
-    return {name: t for name, t in batch.items() if name in known and (has_types or name != "token_type_ids")}
+    return {
+        name: t
+        for name, t in batch.items()
+        if name in known and (has_types or name != "token_type_ids")
+    }
 
 
 class Trainer(transformers.Trainer):
     """The library's Trainer, with a teacher. Batches reach student and teacher each by inputs_of.
 
-    distance: row of DISTANCES. teacher: in evaluation mode, without gradients; None for plain fine-tuning.
+    distance: row of DISTANCES. teacher: in evaluation mode, without gradients; None for plain
+    fine-tuning.
     """
 
-    def __init__(self, *, distance: str, teacher: torch.nn.Module | None = None, alpha_task: float = 1.0,
-                 alpha_ce: float = 0.0, temperature: float = 2.0, **options: Any):  # fmt: skip
+    def __init__(
+        self,
+        *,
+        distance: str,
+        teacher: torch.nn.Module | None = None,
+        alpha_task: float = 1.0,
+        alpha_ce: float = 0.0,
+        temperature: float = 2.0,
+        **options: Any,
+    ):
         super().__init__(**options)
-        self.distance, self.alpha_task, self.alpha_ce, self.temperature = distance, alpha_task, alpha_ce, temperature
-        self.teacher = None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        self.distance, self.alpha_task, self.alpha_ce, self.temperature = (
+            distance,
+            alpha_task,
+            alpha_ce,
+            temperature,
+        )
+        self.teacher = (
+            None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
+        )
         self.model_accepts_loss_kwargs = False  # the mean of micro-batch means, as in 2019
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        """Return alpha_task x task loss + alpha_ce x distance from the teacher; the task loss alone in evaluation."""
+        """Return alpha_task x task loss + alpha_ce x distance from the teacher; the task loss alone
+        in evaluation.
+        """
         plain = self.accelerator.unwrap_model(model)
         student = model(**inputs_of(plain, inputs))
         loss = student.loss
@@ -120,7 +155,9 @@ class Trainer(transformers.Trainer):
             with torch.no_grad():
                 given = {name: tensor for name, tensor in inputs.items() if name not in labels}
                 teacher = self.teacher(**inputs_of(self.teacher, given))
-            distance = DISTANCES[self.distance](student, teacher, inputs.get("labels"), self.temperature)
+            distance = DISTANCES[self.distance](
+                student, teacher, inputs.get("labels"), self.temperature
+            )
             loss = self.alpha_task * loss + self.alpha_ce * distance
         return (loss, student) if return_outputs else loss
 
@@ -130,13 +167,21 @@ class Trainer(transformers.Trainer):
         return super().prediction_step(model, kept, prediction_loss_only, ignore_keys)
 
     def _get_train_sampler(self, train_dataset=None):
-        """Shuffle, and end an epoch with its last whole update: updates = (batches // accumulation) x epochs."""
-        # Differs from the original: the batches left over are not read. 2019 let their gradients into the next epoch's
-        # first update, which was clipped as if it were one of its own.
+        """Shuffle, and end an epoch with its last whole update: updates = (batches // accumulation)
+        x epochs.
+        """
+        # Differs from the original: the batches left over are not read. 2019 let their gradients
+        # into the next epoch's first update, which was clipped as if it were one of its own.
         dataset = self.train_dataset if train_dataset is None else train_dataset
-        num_left = num_micro_batches(len(dataset), self.args) % self.args.gradient_accumulation_steps
+        num_left = (
+            num_micro_batches(len(dataset), self.args) % self.args.gradient_accumulation_steps
+        )
         num_whole = num_micro_batches(len(dataset), self.args) - num_left
-        num_samples = num_whole * self.args.train_batch_size * self.args.world_size if num_left else len(dataset)
+        num_samples = (
+            num_whole * self.args.train_batch_size * self.args.world_size
+            if num_left
+            else len(dataset)
+        )
         return torch.utils.data.RandomSampler(dataset, num_samples=num_samples)
 
 
@@ -150,21 +195,27 @@ def require_an_update(num_examples: int, arguments: transformers.TrainingArgumen
     num, wanted = num_micro_batches(num_examples, arguments), arguments.gradient_accumulation_steps
     if num < wanted:
         raise InputError(
-            f"--gradient_accumulation_steps {wanted}: an epoch has {num} micro-batches, too few for one update; lower it"
+            f"--gradient_accumulation_steps {wanted}: an epoch has {num} micro-batches, too few for"
+            " one update; lower it"
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Models and tokenizers
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def load_any_tokenizer(name: str, flag: str, do_lower_case: bool | None = None):
-    """Load a model's tokenizer by hub name or folder, checked as in distillation where its type is a known one.
+    """Load a model's tokenizer by hub name or folder, checked as in distillation where its type is
+    a known one.
 
     Raises InputError that names `flag`.
     """
-    model_type = load_config(None, name, flag).model_type if os.path.isfile(Path(name, "config.json")) else None
+    model_type = (
+        load_config(None, name, flag).model_type
+        if os.path.isfile(Path(name, "config.json"))
+        else None
+    )
     if model_type in ARCHITECTURES:
         return load_tokenizer(model_type, name, flag, do_lower_case)
     with quiet_transformers():
@@ -172,7 +223,8 @@ def load_any_tokenizer(name: str, flag: str, do_lower_case: bool | None = None):
             return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
         except Exception as error:
             raise InputError(
-                f"{flag} {name}: no tokenizer could be loaded ({one_line(error)}); name a model's folder"
+                f"{flag} {name}: no tokenizer could be loaded ({one_line(error)}); name a model's"
+                " folder"
             ) from error
 
 
@@ -187,46 +239,62 @@ def longest_input(config) -> int | None:
         return positions
 
 
-def load_for_task(auto_class, name: str, flag: str, *, is_fine_tuned: bool, **options: Any) -> torch.nn.Module:
-    """Load a model with a task's head (auto_class: AutoModelForSequenceClassification, ..), in float32.
+def load_for_task(
+    auto_class, name: str, flag: str, *, is_fine_tuned: bool, **options: Any
+) -> torch.nn.Module:
+    """Load a model with a task's head (auto_class: AutoModelForSequenceClassification, ..), in
+    float32.
 
-    is_fine_tuned: the head must be there, too; else a new head is made where the model has another or none, and only the
-    encoder must be whole. options: of the configuration (num_labels, id2label, ..). Raises InputError that names `flag`.
+    is_fine_tuned: the head must be there, too; else a new head is made where the model has another
+    or none, and only the encoder must be whole. options: of the configuration (num_labels,
+    id2label, ..). Raises InputError that names `flag`.
     """
     load_config(None, name, flag)
     with quiet_transformers():
         try:
             model, report = auto_class.from_pretrained(
-                name, dtype=torch.float32, output_loading_info=True, ignore_mismatched_sizes=True, trust_remote_code=False,
-                weights_only=True, **options,
-            )  # fmt: skip
+                name,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                weights_only=True,
+                **options,
+            )
         except Exception as error:
-            raise InputError(f"{flag} {name}: could not be loaded with a head for the task ({one_line(error)})") from error
+            raise InputError(
+                f"{flag} {name}: could not be loaded with a head for the task ({one_line(error)})"
+            ) from error
     prefix = f"{model.base_model_prefix}."
     absent = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
-    # A pooler is absent from language models, which have none; it is the head's part that is learnt anew.
+    # A pooler is absent from language models, which have none; it is the head's part that is learnt
+    # anew.
     of_encoder = [key for key in absent if key.startswith(prefix) and ".pooler." not in key]
     if wrong := absent if is_fine_tuned else of_encoder:
         what = "a model fine-tuned for this very task" if is_fine_tuned else "a whole encoder"
         more = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
-        raise InputError(f"{flag} {name}: has no fitting weights for {wrong[0]}{more}; expected {what}")
+        raise InputError(
+            f"{flag} {name}: has no fitting weights for {wrong[0]}{more}; expected {what}"
+        )
     check_finite(model.state_dict(), f"{flag} {name}")
     return model
 
 
-def require_same_vocabulary(student_tokenizer, teacher_tokenizer, student: str, teacher: str) -> None:
+def require_same_vocabulary(
+    student_tokenizer, teacher_tokenizer, student: str, teacher: str
+) -> None:
     """Raise InputError where the two models don't read the same token ids."""
     if vocabulary_fingerprint(student_tokenizer) != vocabulary_fingerprint(teacher_tokenizer):
         raise InputError(
-            f"teacher {teacher} and student {student} have different tokenizers ({len(teacher_tokenizer)} and "
-            f"{len(student_tokenizer)} tokens); logits can be compared on the same token ids only: fine-tune a teacher of the "
-            "student's vocabulary"
+            f"teacher {teacher} and student {student} have different tokenizers"
+            f" ({len(teacher_tokenizer)} and {len(student_tokenizer)} tokens); logits can be"
+            " compared on the same token ids only: fine-tune a teacher of the student's vocabulary"
         )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The Trainer's arguments
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def second_step_problems(
@@ -240,40 +308,65 @@ def second_step_problems(
         return problems
     if not (math.isfinite(alpha_ce) and alpha_ce > 0):
         problems.append(
-            f"--alpha_ce {alpha_ce:g}: expected above 0 with a teacher; leave the teacher out for plain fine-tuning"
+            f"--alpha_ce {alpha_ce:g}: expected above 0 with a teacher; leave the teacher out for"
+            " plain fine-tuning"
         )
     if not (math.isfinite(alpha_task) and alpha_task >= 0):
         problems.append(f"--{task_flag} {alpha_task:g}: expected at least 0")
     return problems
 
 
-def training_arguments(folder: str | os.PathLike, *, seed: int, batch_size: int, eval_batch_size: int, **changes: Any):
-    """Make the Trainer's arguments: those of the 2019 scripts, but for `changes`. No reports, no hub, bars on terminals only.
+def training_arguments(
+    folder: str | os.PathLike, *, seed: int, batch_size: int, eval_batch_size: int, **changes: Any
+):
+    """Make the Trainer's arguments: those of the 2019 scripts, but for `changes`. No reports, no
+    hub, bars on terminals only.
 
-    changes: learning_rate (5e-5), num_train_epochs (3), max_steps, gradient_accumulation_steps, weight_decay (0),
-    adam_epsilon (1e-8), max_grad_norm (1), warmup_steps (0), save_strategy, save_steps, logging_steps, bf16, fp16, use_cpu.
+    changes: learning_rate (5e-5), num_train_epochs (3), max_steps, gradient_accumulation_steps,
+    weight_decay (0), adam_epsilon (1e-8), max_grad_norm (1), warmup_steps (0), save_strategy,
+    save_steps, logging_steps, bf16, fp16, use_cpu.
     """
     on_cpu = changes.get("use_cpu", False) or not torch.cuda.is_available()
     options = {
-        "learning_rate": 5e-5, "num_train_epochs": 3, "weight_decay": 0.0, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
-        "warmup_steps": 0, "lr_scheduler_type": "linear", "optim": "adamw_torch", "save_strategy": "no",
-        "logging_steps": 50, **changes,
-        "use_cpu": on_cpu,  # several processes without GPUs would else each take itself for the only one
-    }  # fmt: skip
+        "learning_rate": 5e-5,
+        "num_train_epochs": 3,
+        "weight_decay": 0.0,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+        "warmup_steps": 0,
+        "lr_scheduler_type": "linear",
+        "optim": "adamw_torch",
+        "save_strategy": "no",
+        "logging_steps": 50,
+        **changes,
+        # Several processes without GPUs would else each take itself for the only one
+        "use_cpu": on_cpu,
+    }
     return transformers.TrainingArguments(
-        output_dir=str(folder), seed=seed, per_device_train_batch_size=batch_size,
-        per_device_eval_batch_size=eval_batch_size, report_to="none", push_to_hub=False, remove_unused_columns=False,
-        dataloader_pin_memory=not on_cpu, ddp_backend="gloo" if on_cpu and "RANK" in os.environ else None,
-        disable_tqdm=not sys.stderr.isatty(), **options,
-    )  # fmt: skip
+        output_dir=str(folder),
+        seed=seed,
+        per_device_train_batch_size=batch_size,
+        per_device_eval_batch_size=eval_batch_size,
+        report_to="none",
+        push_to_hub=False,
+        remove_unused_columns=False,
+        dataloader_pin_memory=not on_cpu,
+        ddp_backend="gloo" if on_cpu and "RANK" in os.environ else None,
+        disable_tqdm=not sys.stderr.isatty(),
+        **options,
+    )
 
 
-RANK_0_FIRST_S = 3  # every process finds the same; the launcher ends the others with the first, and process 0 is to say it
+# Every process finds the same; the launcher ends the others with the first, and process 0 is to say
+# it
+RANK_0_FIRST_S = 3
 
 
 @contextlib.contextmanager
 def spoken_by_rank_0() -> Iterator[None]:
-    """Log on process 0 alone within the block, and let it be the first to say what is wrong with the input."""
+    """Log on process 0 alone within the block, and let it be the first to say what is wrong with
+    the input.
+    """
     is_another_rank = os.environ.get("RANK", "0") != "0"
     setup_logging(logging.ERROR if is_another_rank else logging.INFO)
     try:
@@ -284,17 +377,26 @@ def spoken_by_rank_0() -> Iterator[None]:
         raise
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Scores
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def write_scores(path: str | os.PathLike, *, task: str, model: str, score: Mapping[str, float] | None = None,
-                 runs: Sequence[Mapping[str, Any]], teacher: str | None = None, flags: Mapping[str, Any]) -> dict:  # fmt: skip
+def write_scores(
+    path: str | os.PathLike,
+    *,
+    task: str,
+    model: str,
+    score: Mapping[str, float] | None = None,
+    runs: Sequence[Mapping[str, Any]],
+    teacher: str | None = None,
+    flags: Mapping[str, Any],
+) -> dict:
     """Write a run's scores.json, from which report.py makes tables; return its content.
 
-    runs: one entry a seed: {"seed": 42, "metrics": {name: value}, "num_examples": {split: number}}. metrics holds the task's
-    figures, x100 where they are rates. score: medians over the seeds where not given, with "spread": (least, largest).
+    runs: one entry a seed: {"seed": 42, "metrics": {name: value}, "num_examples": {split: number}}.
+    metrics holds the task's figures, x100 where they are rates. score: medians over the seeds where
+    not given, with "spread": (least, largest).
     """
     names = list(runs[0]["metrics"])
     values = {name: [run["metrics"][name] for run in runs] for name in names}

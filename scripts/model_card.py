@@ -1,7 +1,9 @@
-"""The model card of the Hugging Face hub for a distilled model: README.md with metadata, in the student's folder.
+"""The model card of the Hugging Face hub for a distilled model: README.md with metadata, in the
+student's folder.
 
-report.py's --write_card makes it of the report's figures and of what train.py left in the folder (parameters.json,
-git_log.json). The metadata's form is huggingface_hub's: its classes write it, and read it back before the file is written.
+report.py's --write_card makes it of the report's figures and of what train.py left in the folder
+(parameters.json, git_log.json). The metadata's form is huggingface_hub's: its classes write it, and
+read it back before the file is written.
 """
 
 import argparse
@@ -28,15 +30,30 @@ IDENTIFIER = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 def add_card_flags(group) -> None:
     """Add the flags that say what no file does."""
-    group.add_argument("--license", help="the model's license, an identifier of the hub (apache-2.0, mit, ..)")
-    group.add_argument("--language", nargs="+", help="ISO 639 codes of the training text (en, de, ..), or multilingual")
-    group.add_argument("--datasets", nargs="+", help="data sets of the hub that the student was trained on")
-    group.add_argument("--base_model", help="the teacher's name on the hub (default: --teacher, where it is no folder)")
-    group.add_argument("--model_id", help="the student's name on the hub (default: the folder's name)")
+    group.add_argument(
+        "--license", help="the model's license, an identifier of the hub (apache-2.0, mit, ..)"
+    )
+    group.add_argument(
+        "--language",
+        nargs="+",
+        help="ISO 639 codes of the training text (en, de, ..), or multilingual",
+    )
+    group.add_argument(
+        "--datasets", nargs="+", help="data sets of the hub that the student was trained on"
+    )
+    group.add_argument(
+        "--base_model",
+        help="the teacher's name on the hub (default: --teacher, where it is no folder)",
+    )
+    group.add_argument(
+        "--model_id", help="the student's name on the hub (default: the folder's name)"
+    )
 
 
 def card_problems(args: argparse.Namespace) -> list[str]:
-    """Say, a line each, why the card can't be written, and which of its flags the hub would not take."""
+    """Say, a line each, why the card can't be written, and which of its flags the hub would not
+    take.
+    """
     problems = []
     for name, pattern, example in (
         ("license", re.compile(r"[a-z0-9][a-z0-9.+-]*"), "apache-2.0"),
@@ -48,11 +65,18 @@ def card_problems(args: argparse.Namespace) -> list[str]:
         value = getattr(args, name)
         for word in [value] if isinstance(value, str) else value or []:
             if not pattern.fullmatch(word):
-                problems.append(f"--{name} {word}: is no such name on the hub; expected one as {example}")
+                problems.append(
+                    f"--{name} {word}: is no such name on the hub; expected one as {example}"
+                )
     path = Path(args.student, "README.md")
-    problems += filter(None, [output_problem(str(path), "--write_card") if os.path.isdir(args.student) else None])
+    problems += filter(
+        None, [output_problem(str(path), "--write_card") if os.path.isdir(args.student) else None]
+    )
     if path.is_file() and not args.force and not is_own(path):
-        problems.append(f"--write_card {path}: was written or changed by another hand; move it, or replace it with --force")
+        problems.append(
+            f"--write_card {path}: was written or changed by another hand; move it, or replace it"
+            " with --force"
+        )
     return problems
 
 
@@ -71,35 +95,66 @@ def digest_of(text: str) -> str:
     return hashlib.sha256(text.encode()).hexdigest()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metadata
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # task: (kind of task, data set, its name, configuration, split), as the hub has them
 DATASETS: dict[str, tuple[str, str, str, str | None, str]] = {
     **{
         task: ("text-classification", "nyu-mll/glue", f"GLUE {title}", task, "validation")
         for task, title in {
-            "cola": "CoLA", "mnli": "MNLI", "mrpc": "MRPC", "qnli": "QNLI", "qqp": "QQP", "rte": "RTE", "sst2": "SST-2",
-            "stsb": "STS-B", "wnli": "WNLI",
+            "cola": "CoLA",
+            "mnli": "MNLI",
+            "mrpc": "MRPC",
+            "qnli": "QNLI",
+            "qqp": "QQP",
+            "rte": "RTE",
+            "sst2": "SST-2",
+            "stsb": "STS-B",
+            "wnli": "WNLI",
         }.items()
     },
     "squad": ("question-answering", "rajpurkar/squad", "SQuAD v1.1", "plain_text", "validation"),
-    "squad_v2": ("question-answering", "rajpurkar/squad_v2", "SQuAD v2.0", "squad_v2", "validation"),
+    "squad_v2": (
+        "question-answering",
+        "rajpurkar/squad_v2",
+        "SQuAD v2.0",
+        "squad_v2",
+        "validation",
+    ),
     "imdb": ("text-classification", "stanfordnlp/imdb", "IMDb", "plain_text", "test"),
-    "xnli": ("text-classification", "facebook/xnli", "XNLI, trained in English", "all_languages", "test"),
+    "xnli": (
+        "text-classification",
+        "facebook/xnli",
+        "XNLI, trained in English",
+        "all_languages",
+        "test",
+    ),
     "ner": ("token-classification", "local", "entities, local files", None, "test"),
     "wikitext": ("text-generation", "Salesforce/wikitext", "WikiText, raw", None, "test"),
     "lm": ("text-generation", "local", "held-out text, local file", None, "test"),
-}  # fmt: skip
+}
 
 METRICS = {
-    "accuracy": "accuracy", "f1": "f1", "precision": "precision", "recall": "recall", "matthews": "matthews_correlation",
-    "pearson": "pearsonr", "spearman": "spearmanr", "exact": "exact_match", "HasAns_exact": "exact_match",
-    "NoAns_exact": "exact_match", "HasAns_f1": "f1", "NoAns_f1": "f1", "perplexity": "perplexity",
-    "token_perplexity": "perplexity", "word_perplexity": "perplexity", "pseudo_perplexity": "perplexity",
+    "accuracy": "accuracy",
+    "f1": "f1",
+    "precision": "precision",
+    "recall": "recall",
+    "matthews": "matthews_correlation",
+    "pearson": "pearsonr",
+    "spearman": "spearmanr",
+    "exact": "exact_match",
+    "HasAns_exact": "exact_match",
+    "NoAns_exact": "exact_match",
+    "HasAns_f1": "f1",
+    "NoAns_f1": "f1",
+    "perplexity": "perplexity",
+    "token_perplexity": "perplexity",
+    "word_perplexity": "perplexity",
+    "pseudo_perplexity": "perplexity",
     "drawn_perplexity": "perplexity",
-}  # fmt: skip
+}
 GROUPED = ("mnli", "xnli")  # their metrics are accuracies, each under its group's name
 
 # the end of a class's name: (what from_pretrained is called on, the hub's kind of task)
@@ -117,26 +172,45 @@ def head_of(student: str) -> tuple[str, str]:
     """Say by which class a model's folder is loaded, and for what kind of task it is."""
     config = transformers.AutoConfig.from_pretrained(student, trust_remote_code=False)
     kind = (config.architectures or [""])[0]
-    return next((row for end, row in HEADS.items() if kind.endswith(end)), ("AutoModel", "feature-extraction"))
+    return next(
+        (row for end, row in HEADS.items() if kind.endswith(end)),
+        ("AutoModel", "feature-extraction"),
+    )
 
 
 def eval_results(report: Mapping) -> list[huggingface_hub.EvalResult]:
-    """List the student's figures as the hub has them, the one number that sums a task up left out where it has parts."""
+    """List the student's figures as the hub has them, the one number that sums a task up left out
+    where it has parts.
+    """
     results = []
     for task, entry in report["quality"].items():
         figure = entry["models"].get("student")
-        metrics = {name: value for name, value in (figure["metrics"] if figure else {}).items() if name in METRICS}
+        metrics = {
+            name: value
+            for name, value in (figure["metrics"] if figure else {}).items()
+            if name in METRICS
+        }
         if figure and task in GROUPED:
             metrics = {name: value for name, value in figure["metrics"].items() if name != "score"}
         kind, dataset, title, config, split = DATASETS[task]
         if figure and figure["kind"] == "masked lm":
             kind = "fill-mask"
         for name, value in metrics.items():
-            results.append(huggingface_hub.EvalResult(
-                task_type=kind, dataset_type=dataset, dataset_name=title, dataset_config=config, dataset_split=split,
-                dataset_args={"num_examples": figure["num_examples"]} if figure["num_examples"] else None,
-                metric_type=METRICS.get(name, "accuracy"), metric_name=metric_name(name), metric_value=round(value, 4),
-            ))  # fmt: skip
+            results.append(
+                huggingface_hub.EvalResult(
+                    task_type=kind,
+                    dataset_type=dataset,
+                    dataset_name=title,
+                    dataset_config=config,
+                    dataset_split=split,
+                    dataset_args=(
+                        {"num_examples": figure["num_examples"]} if figure["num_examples"] else None
+                    ),
+                    metric_type=METRICS.get(name, "accuracy"),
+                    metric_name=metric_name(name),
+                    metric_value=round(value, 4),
+                )
+            )
     return results
 
 
@@ -151,51 +225,93 @@ def metadata(args: argparse.Namespace, report: Mapping) -> huggingface_hub.Model
     base_model = args.base_model or (None if os.path.exists(args.teacher) else args.teacher)
     return huggingface_hub.ModelCardData(
         language=args.language[0] if args.language and len(args.language) == 1 else args.language,
-        license=args.license, library_name="transformers", tags=["distillation", "distil"], base_model=base_model,
-        datasets=args.datasets, pipeline_tag=head_of(args.student)[1],
+        license=args.license,
+        library_name="transformers",
+        tags=["distillation", "distil"],
+        base_model=base_model,
+        datasets=args.datasets,
+        pipeline_tag=head_of(args.student)[1],
         metrics=sorted({result.metric_type for result in results}) or None,
-        model_name=short_name(args.student), eval_results=results or None,
-    )  # fmt: skip
+        model_name=short_name(args.student),
+        eval_results=results or None,
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Text
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_run_file(student: str, name: str) -> dict:
-    """Read one of the files that train.py leaves in the run folder; empty where there is none, or it is damaged."""
+    """Read one of the files that train.py leaves in the run folder; empty where there is none, or
+    it is damaged.
+    """
     path = Path(student, name)
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        logger.warning("%s is no readable JSON (%s): the card goes without it.", path, one_line(error))
+        logger.warning(
+            "%s is no readable JSON (%s): the card goes without it.", path, one_line(error)
+        )
         return {}
     return content if isinstance(content, dict) else {}
 
 
-PLACES = ("dump_path", "student_config", "student_pretrained_weights", "token_counts", "data_file", "teacher_name")
+PLACES = (
+    "dump_path",
+    "student_config",
+    "student_pretrained_weights",
+    "token_counts",
+    "data_file",
+    "teacher_name",
+)
 
 
 def training_text(args: argparse.Namespace) -> str:
     """Say how the student was trained, by the files in its folder."""
-    flags, commit = read_run_file(args.student, "parameters.json"), read_run_file(args.student, "git_log.json")
+    flags, commit = (
+        read_run_file(args.student, "parameters.json"),
+        read_run_file(args.student, "git_log.json"),
+    )
     if not flags:
-        return "The model's folder holds no parameters.json of the run: its training flags are not known here."
+        return (
+            "The model's folder holds no parameters.json of the run: its training flags are not"
+            " known here."
+        )
     weights = {name: flags.get(f"alpha_{name}") for name in LOSSES}
-    losses = [f"* {alpha:g} x {LOSSES[name].title} (`alpha_{name}`)" for name, alpha in weights.items() if alpha]
+    losses = [
+        f"* {alpha:g} x {LOSSES[name].title} (`alpha_{name}`)"
+        for name, alpha in weights.items()
+        if alpha
+    ]
     lines = ["The training loss was the sum of:", "", *losses, ""]
     if flags.get("data_file"):
-        lines += [f"Training data: the token file `{Path(flags['data_file']).name}`"
-                  + (f", of {', '.join(args.datasets)}." if args.datasets else "."), ""]  # fmt: skip
+        lines += [
+            f"Training data: the token file `{Path(flags['data_file']).name}`"
+            + (f", of {', '.join(args.datasets)}." if args.datasets else "."),
+            "",
+        ]
     if commit.get("repo_sha"):
         lines += [f"Code: commit `{commit['repo_sha']}`.", ""]
-    told = {name: Path(value).name if name in PLACES and value else value for name, value in flags.items()}
+    told = {
+        name: Path(value).name if name in PLACES and value else value
+        for name, value in flags.items()
+    }
     rows = [f"| `{name}` | {cell(value)} |" for name, value in sorted(told.items())]
-    return "\n".join([*lines, "<details><summary>All flags of the run</summary>", "", "| flag | value |", "| --- | --- |",
-                      *rows, "", "</details>"])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            "<details><summary>All flags of the run</summary>",
+            "",
+            "| flag | value |",
+            "| --- | --- |",
+            *rows,
+            "",
+            "</details>",
+        ]
+    )
 
 
 def cell(value: object) -> str:
@@ -204,15 +320,22 @@ def cell(value: object) -> str:
 
 
 USES = {
-    "fill-mask": 'text = f"The capital of France is {tokenizer.mask_token}."\n'
-    'inputs = tokenizer(text, return_tensors="pt")\n'
-    "place = (inputs.input_ids[0] == tokenizer.mask_token_id).nonzero()[0, 0]\n"
-    "logits = model(**inputs).logits[0, place]\n"
-    "print(tokenizer.convert_ids_to_tokens(logits.topk(5).indices.tolist()))",
-    "text-generation": 'inputs = tokenizer("The capital of France is", return_tensors="pt")\n'
-    "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=10, do_sample=False)[0]))",
+    "fill-mask": (
+        'text = f"The capital of France is {tokenizer.mask_token}."\n'
+        'inputs = tokenizer(text, return_tensors="pt")\n'
+        "place = (inputs.input_ids[0] == tokenizer.mask_token_id).nonzero()[0, 0]\n"
+        "logits = model(**inputs).logits[0, place]\n"
+        "print(tokenizer.convert_ids_to_tokens(logits.topk(5).indices.tolist()))"
+    ),
+    "text-generation": (
+        'inputs = tokenizer("The capital of France is", return_tensors="pt")\n'
+        "print(tokenizer.decode(model.generate(**inputs, max_new_tokens=10, do_sample=False)[0]))"
+    ),
 }
-OTHER_USE = 'inputs = tokenizer("The capital of France is Paris.", return_tensors="pt")\nprint(model(**inputs))'
+OTHER_USE = (
+    'inputs = tokenizer("The capital of France is Paris.",'
+    ' return_tensors="pt")\nprint(model(**inputs))'
+)
 
 
 def usage_text(args: argparse.Namespace) -> str:
@@ -221,25 +344,40 @@ def usage_text(args: argparse.Namespace) -> str:
     name = args.model_id or short_name(args.student)
     return (
         f"```python\nfrom transformers import AutoTokenizer, {loader}\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\nmodel = {loader}.from_pretrained("{name}").eval()\n\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\nmodel ='
+        f' {loader}.from_pretrained("{name}").eval()\n\n'
         f"{USES.get(kind, OTHER_USE)}\n```"
     )
 
 
 def limits_text(args: argparse.Namespace, report: Mapping) -> str:
     """Say what the model was not shown to do."""
-    measured = [entry["title"] for entry in report["quality"].values() if "student" in entry["models"]]
+    measured = [
+        entry["title"] for entry in report["quality"].values() if "student" in entry["models"]
+    ]
     longest = report["sizes"].get("student", {}).get("longest_input")
     teacher = short_name(args.teacher)
     lines = [
-        f"* Measured on {', '.join(measured)} only." if measured else "* Its quality was not measured on any task.",
-        f"* It was trained to imitate {teacher}: expect that model's errors and biases, and some more.",
-        "* The scores on tasks are of models fine-tuned from this one, not of this one as it is."
-        if head_of(args.student)[1] in ("fill-mask", "text-generation") and set(report["quality"]) - {"lm"} else None,
+        (
+            f"* Measured on {', '.join(measured)} only."
+            if measured
+            else "* Its quality was not measured on any task."
+        ),
+        (
+            f"* It was trained to imitate {teacher}: expect that model's errors and biases, and"
+            " some more."
+        ),
+        (
+            "* The scores on tasks are of models fine-tuned from this one, not of this one as"
+            " it is."
+            if head_of(args.student)[1] in ("fill-mask", "text-generation")
+            and set(report["quality"]) - {"lm"}
+            else None
+        ),
         f"* It reads at most {longest} tokens at once." if longest else None,
         None if args.language else "* The language of its training text is not stated.",
         None if args.license else "* No license is stated: ask its authors before you use it.",
-    ]  # fmt: skip
+    ]
     return "\n".join(line for line in lines if line)
 
 
@@ -247,16 +385,27 @@ def card_text(args: argparse.Namespace, report: Mapping, tables: Mapping[str, st
     """Write the whole card; tables: "quality", "size", "speed", as report.py lays them out."""
     data = metadata(args, report)
     title = f"# {short_name(args.student)}"
-    teacher = args.base_model or (short_name(args.teacher) if os.path.exists(args.teacher) else args.teacher)
+    teacher = args.base_model or (
+        short_name(args.teacher) if os.path.exists(args.teacher) else args.teacher
+    )
     parts = [
         title,
-        f"A model distilled from `{teacher}` by the method of DistilBERT ([Sanh et al., 2019](https://arxiv.org/abs/1910.01108)).",
-        "## Results", tables["quality"], "\n".join(f"* {note}" for note in report["notes"]),
-        tables["size"], tables["speed"],
-        "## How to use it", usage_text(args),
-        "## How it was made", training_text(args),
-        "## Limits", limits_text(args, report),
-    ]  # fmt: skip
+        (
+            f"A model distilled from `{teacher}` by the method of DistilBERT ([Sanh et al.,"
+            " 2019](https://arxiv.org/abs/1910.01108))."
+        ),
+        "## Results",
+        tables["quality"],
+        "\n".join(f"* {note}" for note in report["notes"]),
+        tables["size"],
+        tables["speed"],
+        "## How to use it",
+        usage_text(args),
+        "## How it was made",
+        training_text(args),
+        "## Limits",
+        limits_text(args, report),
+    ]
     head = f"---\n{data.to_yaml()}\n---\n\n"
     body = "\n\n".join(parts) + "\n"
     return head + SIGNATURE.format(digest_of(f"{head}\n\n{body}")) + f"\n\n{body}"
@@ -270,5 +419,13 @@ def write_card(args: argparse.Namespace, report: Mapping, tables: Mapping[str, s
     path = Path(args.student, "README.md")
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
-    missing = [f"--{name}" for name in ("license", "language", "datasets", "base_model") if getattr(read_back, name) is None]
-    logger.info("Wrote %s%s.", path, f"; say what it leaves out with {', '.join(missing)}" if missing else "")
+    missing = [
+        f"--{name}"
+        for name in ("license", "language", "datasets", "base_model")
+        if getattr(read_back, name) is None
+    ]
+    logger.info(
+        "Wrote %s%s.",
+        path,
+        f"; say what it leaves out with {', '.join(missing)}" if missing else "",
+    )

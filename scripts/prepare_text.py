@@ -1,8 +1,9 @@
 """Turn documents into sequences: lines of several whole sentences, for binarized_data.py.
 
-A line holds sentences of one document only. Several languages (--by_language) can be sampled so that the small ones come
-more often: with probability p_l = n_l^s / sum_k n_k^s for n_l lines of language l (Conneau and Lample 2019, section 3.1;
-multilingual BERT: s = 0.7). The languages then stand one after the other: binarized_data.py shuffles.
+A line holds sentences of one document only. Several languages (--by_language) can be sampled so
+that the small ones come more often: with probability p_l = n_l^s / sum_k n_k^s for n_l lines of
+language l (Conneau and Lample 2019, section 3.1; multilingual BERT: s = 0.7). The languages then
+stand one after the other: binarized_data.py shuffles.
 """
 
 import argparse
@@ -44,10 +45,14 @@ from utils import (
 DOCUMENTS = ("auto", "line", "blank_lines", "file")
 PART_CHARS = 2**16  # of a long document this much is held at a time
 SMALLEST_MAX_CHARS = 20
-DENSE_CHARS = 3  # what a character of DENSE counts for: a token is 1 to 2 of them, but 3 to 5 letters
+DENSE_CHARS = (
+    3  # what a character of DENSE counts for: a token is 1 to 2 of them, but 3 to 5 letters
+)
 # Thai to Lao, Burmese, Hangul, Khmer, Chinese and Japanese.
-DENSE = re.compile("[\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u2e80-\ud7ff\uf900-\ufaff\uff00-\uffef"
-                   "\U00020000-\U0003ffff]+")  # fmt: skip
+DENSE = re.compile(
+    "[\u0e00-\u0eff\u1000-\u109f\u1100-\u11ff\u1780-\u17ff\u2e80-\ud7ff\uf900-\ufaff\uff00-\uffef"
+    "\U00020000-\U0003ffff]+"
+)
 
 # " = Title = ", " = = Section = = " (WikiText), "== Section ==" (MediaWiki).
 HEADING = re.compile(r"^[^\S\n]*=[= ]{0,20}[^=\s][^\n]{0,200}=[= ]{0,20}[^\S\n]*$", re.MULTILINE)
@@ -62,30 +67,50 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         nargs="+",
         required=True,
         metavar="PATH",
-        help="files, folders or quoted patterns: text, .jsonl, .parquet, .csv ..; text also as .gz, .bz2, .xz",
+        help=(
+            "files, folders or quoted patterns: text, .jsonl, .parquet, .csv ..; text also as .gz,"
+            " .bz2, .xz"
+        ),
     )
-    add("--output", default="data/dump.txt", help="one sequence a line, UTF-8 (default: %(default)s)")
-    add("--text_field", default="text", help="where a record (.jsonl, .parquet ..) has its text (default: %(default)s)")
+    add(
+        "--output",
+        default="data/dump.txt",
+        help="one sequence a line, UTF-8 (default: %(default)s)",
+    )
+    add(
+        "--text_field",
+        default="text",
+        help="where a record (.jsonl, .parquet ..) has its text (default: %(default)s)",
+    )
     add(
         "--errors",
         choices=ERRORS,
         default="strict",
-        help="lines that are not UTF-8: an error, left out, or mended with U+FFFD (default: %(default)s)",
+        help=(
+            "lines that are not UTF-8: an error, left out, or mended with U+FFFD (default:"
+            " %(default)s)"
+        ),
     )
     add(
         "--documents",
         choices=DOCUMENTS,
         default="auto",
-        help="what a document is in a text file: a line; what stands between blank lines (its line ends become spaces); the "
-        "whole file; auto: blank_lines if a blank line stands between others in the first MiB, else line. A record is "
-        "always one. Headings such as '== Title ==' end a document and are left out (default: %(default)s)",
+        help=(
+            "what a document is in a text file: a line; what stands between blank lines (its line"
+            " ends become spaces); the whole file; auto: blank_lines if a blank line stands between"
+            " others in the first MiB, else line. A record is always one. Headings such as '=="
+            " Title ==' end a document and are left out (default: %(default)s)"
+        ),
     )
     add(
         "--max_chars",
         type=int,
         default=1000,
-        help=f"longest line; a Chinese, Japanese, Korean, Thai, Lao, Khmer or Burmese character counts as {DENSE_CHARS}. With "
-        "multilingual BERT's vocabulary 1000 are 220 (English) to 430 (Bengali) tokens (default: %(default)s)",
+        help=(
+            "longest line; a Chinese, Japanese, Korean, Thai, Lao, Khmer or Burmese character"
+            f" counts as {DENSE_CHARS}. With multilingual BERT's vocabulary 1000 are 220 (English)"
+            " to 430 (Bengali) tokens (default: %(default)s)"
+        ),
     )
     add(
         "--min_chars",
@@ -96,57 +121,79 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--by_language",
         action="store_true",
-        help="each PATH, or each entry of the one folder given, is a language, named up to the first dot",
+        help=(
+            "each PATH, or each entry of the one folder given, is a language, named up to the"
+            " first dot"
+        ),
     )
     add(
         "--sampling_exponent",
         type=float,
         default=1.0,
-        help="s of n^s, with --by_language: 1 natural sizes, 0.7 multilingual BERT, 0 equal shares; other than 1 it needs room "
-        "for the text twice beside --output (default: %(default)s)",
+        help=(
+            "s of n^s, with --by_language: 1 natural sizes, 0.7 multilingual BERT, 0 equal shares;"
+            " other than 1 it needs room for the text twice beside --output (default: %(default)s)"
+        ),
     )
     add(
         "--num_lines",
         type=int,
-        help="lines to write, small languages repeated, large ones thinned (default: as many as there are)",
+        help=(
+            "lines to write, small languages repeated, large ones thinned (default: as many as"
+            " there are)"
+        ),
     )
     add("--seed", type=int, default=56, help="seed of the sampling (default: %(default)s)")
     return parser.parse_args(argv)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sentences
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-# These end a sentence whatever follows: Chinese and Japanese, Arabic and Urdu, Indic, Tibetan, Burmese, Khmer, Armenian,
-# Ethiopic. The others need a space, and behind it what can begin one.
+# These end a sentence whatever follows: Chinese and Japanese, Arabic and Urdu, Indic, Tibetan,
+# Burmese, Khmer, Armenian, Ethiopic. The others need a space, and behind it what can begin one.
 STRONG_MARKS = frozenset("。！？｡؟۔।॥།။។։።")
 MARKS = ".!?…‥" + "".join(sorted(STRONG_MARKS))
 OPENERS = "\"'“‘«‹„‚([{「『【（《¿¡"
 CLOSERS = "\"'”’»›)]}」』】）》"
 OPENER, CLOSER = re.escape(OPENERS), re.escape(CLOSERS)
-SENTENCE_END = re.compile(rf"[{MARKS}]+(?:[{CLOSER}]|[“«](?= |$)|\[\d+\])*(?: (?=[{OPENER} ]*([^{OPENER} ])))?")
+SENTENCE_END = re.compile(
+    rf"[{MARKS}]+(?:[{CLOSER}]|[“«](?= |$)|\[\d+\])*(?: (?=[{OPENER} ]*([^{OPENER} ])))?"
+)
 CONTINUING = frozenset(",;:.!?-–—/&%)]}=+*")
 THAI = re.compile("[\u0e00-\u0e7f]")
-# Initials (J., U.S, z.B, т.е), ordinals (3. Oktober, XIV. Jahrhundert); scripts of syllables and ideographs have none.
+# Initials (J., U.S, z.B, т.е), ordinals (3. Oktober, XIV. Jahrhundert); scripts of syllables and
+# ideographs have none.
 LETTER = r"[^\W\d_\u1100-\u11ff\u2e80-\U0010ffff]"
-INITIALS = re.compile(rf"(?:{LETTER}{{1,2}}\.-?)*{LETTER}|(?:{LETTER}{{1,2}}\.)+{LETTER}{{1,2}}|\d{{1,2}}|[ivx]+")
+INITIALS = re.compile(
+    rf"(?:{LETTER}{{1,2}}\.-?)*{LETTER}|(?:{LETTER}{{1,2}}\.)+{LETTER}{{1,2}}|\d{{1,2}}|[ivx]+"
+)
 ABBREVIATIONS_BY_LANGUAGE = {
-    "en": "mr mrs ms dr prof st jr sr vs gen col capt lt sgt maj cmdr adm rev hon gov sen rep pres mt ft cf ca approx dept "
-          "univ inc ltd co corp ph.d messrs viz incl esp bros",
+    "en": (
+        "mr mrs ms dr prof st jr sr vs gen col capt lt sgt maj cmdr adm rev hon gov sen rep pres mt"
+        " ft cf ca approx dept univ inc ltd co corp ph.d messrs viz incl esp bros"
+    ),
     "de": "bzw hr str abs bspw evtl ggf inkl jh mio mrd sog vgl geb gest hrsg hl",
-    "fr es it nl ro": "mme mlle mgr av ee sra srta dra gral núm sig dott ing avv dhr mevr bijv dl dna",
+    "fr es it nl ro": (
+        "mme mlle mgr av ee sra srta dra gral núm sig dott ing avv dhr mevr bijv dl dna"
+    ),
     "ru": "гг им ул св др тыс млн млрд руб стр рис см напр проф акад обл дж род обр ум кон нач",
     "pl tr fi vi id sw": "tzn tzw św np doç bkz esim mm ks lyh tp ts ths pgs jl pdt takr tar",
     "el hi te": "βλ αριθ डॉ पं కి మీ డా",
-}  # fmt: skip
+}
 ABBREVIATIONS = frozenset(" ".join(ABBREVIATIONS_BY_LANGUAGE.values()).split())
-NUMBERED = "no nos nr art fig figs vol pp sec ch chap op par eq ed tab bd kap jan feb mar apr jun jul aug sep sept oct nov dec"
+NUMBERED = (
+    "no nos nr art fig figs vol pp sec ch chap op par eq ed tab bd kap jan feb mar apr jun jul aug"
+    " sep sept oct nov dec"
+)
 BEFORE_A_NUMBER = frozenset(NUMBERED.split(" "))  # No. 5, but: He said no. Then ..
 
 
 def sentence_ends(text: str) -> list[int]:
-    """List where the sentences of a text with single spaces end, the space behind each included; the last is len(text)."""
+    """List where the sentences of a text with single spaces end, the space behind each included;
+    the last is len(text).
+    """
     ends = [match.end() for match in SENTENCE_END.finditer(text) if _ends_sentence(match)]
     if not ends or ends[-1] != len(text):
         ends.append(len(text))
@@ -162,22 +209,27 @@ def _ends_sentence(match: re.Match) -> bool:
     if marks[0] != "." or marks[1] in ".…!?":
         return True
     start = match.start()
-    return not _is_abbreviation(match.string[max(0, start - 20) : start].rpartition(" ")[2], follows)
+    return not _is_abbreviation(
+        match.string[max(0, start - 20) : start].rpartition(" ")[2], follows
+    )
 
 
 def _is_abbreviation(word: str, follows: str) -> bool:
-    # A sentence end that is missed leaves a longer sentence, which does no harm; so what is doubtful is no end.
+    # A sentence end that is missed leaves a longer sentence, which does no harm; so what is
+    # doubtful is no end.
     if word.startswith(("(", "[")):  # (born. 1950)
         return True
     word = word.lstrip(OPENERS).lower()
     if word in ABBREVIATIONS or (follows.isdigit() and word in BEFORE_A_NUMBER):
         return True
-    return bool(INITIALS.fullmatch(word) or THAI.match(word[-1:]))  # Thai sets no full stop but in abbreviations
+    return bool(
+        INITIALS.fullmatch(word) or THAI.match(word[-1:])
+    )  # Thai sets no full stop but in abbreviations
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Lines
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def length(text: str) -> int:
@@ -188,16 +240,20 @@ def length(text: str) -> int:
 
 
 def pack(text: str, max_chars: int, min_chars: int) -> tuple[list[str], str, list[int]]:
-    """Join sentences to lines up to `max_chars`: (lines, the last one, which more text may lengthen, sentences in both).
+    """Join sentences to lines up to `max_chars`: (lines, the last one, which more text may
+    lengthen, sentences in both).
 
-    A longer sentence is cut. The text has single spaces. No line but the last is shorter than `min_chars`.
+    A longer sentence is cut. The text has single spaces. No line but the last is shorter than
+    `min_chars`.
     """
     lines: list[str] = []
     start = fits = 0
     ends = sentence_ends(text)
     for end in ends:
         # The first comparison spares most sentences the exact one.
-        while end - start > max_chars // DENSE_CHARS and length(text[start:end].rstrip()) > max_chars:
+        while (
+            end - start > max_chars // DENSE_CHARS and length(text[start:end].rstrip()) > max_chars
+        ):
             if fits <= start or length(text[start:fits].rstrip()) < min_chars:
                 fits = _place_to_cut(text, start, max_chars, min_chars)
             lines.append(text[start:fits].rstrip())
@@ -208,9 +264,13 @@ def pack(text: str, max_chars: int, min_chars: int) -> tuple[list[str], str, lis
 
 
 def _place_to_cut(text: str, start: int, max_chars: int, min_chars: int) -> int:
-    """Find where a line that begins at `start` is to end: at its last space or clause, or else between two characters."""
+    """Find where a line that begins at `start` is to end: at its last space or clause, or else
+    between two characters.
+    """
     window = text[start : start + max_chars + 1]
-    limit = bisect.bisect_right(range(1, len(window)), max_chars, key=lambda size: length(window[:size]))
+    limit = bisect.bisect_right(
+        range(1, len(window)), max_chars, key=lambda size: length(window[:size])
+    )
     if window[limit] == " ":
         return start + limit
     place = max(window.rfind(mark, 0, limit) + 1 for mark in " ，、；")
@@ -223,7 +283,8 @@ def _place_to_cut(text: str, start: int, max_chars: int, min_chars: int) -> int:
 
 
 def _belong_together(left: str, right: str) -> bool:
-    # Marks and vowel signs, U+200D, Thai and Lao AM, skin tones; what follows a virama (combining class 9).
+    # Marks and vowel signs, U+200D, Thai and Lao AM, skin tones; what follows a virama (combining
+    # class 9).
     return (
         unicodedata.category(right)[0] == "M"
         or right in "\u200d\u0e33\u0eb3"
@@ -233,16 +294,18 @@ def _belong_together(left: str, right: str) -> bool:
     )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Documents
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
 class Corpus:
-    """The files of a language, or all of them, and what was found in them; characters: those of the lines.
+    """The files of a language, or all of them, and what was found in them; characters: those of the
+    lines.
 
-    forms: how many text files had each form of documents; bad: lines left out or mended; dropped: short remainders.
+    forms: how many text files had each form of documents; bad: lines left out or mended; dropped:
+    short remainders.
     """
 
     name: str
@@ -290,8 +353,12 @@ def _bounded(text: str, is_end: bool) -> Iterator[tuple[str, bool]]:
         yield text[place : place + PART_CHARS], is_end and place + PART_CHARS >= len(text)
 
 
-def lines_of(parts: Iterable[tuple[str, bool]], max_chars: int, min_chars: int, corpus: Corpus) -> Iterator[str]:
-    """Yield each document's lines; what is no line end for everyone (U+2028, form feed ..) is a space, too."""
+def lines_of(
+    parts: Iterable[tuple[str, bool]], max_chars: int, min_chars: int, corpus: Corpus
+) -> Iterator[str]:
+    """Yield each document's lines; what is no line end for everyone (U+2028, form feed ..) is a
+    space, too.
+    """
     rest = ""
     for part, is_end in parts:
         text = " ".join((rest + part).split())
@@ -313,11 +380,17 @@ def lines_of(parts: Iterable[tuple[str, bool]], max_chars: int, min_chars: int, 
 
 
 def form_of(first_lines: list[str]) -> str:
-    """Tell from a text file's first lines what its documents are: "blank_lines" if one is between others, else "line"."""
+    """Tell from a text file's first lines what its documents are: "blank_lines" if one is between
+    others, else "line".
+    """
     is_text = [bool(line.strip()) for line in first_lines]
     if True not in is_text:
         return "line"
-    return "line" if all(is_text[is_text.index(True) : len(is_text) - is_text[::-1].index(True)]) else "blank_lines"
+    return (
+        "line"
+        if all(is_text[is_text.index(True) : len(is_text) - is_text[::-1].index(True)])
+        else "blank_lines"
+    )
 
 
 def prepare(corpus: Corpus, args: argparse.Namespace, file: TextIO, bar: tqdm) -> None:
@@ -336,7 +409,9 @@ def prepare(corpus: Corpus, args: argparse.Namespace, file: TextIO, bar: tqdm) -
             corpus.characters += len(line)
 
 
-def _texts(source: Source, args: argparse.Namespace, corpus: Corpus, bar: tqdm) -> Iterator[list[str]]:
+def _texts(
+    source: Source, args: argparse.Namespace, corpus: Corpus, bar: tqdm
+) -> Iterator[list[str]]:
     for block in read_blocks(source, args.text_field):
         texts, num_bad = texts_of(block, args.text_field, args.errors)
         corpus.bad += num_bad
@@ -344,9 +419,9 @@ def _texts(source: Source, args: argparse.Namespace, corpus: Corpus, bar: tqdm) 
         bar.update(block.num_bytes)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Languages
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def find_corpora(paths: list[str], by_language: bool) -> list[Corpus]:
@@ -356,7 +431,10 @@ def find_corpora(paths: list[str], by_language: bool) -> list[Corpus]:
     sources = [(path, source) for path in paths for source in find_sources(path)]
     if len(paths) == 1 and os.path.isdir(paths[0]):
         folder = Path(paths[0])
-        sources = [(str(folder / Path(source.path).relative_to(folder).parts[0]), source) for _, source in sources]
+        sources = [
+            (str(folder / Path(source.path).relative_to(folder).parts[0]), source)
+            for _, source in sources
+        ]
     corpora: dict[str, Corpus] = {}
     path_of: dict[str, str] = {}
     for path, source in sources:
@@ -375,7 +453,9 @@ def shares(num_lines: list[int], exponent: float) -> list[float]:
 
 
 def targets(num_lines: list[int], exponent: float, total: int) -> list[int]:
-    """Share `total` lines out among languages: probability x total, rounded so that the sum is `total`."""
+    """Share `total` lines out among languages: probability x total, rounded so that the sum is
+    `total`.
+    """
     exact = [share * total for share in shares(num_lines, exponent)]
     counts = [int(number) for number in exact]
     by_remainder = sorted(range(len(exact)), key=lambda i: counts[i] - exact[i])
@@ -385,7 +465,9 @@ def targets(num_lines: list[int], exponent: float, total: int) -> list[int]:
 
 
 def sample(path: Path, num_lines: int, target: int, rng: random.Random, output: TextIO) -> None:
-    """Copy `target` of a file's lines: whole passes, then the rest drawn without replacement, in the file's order."""
+    """Copy `target` of a file's lines: whole passes, then the rest drawn without replacement, in
+    the file's order.
+    """
     passes, needed = divmod(target, num_lines)
     with open(path, "rb") as file:
         output.flush()
@@ -393,7 +475,8 @@ def sample(path: Path, num_lines: int, target: int, rng: random.Random, output: 
             file.seek(0)
             shutil.copyfileobj(file, output.buffer, 2**20)
         file.seek(0)
-        # Selection sampling: each line with probability needed / remaining (Knuth, volume 2, 3.4.2, algorithm S).
+        # Selection sampling: each line with probability needed / remaining (Knuth, volume 2, 3.4.2,
+        # algorithm S).
         for remaining in range(num_lines, 0, -1):
             if not needed:
                 break
@@ -409,36 +492,48 @@ def table(corpora: list[Corpus], counts: list[int]) -> str:
     head += f" {'written':>10} {'share':>7} {'times':>7}"
     found, written = sum(corpus.lines for corpus in corpora), sum(counts)
     rows = [
-        f"{corpus.name:12} {corpus.documents:10} {corpus.lines:10} {corpus.characters:12} {corpus.lines / found:7.2%} "
-        f"{count:10} {count / written:7.2%} {count / corpus.lines:7.2f}"
+        f"{corpus.name:12} {corpus.documents:10} {corpus.lines:10} {corpus.characters:12}"
+        f" {corpus.lines / found:7.2%} {count:10} {count / written:7.2%}"
+        f" {count / corpus.lines:7.2f}"
         for corpus, count in zip(corpora, counts, strict=True)
     ]
     return "\n".join([head, *rows])
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def check(args: argparse.Namespace) -> None:
     """Raise InputError for numbers that make no sense."""
     problems = []
     if args.max_chars < SMALLEST_MAX_CHARS:
-        problems.append(f"--max_chars {args.max_chars}: expected at least {SMALLEST_MAX_CHARS}, such as 1000")
+        problems.append(
+            f"--max_chars {args.max_chars}: expected at least {SMALLEST_MAX_CHARS}, such as 1000"
+        )
     elif not 0 <= args.min_chars <= args.max_chars:
-        problems.append(f"--min_chars {args.min_chars}: expected 0 to --max_chars, which is {args.max_chars}")
+        problems.append(
+            f"--min_chars {args.min_chars}: expected 0 to --max_chars, which is {args.max_chars}"
+        )
     if not 0 <= args.sampling_exponent <= 1:
-        problems.append(f"--sampling_exponent {args.sampling_exponent}: expected 0 (equal shares) to 1 (natural sizes)")
+        problems.append(
+            f"--sampling_exponent {args.sampling_exponent}: expected 0 (equal shares) to 1 (natural"
+            " sizes)"
+        )
     elif args.sampling_exponent != 1 and not args.by_language:
-        problems.append(f"--sampling_exponent {args.sampling_exponent}: is among languages; add --by_language")
+        problems.append(
+            f"--sampling_exponent {args.sampling_exponent}: is among languages; add --by_language"
+        )
     if args.num_lines is not None and args.num_lines < 1:
         problems.append(f"--num_lines {args.num_lines}: expected at least 1")
     if problems:
         raise InputError("\n".join(problems))
 
 
-def write_all(corpora: list[Corpus], args: argparse.Namespace, output: TextIO, bar: tqdm) -> list[int]:
+def write_all(
+    corpora: list[Corpus], args: argparse.Namespace, output: TextIO, bar: tqdm
+) -> list[int]:
     """Write every line once; list how many each language has."""
     for corpus in corpora:
         prepare(corpus, args, output, bar)
@@ -446,9 +541,15 @@ def write_all(corpora: list[Corpus], args: argparse.Namespace, output: TextIO, b
     return [corpus.lines for corpus in corpora]
 
 
-def write_sample(corpora: list[Corpus], args: argparse.Namespace, output: TextIO, bar: tqdm) -> list[int]:
-    """Write each language's lines beside the output, then its share of them to the output; list the shares in lines."""
-    with tempfile.TemporaryDirectory(prefix=".", suffix=".tmp", dir=Path(args.output).parent) as folder:
+def write_sample(
+    corpora: list[Corpus], args: argparse.Namespace, output: TextIO, bar: tqdm
+) -> list[int]:
+    """Write each language's lines beside the output, then its share of them to the output; list the
+    shares in lines.
+    """
+    with tempfile.TemporaryDirectory(
+        prefix=".", suffix=".tmp", dir=Path(args.output).parent
+    ) as folder:
         files = [Path(folder) / str(number) for number in range(len(corpora))]
         for corpus, path in zip(corpora, files, strict=True):
             with open(path, "w", encoding="utf-8", newline="\n") as file:
@@ -458,19 +559,33 @@ def write_sample(corpora: list[Corpus], args: argparse.Namespace, output: TextIO
         counts = targets(num_lines, args.sampling_exponent, args.num_lines or sum(num_lines))
         logger.info("Sampling %d of %d lines.", sum(counts), sum(num_lines))
         for corpus, path, count in zip(corpora, files, counts, strict=True):
-            sample(path, corpus.lines, count, random.Random(keyed_seed(args.seed, corpus.name)), output)
+            sample(
+                path, corpus.lines, count, random.Random(keyed_seed(args.seed, corpus.name)), output
+            )
             path.unlink()
     return counts
 
 
 def _require_lines(corpus: Corpus, args: argparse.Namespace) -> None:
     if not corpus.lines:
-        where = f"--file_path: language {corpus.name!r}" if args.by_language else f"--file_path {' '.join(args.file_path)}"
-        short = f"{corpus.dropped} shorter than --min_chars {args.min_chars}" if corpus.dropped else "the text is blank"
-        raise InputError(f"{where}: no line is left of {corpus.documents} documents ({short}); expected text")
+        where = (
+            f"--file_path: language {corpus.name!r}"
+            if args.by_language
+            else f"--file_path {' '.join(args.file_path)}"
+        )
+        short = (
+            f"{corpus.dropped} shorter than --min_chars {args.min_chars}"
+            if corpus.dropped
+            else "the text is blank"
+        )
+        raise InputError(
+            f"{where}: no line is left of {corpus.documents} documents ({short}); expected text"
+        )
 
 
-def report(corpora: list[Corpus], counts: list[int], args: argparse.Namespace, elapsed_s: float) -> None:
+def report(
+    corpora: list[Corpus], counts: list[int], args: argparse.Namespace, elapsed_s: float
+) -> None:
     """Say what was read, dropped and written."""
     total = Corpus("total", [])
     for corpus in corpora:
@@ -479,15 +594,32 @@ def report(corpora: list[Corpus], counts: list[int], args: argparse.Namespace, e
     if args.by_language:
         print(table(corpora, counts))
     if total.forms:
-        forms = ", ".join(f"{form} for {count} files" for form, count in sorted(total.forms.items()))
+        forms = ", ".join(
+            f"{form} for {count} files" for form, count in sorted(total.forms.items())
+        )
         logger.info("--documents auto: took %s.", forms)
-    logger.info("Read %d documents of %d sentences: %d lines of %.0f characters in the mean (%d in all).", total.documents,
-                total.sentences, total.lines, total.characters / total.lines, total.characters)  # fmt: skip
+    logger.info(
+        "Read %d documents of %d sentences: %d lines of %.0f characters in the mean (%d in all).",
+        total.documents,
+        total.sentences,
+        total.lines,
+        total.characters / total.lines,
+        total.characters,
+    )
     percent = 100 * total.dropped_characters / (total.characters + total.dropped_characters)
-    logger.info("Left out %d headings, and %d remainders shorter than %d (%.2f%% of the characters).", total.headings,
-                total.dropped, args.min_chars, percent)  # fmt: skip
+    logger.info(
+        "Left out %d headings, and %d remainders shorter than %d (%.2f%% of the characters).",
+        total.headings,
+        total.dropped,
+        args.min_chars,
+        percent,
+    )
     if total.bad:
-        logger.warning("%d lines were no valid text: %s.", total.bad, {"skip": "left out"}.get(args.errors, "mended"))
+        logger.warning(
+            "%d lines were no valid text: %s.",
+            total.bad,
+            {"skip": "left out"}.get(args.errors, "mended"),
+        )
     logger.info("Wrote %s: %d lines in %.1f s.", args.output, sum(counts), elapsed_s)
 
 
@@ -501,8 +633,18 @@ def main(argv: list[str] | None = None) -> None:
     require_output(args.output, "--output", [*args.file_path, *(source.path for source in sources)])
     started = time.perf_counter()
     write = write_all if args.sampling_exponent == 1 and args.num_lines is None else write_sample
-    bar = tqdm(total=sum(source.num_bytes for source in sources), unit="B", unit_scale=True, desc="prepare", **bar_options())
-    with atomic_path(args.output) as temporary, open(temporary, "w", encoding="utf-8", newline="\n") as output, bar:
+    bar = tqdm(
+        total=sum(source.num_bytes for source in sources),
+        unit="B",
+        unit_scale=True,
+        desc="prepare",
+        **bar_options(),
+    )
+    with (
+        atomic_path(args.output) as temporary,
+        open(temporary, "w", encoding="utf-8", newline="\n") as output,
+        bar,
+    ):
         counts = write(corpora, args, output, bar)
     report(corpora, counts, args, time.perf_counter() - started)
 

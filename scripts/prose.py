@@ -1,4 +1,5 @@
-"""English prose that every installation carries: documentation topics and docstrings of the installed packages.
+"""English prose that every installation carries: documentation topics and docstrings of the
+installed packages.
 
 The quickstart's default corpus. Source files are parsed, never imported.
 """
@@ -24,7 +25,11 @@ def source_files() -> list[Path]:
     """List the Python files of the standard library and of PACKAGES, in a fixed order."""
     library = Path(sysconfig.get_path("stdlib"))
     folders = [Path(importlib.util.find_spec(name).origin).parent for name in PACKAGES]
-    files = [path for path in library.rglob("*.py") if "site-packages" not in path.parts and "test" not in path.parts]
+    files = [
+        path
+        for path in library.rglob("*.py")
+        if "site-packages" not in path.parts and "test" not in path.parts
+    ]
     return sorted(files) + [path for folder in folders for path in sorted(folder.rglob("*.py"))]
 
 
@@ -32,7 +37,9 @@ def docstrings(path: Path) -> list[str]:
     """List a file's docstrings, and the long strings of pydoc's topics."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # what the parser thinks of other people's escape sequences
+            warnings.simplefilter(
+                "ignore"
+            )  # what the parser thinks of other people's escape sequences
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return []
@@ -49,12 +56,18 @@ def docstrings(path: Path) -> list[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Yield the sentences of a docstring that read like prose; markup, signatures and code fall away."""
+    """Yield the sentences of a docstring that read like prose; markup, signatures and code fall
+    away.
+    """
     for paragraph in re.split(r"\n\s*\n", text):
         joined = " ".join(paragraph.split())
         for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", joined):
             letters = sum(character.isalpha() or character == " " for character in sentence)
-            if len(sentence.split()) >= MIN_WORDS and letters >= MIN_LETTERS * len(sentence) and ">>>" not in sentence:
+            if (
+                len(sentence.split()) >= MIN_WORDS
+                and letters >= MIN_LETTERS * len(sentence)
+                and ">>>" not in sentence
+            ):
                 yield sentence
 
 

@@ -1,8 +1,9 @@
 """A uniform, seeded shuffle of sequences that do not fit into memory.
 
-Sequences are spooled to the disk as they come. A spool that is too large for memory is scattered: each sequence goes to
-one of several smaller spools, drawn uniformly and independently; those are shuffled one after the other, and their
-concatenation is a uniform permutation of all (Rao 1961; Sandelius 1962). Reading and writing is sequential throughout.
+Sequences are spooled to the disk as they come. A spool that is too large for memory is scattered:
+each sequence goes to one of several smaller spools, drawn uniformly and independently; those are
+shuffled one after the other, and their concatenation is a uniform permutation of all (Rao 1961;
+Sandelius 1962). Reading and writing is sequential throughout.
 """
 
 import os
@@ -21,7 +22,9 @@ BUFFER_BYTES = 2**16
 
 
 class Spool:
-    """Sequences on the disk, in the order in which they were written: a file of ids and one of lengths (int32)."""
+    """Sequences on the disk, in the order in which they were written: a file of ids and one of
+    lengths (int32).
+    """
 
     def __init__(self, path: Path, dtype: np.dtype):
         self.path, self.dtype = path, np.dtype(dtype)
@@ -45,7 +48,10 @@ class Spool:
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Yield (ids_M, lengths_N) of consecutive sequences, as `cuts` cuts them."""
-        with open(self.ids_file.name, "rb") as ids_file, open(self.lengths_file.name, "rb") as lengths_file:
+        with (
+            open(self.ids_file.name, "rb") as ids_file,
+            open(self.lengths_file.name, "rb") as lengths_file,
+        ):
             while len(lengths_N := np.fromfile(lengths_file, np.int32, CHUNK_SEQUENCES)):
                 for first, last in cuts(lengths_N):
                     part = lengths_N[first:last]
@@ -53,7 +59,9 @@ class Spool:
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Read everything: (ids_M, lengths_N)."""
-        return np.fromfile(self.ids_file.name, self.dtype), np.fromfile(self.lengths_file.name, np.int32)
+        return np.fromfile(self.ids_file.name, self.dtype), np.fromfile(
+            self.lengths_file.name, np.int32
+        )
 
     def remove(self) -> None:
         """Delete the files."""
@@ -62,7 +70,9 @@ class Spool:
 
 
 def cuts(lengths_N: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Cut consecutive sequences into ranges [first, last) of CHUNK_IDS ids at the most, unless one alone is longer."""
+    """Cut consecutive sequences into ranges [first, last) of CHUNK_IDS ids at the most, unless one
+    alone is longer.
+    """
     ends = np.cumsum(lengths_N, dtype=np.int64)
     first = 0
     while first < len(lengths_N):
@@ -73,7 +83,9 @@ def cuts(lengths_N: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def shuffled(spool: Spool, *key: int | str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield a spool's sequences in an order that depends on `key` and the sequences alone; the spool is used up."""
+    """Yield a spool's sequences in an order that depends on `key` and the sequences alone; the
+    spool is used up.
+    """
     if spool.num_ids <= SPOOL_IDS or spool.num_sequences == 1:
         ids_M, lengths_N = spool.read()
         spool.remove()
@@ -84,7 +96,9 @@ def shuffled(spool: Spool, *key: int | str) -> Iterator[tuple[np.ndarray, np.nda
         yield from shuffled(part, *key, number)
 
 
-def _in_pieces(ids_M: np.ndarray, lengths_N: np.ndarray, order: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _in_pieces(
+    ids_M: np.ndarray, lengths_N: np.ndarray, order: np.ndarray
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Reorder, CHUNK_IDS ids at a time: an index of 8 bytes an id is made in between."""
     starts_N = np.cumsum(lengths_N, dtype=np.int64) - lengths_N
     for first, last in cuts(lengths_N[order]):
@@ -93,12 +107,17 @@ def _in_pieces(ids_M: np.ndarray, lengths_N: np.ndarray, order: np.ndarray) -> I
 
 def _scatter(spool: Spool, *key: int | str) -> list[Spool]:
     num_parts = min(-(-spool.num_ids // SPOOL_IDS) + 1, MAX_FAN_OUT)
-    parts = [Spool(spool.path.with_name(f"{spool.path.name}-{number}"), spool.dtype) for number in range(num_parts)]
+    parts = [
+        Spool(spool.path.with_name(f"{spool.path.name}-{number}"), spool.dtype)
+        for number in range(num_parts)
+    ]
     generator = keyed_numpy_generator(*key, "scatter")
     for ids_M, lengths_N in spool.chunks():
         part_of_sequence = generator.integers(num_parts, size=len(lengths_N))
         starts_N = np.cumsum(lengths_N, dtype=np.int64) - lengths_N
-        ids_M, lengths = gathered(ids_M, starts_N, lengths_N, np.argsort(part_of_sequence, kind="stable"))
+        ids_M, lengths = gathered(
+            ids_M, starts_N, lengths_N, np.argsort(part_of_sequence, kind="stable")
+        )
         counts = np.bincount(part_of_sequence, minlength=num_parts)
         ends = np.concatenate([[0], np.cumsum(lengths, dtype=np.int64)])
         first = 0

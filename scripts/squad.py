@@ -1,7 +1,9 @@
-"""SQuAD's files and its metric: questions out of the JSON of v1.1 and v2.0, exact match and F1 of predicted answers.
+"""SQuAD's files and its metric: questions out of the JSON of v1.1 and v2.0, exact match and F1 of
+predicted answers.
 
-Where run_squad_w_distillation.py begins and ends; squad_spans.py stands between, from questions to windows of tokens and
-from logits to answers. Sources: Rajpurkar et al., 2016 (v1.1), section 6.1 for the metric; Rajpurkar et al., 2018 (v2.0).
+Where run_squad_w_distillation.py begins and ends; squad_spans.py stands between, from questions to
+windows of tokens and from logits to answers. Sources: Rajpurkar et al., 2016 (v1.1), section 6.1
+for the metric; Rajpurkar et al., 2018 (v2.0).
 """
 
 import dataclasses
@@ -19,8 +21,9 @@ from utils import InputError, logger, one_line, require_file
 class Question:
     """One question about one context.
 
-    answers: gold texts; none where the context doesn't answer it (v2.0). answer_start: place of the first answer's first
-    character in the context, None where there is none or where nobody asked for it.
+    answers: gold texts; none where the context doesn't answer it (v2.0). answer_start: place of the
+    first answer's first character in the context, None where there is none or where nobody asked
+    for it.
     """
 
     id: str
@@ -35,27 +38,38 @@ class Question:
         return not self.answers
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_json(path: str | os.PathLike, what: str) -> Any:
-    """Read a JSON file. Raises InputError that names the flag `what`, the file, and the place of what is wrong."""
+    """Read a JSON file. Raises InputError that names the flag `what`, the file, and the place of
+    what is wrong.
+    """
     require_file(path, what)
     try:
         with open(path, encoding="utf-8-sig") as file:
             return json.load(file)
     except (ValueError, RecursionError) as error:  # damaged, not UTF-8, nested without end
-        raise InputError(f"{what} {path}: no readable JSON ({one_line(error)}); take another copy of the file") from error
+        raise InputError(
+            f"{what} {path}: no readable JSON ({one_line(error)}); take another copy of the file"
+        ) from error
 
 
-def read_questions(path: str | os.PathLike, flag: str, *, with_impossible: bool, for_training: bool,
-                   skip_misplaced: bool = False) -> list[Question]:  # fmt: skip
+def read_questions(
+    path: str | os.PathLike,
+    flag: str,
+    *,
+    with_impossible: bool,
+    for_training: bool,
+    skip_misplaced: bool = False,
+) -> list[Question]:
     """Read the questions of a SQuAD file, in its order, and check each.
 
-    with_impossible: admit v2.0's questions without an answer. for_training: each first answer has to stand at its place in
-    the context; skip_misplaced: leave out those that do not, with a warning. Raises InputError naming file and question.
+    with_impossible: admit v2.0's questions without an answer. for_training: each first answer has
+    to stand at its place in the context; skip_misplaced: leave out those that do not, with a
+    warning. Raises InputError naming file and question.
     """
     content = read_json(path, flag)
     questions, misplaced, seen = [], [], set()
@@ -63,7 +77,8 @@ def read_questions(path: str | os.PathLike, flag: str, *, with_impossible: bool,
         question = _question(entry, context, where, with_impossible)
         if question.id in seen:
             raise InputError(
-                f"{flag} {path}: id {question.id!r} stands twice; predictions go by id, give each question its own"
+                f"{flag} {path}: id {question.id!r} stands twice; predictions go by id, give each"
+                " question its own"
             )
         seen.add(question.id)
         if for_training and not question.is_impossible:
@@ -74,7 +89,9 @@ def read_questions(path: str | os.PathLike, flag: str, *, with_impossible: bool,
         questions.append(question)
     _report_misplaced(misplaced, f"{flag} {path}", skip_misplaced)
     if not questions:
-        raise InputError(f"{flag} {path}: holds no questions; expected some under data / paragraphs / qas")
+        raise InputError(
+            f"{flag} {path}: holds no questions; expected some under data / paragraphs / qas"
+        )
     return questions
 
 
@@ -89,10 +106,21 @@ def _entries(content: Any, where: str):
 
 
 def _member(holder: Any, name: str, kind: type, where: str) -> Any:
-    if not isinstance(holder, dict) or not isinstance(holder.get(name), kind) or isinstance(holder[name], bool):
-        got = f"a {type(holder[name]).__name__}" if isinstance(holder, dict) and name in holder else "none"
+    if (
+        not isinstance(holder, dict)
+        or not isinstance(holder.get(name), kind)
+        or isinstance(holder[name], bool)
+    ):
+        got = (
+            f"a {type(holder[name]).__name__}"
+            if isinstance(holder, dict) and name in holder
+            else "none"
+        )
         expected = {list: "a list", str: "a text", int: "a whole number"}[kind]
-        raise InputError(f"{where}: {name} has to be {expected}, got {got}; expected SQuAD's own JSON, correct it")
+        raise InputError(
+            f"{where}: {name} has to be {expected}, got {got}; expected SQuAD's own JSON,"
+            " correct it"
+        )
     return holder[name]
 
 
@@ -110,7 +138,9 @@ def _text_of(holder: Any, name: str, where: str) -> str:
 
 def _require_unicode(text: str, name: str, where: str) -> None:
     if any("\ud800" <= character <= "\udfff" for character in text):
-        raise InputError(f"{where}: {name} holds half a surrogate pair, which is no character; correct it")
+        raise InputError(
+            f"{where}: {name} holds half a surrogate pair, which is no character; correct it"
+        )
 
 
 def _question(entry: Any, context: str, where: str, with_impossible: bool) -> Question:
@@ -120,43 +150,64 @@ def _question(entry: Any, context: str, where: str, with_impossible: bool) -> Qu
     text = _text_of(entry, "question", at)
     is_impossible = entry.get("is_impossible", False)
     if is_impossible not in (True, False):
-        raise InputError(f"{at}: is_impossible is {is_impossible!r}, expected true or false; correct it")
+        raise InputError(
+            f"{at}: is_impossible is {is_impossible!r}, expected true or false; correct it"
+        )
     if is_impossible and not with_impossible:
-        raise InputError(f"{at}: is_impossible is true, as in SQuAD v2.0; add --version_2_with_negative")
+        raise InputError(
+            f"{at}: is_impossible is true, as in SQuAD v2.0; add --version_2_with_negative"
+        )
     answers = entry.get("answers", []) if is_impossible else _list_of(entry, "answers", at)
     if is_impossible and answers:
         raise InputError(f"{at}: is_impossible is true, but it has answers; correct one of the two")
     if not is_impossible and not answers:
-        raise InputError(f"{at}: has no answers, expected at least one (v2.0: or is_impossible true); add it")
-    texts = tuple(_member(answer, "text", str, f"{at}, answer {n + 1}") for n, answer in enumerate(answers))
+        raise InputError(
+            f"{at}: has no answers, expected at least one (v2.0: or is_impossible true); add it"
+        )
+    texts = tuple(
+        _member(answer, "text", str, f"{at}, answer {n + 1}") for n, answer in enumerate(answers)
+    )
     for answer in texts:
         _require_unicode(answer, "an answer", at)
     return Question(name, text, context, texts)
 
 
 def _answer_start(entry: dict, where: str) -> int:
-    return _member(entry["answers"][0], "answer_start", int, f"{where} (id {entry['id']!r}), answer 1")
+    return _member(
+        entry["answers"][0], "answer_start", int, f"{where} (id {entry['id']!r}), answer 1"
+    )
 
 
 def _stands_at_its_place(question: Question) -> bool:
     start, answer = question.answer_start, question.answers[0]
-    return start >= 0 and bool(answer.strip()) and question.context[start : start + len(answer)] == answer
+    return (
+        start >= 0
+        and bool(answer.strip())
+        and question.context[start : start + len(answer)] == answer
+    )
 
 
 def _report_misplaced(misplaced: Sequence[Question], where: str, skip: bool) -> None:
-    """Raise InputError, or warn where they are to be skipped, about answers that are not at their place."""
-    # Differs from the original: 2019 looked for the answer's words somewhere in the context and dropped, with a line in the
-    # log, what it did not find. A place that is wrong trains on wrong words in silence.
+    """Raise InputError, or warn where they are to be skipped, about answers that are not at their
+    place.
+    """
+    # Differs from the original: 2019 looked for the answer's words somewhere in the context and
+    # dropped, with a line in the log, what it did not find. A place that is wrong trains on wrong
+    # words in silence.
     if not misplaced:
         return
     first, others = misplaced[0], len(misplaced) - 1
     found = first.context[max(first.answer_start, 0) :][: len(first.answers[0])]
     message = (
-        f"{where}: id {first.id!r}: the answer {first.answers[0][:60]!r} is not at character {first.answer_start} of its "
-        f"context ({found[:60]!r} is){f', nor are {others} others at theirs' if others else ''}"
+        f"{where}: id {first.id!r}: the answer {first.answers[0][:60]!r} is not at character"
+        f" {first.answer_start} of its context ({found[:60]!r}"
+        f" is){f', nor are {others} others at theirs' if others else ''}"
     )
     if not skip:
-        raise InputError(f"{message}; correct answer_start, or leave such questions out with --skip_misplaced_answers")
+        raise InputError(
+            f"{message}; correct answer_start, or leave such questions out with"
+            " --skip_misplaced_answers"
+        )
     logger.warning("%s: left out of training.", message)
 
 
@@ -164,44 +215,64 @@ def read_predictions(path: str | os.PathLike, flag: str) -> dict[str, str]:
     """Read a predictions file, {id: answer}. Raises InputError where it is none."""
     content = read_json(path, flag)
     if not isinstance(content, dict):
-        raise InputError(f"{flag} {path}: holds a {type(content).__name__}, expected an object {{id: answer}}")
+        raise InputError(
+            f"{flag} {path}: holds a {type(content).__name__}, expected an object {{id: answer}}"
+        )
     for name, answer in content.items():
         if not isinstance(answer, str):
             raise InputError(
-                f"{flag} {path}: id {name!r} has a {type(answer).__name__}, expected the answer's text; correct it"
+                f"{flag} {path}: id {name!r} has a {type(answer).__name__}, expected the answer's"
+                " text; correct it"
             )
     return content
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Exact match and F1
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def score_predictions(questions: Sequence[Question], predictions: Mapping[str, str], what: str = "predictions",
-                      *, with_impossible: bool = False) -> dict[str, float]:  # fmt: skip
-    """Score the whole set: exact, f1 (x 100) and total; with_impossible: also those of HasAns and NoAns, as v2.0's script.
+def score_predictions(
+    questions: Sequence[Question],
+    predictions: Mapping[str, str],
+    what: str = "predictions",
+    *,
+    with_impossible: bool = False,
+) -> dict[str, float]:
+    """Score the whole set: exact, f1 (x 100) and total; with_impossible: also those of HasAns and
+    NoAns, as v2.0's script.
 
-    Raises InputError, naming `what`, where questions are without a prediction, or predictions without a question.
+    Raises InputError, naming `what`, where questions are without a prediction, or predictions
+    without a question.
     """
     _require_same_ids(questions, predictions, what)
-    scored = [score_answer(question, predictions[question.id], with_impossible) for question in questions]
+    scored = [
+        score_answer(question, predictions[question.id], with_impossible) for question in questions
+    ]
     scores = _means(scored, "")
     if with_impossible:
         for name, is_impossible in (("HasAns_", False), ("NoAns_", True)):
             of_kind = [
-                pair for question, pair in zip(questions, scored, strict=True) if question.is_impossible is is_impossible
+                pair
+                for question, pair in zip(questions, scored, strict=True)
+                if question.is_impossible is is_impossible
             ]
             scores |= _means(of_kind, name) if of_kind else {}
     return scores
 
 
-def _require_same_ids(questions: Sequence[Question], predictions: Mapping[str, str], what: str) -> None:
+def _require_same_ids(
+    questions: Sequence[Question], predictions: Mapping[str, str], what: str
+) -> None:
     known = {question.id for question in questions}
-    problems = {"no prediction for": known - predictions.keys(), "a prediction for the unknown": predictions.keys() - known}
+    problems = {
+        "no prediction for": known - predictions.keys(),
+        "a prediction for the unknown": predictions.keys() - known,
+    }
     lines = [
-        f"{what}: {problem} id {min(names)!r}{f' and {len(names) - 1} others' if len(names) > 1 else ''}; "
-        "name the file that the predictions were made for (--predict_file)"
+        f"{what}: {problem} id"
+        f" {min(names)!r}{f' and {len(names) - 1} others' if len(names) > 1 else ''}; name the file"
+        " that the predictions were made for (--predict_file)"
         for problem, names in problems.items()
         if names
     ]
@@ -214,11 +285,13 @@ def _means(scored: Sequence[tuple[float, float]], prefix: str) -> dict[str, floa
     return {f"{prefix}exact": exact, f"{prefix}f1": f1, f"{prefix}total": len(scored)}
 
 
-def score_answer(question: Question, prediction: str, with_impossible: bool = False) -> tuple[float, float]:
+def score_answer(
+    question: Question, prediction: str, with_impossible: bool = False
+) -> tuple[float, float]:
     """Return exact match and F1 (0 to 100) of one answer: the best over the gold answers.
 
-    with_impossible: by v2.0's rule, in which gold answers of nothing but articles and punctuation don't count, and where
-    none is left the empty answer is right.
+    with_impossible: by v2.0's rule, in which gold answers of nothing but articles and punctuation
+    don't count, and where none is left the empty answer is right.
     """
     gold = list(question.answers)
     if with_impossible:

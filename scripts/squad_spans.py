@@ -1,10 +1,12 @@
 """From questions to windows of tokens, and from a model's start and end logits to answers.
 
-run_squad_w_distillation.py trains and predicts on the windows made here; squad.py reads the questions and scores the
-answers. A context that is longer than a model's input is cut into overlapping windows, each behind the whole question
-(Devlin et al., 2018, section 4.2); an answer is the span with the greatest sum of its start's and its end's logit.
+run_squad_w_distillation.py trains and predicts on the windows made here; squad.py reads the
+questions and scores the answers. A context that is longer than a model's input is cut into
+overlapping windows, each behind the whole question (Devlin et al., 2018, section 4.2); an answer is
+the span with the greatest sum of its start's and its end's logit.
 
-Shape suffixes: W windows, T padded length, C tokens of a context in a window, S start candidates, E end candidates.
+Shape suffixes: W windows, T padded length, C tokens of a context in a window, S start candidates, E
+end candidates.
 """
 
 import dataclasses
@@ -23,14 +25,16 @@ CLS_POSITION = 0
 NOTHING_FOUND = "empty"  # the answer of v1.1 where no span can be one, as in 2019
 TEXTS_AT_ONCE = 1000
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Windows
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Lengths in tokens: of a whole window with its special tokens, between two windows' first tokens, of a question."""
+    """Lengths in tokens: of a whole window with its special tokens, between two windows' first
+    tokens, of a question.
+    """
 
     max_seq_length: int = 384
     doc_stride: int = 128
@@ -41,10 +45,10 @@ class Limits:
 class Window:
     """A question and as much of its context as fits.
 
-    question: number of the question among those given. ids: token ids with special tokens, without padding. context_at:
-    position of the context's first token here. first: that token's number in the whole context. offsets: (C, 2), first and
-    last + 1 character of each context token. span: positions of the answer's first and last token; [CLS] twice where the
-    answer is not here.
+    question: number of the question among those given. ids: token ids with special tokens, without
+    padding. context_at: position of the context's first token here. first: that token's number in
+    the whole context. offsets: (C, 2), first and last + 1 character of each context token. span:
+    positions of the answer's first and last token; [CLS] twice where the answer is not here.
     """
 
     question: int
@@ -64,35 +68,55 @@ class Encoded:
 
 
 def encode(texts: Sequence[str], tokenizer) -> Iterator[Encoded]:
-    """Encode texts without special tokens; a token's characters are those of the text as it was given."""
+    """Encode texts without special tokens; a token's characters are those of the text as it was
+    given.
+    """
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
     backend.encode_special_tokens = True  # "[SEP]" in a text is a text, no end of a question
-    # RoBERTa's tokens know the space before them: each word is read as one behind a space, the first one, too.
+    # RoBERTa's tokens know the space before them: each word is read as one behind a space, the
+    # first one, too.
     lead = " " if isinstance(tokenizer, transformers.RobertaTokenizer) else ""
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         chunk = texts[start : start + TEXTS_AT_ONCE]
-        encodings = backend.encode_batch([lead + _with_plain_spaces(text) for text in chunk], add_special_tokens=False)
+        encodings = backend.encode_batch(
+            [lead + _with_plain_spaces(text) for text in chunk], add_special_tokens=False
+        )
         for text, encoding in zip(chunk, encodings, strict=True):
-            offsets = [_trimmed(text, max(a - len(lead), 0), b - len(lead)) for a, b in encoding.offsets]
+            offsets = [
+                _trimmed(text, max(a - len(lead), 0), b - len(lead)) for a, b in encoding.offsets
+            ]
             offsets = offsets if text.isascii() else _with_marks(text, offsets)
-            yield Encoded(np.array(encoding.ids, dtype=np.int32), np.array(offsets, dtype=np.int32).reshape(-1, 2))
+            yield Encoded(
+                np.array(encoding.ids, dtype=np.int32),
+                np.array(offsets, dtype=np.int32).reshape(-1, 2),
+            )
 
 
 def _with_plain_spaces(text: str) -> str:
-    """Put a space for each line end and tab: no word's token depends on them, and every character keeps its place."""
+    """Put a space for each line end and tab: no word's token depends on them, and every character
+    keeps its place.
+    """
     return text.translate(dict.fromkeys(map(ord, "\t\n\r\u202f"), " "))
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    """Take white space at its ends out of a token's characters: byte-level tokens bring the space before them."""
+    """Take white space at its ends out of a token's characters: byte-level tokens bring the space
+    before them.
+    """
     piece = text[start:end]
-    return (start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip())) if piece.strip() else (end, end)
+    return (
+        (start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip()))
+        if piece.strip()
+        else (end, end)
+    )
 
 
 def _with_marks(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Give each token the accents that stand behind it as characters of their own, where the tokenizer strips accents."""
+    """Give each token the accents that stand behind it as characters of their own, where the
+    tokenizer strips accents.
+    """
     marked = []
     for number, (start, end) in enumerate(offsets):
         stop = offsets[number + 1][0] if number + 1 < len(offsets) else len(text)
@@ -103,11 +127,15 @@ def _with_marks(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int
 
 
 def make_windows(questions: Sequence[Question], tokenizer, limits: Limits) -> list[Window]:
-    """Make the windows of all questions, in their order, the windows of one question from left to right.
+    """Make the windows of all questions, in their order, the windows of one question from left to
+    right.
 
-    Questions with an answer_start get spans. One whose answer has no token is left out, with a line in the log.
+    Questions with an answer_start get spans. One whose answer has no token is left out, with a line
+    in the log.
     """
-    contexts = list(dict.fromkeys(question.context for question in questions))  # several questions share one
+    contexts = list(
+        dict.fromkeys(question.context for question in questions)
+    )  # several questions share one
     encoded = dict(zip(contexts, encode(contexts, tokenizer), strict=True))
     windows, num_without = [], 0
     for number, query in enumerate(encode([question.text for question in questions], tokenizer)):
@@ -116,28 +144,49 @@ def make_windows(questions: Sequence[Question], tokenizer, limits: Limits) -> li
         if question.answer_start is not None and answer is None:
             num_without += 1
             continue
-        windows += _windows_of(number, query.ids[: limits.max_query_length], context, answer, tokenizer, limits)
+        windows += _windows_of(
+            number, query.ids[: limits.max_query_length], context, answer, tokenizer, limits
+        )
     if num_without:
-        logger.warning("%d questions are left out of training: the tokenizer makes no token of their answer.", num_without)
+        logger.warning(
+            "%d questions are left out of training: the tokenizer makes no token of their answer.",
+            num_without,
+        )
     if not windows:
         raise InputError("the tokenizer makes no token of any answer; is it the model's own?")
     return windows
 
 
 def _answer_tokens(question: Question, offsets: np.ndarray) -> tuple[int, int] | None:
-    """Return the numbers of the first and last context token that hold a character of the answer; None without one."""
+    """Return the numbers of the first and last context token that hold a character of the answer;
+    None without one.
+    """
     if question.answer_start is None:
         return None
     end = question.answer_start + len(question.answers[0])
-    holds = (offsets[:, 1] > question.answer_start) & (offsets[:, 0] < end) & (offsets[:, 0] < offsets[:, 1])
+    holds = (
+        (offsets[:, 1] > question.answer_start)
+        & (offsets[:, 0] < end)
+        & (offsets[:, 0] < offsets[:, 1])
+    )
     tokens = np.flatnonzero(holds)
     return (int(tokens[0]), int(tokens[-1])) if len(tokens) else None
 
 
-def _windows_of(number: int, query: np.ndarray, context: Encoded, answer: tuple[int, int] | None, tokenizer,
-                limits: Limits) -> Iterator[Window]:  # fmt: skip
-    num_separators = tokenizer.num_special_tokens_to_add(pair=True) - 2  # after the question: BERT has one, RoBERTa two
-    head = np.array([tokenizer.cls_token_id, *query, *[tokenizer.sep_token_id] * num_separators], dtype=np.int32)
+def _windows_of(
+    number: int,
+    query: np.ndarray,
+    context: Encoded,
+    answer: tuple[int, int] | None,
+    tokenizer,
+    limits: Limits,
+) -> Iterator[Window]:
+    num_separators = (
+        tokenizer.num_special_tokens_to_add(pair=True) - 2
+    )  # after the question: BERT has one, RoBERTa two
+    head = np.array(
+        [tokenizer.cls_token_id, *query, *[tokenizer.sep_token_id] * num_separators], dtype=np.int32
+    )
     room = limits.max_seq_length - len(head) - 1
     for first in window_starts(len(context.ids), room, limits.doc_stride):
         part = slice(first, first + room)
@@ -147,22 +196,35 @@ def _windows_of(number: int, query: np.ndarray, context: Encoded, answer: tuple[
 
 
 def window_starts(num_tokens: int, room: int, doc_stride: int) -> range:
-    """Number the context tokens at which windows of `room` tokens begin: each doc_stride further on, until the end is seen."""
+    """Number the context tokens at which windows of `room` tokens begin: each doc_stride further
+    on, until the end is seen.
+    """
     step = min(room, doc_stride)
     return range(0, max(num_tokens - room, 0) + step, step)
 
 
-def _span_here(answer: tuple[int, int] | None, first: int, num_tokens: int, context_at: int) -> tuple[int, int]:
+def _span_here(
+    answer: tuple[int, int] | None, first: int, num_tokens: int, context_at: int
+) -> tuple[int, int]:
     if answer is None or answer[0] < first or answer[1] >= first + num_tokens:
         return (CLS_POSITION, CLS_POSITION)
     return (answer[0] - first + context_at, answer[1] - first + context_at)
 
 
 class WindowDataset(torch.utils.data.Dataset):
-    """Windows as a model reads them, padded to max_seq_length; the distributions of the loss include the padding."""
+    """Windows as a model reads them, padded to max_seq_length; the distributions of the loss
+    include the padding.
+    """
 
-    def __init__(self, windows: Sequence[Window], max_seq_length: int, pad_id: int, *, with_spans: bool):
-        self.windows, self.max_seq_length, self.pad_id, self.with_spans = windows, max_seq_length, pad_id, with_spans
+    def __init__(
+        self, windows: Sequence[Window], max_seq_length: int, pad_id: int, *, with_spans: bool
+    ):
+        self.windows, self.max_seq_length, self.pad_id, self.with_spans = (
+            windows,
+            max_seq_length,
+            pad_id,
+            with_spans,
+        )
 
     def __len__(self) -> int:
         return len(self.windows)
@@ -179,21 +241,25 @@ class WindowDataset(torch.utils.data.Dataset):
             "token_type_ids": (is_real_T & (position_T >= window.context_at)).long(),
         }
         if self.with_spans:
-            item |= {"start_positions": torch.tensor(window.span[0]), "end_positions": torch.tensor(window.span[1])}
+            item |= {
+                "start_positions": torch.tensor(window.span[0]),
+                "end_positions": torch.tensor(window.span[1]),
+            }
         return item
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Answers
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
     """How answers are chosen.
 
-    n_best_size: starts, ends and answers looked at; max_answer_length: in tokens. with_null: v2.0, where "" may be the
-    answer, and is where its score beats the best span's by more than null_score_diff_threshold.
+    n_best_size: starts, ends and answers looked at; max_answer_length: in tokens. with_null: v2.0,
+    where "" may be the answer, and is where its score beats the best span's by more than
+    null_score_diff_threshold.
     """
 
     n_best_size: int = 20
@@ -217,22 +283,33 @@ class Candidate:
 
 @dataclasses.dataclass
 class Answers:
-    """By question id: the answer, the n best with probabilities, and (v2.0) how much the null's score is above a span's."""
+    """By question id: the answer, the n best with probabilities, and (v2.0) how much the null's
+    score is above a span's.
+    """
 
     predictions: dict[str, str] = dataclasses.field(default_factory=dict)
     nbest: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
     null_odds: dict[str, float] = dataclasses.field(default_factory=dict)
 
 
-def decode(questions: Sequence[Question], windows: Sequence[Window], start_logits_WT: np.ndarray, end_logits_WT: np.ndarray,
-           rules: Rules) -> Answers:  # fmt: skip
+def decode(
+    questions: Sequence[Question],
+    windows: Sequence[Window],
+    start_logits_WT: np.ndarray,
+    end_logits_WT: np.ndarray,
+    rules: Rules,
+) -> Answers:
     """Choose each question's answer out of the logits of all its windows.
 
     Raises InputError where a logit is not finite.
     """
     if not (np.isfinite(start_logits_WT).all() and np.isfinite(end_logits_WT).all()):
-        raise InputError("the model's logits are not finite: its training diverged; lower --learning_rate")
-    assert len(start_logits_WT) == len(end_logits_WT) == len(windows), "each window is to be read exactly once"
+        raise InputError(
+            "the model's logits are not finite: its training diverged; lower --learning_rate"
+        )
+    assert len(start_logits_WT) == len(end_logits_WT) == len(windows), (
+        "each window is to be read exactly once"
+    )
     by_question = defaultdict(list)
     for row, window in enumerate(windows):
         by_question[window.question].append(row)
@@ -244,11 +321,15 @@ def decode(questions: Sequence[Question], windows: Sequence[Window], start_logit
     return answers
 
 
-def _choose(question: Question, windows: Sequence[Window], start_WT, end_WT, rules: Rules, answers: Answers) -> None:
+def _choose(
+    question: Question, windows: Sequence[Window], start_WT, end_WT, rules: Rules, answers: Answers
+) -> None:
     null = _null(start_WT, end_WT) if rules.with_null else None
     candidates = [
         Candidate(question.context[a:b], start, end)
-        for window, is_max_C, start_T, end_T in zip(windows, is_max_context(windows), start_WT, end_WT, strict=True)
+        for window, is_max_C, start_T, end_T in zip(
+            windows, is_max_context(windows), start_WT, end_WT, strict=True
+        )
         for a, b, start, end in window_spans(window, is_max_C, start_T, end_T, rules)
     ]
     best = best_texts(candidates, null, rules.n_best_size)
@@ -256,7 +337,8 @@ def _choose(question: Question, windows: Sequence[Window], start_WT, end_WT, rul
     if null is None:
         answers.predictions[question.id] = best[0].text
     else:
-        # Differs from the original: where no span can be an answer, "", not "empty", which would count as wrong.
+        # Differs from the original: where no span can be an answer, "", not "empty", which would
+        # count as wrong.
         odds = null.score - (span.score if span else 0.0)
         answers.null_odds[question.id] = odds
         is_null = span is None or odds > rules.null_score_diff_threshold
@@ -271,9 +353,11 @@ def _null(start_WT: np.ndarray, end_WT: np.ndarray) -> Candidate:
 
 
 def is_max_context(windows: Sequence[Window]) -> list[np.ndarray]:
-    """Tell, (C,) a window, of each context token whether this is the window of one question where it has most around it.
+    """Tell, (C,) a window, of each context token whether this is the window of one question where
+    it has most around it.
 
-    That is the greater of min(tokens left of it, tokens right of it) + 0.01 x the window's length; the first of equals.
+    That is the greater of min(tokens left of it, tokens right of it) + 0.01 x the window's length;
+    the first of equals.
     """
     num_tokens = max(window.first + len(window.offsets) for window in windows)
     around = np.full((len(windows), num_tokens), -np.inf)
@@ -284,10 +368,15 @@ def is_max_context(windows: Sequence[Window]) -> list[np.ndarray]:
     return [best[w.first : w.first + len(w.offsets)] == row for row, w in enumerate(windows)]
 
 
-def window_spans(window: Window, is_max_C: np.ndarray, start_T: np.ndarray, end_T: np.ndarray,
-                 rules: Rules) -> Iterator[tuple[int, int, float, float]]:  # fmt: skip
-    """Yield (first character, last + 1, start's logit, end's logit) of a window's spans that can be answers."""
-    starts_S, ends_E = (_top(logits_T, rules.n_best_size) - window.context_at for logits_T in (start_T, end_T))
+def window_spans(
+    window: Window, is_max_C: np.ndarray, start_T: np.ndarray, end_T: np.ndarray, rules: Rules
+) -> Iterator[tuple[int, int, float, float]]:
+    """Yield (first character, last + 1, start's logit, end's logit) of a window's spans that can be
+    answers.
+    """
+    starts_S, ends_E = (
+        _top(logits_T, rules.n_best_size) - window.context_at for logits_T in (start_T, end_T)
+    )
     num_tokens = len(window.offsets)
     starts_S = starts_S[(starts_S >= 0) & (starts_S < num_tokens)]
     starts_S = starts_S[is_max_C[starts_S]]
@@ -297,18 +386,31 @@ def window_spans(window: Window, is_max_C: np.ndarray, start_T: np.ndarray, end_
         first, last = starts_S[s], ends_E[e]
         a, b = window.offsets[first, 0], window.offsets[last, 1]
         if a < b:  # else a token without a character, such as white space
-            yield a, b, float(start_T[first + window.context_at]), float(end_T[last + window.context_at])
+            yield (
+                a,
+                b,
+                float(start_T[first + window.context_at]),
+                float(end_T[last + window.context_at]),
+            )
 
 
 def _top(logits_T: np.ndarray, num: int) -> np.ndarray:
     return np.argsort(-logits_T, kind="stable")[:num]
 
 
-def best_texts(candidates: Sequence[Candidate], null: Candidate | None, num: int) -> list[Candidate]:
-    """Return the best candidate of each of the best `num` texts, the best first; the null's is always among them."""
-    # Differs from the original: the text is cut out of the context by characters. 2019 had tokens only, put words together
-    # from them and realigned those with the context's words.
-    ranked = sorted([*candidates, *([null] if null else [])], key=lambda candidate: candidate.score, reverse=True)
+def best_texts(
+    candidates: Sequence[Candidate], null: Candidate | None, num: int
+) -> list[Candidate]:
+    """Return the best candidate of each of the best `num` texts, the best first; the null's is
+    always among them.
+    """
+    # Differs from the original: the text is cut out of the context by characters. 2019 had tokens
+    # only, put words together from them and realigned those with the context's words.
+    ranked = sorted(
+        [*candidates, *([null] if null else [])],
+        key=lambda candidate: candidate.score,
+        reverse=True,
+    )
     best: dict[str, Candidate] = {}
     for candidate in ranked:
         if len(best) == num:
@@ -323,6 +425,11 @@ def _with_probabilities(best: Sequence[Candidate]) -> list[dict]:
     scores = np.array([candidate.score for candidate in best])
     weights = np.exp(scores - scores.max())
     return [
-        {"text": c.text, "probability": float(p), "start_logit": c.start_logit, "end_logit": c.end_logit}
+        {
+            "text": c.text,
+            "probability": float(p),
+            "start_logit": c.start_logit,
+            "end_logit": c.end_logit,
+        }
         for c, p in zip(best, weights / weights.sum(), strict=True)
     ]

@@ -1,6 +1,8 @@
-"""Count how often each token id occurs in a token file: a pickled list of vocab_size ints, for masking by rarity.
+"""Count how often each token id occurs in a token file: a pickled list of vocab_size ints, for
+masking by rarity.
 
-A store is read through the page cache, a piece at a time; several files of one vocabulary are counted together.
+A store is read through the page cache, a piece at a time; several files of one vocabulary are
+counted together.
 """
 
 import argparse
@@ -30,20 +32,33 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument(
-        "--data_file", nargs="+", default=["data/dump.bert-base-uncased.pickle"],
+        "--data_file",
+        nargs="+",
+        default=["data/dump.bert-base-uncased.pickle"],
         help="token file, or several: pickles, or stores by their prefix (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--token_counts_dump", default="data/token_counts.bert-base-uncased.pickle", help="output (default: %(default)s)"
     )
-    parser.add_argument("--vocab_size", type=int, default=30522, help="entries of the vocabulary (default: %(default)s)")
+    parser.add_argument(
+        "--token_counts_dump",
+        default="data/token_counts.bert-base-uncased.pickle",
+        help="output (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--vocab_size",
+        type=int,
+        default=30522,
+        help="entries of the vocabulary (default: %(default)s)",
+    )
     return parser.parse_args(argv)
 
 
 def count_ids(tokens: TokenFile, vocab_size: int, source: str, output: str) -> np.ndarray:
-    """Count each id of a token file, (V,), in constant memory. Raises InputError for an id outside, or a damaged block."""
+    """Count each id of a token file, (V,), in constant memory. Raises InputError for an id outside,
+    or a damaged block.
+    """
     counts_V = np.zeros(vocab_size, np.int64)
-    with tqdm(total=len(tokens.ids_M), unit="id", unit_scale=True, desc="count", **bar_options()) as bar:
+    with tqdm(
+        total=len(tokens.ids_M), unit="id", unit_scale=True, desc="count", **bar_options()
+    ) as bar:
         for start in range(0, len(tokens.ids_M), CHUNK):
             chunk = tokens.ids_M[start : start + CHUNK]
             tokens.check(np.array([start]), np.array([start + len(chunk)]))
@@ -70,11 +85,19 @@ def main(argv: list[str] | None = None) -> None:
         counts_V += count_ids(tokens, args.vocab_size, f"--data_file {path}", output)
         num_sequences += len(tokens.lengths_N)
     card = {"tokenizer": tokenizer} if tokenizer else {}
-    write_token_counts(args.token_counts_dump, counts_V, {**card, "sources": [{"path": path} for path in args.data_file]})
+    write_token_counts(
+        args.token_counts_dump,
+        counts_V,
+        {**card, "sources": [{"path": path} for path in args.data_file]},
+    )
     logger.info(
         "Wrote %s: %d ids of %d sequences, %d of %d vocabulary entries occur.",
-        args.token_counts_dump, counts_V.sum(), num_sequences, np.count_nonzero(counts_V), args.vocab_size,
-    )  # fmt: skip
+        args.token_counts_dump,
+        counts_V.sum(),
+        num_sequences,
+        np.count_nonzero(counts_V),
+        args.vocab_size,
+    )
 
 
 def files_of(path: str) -> list[str]:

@@ -1,8 +1,10 @@
-"""Run the reliability trials: faults injected into real runs, and what became of them, as a table with bounds.
+"""Run the reliability trials: faults injected into real runs, and what became of them, as a table
+with bounds.
 
-Each row of PLAN is one kind of fault. A trial is one function call in a process of its own, forked from a parent that has
-imported everything, with a seed of its own: `--only T2 --first 17 --trials 1` repeats trial 17 of T2 exactly. Results
-are kept in a file as they come, so that an interrupted run goes on where it was (`--state`).
+Each row of PLAN is one kind of fault. A trial is one function call in a process of its own, forked
+from a parent that has imported everything, with a seed of its own: `--only T2 --first 17 --trials
+1` repeats trial 17 of T2 exactly. Results are kept in a file as they come, so that an interrupted
+run goes on where it was (`--state`).
 """
 
 import argparse
@@ -30,16 +32,25 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from utils import InputError, OneLineParser, atomic_path, keyed_seed, one_line, run_program  # noqa: E402
+from utils import (  # noqa: E402
+    InputError,
+    OneLineParser,
+    atomic_path,
+    keyed_seed,
+    one_line,
+    run_program,
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Row:
-    """One kind of fault: what is injected, the figure to be reached, the best known elsewhere, and who tries it.
+    """One kind of fault: what is injected, the figure to be reached, the best known elsewhere, and
+    who tries it.
 
-    trial: "module:function" under tests/; called with a Bench. smoke, full: numbers of calls. jobs: calls at one time.
-    limit_s: a call that takes longer has hung. is_sampled: trials are drawn at random, so that their number bounds a rate;
-    else they are cases chosen by hand.
+    trial: "module:function" under tests/; called with a Bench. smoke, full: numbers of calls. jobs:
+    calls at one time.
+    limit_s: a call that takes longer has hung. is_sampled: trials are drawn at random, so that
+    their number bounds a rate; else they are cases chosen by hand.
     """
 
     id: str
@@ -55,69 +66,254 @@ class Row:
 
 
 PLAN = [
-    Row("T1", "SIGKILL at random moments, 3 and more a run, started again; 1 to 3 ranks, masked and causal, "
-        "accumulation 1 and 4, over an epoch's end", "200 of 200 digests and logs equal the undisturbed run's",
-        "Composer: 12 planned stops", "torture_runs:killed_at_random", 4, 200, limit_s=300),
-    Row("T2", "SIGKILL inside a save", "1000 of 1000 loadable, never more than one interval lost",
-        "the 2019 program: 59 of 100 unreadable", "torture_runs:killed_in_a_save", 20, 1000),
-    Row("T3", "every system call of a save: killed, EIO, ENOSPC", "all points safe, their number printed",
-        "none in the field (RocksDB, SQLite do it)", "torture_saves:system_call_fails", 1, 1, jobs=1, limit_s=900,
-        is_sampled=False),
-    Row("T4", "order of write, fsync, rename in one save", "0 violations", "torch's distributed checkpoint: 2",
-        "torture_saves:order_of_calls", 1, 3, jobs=1, is_sampled=False),
-    Row("T5", "bit flips, truncation, zeroed and swapped blocks, a file of another run: token file, counts, checkpoint files",
-        "0 silent of 6000 and more; the message names the file", "850-999 of 1000 silent", "torture_files:damaged", 8, 240),
-    Row("T6", "newest of 3 checkpoints damaged; all damaged", "100 of 100 resume from the one before; all damaged: exit 2",
-        "open request in transformers", "torture_saves:newest_is_damaged", 6, 100),
-    Row("T7", "disk full (6 MB tmpfs), read-only folder", "old checkpoint intact, error with path, no .tmp left over",
-        '"unexpected pos 704 vs 598"', "torture_saves:disk_full", 2, 20),
-    Row("T8", "SIGTERM to launcher, one rank, all; during a save; twice",
-        "100 of 100: agreed step saved, exit 143, resume bit-identical", "OLMo: agreed every 25 steps",
-        "torture_runs:terminated", 4, 100, limit_s=300),
-    Row("T9", "kill -9 of a random rank, up to 3 times, --max-restarts 3; a rank calling os._exit(0)",
-        "50 of 50 recovered, 0 hangs, same digest", "torchrun's default 9 of 17", "torture_ranks:killed_rank", 1, 50, jobs=1,
-        limit_s=400),
-    Row("T10", "T9 with --force among the arguments", "0 checkpoints lost", "the 2019 program loses all",
-        "torture_ranks:killed_rank_with_force", 0, 10, jobs=1, limit_s=400),
-    Row("T11", "one rank stopped (SIGSTOP)", "ends non-zero within timeout + 40 s, rank named", "30 min",
-        "torture_ranks:stopped_rank", 0, 6, jobs=3, limit_s=300),
-    Row("T12", "NaN and Inf in teacher logits, one loss term, one rank's gradient, initial weights",
-        "100 of 100 stop before the update, exit != 0, weights unchanged, nothing non-finite saved", "exit 0",
-        "torture_runs:not_finite", 6, 100, limit_s=200),
-    Row("T14", "hypothesis over n, world, batch size, grouping, seed, epoch, position",
-        "2000 examples: each sequence once an epoch, no rank waits, other order each epoch, rest after resume in order",
-        "others sort before comparing", "torture_inputs:plans", 1, 20),
-    Row("T15", "world size changed on resume (2 -> 1, 1 -> 2) at equal A x W",
-        "same micro-batches, masks and dropout; loss within 1e-5; else a one-line refusal", "torchtitan refuses",
-        "torture_runs:other_world_size", 1, 12, limit_s=300),
-    Row("T16", "2 nodes x 2 ranks on loopback; one agent killed", "digest = 1 node x 4; survivor ends within the timeout",
-        "real clusters only", "torture_ranks:two_nodes", 0, 4, jobs=1, limit_s=600),
-    Row("T18", "20 planted mistakes against the tests that guard them", "20 of 20 caught", "TrainCheck 18 of 20",
-        "torture_mutants:planted_mistake", 0, 20, limit_s=900, is_sampled=False),
-    Row("T19", "60 malicious files x each entry point", "0 executed", "4-5 payloads tested",
-        "torture_malicious:malicious", 3, 60, limit_s=300, is_sampled=False),
-    Row("T20", "mutated pickles, stores, checkpoints", "100,000: 0 crashes or hangs", "safetensors 38.4 M",
-        "torture_files:mutated", 2, 200, limit_s=600),
-    Row("T21", "--force on 30 targets (/, ~, ., link/, a folder holding the data, a foreign folder, ..)",
-        "0 foreign files lost", "a guard in one project", "torture_inputs:forced", 6, 30, is_sampled=False),
-    Row("T22", "corpora by hypothesis: empty, BOM, CRLF, NUL, invalid UTF-8, 10 MB line, only unknown, all too short",
-        "5000: fine, or exit 2 with file:line; no traceback", "traceback", "torture_inputs:corpora", 1, 100, limit_s=600),
-    Row("T23", "40 mismatches: vocabulary, width, positions, missing special token, counts of another tokenizer, missing, "
-        "extra, NaN student weights", "40 of 40 refused before the first step, both values named", "bare asserts",
-        "torture_programs:mismatched", 6, 40, is_sampled=False),
-    Row("T24", "arguments and environment by hypothesis", "2000: no traceback, no hang > 10 s", "none",
-        "torture_inputs:arguments", 1, 40, limit_s=600),
-    Row("T26", "preprocessing killed and rerun", "nothing partial under a final name; rerun byte-identical", "none",
-        "torture_programs:preprocessing_killed", 2, 100, limit_s=300),
-]  # fmt: skip
+    Row(
+        "T1",
+        "SIGKILL at random moments, 3 and more a run, started again; 1 to 3 ranks, masked and"
+        " causal, accumulation 1 and 4, over an epoch's end",
+        "200 of 200 digests and logs equal the undisturbed run's",
+        "Composer: 12 planned stops",
+        "torture_runs:killed_at_random",
+        4,
+        200,
+        limit_s=300,
+    ),
+    Row(
+        "T2",
+        "SIGKILL inside a save",
+        "1000 of 1000 loadable, never more than one interval lost",
+        "the 2019 program: 59 of 100 unreadable",
+        "torture_runs:killed_in_a_save",
+        20,
+        1000,
+    ),
+    Row(
+        "T3",
+        "every system call of a save: killed, EIO, ENOSPC",
+        "all points safe, their number printed",
+        "none in the field (RocksDB, SQLite do it)",
+        "torture_saves:system_call_fails",
+        1,
+        1,
+        jobs=1,
+        limit_s=900,
+        is_sampled=False,
+    ),
+    Row(
+        "T4",
+        "order of write, fsync, rename in one save",
+        "0 violations",
+        "torch's distributed checkpoint: 2",
+        "torture_saves:order_of_calls",
+        1,
+        3,
+        jobs=1,
+        is_sampled=False,
+    ),
+    Row(
+        "T5",
+        "bit flips, truncation, zeroed and swapped blocks, a file of another run: token file,"
+        " counts, checkpoint files",
+        "0 silent of 6000 and more; the message names the file",
+        "850-999 of 1000 silent",
+        "torture_files:damaged",
+        8,
+        240,
+    ),
+    Row(
+        "T6",
+        "newest of 3 checkpoints damaged; all damaged",
+        "100 of 100 resume from the one before; all damaged: exit 2",
+        "open request in transformers",
+        "torture_saves:newest_is_damaged",
+        6,
+        100,
+    ),
+    Row(
+        "T7",
+        "disk full (6 MB tmpfs), read-only folder",
+        "old checkpoint intact, error with path, no .tmp left over",
+        '"unexpected pos 704 vs 598"',
+        "torture_saves:disk_full",
+        2,
+        20,
+    ),
+    Row(
+        "T8",
+        "SIGTERM to launcher, one rank, all; during a save; twice",
+        "100 of 100: agreed step saved, exit 143, resume bit-identical",
+        "OLMo: agreed every 25 steps",
+        "torture_runs:terminated",
+        4,
+        100,
+        limit_s=300,
+    ),
+    Row(
+        "T9",
+        "kill -9 of a random rank, up to 3 times, --max-restarts 3; a rank calling os._exit(0)",
+        "50 of 50 recovered, 0 hangs, same digest",
+        "torchrun's default 9 of 17",
+        "torture_ranks:killed_rank",
+        1,
+        50,
+        jobs=1,
+        limit_s=400,
+    ),
+    Row(
+        "T10",
+        "T9 with --force among the arguments",
+        "0 checkpoints lost",
+        "the 2019 program loses all",
+        "torture_ranks:killed_rank_with_force",
+        0,
+        10,
+        jobs=1,
+        limit_s=400,
+    ),
+    Row(
+        "T11",
+        "one rank stopped (SIGSTOP)",
+        "ends non-zero within timeout + 40 s, rank named",
+        "30 min",
+        "torture_ranks:stopped_rank",
+        0,
+        6,
+        jobs=3,
+        limit_s=300,
+    ),
+    Row(
+        "T12",
+        "NaN and Inf in teacher logits, one loss term, one rank's gradient, initial weights",
+        "100 of 100 stop before the update, exit != 0, weights unchanged, nothing non-finite saved",
+        "exit 0",
+        "torture_runs:not_finite",
+        6,
+        100,
+        limit_s=200,
+    ),
+    Row(
+        "T14",
+        "hypothesis over n, world, batch size, grouping, seed, epoch, position",
+        "2000 examples: each sequence once an epoch, no rank waits, other order each epoch, rest"
+        " after resume in order",
+        "others sort before comparing",
+        "torture_inputs:plans",
+        1,
+        20,
+    ),
+    Row(
+        "T15",
+        "world size changed on resume (2 -> 1, 1 -> 2) at equal A x W",
+        "same micro-batches, masks and dropout; loss within 1e-5; else a one-line refusal",
+        "torchtitan refuses",
+        "torture_runs:other_world_size",
+        1,
+        12,
+        limit_s=300,
+    ),
+    Row(
+        "T16",
+        "2 nodes x 2 ranks on loopback; one agent killed",
+        "digest = 1 node x 4; survivor ends within the timeout",
+        "real clusters only",
+        "torture_ranks:two_nodes",
+        0,
+        4,
+        jobs=1,
+        limit_s=600,
+    ),
+    Row(
+        "T18",
+        "20 planted mistakes against the tests that guard them",
+        "20 of 20 caught",
+        "TrainCheck 18 of 20",
+        "torture_mutants:planted_mistake",
+        0,
+        20,
+        limit_s=900,
+        is_sampled=False,
+    ),
+    Row(
+        "T19",
+        "60 malicious files x each entry point",
+        "0 executed",
+        "4-5 payloads tested",
+        "torture_malicious:malicious",
+        3,
+        60,
+        limit_s=300,
+        is_sampled=False,
+    ),
+    Row(
+        "T20",
+        "mutated pickles, stores, checkpoints",
+        "100,000: 0 crashes or hangs",
+        "safetensors 38.4 M",
+        "torture_files:mutated",
+        2,
+        200,
+        limit_s=600,
+    ),
+    Row(
+        "T21",
+        "--force on 30 targets (/, ~, ., link/, a folder holding the data, a foreign folder, ..)",
+        "0 foreign files lost",
+        "a guard in one project",
+        "torture_inputs:forced",
+        6,
+        30,
+        is_sampled=False,
+    ),
+    Row(
+        "T22",
+        "corpora by hypothesis: empty, BOM, CRLF, NUL, invalid UTF-8, 10 MB line, only unknown, all"
+        " too short",
+        "5000: fine, or exit 2 with file:line; no traceback",
+        "traceback",
+        "torture_inputs:corpora",
+        1,
+        100,
+        limit_s=600,
+    ),
+    Row(
+        "T23",
+        "40 mismatches: vocabulary, width, positions, missing special token, counts of another"
+        " tokenizer, missing, extra, NaN student weights",
+        "40 of 40 refused before the first step, both values named",
+        "bare asserts",
+        "torture_programs:mismatched",
+        6,
+        40,
+        is_sampled=False,
+    ),
+    Row(
+        "T24",
+        "arguments and environment by hypothesis",
+        "2000: no traceback, no hang > 10 s",
+        "none",
+        "torture_inputs:arguments",
+        1,
+        40,
+        limit_s=600,
+    ),
+    Row(
+        "T26",
+        "preprocessing killed and rerun",
+        "nothing partial under a final name; rerun byte-identical",
+        "none",
+        "torture_programs:preprocessing_killed",
+        2,
+        100,
+        limit_s=300,
+    ),
+]
 
 
 @dataclasses.dataclass
 class Bench:
     """What a trial is given.
 
-    number: of the call; rng: its own random numbers; folder: its own empty folder; world: tiny teachers with data,
-    counts and first weights (tests/stand_ins.World).
+    number: of the call; rng: its own random numbers; folder: its own empty folder; world: tiny
+    teachers with data, counts and first weights (tests/stand_ins.World).
     """
 
     number: int
@@ -162,9 +358,9 @@ class Outcome:
             self.notes[note] = self.notes.get(note, 0) + 1
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Calls, each in a process of its own
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def call(row: Row, number: int, seed: int, world: object, folder: Path) -> dict:
@@ -186,7 +382,9 @@ def trial_of(row: Row) -> Callable[[Bench], None]:
 
 
 class ForkedCall:
-    """One call in a forked process, with everything that it starts in a process group of its own."""
+    """One call in a forked process, with everything that it starts in a process group of its
+    own.
+    """
 
     def __init__(self, row: Row, number: int, seed: int, world: object, scratch: Path):
         self.row, self.number = row, number
@@ -249,7 +447,9 @@ class ForkedCall:
         return {"trials": 1, "failures": [f"call {self.number}: {what}"], "notes": []}
 
 
-def results(row: Row, numbers: Iterable[int], seed: int, world: object, scratch: Path) -> Iterator[dict]:
+def results(
+    row: Row, numbers: Iterable[int], seed: int, world: object, scratch: Path
+) -> Iterator[dict]:
     """Make a row's calls, up to row.jobs at a time; yield what became of each as it ends."""
     waiting, running = iter(numbers), []
     try:
@@ -268,13 +468,15 @@ def results(row: Row, numbers: Iterable[int], seed: int, world: object, scratch:
             forked.end()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The table
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def bound(row: Row, outcome: Outcome) -> str:
-    """Bound the rate of failures at 95 %: 3 / n after none in n trials (rule of three); else what was seen."""
+    """Bound the rate of failures at 95 %: 3 / n after none in n trials (rule of three); else what
+    was seen.
+    """
     if not row.is_sampled:
         return "chosen cases"
     if not outcome.failures:
@@ -285,15 +487,19 @@ def bound(row: Row, outcome: Outcome) -> str:
 def table(outcomes: dict[str, Outcome]) -> str:
     """Lay the outcomes out as Markdown."""
     lines = [
-        "| id | injected | figure to reach | trials | failures | failure rate (95 %) | best elsewhere | date, seed, time |",
+        (
+            "| id | injected | figure to reach | trials | failures | failure rate (95 %) | best"
+            " elsewhere | date, seed, time |"
+        ),
         "|---|---|---|---|---|---|---|---|",
     ]
     for row in PLAN:
         if row.id in outcomes and outcomes[row.id].trials:
             out = outcomes[row.id]
             lines.append(
-                f"| {row.id} | {row.injected} | {row.figure} | {out.trials:,} | {len(out.failures)} | {bound(row, out)} "
-                f"| {row.elsewhere} | {out.date}, {out.seed}, {out.elapsed_s:,.0f} s |"
+                f"| {row.id} | {row.injected} | {row.figure} | {out.trials:,} | {len(out.failures)}"
+                f" | {bound(row, out)} | {row.elsewhere} | {out.date}, {out.seed},"
+                f" {out.elapsed_s:,.0f} s |"
             )
     return "\n".join(lines) + "\n"
 
@@ -305,9 +511,14 @@ def details(outcomes: dict[str, Outcome]) -> str:
         out = outcomes.get(row.id)
         if out and (out.notes or out.failures):
             lines += [f"**{row.id}**", ""]
-            lines += [f"- {note}{f' ({count} calls)' if count > 1 else ''}" for note, count in sorted(out.notes.items())]
+            lines += [
+                f"- {note}{f' ({count} calls)' if count > 1 else ''}"
+                for note, count in sorted(out.notes.items())
+            ]
             lines += [f"- FAILED: {failure}" for failure in out.failures[:20]]
-            lines += [f"- and {len(out.failures) - 20} failures more"] if len(out.failures) > 20 else []
+            lines += (
+                [f"- and {len(out.failures) - 20} failures more"] if len(out.failures) > 20 else []
+            )
             lines.append("")
     return "\n".join(lines)
 
@@ -319,8 +530,9 @@ def versions() -> str:
     import transformers
 
     return (
-        f"python {platform.python_version()}, torch {torch.__version__}, transformers {transformers.__version__}, "
-        f"numpy {numpy.__version__}, {platform.system()} {platform.release()}, {os.cpu_count()} cores"
+        f"python {platform.python_version()}, torch {torch.__version__}, transformers"
+        f" {transformers.__version__}, numpy {numpy.__version__}, {platform.system()}"
+        f" {platform.release()}, {os.cpu_count()} cores"
     )
 
 
@@ -365,8 +577,11 @@ def make_world(folder: Path, rows: Sequence[Row]):
     import torch
 
     torch.set_num_threads(1)  # a pool of threads does not survive a fork
-    os.environ["TOKENIZERS_PARALLELISM"] = "false"  # nor does the tokenizers': where the surroundings say "true", it waits
-    # tqdm's own lock is one for all forked processes: one that is killed while it draws would stop all others for ever.
+    os.environ["TOKENIZERS_PARALLELISM"] = (
+        "false"  # nor does the tokenizers': where the surroundings say "true", it waits
+    )
+    # tqdm's own lock is one for all forked processes: one that is killed while it draws would stop
+    # all others for ever.
     tqdm.set_lock(threading.RLock())
     tqdm.monitor_interval = 0
     import stand_ins
@@ -375,7 +590,9 @@ def make_world(folder: Path, rows: Sequence[Row]):
     text.write_text("\n".join(stand_ins.make_lines(240)) + "\n", encoding="utf-8")
     for name in ("teachers", "world"):
         (folder / name).mkdir()
-    world = stand_ins.World(folder / "world", stand_ins.make_teachers(folder / "teachers", text), text)
+    world = stand_ins.World(
+        folder / "world", stand_ins.make_teachers(folder / "teachers", text), text
+    )
     for row in rows:
         trial_of(row)
     return world
@@ -386,11 +603,22 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="ID", help="rows to run (default: all)")
     parser.add_argument("--smoke", action="store_true", help="the few calls that the tests make")
-    parser.add_argument("--trials", type=int, metavar="N", help="calls a row, in place of the plan's")
-    parser.add_argument("--first", type=int, metavar="K", help="repeat from call K on, keeping no record")
+    parser.add_argument(
+        "--trials", type=int, metavar="N", help="calls a row, in place of the plan's"
+    )
+    parser.add_argument(
+        "--first", type=int, metavar="K", help="repeat from call K on, keeping no record"
+    )
     parser.add_argument("--seed", type=int, default=56, help="seed of all trials (default: 56)")
-    parser.add_argument("--state", default="torture.json", metavar="FILE", help="results so far (default: %(default)s)")
-    parser.add_argument("--scratch", metavar="FOLDER", help="where trials work; a failed one's folder stays there")
+    parser.add_argument(
+        "--state",
+        default="torture.json",
+        metavar="FILE",
+        help="results so far (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--scratch", metavar="FOLDER", help="where trials work; a failed one's folder stays there"
+    )
     parser.add_argument("--output", metavar="FILE", help="Markdown file that receives the table")
     return parser
 
@@ -428,7 +656,11 @@ def main(argv: list[str] | None = None) -> None:
     for row in rows:
         total = arguments.trials or (row.smoke if arguments.smoke else row.full)
         outcome = run_row(row, total, arguments.seed, world, scratch, state)
-        print(f"{row.id}: {outcome.trials:,} trials, {len(outcome.failures)} failures, {outcome.elapsed_s:.0f} s", flush=True)
+        print(
+            f"{row.id}: {outcome.trials:,} trials, {len(outcome.failures)} failures,"
+            f" {outcome.elapsed_s:.0f} s",
+            flush=True,
+        )
         if arguments.output:
             write_report(Path(arguments.output), state.outcomes)
     print(table(state.outcomes))
@@ -441,7 +673,9 @@ def main(argv: list[str] | None = None) -> None:
 def write_report(path: Path, outcomes: dict[str, Outcome]) -> None:
     """Put the table and the details between the marks of a Markdown file, or into a new one."""
     begin, end = "<!-- table: made by scripts/torture.py -->", "<!-- end of table -->"
-    text = path.read_text(encoding="utf-8") if path.exists() else f"# Reliability\n\n{begin}\n{end}\n"
+    text = (
+        path.read_text(encoding="utf-8") if path.exists() else f"# Reliability\n\n{begin}\n{end}\n"
+    )
     head, rest = text.split(begin, 1)
     tail = rest.split(end, 1)[1]
     body = f"{begin}\n\n{versions()}\n\n{table(outcomes)}\n{details(outcomes)}\n{end}"

@@ -1,6 +1,8 @@
-"""Train a small masked-language model (BERT) from scratch on a token file, as a teacher for experiments.
+"""Train a small masked-language model (BERT) from scratch on a token file, as a teacher for
+experiments.
 
-The quickstart's teacher comes from here. It is the distillation loop without a teacher: the masked-LM loss alone.
+The quickstart's teacher comes from here. It is the distillation loop without a teacher: the
+masked-LM loss alone.
 """
 
 import argparse
@@ -55,22 +57,45 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--tokenizer_name", required=True, help="hub name or local folder")
     parser.add_argument("--data_file", required=True, help="token file made by binarized_data.py")
     parser.add_argument("--token_counts", required=True, help="counts made by token_counts.py")
-    parser.add_argument("--output_dir", required=True, help="folder for model, tokenizer and curve.json")
-    parser.add_argument("--num_steps", type=int, default=1000, help="updates (default: %(default)s)")
-    parser.add_argument("--batch_size", type=int, default=8, help="sequences an update (default: %(default)s)")
-    parser.add_argument("--max_length", type=int, default=64, help="longest sequence, in ids (default: %(default)s)")
-    parser.add_argument("--mlm_mask_prop", type=float, default=0.3, help="share of predicted tokens (default: %(default)s)")
+    parser.add_argument(
+        "--output_dir", required=True, help="folder for model, tokenizer and curve.json"
+    )
+    parser.add_argument(
+        "--num_steps", type=int, default=1000, help="updates (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--batch_size", type=int, default=8, help="sequences an update (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--max_length", type=int, default=64, help="longest sequence, in ids (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--mlm_mask_prop",
+        type=float,
+        default=0.3,
+        help="share of predicted tokens (default: %(default)s)",
+    )
     parser.add_argument("--learning_rate", type=float, default=7e-4, help="(default: %(default)s)")
     parser.add_argument("--warmup_prop", type=float, default=0.1, help="(default: %(default)s)")
-    parser.add_argument("--force", action="store_true", help="replace a model that output_dir holds")
+    parser.add_argument(
+        "--force", action="store_true", help="replace a model that output_dir holds"
+    )
     parser.add_argument("--seed", type=int, default=56, help="(default: %(default)s)")
     return parser.parse_args(argv)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise InputError that names every argument out of its range, and an output folder that holds a model already."""
-    ranges = {"num_steps": (1, 1e9), "batch_size": (1, 1e6), "max_length": (MIN_LENGTH + 1, 1e6), "mlm_mask_prop": (1e-6, 1),
-              "learning_rate": (1e-12, 1), "warmup_prop": (0, 1)}  # fmt: skip
+    """Raise InputError that names every argument out of its range, and an output folder that holds
+    a model already.
+    """
+    ranges = {
+        "num_steps": (1, 1e9),
+        "batch_size": (1, 1e6),
+        "max_length": (MIN_LENGTH + 1, 1e6),
+        "mlm_mask_prop": (1e-6, 1),
+        "learning_rate": (1e-12, 1),
+        "warmup_prop": (0, 1),
+    }
     problems = [
         f"--{name} {getattr(args, name)}: expected {low:g} to {high:g}"
         for name, (low, high) in ranges.items()
@@ -78,15 +103,22 @@ def check_arguments(args: argparse.Namespace) -> None:
     ]
     problems += filter(None, [output_problem(args.output_dir, "--output_dir", is_folder=True)])
     if not args.force and os.path.exists(os.path.join(args.output_dir, "model.safetensors")):
-        problems.append(f"--output_dir {args.output_dir}: holds a model already; choose another, or replace it with --force")
+        problems.append(
+            f"--output_dir {args.output_dir}: holds a model already; choose another, or replace it"
+            " with --force"
+        )
     if problems:
         raise InputError("\n".join(problems))
 
 
 def make_distiller(args: argparse.Namespace, model) -> Distiller:
     """Put loss, optimizer and schedule around the model; there is no teacher."""
-    objective = DistillationModel(model, prediction_head(model), head_parameters(model), {"mlm": 1.0}, temperature=1.0)
-    optimizer = torch.optim.AdamW(split_for_weight_decay(model, 0.01), lr=args.learning_rate, betas=ADAM_BETAS)
+    objective = DistillationModel(
+        model, prediction_head(model), head_parameters(model), {"mlm": 1.0}, temperature=1.0
+    )
+    optimizer = torch.optim.AdamW(
+        split_for_weight_decay(model, 0.01), lr=args.learning_rate, betas=ADAM_BETAS
+    )
     num_warmup = int(args.warmup_prop * args.num_steps)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup, args.num_steps)
     return Distiller(objective, None, None, optimizer, schedule, max_grad_norm=1.0, seed=args.seed)
@@ -101,15 +133,22 @@ def main(argv: list[str] | None = None) -> None:
     tokenizer = load_tokenizer("bert", args.tokenizer_name, "--tokenizer_name")
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= config.vocab_size:
-        raise InputError(f"--config {args.config}: vocab_size is {config.vocab_size}, the tokenizer has ids up to {largest_id}")
+        raise InputError(
+            f"--config {args.config}: vocab_size is {config.vocab_size}, the tokenizer has ids up"
+            f" to {largest_id}"
+        )
     special = SpecialIds(**special_ids("bert", tokenizer))
     max_length = min(max_input_length("bert", tokenizer, config), args.max_length)
     model_name = f"--config {args.config}"
-    dataset = LmSeqsDataset.from_file(args.data_file, special, max_length, config.vocab_size, model_name)
+    dataset = LmSeqsDataset.from_file(
+        args.data_file, special, max_length, config.vocab_size, model_name
+    )
     counts_V = torch.from_numpy(read_token_counts(args.token_counts, config.vocab_size, model_name))
     # Smoothing 0: a teacher learns every token's prediction, frequent ones too, as BERT did.
     weights_V = masking_weights(counts_V, 0.0, tokenizer.all_special_ids)
-    prepare = MlmPreparation(weights_V, tokenizer.mask_token_id, args.mlm_mask_prop, 0.8, 0.1, 0.1, False, args.seed)
+    prepare = MlmPreparation(
+        weights_V, tokenizer.mask_token_id, args.mlm_mask_prop, 0.8, 0.1, 0.1, False, args.seed
+    )
     torch.manual_seed(keyed_seed(args.seed, "teacher"))
     model = build_student("bert", config, model_name)
     try:
@@ -123,9 +162,13 @@ def main(argv: list[str] | None = None) -> None:
     logger.info("Wrote %s: %s parameters.", args.output_dir, f"{model.num_parameters():,}")
 
 
-def train(distiller: Distiller, dataset: LmSeqsDataset, prepare: MlmPreparation, args: argparse.Namespace) -> list[float]:
+def train(
+    distiller: Distiller, dataset: LmSeqsDataset, prepare: MlmPreparation, args: argparse.Namespace
+) -> list[float]:
     """Run the updates; return the loss of each."""
-    sampler = GroupedBatchSampler(dataset.lengths, args.batch_size, dataset.max_length, group_by_size=True, seed=args.seed)
+    sampler = GroupedBatchSampler(
+        dataset.lengths, args.batch_size, dataset.max_length, group_by_size=True, seed=args.seed
+    )
     curve: list[float] = []
     steps = sampler.micro_batches(args.num_steps)
     with tqdm(steps, total=args.num_steps, unit="step", desc="teacher", **bar_options()) as bar:

@@ -16,7 +16,9 @@ import utils
 
 @pytest.fixture(autouse=True)
 def surroundings():
-    """Give each test the same environment: programs called in this process write to it (TOKENIZERS_PARALLELISM, ..)."""
+    """Give each test the same environment: programs called in this process write to it
+    (TOKENIZERS_PARALLELISM, ..).
+    """
     with mock.patch.dict(os.environ):
         yield
 
@@ -46,7 +48,9 @@ def world(tmp_path_factory, teachers, text_file) -> World:
 
 @pytest.fixture
 def status_and_errors(capsys):
-    """Call a program's main in this process: (exit status, lines of its standard error that are no log)."""
+    """Call a program's main in this process: (exit status, lines of its standard error that are no
+    log).
+    """
 
     def call(main, argv: list[str]) -> tuple[int, list[str]]:
         capsys.readouterr()
@@ -61,16 +65,28 @@ def status_and_errors(capsys):
     return call
 
 
-def run_process(*command: object, cwd: Path | None = None, timeout_s: float = 300, **environment: str):
+def run_process(
+    *command: object, cwd: Path | None = None, timeout_s: float = 300, **environment: str
+):
     """Run a command as a user does; launcher variables of the surroundings are taken out."""
-    clean = {name: value for name, value in os.environ.items() if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")}
+    clean = {
+        name: value
+        for name, value in os.environ.items()
+        if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    }
     clean |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", **environment}
     words = [str(word) for word in command]
     try:
-        return subprocess.run(words, cwd=cwd, env=clean, timeout=timeout_s, capture_output=True, text=True)
+        return subprocess.run(
+            words, cwd=cwd, env=clean, timeout=timeout_s, capture_output=True, text=True
+        )
     except subprocess.TimeoutExpired as error:
-        printed = [(text or b"")[-2000:].decode(errors="replace") for text in (error.stdout, error.stderr)]
-        pytest.fail("\n".join([f"no end after {timeout_s:g} s: {' '.join(words)}", *printed]), pytrace=False)
+        printed = [
+            (text or b"")[-2000:].decode(errors="replace") for text in (error.stdout, error.stderr)
+        ]
+        pytest.fail(
+            "\n".join([f"no end after {timeout_s:g} s: {' '.join(words)}", *printed]), pytrace=False
+        )
 
 
 def load_golden(name: str) -> dict:

@@ -1,4 +1,6 @@
-"""Tiny models of families that architectures.py has no row for: random weights, real classes, a tokenizer of the stand-ins'."""
+"""Tiny models of families that architectures.py has no row for: random weights, real classes, a
+tokenizer of the stand-ins'.
+"""
 
 import json
 from pathlib import Path
@@ -7,10 +9,22 @@ import torch
 import transformers
 
 SIZES = {
-    "hidden_size": 32, "num_attention_heads": 4, "num_key_value_heads": 2, "intermediate_size": 48, "embedding_size": 32,
-    "max_position_embeddings": 80, "head_dim": 8, "rotary_dim": 4, "word_embed_proj_dim": 32, "num_experts": 4,
-    "num_local_experts": 4, "num_experts_per_tok": 2, "moe_intermediate_size": 16, "sliding_window": 4, "local_attention": 8,
-}  # fmt: skip
+    "hidden_size": 32,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "intermediate_size": 48,
+    "embedding_size": 32,
+    "max_position_embeddings": 80,
+    "head_dim": 8,
+    "rotary_dim": 4,
+    "word_embed_proj_dim": 32,
+    "num_experts": 4,
+    "num_local_experts": 4,
+    "num_experts_per_tok": 2,
+    "moe_intermediate_size": 16,
+    "sliding_window": 4,
+    "local_attention": 8,
+}
 NUM_LAYERS = 4
 # What a family's configuration wants besides.
 MORE = {
@@ -19,8 +33,19 @@ MORE = {
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
     "llama": {"tie_word_embeddings": False},
 }
-SCALES = {"modernbert": 16}  # whose layers add little to their input else: half of them compute the same
-MASKED = ("bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra", "deberta-v2", "modernbert")
+SCALES = {
+    "modernbert": 16
+}  # whose layers add little to their input else: half of them compute the same
+MASKED = (
+    "bert",
+    "distilbert",
+    "roberta",
+    "xlm-roberta",
+    "camembert",
+    "electra",
+    "deberta-v2",
+    "modernbert",
+)
 CAUSAL = ("gpt2", "gpt_neox", "gpt_neo", "opt", "llama", "qwen2", "qwen3", "gemma", "gemma2")
 
 
@@ -29,14 +54,26 @@ def tiny_config(model_type: str, vocab_size: int, **special_ids: int | None):
     config_class = type(transformers.AutoConfig.for_model(model_type))
     known, names = config_class().to_dict(), config_class.attribute_map
     wanted = SIZES | MORE.get(model_type, {}) | {"vocab_size": vocab_size} | special_ids
-    entries = {names.get(name, name): value for name, value in wanted.items() if names.get(name, name) in known}
-    return config_class(**entries, **{names.get("num_hidden_layers", "num_hidden_layers"): NUM_LAYERS})
+    entries = {
+        names.get(name, name): value
+        for name, value in wanted.items()
+        if names.get(name, name) in known
+    }
+    return config_class(
+        **entries, **{names.get("num_hidden_layers", "num_hidden_layers"): NUM_LAYERS}
+    )
 
 
-def tiny_model(model_type: str, is_masked: bool, vocab_size: int = 99, seed: int = 0, **special_ids: int | None):
-    """Make a model with random weights, larger than those it would begin with: caps and scales are to show."""
+def tiny_model(
+    model_type: str, is_masked: bool, vocab_size: int = 99, seed: int = 0, **special_ids: int | None
+):
+    """Make a model with random weights, larger than those it would begin with: caps and scales are
+    to show.
+    """
     special_ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | special_ids
-    auto_class = transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
+    auto_class = (
+        transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
+    )
     torch.manual_seed(seed)
     model = auto_class.from_config(tiny_config(model_type, vocab_size, **special_ids)).eval()
     with torch.no_grad():
@@ -52,9 +89,13 @@ def tiny_model(model_type: str, is_masked: bool, vocab_size: int = 99, seed: int
 
 
 def causal_tokenizer(gpt2_folder: Path) -> transformers.PreTrainedTokenizerBase:
-    """Make a tokenizer without bos, unknown and padding tokens, as Qwen's: the stand-in's, with an end token alone."""
+    """Make a tokenizer without bos, unknown and padding tokens, as Qwen's: the stand-in's, with an
+    end token alone.
+    """
     content = json.loads((gpt2_folder / "tokenizer.json").read_text(encoding="utf-8"))
-    backend = transformers.PreTrainedTokenizerFast(tokenizer_object=_backend(content), eos_token="<|endoftext|>")
+    backend = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=_backend(content), eos_token="<|endoftext|>"
+    )
     backend.model_max_length = 64
     return backend
 
@@ -65,10 +106,14 @@ def _backend(content: dict):
     return tokenizers.Tokenizer.from_str(json.dumps(content))
 
 
-def make_teacher(folder: Path, model_type: str, is_masked: bool, stand_ins: dict[str, Path]) -> Path:
+def make_teacher(
+    folder: Path, model_type: str, is_masked: bool, stand_ins: dict[str, Path]
+) -> Path:
     """Save a tiny teacher of a family with a tokenizer that it may have; return its folder."""
     if is_masked:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(stand_ins["roberta" if model_type in OF_ROBERTA else "bert"])
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            stand_ins["roberta" if model_type in OF_ROBERTA else "bert"]
+        )
     else:
         tokenizer = causal_tokenizer(stand_ins["gpt2"])
     roles = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")

@@ -1,6 +1,8 @@
-"""train.py with faults on order, for torture_ranks.py: `faulty_train.py FOLDER FAULT SECONDS flags..`.
+"""train.py with faults on order, for torture_ranks.py: `faulty_train.py FOLDER FAULT SECONDS
+flags..`.
 
-Every update takes SECONDS more, and each process leaves a file `FOLDER/training.ATTEMPT.RANK` with its id once it trains.
+Every update takes SECONDS more, and each process leaves a file `FOLDER/training.ATTEMPT.RANK` with
+its id once it trains.
 FAULT: "none", or "exit0:RANK:UPDATE": that rank calls os._exit(0) in the first attempt's update.
 """
 
@@ -18,7 +20,12 @@ RANK, ATTEMPT = os.environ["RANK"], os.environ.get("TORCHELASTIC_RESTART_COUNT",
 
 
 def main() -> None:
-    folder, fault, seconds, flags = Path(sys.argv[1]), sys.argv[2].split(":"), float(sys.argv[3]), sys.argv[4:]
+    folder, fault, seconds, flags = (
+        Path(sys.argv[1]),
+        sys.argv[2].split(":"),
+        float(sys.argv[3]),
+        sys.argv[4:],
+    )
     kept, updates = train.Distiller.begin_step, []
 
     def step(distiller, *arguments, **options):

@@ -1,4 +1,6 @@
-"""Programs in forked processes: a second where a new interpreter that imports torch takes five. For the torture trials."""
+"""Programs in forked processes: a second where a new interpreter that imports torch takes five. For
+the torture trials.
+"""
 
 import contextlib
 import os
@@ -12,7 +14,8 @@ from utils import run_program
 
 
 def fork_program(prepare: Callable[[], None], action: Callable[[], None]) -> int:
-    """Fork a process that calls `prepare`, then a program's main as the command line does; return its id.
+    """Fork a process that calls `prepare`, then a program's main as the command line does; return
+    its id.
 
     It ends with the program's status; 1, with a traceback, for what no program should raise.
     """

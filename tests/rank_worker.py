@@ -1,7 +1,8 @@
-"""Run under a launcher by test_distributed.py: the gradient of the first update, and how often gradients are reduced.
+"""Run under a launcher by test_distributed.py: the gradient of the first update, and how often
+gradients are reduced.
 
-Arguments: an output file, then train.py's flags. Everything is train.py's own but for float64, in which two ways to sum
-the same numbers differ by rounding only.
+Arguments: an output file, then train.py's flags. Everything is train.py's own but for float64, in
+which two ways to sum the same numbers differ by rounding only.
 """
 
 import sys
@@ -29,13 +30,29 @@ def main() -> None:
     num_reductions = count_reductions(parts.distiller)
     accumulation = config.gradient_accumulation_steps
     grads, numbers = [], []
-    for update in parts.sampler.updates(parts.num_micro_batches, accumulation, runtime.rank, runtime.world_size):
+    for update in parts.sampler.updates(
+        parts.num_micro_batches, accumulation, runtime.rank, runtime.world_size
+    ):
         parts.distiller.optimizer.zero_grad()
         planned = [batch.number for batch in update.planned]
-        losses_MK = parts.distiller.accumulate(train.prepared_batches(parts, update.mine), planned, len(update.mine))
-        grads.append({name: p.grad.clone() for name, p in parts.student.named_parameters() if p.grad is not None})
+        losses_MK = parts.distiller.accumulate(
+            train.prepared_batches(parts, update.mine), planned, len(update.mine)
+        )
+        grads.append(
+            {
+                name: p.grad.clone()
+                for name, p in parts.student.named_parameters()
+                if p.grad is not None
+            }
+        )
         numbers.append([batch.number for batch in update.mine])
-    facts = {"grads": grads, "losses": losses_MK, "mine": numbers, "reductions": num_reductions[0], "updates": len(grads)}
+    facts = {
+        "grads": grads,
+        "losses": losses_MK,
+        "mine": numbers,
+        "reductions": num_reductions[0],
+        "updates": len(grads),
+    }
     torch.save(facts, f"{output}.{runtime.rank}")
 
 

@@ -1,4 +1,5 @@
-"""Stand-ins made on the spot: a text, tokenizers trained on it, tiny teachers of the real classes with random weights.
+"""Stand-ins made on the spot: a text, tokenizers trained on it, tiny teachers of the real classes
+with random weights.
 
 For the tests, and for the trials of scripts/torture.py.
 """
@@ -27,7 +28,9 @@ STUDENT_LAYERS = 2
 
 
 def make_lines(num: int, seed: int = 0) -> list[str]:
-    """Make sentences over a few hundred invented words, frequent and rare ones, of unequal lengths."""
+    """Make sentences over a few hundred invented words, frequent and rare ones, of unequal
+    lengths.
+    """
     rng = random.Random(seed)
     syllables = ["ba", "ke", "li", "mo", "nu", "ra", "so", "ti", "vu", "ze", "Da", "Fi", "Go"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(300)]
@@ -42,28 +45,49 @@ def save_tokenizer(kind: str, folder: Path, text_file: Path, lowercase: bool = T
         tokenizer = transformers.BertTokenizer(vocab=vocabulary, do_lower_case=lowercase)
     else:
         trainer = ByteLevelBPETokenizer()
-        special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if kind == "roberta" else ["<|endoftext|>"]
+        special = (
+            ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if kind == "roberta" else ["<|endoftext|>"]
+        )
         trainer.train([str(text_file)], vocab_size=320, show_progress=False, special_tokens=special)
         trainer.save_model(str(folder))
-        kind_class = transformers.RobertaTokenizer if kind == "roberta" else transformers.GPT2Tokenizer
+        kind_class = (
+            transformers.RobertaTokenizer if kind == "roberta" else transformers.GPT2Tokenizer
+        )
         tokenizer = kind_class(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
     tokenizer.save_pretrained(folder)
 
 
 def make_model(kind: str, vocab_size: int, layers: int = LAYERS, **options):
-    """Make a random language model of a model type, its weights spread enough for predictions to differ."""
+    """Make a random language model of a model type, its weights spread enough for predictions to
+    differ.
+    """
     torch.manual_seed(1)
     sizes = {"vocab_size": vocab_size, "initializer_range": 0.2, **options}
     if kind == "gpt2":
         config = transformers.GPT2Config(
-            n_embd=WIDTH, n_layer=layers, n_head=4, n_positions=POSITIONS, bos_token_id=0, eos_token_id=0, **sizes
+            n_embd=WIDTH,
+            n_layer=layers,
+            n_head=4,
+            n_positions=POSITIONS,
+            bos_token_id=0,
+            eos_token_id=0,
+            **sizes,
         )
         return transformers.GPT2LMHeadModel(config)
-    sizes |= {"hidden_size": WIDTH, "num_hidden_layers": layers, "num_attention_heads": 4, "intermediate_size": 64}
+    sizes |= {
+        "hidden_size": WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+    }
     if kind == "roberta":
-        config = transformers.RobertaConfig(**sizes, max_position_embeddings=POSITIONS + 2, type_vocab_size=1)
+        config = transformers.RobertaConfig(
+            **sizes, max_position_embeddings=POSITIONS + 2, type_vocab_size=1
+        )
         return transformers.RobertaForMaskedLM(config)
-    return transformers.BertForMaskedLM(transformers.BertConfig(**sizes, max_position_embeddings=POSITIONS))
+    return transformers.BertForMaskedLM(
+        transformers.BertConfig(**sizes, max_position_embeddings=POSITIONS)
+    )
 
 
 def make_teachers(folder: Path, text_file: Path) -> dict[str, Path]:
@@ -84,17 +108,40 @@ def vocab_size_of(folder: Path) -> int:
 def student_config_of(kind: str, vocab_size: int) -> dict:
     """Return the JSON of a student for a teacher of a model type."""
     if kind == "gpt2":
-        return {"n_embd": WIDTH, "n_layer": STUDENT_LAYERS, "n_head": 4, "n_positions": POSITIONS, "vocab_size": vocab_size,
-                "bos_token_id": 0, "eos_token_id": 0}  # fmt: skip
+        return {
+            "n_embd": WIDTH,
+            "n_layer": STUDENT_LAYERS,
+            "n_head": 4,
+            "n_positions": POSITIONS,
+            "vocab_size": vocab_size,
+            "bos_token_id": 0,
+            "eos_token_id": 0,
+        }
     if kind == "roberta":
-        return {"hidden_size": WIDTH, "num_hidden_layers": STUDENT_LAYERS, "num_attention_heads": 4, "intermediate_size": 64,
-                "vocab_size": vocab_size, "max_position_embeddings": POSITIONS + 2, "type_vocab_size": 1}  # fmt: skip
-    return {"dim": WIDTH, "n_layers": STUDENT_LAYERS, "n_heads": 4, "hidden_dim": 64, "vocab_size": vocab_size,
-            "max_position_embeddings": POSITIONS, "sinusoidal_pos_embds": True}  # fmt: skip
+        return {
+            "hidden_size": WIDTH,
+            "num_hidden_layers": STUDENT_LAYERS,
+            "num_attention_heads": 4,
+            "intermediate_size": 64,
+            "vocab_size": vocab_size,
+            "max_position_embeddings": POSITIONS + 2,
+            "type_vocab_size": 1,
+        }
+    return {
+        "dim": WIDTH,
+        "n_layers": STUDENT_LAYERS,
+        "n_heads": 4,
+        "hidden_dim": 64,
+        "vocab_size": vocab_size,
+        "max_position_embeddings": POSITIONS,
+        "sinusoidal_pos_embds": True,
+    }
 
 
 class World:
-    """A folder with data, counts, first weights and configuration for each pair, and the flags that train it."""
+    """A folder with data, counts, first weights and configuration for each pair, and the flags that
+    train it.
+    """
 
     STUDENTS = {"bert": "distilbert", "roberta": "roberta", "gpt2": "gpt2"}
 
@@ -106,13 +153,42 @@ class World:
 
         self.folder, self.teachers, self.text = folder, teachers, text_file
         for kind, teacher in teachers.items():
-            binarized_data.main(["--file_path", str(text_file), "--tokenizer_type", kind, "--tokenizer_name", str(teacher),
-                                 "--dump_file", str(folder / "data")])  # fmt: skip
-            token_counts.main(["--data_file", self.data(kind), "--token_counts_dump", self.counts(kind),
-                               "--vocab_size", str(vocab_size_of(teacher))])  # fmt: skip
-            Path(self.config(kind)).write_text(json.dumps(student_config_of(kind, vocab_size_of(teacher))))
+            binarized_data.main(
+                [
+                    "--file_path",
+                    str(text_file),
+                    "--tokenizer_type",
+                    kind,
+                    "--tokenizer_name",
+                    str(teacher),
+                    "--dump_file",
+                    str(folder / "data"),
+                ]
+            )
+            token_counts.main(
+                [
+                    "--data_file",
+                    self.data(kind),
+                    "--token_counts_dump",
+                    self.counts(kind),
+                    "--vocab_size",
+                    str(vocab_size_of(teacher)),
+                ]
+            )
+            Path(self.config(kind)).write_text(
+                json.dumps(student_config_of(kind, vocab_size_of(teacher)))
+            )
             program = extract_distilbert if kind == "bert" else extract
-            program.main(["--model_type", kind, "--model_name", str(teacher), "--dump_checkpoint", self.first_weights(kind)])
+            program.main(
+                [
+                    "--model_type",
+                    kind,
+                    "--model_name",
+                    str(teacher),
+                    "--dump_checkpoint",
+                    self.first_weights(kind),
+                ]
+            )
 
     def data(self, kind: str) -> str:
         return str(self.folder / f"data.tiny-{kind}.pickle")
@@ -127,16 +203,30 @@ class World:
         return str(self.folder / f"first.{kind}.pth")
 
     def flags(self, kind: str, dump_path: Path, **changes) -> list[str]:
-        """List the flags of train.py for a pair; changes replace or add flags, None removes one, True is a bare flag."""
+        """List the flags of train.py for a pair; changes replace or add flags, None removes one,
+        True is a bare flag.
+        """
         values = {
-            "student_type": self.STUDENTS[kind], "student_config": self.config(kind), "teacher_type": kind,
-            "teacher_name": str(self.teachers[kind]), "data_file": self.data(kind), "dump_path": str(dump_path),
-            "alpha_ce": 5.0, "alpha_cos": 1.0, "gradient_accumulation_steps": 2, "n_epoch": 1,
-        }  # fmt: skip
+            "student_type": self.STUDENTS[kind],
+            "student_config": self.config(kind),
+            "teacher_type": kind,
+            "teacher_name": str(self.teachers[kind]),
+            "data_file": self.data(kind),
+            "dump_path": str(dump_path),
+            "alpha_ce": 5.0,
+            "alpha_cos": 1.0,
+            "gradient_accumulation_steps": 2,
+            "n_epoch": 1,
+        }
         if kind == "gpt2":
             values |= {"alpha_clm": 0.5}
         else:
-            values |= {"alpha_mlm": 2.0, "alpha_clm": 0.0, "mlm": True, "token_counts": self.counts(kind)}
+            values |= {
+                "alpha_mlm": 2.0,
+                "alpha_clm": 0.0,
+                "mlm": True,
+                "token_counts": self.counts(kind),
+            }
         flags: list[str] = []
         for name, value in (values | changes).items():
             if value is not None:
@@ -148,13 +238,21 @@ MEASURED = ("global/speed", "global/tokens_per_s", "global/mfu", "global/memory_
 
 
 def logged(run: Path) -> list[tuple]:
-    """List every point of a run's log as it stands in the files: (tag, x, value), but for times and memory."""
+    """List every point of a run's log as it stands in the files: (tag, x, value), but for times and
+    memory.
+    """
     points = []
     for file in sorted((run / "log" / "train").iterdir()):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
                 if value.tag not in MEASURED:
-                    points.append((value.tag, event.step, str(value.tensor.float_val or value.tensor.string_val)))
+                    points.append(
+                        (
+                            value.tag,
+                            event.step,
+                            str(value.tensor.float_val or value.tensor.string_val),
+                        )
+                    )
     return sorted(points)
 
 

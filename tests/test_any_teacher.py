@@ -1,4 +1,6 @@
-"""Any teacher, end to end: a student extracted by extract.py and trained by train.py, and what both refuse."""
+"""Any teacher, end to end: a student extracted by extract.py and trained by train.py, and what both
+refuse.
+"""
 
 import json
 import re
@@ -30,48 +32,90 @@ def auto_class(is_masked: bool):
 
 
 def binarize(folder: Path, teacher: Path, text_file: Path) -> Path:
-    flags = ["--file_path", text_file, "--tokenizer_type", "auto", "--tokenizer_name", teacher, "--dump_file", folder / "ids"]
+    flags = [
+        "--file_path",
+        text_file,
+        "--tokenizer_type",
+        "auto",
+        "--tokenizer_name",
+        teacher,
+        "--dump_file",
+        folder / "ids",
+    ]
     binarized_data.main([str(flag) for flag in [*flags, "--num_workers", 1]])
     return folder / f"ids.{teacher.name}.pickle"
 
 
-def train_flags(folder: Path, student: Path, teacher: Path, data: Path, is_masked: bool) -> list[str]:
+def train_flags(
+    folder: Path, student: Path, teacher: Path, data: Path, is_masked: bool
+) -> list[str]:
     flags = {
-        "student": student, "teacher_name": teacher, "data_file": data, "dump_path": folder / "run", "n_gpu": 0,
-        "max_steps": 30, "batch_size": 8, "gradient_accumulation_steps": 1, "learning_rate": 1e-3, "alpha_ce": 5.0,
+        "student": student,
+        "teacher_name": teacher,
+        "data_file": data,
+        "dump_path": folder / "run",
+        "n_gpu": 0,
+        "max_steps": 30,
+        "batch_size": 8,
+        "gradient_accumulation_steps": 1,
+        "learning_rate": 1e-3,
+        "alpha_ce": 5.0,
         "alpha_cos": 1.0,
-    }  # fmt: skip
+    }
     if is_masked:
         flags |= {"alpha_mlm": 0.1, "alpha_clm": 0.0, "token_counts": folder / "counts"}
         vocab_size = json.loads((teacher / "config.json").read_text())["vocab_size"]
-        counts = ["--data_file", data, "--token_counts_dump", folder / "counts", "--vocab_size", vocab_size]
+        counts = [
+            "--data_file",
+            data,
+            "--token_counts_dump",
+            folder / "counts",
+            "--vocab_size",
+            vocab_size,
+        ]
         token_counts.main([str(word) for word in counts])
-    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)] + ["--mlm"] * is_masked
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)] + [
+        "--mlm"
+    ] * is_masked
 
 
 def held_out_kl(student_folder: Path, teacher_folder: Path, data: Path, is_masked: bool) -> float:
     """KL(teacher || student) over the real tokens of the data."""
-    teacher, student = (auto_class(is_masked).from_pretrained(folder).eval() for folder in (teacher_folder, student_folder))
+    teacher, student = (
+        auto_class(is_masked).from_pretrained(folder).eval()
+        for folder in (teacher_folder, student_folder)
+    )
     kind = architectures.tokenizer_type("auto", str(teacher_folder))
     tokenizer = architectures.load_tokenizer(kind, str(teacher_folder), "--teacher")
     special = SpecialIds(**architectures.special_ids(kind, tokenizer))
     dataset = LmSeqsDataset.from_file(data, special, 64, teacher.config.vocab_size, "the teacher")
     weights_V = torch.ones(teacher.config.vocab_size)
-    prepare = MlmPreparation(weights_V, tokenizer.mask_token_id, 0.15, 0.8, 0.1, 0.1, False, 0) if is_masked else prepare_clm
-    batches = [prepare(k, *dataset.collate(part)) for k, part in enumerate(np.array_split(np.arange(len(dataset)), 12))]
+    prepare = (
+        MlmPreparation(weights_V, tokenizer.mask_token_id, 0.15, 0.8, 0.1, 0.1, False, 0)
+        if is_masked
+        else prepare_clm
+    )
+    batches = [
+        prepare(k, *dataset.collate(part))
+        for k, part in enumerate(np.array_split(np.arange(len(dataset)), 12))
+    ]
     heads = [architectures.prediction_head(model) for model in (student, teacher)]
     return evaluate(student, heads[0], teacher, heads[1], batches)["kl"]
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize(("model_type", "is_masked"), FAMILIES, ids=[name for name, _ in FAMILIES])
-def test_a_student_of_half_the_layers_learns_from_its_teacher(model_type, is_masked, teachers, text_file, tmp_path, capsys):
+def test_a_student_of_half_the_layers_learns_from_its_teacher(
+    model_type, is_masked, teachers, text_file, tmp_path, capsys
+):
     teacher = families.make_teacher(tmp_path / model_type, model_type, is_masked, teachers)
     data = binarize(tmp_path, teacher, text_file)
     student = tmp_path / "student"
     extract.main(["--teacher", str(teacher), "--num_layers", "2", "--output", str(student)])
     train.main(train_flags(tmp_path, student, teacher, data, is_masked))
-    before, after = (held_out_kl(folder, teacher, data, is_masked) for folder in (student, tmp_path / "run"))
+    before, after = (
+        held_out_kl(folder, teacher, data, is_masked) for folder in (student, tmp_path / "run")
+    )
     assert after < 0.9 * before
     check_exported(tmp_path / "run", is_masked)
 
@@ -87,7 +131,17 @@ def check_exported(run: Path, is_masked: bool) -> None:
 
 
 def test_the_students_folder_holds_all_that_is_needed(teachers, tmp_path, capsys):
-    extract.main(["--teacher", str(teachers["roberta"]), "--layers", "0", "3", "--output", str(tmp_path / "new" / "student")])
+    extract.main(
+        [
+            "--teacher",
+            str(teachers["roberta"]),
+            "--layers",
+            "0",
+            "3",
+            "--output",
+            str(tmp_path / "new" / "student"),
+        ]
+    )
     folder = tmp_path / "new" / "student"
     assert "Took 2 of 4 layers (0 3)" in capsys.readouterr().out
     assert json.loads((folder / "extraction.json").read_text())["layers"] == [0, 3]
@@ -100,21 +154,32 @@ def test_the_students_folder_holds_all_that_is_needed(teachers, tmp_path, capsys
 
 
 def test_a_distilbert_of_a_bert_stays_possible(teachers, tmp_path):
-    flags = ["--teacher", str(teachers["bert"]), "--student_type", "distilbert", "--num_layers", "4"]
+    flags = [
+        "--teacher",
+        str(teachers["bert"]),
+        "--student_type",
+        "distilbert",
+        "--num_layers",
+        "4",
+    ]
     extract.main([*flags, "--output", str(tmp_path / "student")])
     student = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "student").eval()
     teacher = transformers.BertForMaskedLM.from_pretrained(teachers["bert"]).eval()
     assert type(student).__name__ == "DistilBertForMaskedLM" and student.config.n_layers == 4
     table = teacher.bert.embeddings
-    with torch.no_grad():  # what --fold_token_types does, here to the teacher: 2019 leaves token types out
+    with (
+        torch.no_grad()
+    ):  # what --fold_token_types does, here to the teacher: 2019 leaves token types out
         table.token_type_embeddings.weight.zero_()
         ids_BT = torch.arange(5, 25)[None]
-        torch.testing.assert_close(student(ids_BT).logits, teacher(ids_BT).logits, rtol=1e-4, atol=1e-5)
+        torch.testing.assert_close(
+            student(ids_BT).logits, teacher(ids_BT).logits, rtol=1e-4, atol=1e-5
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is refused
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def save_config(folder: Path, **content) -> Path:
@@ -126,42 +191,71 @@ def save_config(folder: Path, **content) -> Path:
 def headless(folder: Path, teachers) -> Path:
     transformers.BertModel.from_pretrained(teachers["bert"]).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(teachers["bert"]).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text()) | {"architectures": ["BertForMaskedLM"]}
+    config = json.loads((folder / "config.json").read_text()) | {
+        "architectures": ["BertForMaskedLM"]
+    }
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
 
 REFUSED = {
-    "a layer beyond": (lambda tmp, t: t["bert"], ["--layers", "0", "4"], "--layers 4: the teacher has layers 0 to 3"),
-    "too many layers": (lambda tmp, t: t["bert"], ["--num_layers", "5"], "--num_layers 5: expected 1 to 4"),
+    "a layer beyond": (
+        lambda tmp, t: t["bert"],
+        ["--layers", "0", "4"],
+        "--layers 4: the teacher has layers 0 to 3",
+    ),
+    "too many layers": (
+        lambda tmp, t: t["bert"],
+        ["--num_layers", "5"],
+        "--num_layers 5: expected 1 to 4",
+    ),
     "shared layers": (
-        lambda tmp, t: families.make_teacher(tmp / "albert", "albert", True, t), ["--num_layers", "2"],
+        lambda tmp, t: families.make_teacher(tmp / "albert", "albert", True, t),
+        ["--num_layers", "2"],
         "has no list of layers to choose from",
     ),
     "an encoder-decoder": (
-        lambda tmp, t: save_config(tmp / "bart", model_type="bart"), ["--num_layers", "2"], "bart is an encoder-decoder"
+        lambda tmp, t: save_config(tmp / "bart", model_type="bart"),
+        ["--num_layers", "2"],
+        "bart is an encoder-decoder",
     ),
     "no language model": (
-        lambda tmp, t: save_config(tmp / "vit", model_type="vit"), ["--num_layers", "2"],
+        lambda tmp, t: save_config(tmp / "vit", model_type="vit"),
+        ["--num_layers", "2"],
         "is a vit model; expected a masked or causal language model",
     ),
     "remote code": (
-        lambda tmp, t: save_config(tmp / "own", model_type="own", auto_map={"AutoConfig": "own.Config"}),
-        ["--num_layers", "2"], "which would run with all your rights (remote code)",
+        lambda tmp, t: save_config(
+            tmp / "own", model_type="own", auto_map={"AutoConfig": "own.Config"}
+        ),
+        ["--num_layers", "2"],
+        "which would run with all your rights (remote code)",
     ),
-    "no head": (lambda tmp, t: headless(tmp / "headless", t), ["--num_layers", "2"], "has no weights for cls.predictions"),
-    "nothing": (lambda tmp, t: tmp / "nowhere", ["--num_layers", "2"], "neither a local folder nor a model"),
+    "no head": (
+        lambda tmp, t: headless(tmp / "headless", t),
+        ["--num_layers", "2"],
+        "has no weights for cls.predictions",
+    ),
+    "nothing": (
+        lambda tmp, t: tmp / "nowhere",
+        ["--num_layers", "2"],
+        "neither a local folder nor a model",
+    ),
     "another student type": (
-        lambda tmp, t: t["gpt2"], ["--num_layers", "2", "--student_type", "distilbert"], "no student of a gpt2 teacher"
+        lambda tmp, t: t["gpt2"],
+        ["--num_layers", "2", "--student_type", "distilbert"],
+        "no student of a gpt2 teacher",
     ),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", REFUSED)
 def test_teachers_that_no_student_can_be_made_of(name, teachers, tmp_path, status_and_errors):
     make, flags, message = REFUSED[name]
     teacher = make(tmp_path, teachers)
-    status, errors = status_and_errors(extract.main, ["--teacher", str(teacher), *flags, "--output", str(tmp_path / "out")])
+    status, errors = status_and_errors(
+        extract.main, ["--teacher", str(teacher), *flags, "--output", str(tmp_path / "out")]
+    )
     assert status == 2 and len(errors) == 1 and message in errors[0]
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
@@ -170,7 +264,11 @@ def test_a_folder_that_holds_something_stays(teachers, tmp_path, status_and_erro
     (tmp_path / "mine").write_text("x")
     flags = ["--teacher", str(teachers["bert"]), "--num_layers", "2", "--output", str(tmp_path)]
     status, errors = status_and_errors(extract.main, flags)
-    assert status == 2 and "holds something already" in errors[0] and (tmp_path / "mine").read_text() == "x"
+    assert (
+        status == 2
+        and "holds something already" in errors[0]
+        and (tmp_path / "mine").read_text() == "x"
+    )
 
 
 def edited(folder: Path, old: Path) -> Path:
@@ -186,7 +284,9 @@ def edited(folder: Path, old: Path) -> Path:
 
 
 def without_tokenizer(tmp: Path, teachers) -> Path:
-    transformers.AutoModelForMaskedLM.from_pretrained(teachers["roberta"]).save_pretrained(tmp / "student")
+    transformers.AutoModelForMaskedLM.from_pretrained(teachers["roberta"]).save_pretrained(
+        tmp / "student"
+    )
     return tmp / "student"
 
 
@@ -199,12 +299,18 @@ TRAINING = {
         lambda tmp, t: {"student": t["roberta"]},
         r"has 320 tokens, the teacher's 200, and id 0 is '<s>', there",
     ),
-    "another size": (lambda tmp, t: {"student": without_tokenizer(tmp, t)}, r"vocabulary is 320, the teacher's is 200"),
+    "another size": (
+        lambda tmp, t: {"student": without_tokenizer(tmp, t)},
+        r"vocabulary is 320, the teacher's is 200",
+    ),
     "student twice": (
         lambda tmp, t: {"student": t["bert"], "student_config": t["bert"] / "config.json"},
         "--student_config .* with --student .*: the folder holds configuration and weights",
     ),
-    "no student": (lambda tmp, t: {"student": None}, "--student, --student_config: neither is given"),
+    "no student": (
+        lambda tmp, t: {"student": None},
+        "--student, --student_config: neither is given",
+    ),
     "no causal model": (
         lambda tmp, t: {"student": t["bert"], "teacher_type": "auto", "mlm": None},
         "it sees the tokens that come|add --mlm",
@@ -222,7 +328,12 @@ def test_students_that_do_not_fit(name, world, teachers, tmp_path, status_and_er
             place = flags.index(f"--{flag}")
             del flags[place : place + 2]
     if "mlm" in changes:
-        flags = [word for word in flags if word != "--mlm"] + ["--alpha_mlm", "0", "--alpha_clm", "1"]
+        flags = [word for word in flags if word != "--mlm"] + [
+            "--alpha_mlm",
+            "0",
+            "--alpha_clm",
+            "1",
+        ]
     for flag, value in changes.items():
         flags += [f"--{flag}", str(value)] if value is not None else []
     status, errors = status_and_errors(train.main, flags)
@@ -234,13 +345,29 @@ def test_a_tokenizer_without_an_end_is_refused(teachers, text_file, tmp_path, st
     tokenizer = families.causal_tokenizer(teachers["gpt2"])
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "endless")
-    flags = ["--file_path", str(text_file), "--tokenizer_type", "auto", "--tokenizer_name", str(tmp_path / "endless")]
-    status, errors = status_and_errors(binarized_data.main, [*flags, "--dump_file", str(tmp_path / "ids")])
-    assert status == 2 and len(errors) == 1 and "has no token for end (sep_token or eos_token)" in errors[0]
+    flags = [
+        "--file_path",
+        str(text_file),
+        "--tokenizer_type",
+        "auto",
+        "--tokenizer_name",
+        str(tmp_path / "endless"),
+    ]
+    status, errors = status_and_errors(
+        binarized_data.main, [*flags, "--dump_file", str(tmp_path / "ids")]
+    )
+    assert (
+        status == 2
+        and len(errors) == 1
+        and "has no token for end (sep_token or eos_token)" in errors[0]
+    )
 
 
 REMOTE = {
-    "configuration_own.py": "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type = 'own'\n",
+    "configuration_own.py": (
+        "from transformers import LlamaConfig\nclass OwnConfig(LlamaConfig):\n    model_type ="
+        " 'own'\n"
+    ),
     "modeling_own.py": (
         "from transformers import LlamaForCausalLM\nfrom .configuration_own import OwnConfig\n"
         "class OwnForCausalLM(LlamaForCausalLM):\n    config_class = OwnConfig\n"
@@ -253,13 +380,28 @@ def test_remote_code_runs_where_it_is_asked_for(teachers, tmp_path):
     teacher = families.make_teacher(tmp_path / "own", "llama", False, teachers)
     for name, text in REMOTE.items():
         (teacher / name).write_text(text)
-    auto_map = {"AutoConfig": "configuration_own.OwnConfig", "AutoModelForCausalLM": "modeling_own.OwnForCausalLM"}
+    auto_map = {
+        "AutoConfig": "configuration_own.OwnConfig",
+        "AutoModelForCausalLM": "modeling_own.OwnForCausalLM",
+    }
     config = json.loads((teacher / "config.json").read_text())
     config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
     (teacher / "config.json").write_text(json.dumps(config))
-    command = [sys.executable, ROOT / "scripts" / "extract.py", "--teacher", teacher, "--num_layers", "2", "--output"]
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "extract.py",
+        "--teacher",
+        teacher,
+        "--num_layers",
+        "2",
+        "--output",
+    ]
     environment = {"HF_HOME": str(tmp_path / "cache")}
     refused = run_process(*command, tmp_path / "student", **environment)
-    assert refused.returncode == 2 and "--trust_remote_code" in refused.stderr and not (tmp_path / "cache" / "modules").exists()
+    assert (
+        refused.returncode == 2
+        and "--trust_remote_code" in refused.stderr
+        and not (tmp_path / "cache" / "modules").exists()
+    )
     done = run_process(*command, tmp_path / "student", "--trust_remote_code", **environment)
     assert done.returncode == 0 and "Took 2 of 4 layers" in done.stdout, done.stderr

@@ -1,4 +1,6 @@
-"""First weights from a teacher's layers, the shipped configurations, checked loading of weights and tokenizers."""
+"""First weights from a teacher's layers, the shipped configurations, checked loading of weights and
+tokenizers.
+"""
 
 import copy
 import json
@@ -36,10 +38,18 @@ def as_student_config(teacher, num_layers: int, tmp_path: Path):
     """Write and read back a student configuration with a teacher's sizes."""
     config, student_type = teacher.config, STUDENTS[teacher.config.model_type]
     if student_type == "distilbert":
-        content = {"vocab_size": config.vocab_size, "dim": config.hidden_size, "n_layers": num_layers, "n_heads": 4,
-                   "hidden_dim": 64, "max_position_embeddings": config.max_position_embeddings}  # fmt: skip
+        content = {
+            "vocab_size": config.vocab_size,
+            "dim": config.hidden_size,
+            "n_layers": num_layers,
+            "n_heads": 4,
+            "hidden_dim": 64,
+            "max_position_embeddings": config.max_position_embeddings,
+        }
     else:
-        content = config.to_diff_dict() | {"n_layer" if student_type == "gpt2" else "num_hidden_layers": num_layers}
+        content = config.to_diff_dict() | {
+            "n_layer" if student_type == "gpt2" else "num_hidden_layers": num_layers
+        }
         content = {k: v for k, v in content.items() if k not in ("transformers_version", "dtype")}
     path = tmp_path / "student.json"
     path.write_text(json.dumps(content))
@@ -62,7 +72,8 @@ def test_all_layers_give_the_teachers_logits(kind, tmp_path):
     options = {"vocab_transform": True, "fold_token_types": kind == "bert"}
     student = extracted(teacher, range(LAYERS), tmp_path, **options)
     ids = torch.randint(5, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
-    # Adding token types to positions first changes the order of a sum of three, hence looser for that pair.
+    # Adding token types to positions first changes the order of a sum of three, hence looser for
+    # that pair.
     tolerance = 1e-4 if kind == "bert" else 0
     torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=0, atol=tolerance)
 
@@ -88,16 +99,25 @@ def test_chosen_layers_become_the_students_first(kind, tmp_path):
         shallow.bert.embeddings.token_type_embeddings.weight.data.zero_()
     ids = torch.arange(5, 25)[None]
     options = {"use_cache": False} if kind == "gpt2" else {}
-    torch.testing.assert_close(student(ids).logits, shallow(ids, **options).logits, rtol=0, atol=1e-4 if kind == "bert" else 0)
+    torch.testing.assert_close(
+        student(ids).logits,
+        shallow(ids, **options).logits,
+        rtol=0,
+        atol=1e-4 if kind == "bert" else 0,
+    )
 
 
-@pytest.mark.parametrize("kind, plain, transformed", [("bert", 102, 106), ("roberta", 103, 107), ("gpt2", 77, 77)])
+@pytest.mark.parametrize(
+    "kind, plain, transformed", [("bert", 102, 106), ("roberta", 103, 107), ("gpt2", 77, 77)]
+)
 def test_twelve_layers_give_the_tensors_of_2019(kind, plain, transformed):
     teacher = make_model(kind, VOCAB, layers=12)
     layers = evenly_spaced_layers(12, 6)
     assert layers == [0, 2, 4, 7, 9, 11]
     assert len(extract_student(teacher, STUDENTS[kind], layers)) == plain
-    assert len(extract_student(teacher, STUDENTS[kind], layers, vocab_transform=True)) == transformed
+    assert (
+        len(extract_student(teacher, STUDENTS[kind], layers, vocab_transform=True)) == transformed
+    )
 
 
 def test_evenly_spaced_layers_keep_first_and_last():
@@ -127,9 +147,19 @@ def test_shipped_configurations_have_the_papers_sizes(name):
         base = transformers.AutoModel.from_config(config)
         whole = build_student(kind, config)
     num = sum(parameter.numel() for parameter in base.parameters())
-    assert num / 1e6 == pytest.approx(millions, abs=0.006 if name != "distilbert-base-german-cased" else 0.06)
-    assert (config.vocab_size, config.max_position_embeddings, config.num_hidden_layers) == (vocab_size, positions, 6)
-    assert (config.hidden_size, config.num_attention_heads, config.initializer_range) == (768, 12, 0.02)
+    assert num / 1e6 == pytest.approx(
+        millions, abs=0.006 if name != "distilbert-base-german-cased" else 0.06
+    )
+    assert (config.vocab_size, config.max_position_embeddings, config.num_hidden_layers) == (
+        vocab_size,
+        positions,
+        6,
+    )
+    assert (config.hidden_size, config.num_attention_heads, config.initializer_range) == (
+        768,
+        12,
+        0.02,
+    )
     assert whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
     dropouts = {module.p for module in whole.modules() if isinstance(module, torch.nn.Dropout)}
     assert dropouts == {0.1}
@@ -138,9 +168,9 @@ def test_shipped_configurations_have_the_papers_sizes(name):
         assert {m.eps for m in base.modules() if isinstance(m, torch.nn.LayerNorm)} == {1e-5}
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # First weights that don't fit
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def break_missing_layer(state):
@@ -167,7 +197,9 @@ BREAKS = {
     break_missing_layer: "lacks distilbert.transformer.layer.1.ffn.lin1.weight",
     break_missing_embeddings: "lacks distilbert.embeddings.word_embeddings.weight",
     break_unexpected: "has unexpected distilbert.transformer.layer.7.ffn.lin1.weight",
-    break_shape: r"has misshapen distilbert.embeddings.LayerNorm.bias \[5\] \(the student's is \[32\]\)",
+    break_shape: (
+        r"has misshapen distilbert.embeddings.LayerNorm.bias \[5\] \(the student's is \[32\]\)"
+    ),
     break_values: "LayerNorm.bias hold NaN",
 }
 
@@ -192,7 +224,11 @@ def test_an_absent_head_transform_is_a_warning_only(tmp_path, caplog):
     student = build_student("roberta", as_student_config(teacher, 2, tmp_path))
     load_student_weights(student, "roberta", str(tmp_path / "first.pth"))
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert len(warnings) == 1 and "lm_head.dense.weight" in warnings[0] and "decoder.bias" not in warnings[0]
+    assert (
+        len(warnings) == 1
+        and "lm_head.dense.weight" in warnings[0]
+        and "decoder.bias" not in warnings[0]
+    )
 
 
 def test_gpt2s_old_causal_buffers_are_passed_over(tmp_path, caplog):
@@ -229,9 +265,9 @@ def test_a_file_that_is_no_state_dict_is_named(content, tmp_path):
         load_student_weights(student, "distilbert", str(path))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Teachers and tokenizers
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_teacher_without_its_prediction_head_is_refused(tmp_path):
@@ -241,13 +277,22 @@ def test_a_teacher_without_its_prediction_head_is_refused(tmp_path):
 
 
 def as_on_the_hub(kind: str, state: dict) -> dict:
-    """Name a teacher's weights as the checkpoints of 2018 and 2019 do, with what else those hold."""
-    tied = {"bert": "cls.predictions.decoder.bias", "gpt2": "lm_head", "roberta": "lm_head.decoder"}[kind]
+    """Name a teacher's weights as the checkpoints of 2018 and 2019 do, with what else those
+    hold.
+    """
+    tied = {
+        "bert": "cls.predictions.decoder.bias",
+        "gpt2": "lm_head",
+        "roberta": "lm_head.decoder",
+    }[kind]
     state = {name: tensor for name, tensor in state.items() if not name.startswith(tied)}
     if kind == "gpt2":
         extra = {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(LAYERS)}
         return {name.removeprefix("transformer."): tensor for name, tensor in state.items()} | extra
-    extra = {f"{kind}.pooler.dense.weight": torch.zeros(32, 32), f"{kind}.embeddings.position_ids": torch.arange(64)[None]}
+    extra = {
+        f"{kind}.pooler.dense.weight": torch.zeros(32, 32),
+        f"{kind}.embeddings.position_ids": torch.arange(64)[None],
+    }
     if kind == "bert":
         extra["cls.seq_relationship.weight"] = torch.zeros(2, 32)
         old = {"LayerNorm.weight": "LayerNorm.gamma", "LayerNorm.bias": "LayerNorm.beta"}
@@ -277,7 +322,9 @@ def test_a_half_precision_teacher_is_loaded_in_float32(tmp_path):
 
 def test_a_teacher_does_not_train(teachers):
     teacher = load_teacher("bert", str(teachers["bert"]))
-    assert not teacher.training and not any(parameter.requires_grad for parameter in teacher.parameters())
+    assert not teacher.training and not any(
+        parameter.requires_grad for parameter in teacher.parameters()
+    )
 
 
 @pytest.mark.parametrize("kind", STUDENTS)
@@ -303,7 +350,9 @@ def test_bare_vocabularies_of_another_type_are_refused(kind, teachers, tmp_path)
                 load_tokenizer(other, str(folder), "--tokenizer_name")
 
 
-def test_a_vocabulary_of_robertas_is_no_gpt2s_though_it_holds_its_boundary_token(teachers, tmp_path):
+def test_a_vocabulary_of_robertas_is_no_gpt2s_though_it_holds_its_boundary_token(
+    teachers, tmp_path
+):
     shutil.copytree(teachers["roberta"], tmp_path / "both")
     (tmp_path / "both" / "tokenizer_config.json").unlink()
     path = tmp_path / "both" / "tokenizer.json"
@@ -325,7 +374,9 @@ def test_a_bare_vocabulary_is_lower_cased_only_without_capitals(lowercase, text_
     vocabulary = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
     bare = tmp_path / "bare"
     bare.mkdir()
-    (bare / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf-8")
+    (bare / "vocab.txt").write_text(
+        "\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf-8"
+    )
     declared = load_tokenizer("bert", str(tmp_path), "--tokenizer_name")
     found = load_tokenizer("bert", str(bare), "--tokenizer_name")
     assert found.encode("Dake Fi go") == declared.encode("Dake Fi go")
@@ -336,30 +387,47 @@ def test_a_bare_vocabulary_is_lower_cased_only_without_capitals(lowercase, text_
 
 def test_roles_of_special_tokens(teachers):
     bert = load_tokenizer("bert", str(teachers["bert"]), "")
-    assert special_ids("bert", bert) == {"start": bert.cls_token_id, "end": bert.sep_token_id, "pad": bert.pad_token_id,
-                                         "unknown": bert.unk_token_id}  # fmt: skip
+    assert special_ids("bert", bert) == {
+        "start": bert.cls_token_id,
+        "end": bert.sep_token_id,
+        "pad": bert.pad_token_id,
+        "unknown": bert.unk_token_id,
+    }
     gpt2 = load_tokenizer("gpt2", str(teachers["gpt2"]), "")
-    assert special_ids("gpt2", gpt2) == dict.fromkeys(["start", "end", "pad", "unknown"], gpt2.bos_token_id)
+    assert special_ids("gpt2", gpt2) == dict.fromkeys(
+        ["start", "end", "pad", "unknown"], gpt2.bos_token_id
+    )
 
 
 def test_the_longest_input_is_the_smaller_of_tokenizer_and_positions(teachers):
     for kind, reserved in (("bert", 0), ("roberta", 2), ("gpt2", 0)):
         tokenizer = load_tokenizer(kind, str(teachers[kind]), "")
         config = make_model(kind, VOCAB).config
-        assert max_input_length(kind, tokenizer, config) == config.max_position_embeddings - reserved == 64
+        assert (
+            max_input_length(kind, tokenizer, config)
+            == config.max_position_embeddings - reserved
+            == 64
+        )
         tokenizer.model_max_length = 20
         assert max_input_length(kind, tokenizer, config) == 20
 
 
 def test_short_names():
     assert short_name("bert-base-uncased") == "bert-base-uncased"
-    assert short_name("/models/my-bert/") == short_name("owner/my-bert") == short_name("my-bert/.") == "my-bert"
+    assert (
+        short_name("/models/my-bert/")
+        == short_name("owner/my-bert")
+        == short_name("my-bert/.")
+        == "my-bert"
+    )
 
 
 REAL_VOCABULARIES = os.environ.get("DISTIL_VOCABULARIES")
 
 
-@pytest.mark.skipif(not REAL_VOCABULARIES, reason="DISTIL_VOCABULARIES names no folder of real vocabularies")
+@pytest.mark.skipif(
+    not REAL_VOCABULARIES, reason="DISTIL_VOCABULARIES names no folder of real vocabularies"
+)
 @pytest.mark.parametrize("name", load_golden("tokens.json")["ids"])
 def test_real_vocabularies_give_the_ids_of_2019(name, tmp_path):
     import binarized_data
@@ -370,14 +438,34 @@ def test_real_vocabularies_give_the_ids_of_2019(name, tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(golden["lines"]), encoding="utf-8")
     vocabulary = f"{REAL_VOCABULARIES}/{name}/"
     for file_format, path in (("pickle", f"out.{name}.pickle"), ("store", f"out.{name}")):
-        binarized_data.main(["--file_path", str(tmp_path / "text.txt"), "--tokenizer_type", kind, "--tokenizer_name",
-                             vocabulary, "--dump_file", str(tmp_path / "out"), "--format", file_format])  # fmt: skip
+        binarized_data.main(
+            [
+                "--file_path",
+                str(tmp_path / "text.txt"),
+                "--tokenizer_type",
+                kind,
+                "--tokenizer_name",
+                vocabulary,
+                "--dump_file",
+                str(tmp_path / "out"),
+                "--format",
+                file_format,
+            ]
+        )
         tokens = open_token_file(tmp_path / path)
-        found = [ids.tolist() for ids in torch.from_numpy(tokens.ids_M.astype("int64")).split(tokens.lengths_N.tolist())]
+        found = [
+            ids.tolist()
+            for ids in torch.from_numpy(tokens.ids_M.astype("int64")).split(
+                tokens.lengths_N.tolist()
+            )
+        ]
         assert sorted(found) == sorted(golden["ids"][name])
 
 
 def test_a_vocabulary_is_the_same_in_every_process(text_file):
-    program = f"from architectures import train_word_pieces; print(sorted(train_word_pieces({str(text_file)!r}, 200).items()))"
+    program = (
+        "from architectures import train_word_pieces;"
+        f" print(sorted(train_word_pieces({str(text_file)!r}, 200).items()))"
+    )
     printed = {run_process(sys.executable, "-c", program, cwd=ROOT).stdout for _ in range(3)}
     assert len(printed) == 1 and "[MASK]" in printed.pop()

@@ -1,4 +1,6 @@
-"""The benchmark of the step: what it compares is the same function, what it counts is right, it runs; no time is asserted."""
+"""The benchmark of the step: what it compares is the same function, what it counts is right, it
+runs; no time is asserted.
+"""
 
 import dataclasses
 import json
@@ -27,15 +29,22 @@ def base_sizes(pair: str) -> list[ModelSize]:
     """Count teacher and student at base size, without making their weights."""
     job = benchmark.make_jobs(benchmark.parse(["--pair", pair, "--device", "cpu"]), "unused")[0]
     with torch.device("meta"):
-        return [benchmark.size_of(benchmark.build_student(*entry)) for entry in benchmark.configurations(job)]
+        return [
+            benchmark.size_of(benchmark.build_student(*entry))
+            for entry in benchmark.configurations(job)
+        ]
 
 
 @pytest.mark.parametrize("pair", benchmark.PAIR_ROWS)
 def test_both_steps_compute_the_same(pair, tmp_path):
     found = benchmark.run_check(make_job(tmp_path, "--pair", pair, "--mix", "--length", "40"))
-    torch.testing.assert_close(torch.tensor(found["losses"]), torch.tensor(found["reference_losses"]), rtol=1e-4, atol=0)
+    torch.testing.assert_close(
+        torch.tensor(found["losses"]), torch.tensor(found["reference_losses"]), rtol=1e-4, atol=0
+    )
     assert found["gradient_cosine"] > 0.9999 and found["gradients_differ_by"] < 1e-4
-    assert len(found["losses"]) == 2 and found["objectives"] == list(benchmark.PAIR_ROWS[pair].alphas)
+    assert len(found["losses"]) == 2 and found["objectives"] == list(
+        benchmark.PAIR_ROWS[pair].alphas
+    )
 
 
 def test_half_precision_computes_nearly_the_same(tmp_path):
@@ -44,7 +53,9 @@ def test_half_precision_computes_nearly_the_same(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when it loads its compiler
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning"
+)  # torch's own, when it loads its compiler
 def test_a_compiled_step_is_checked_and_timed_by_stage(tmp_path):
     job = make_job(tmp_path, "--length", "20", kind="distiller", compiles=True)
     found = benchmark.run_check(job)
@@ -57,37 +68,58 @@ def test_a_compiled_step_is_checked_and_timed_by_stage(tmp_path):
 def test_the_parts_of_a_compiled_step_are_compiled_and_the_references_are_not(tmp_path):
     job = make_job(tmp_path, compiles=True)
     step = benchmark.make_distiller(job, *benchmark.make_models(job))
-    assert benchmark.entrance(step.teacher.base_model) == benchmark.entrance(step.model.student.base_model) == (
-        "_compiled_call_impl"
-    )  # fmt: skip
+    assert (
+        benchmark.entrance(step.teacher.base_model)
+        == benchmark.entrance(step.model.student.base_model)
+        == "_compiled_call_impl"
+    )
     plain = benchmark.PlainStep(job, *benchmark.make_models(job))
     assert benchmark.entrance(plain.student.base_model) == "forward"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
-def test_a_reference_under_autocast_keeps_its_weights_and_computes_nearly_the_same(precision, tmp_path):
+def test_a_reference_under_autocast_keeps_its_weights_and_computes_nearly_the_same(
+    precision, tmp_path
+):
     job = make_job(tmp_path, kind="reference", precision=precision)
     batches = benchmark.checked_batches(benchmark.make_workload(job))
     found = {}
     for one in (job, dataclasses.replace(job, precision="fp32")):
         step = benchmark.PlainStep(one, *benchmark.make_models(one, has_dropout=False))
         found[one.precision] = step.begin_step(iter(batches), [0, 1], 2).read()
-        assert {p.dtype for model in (step.teacher, step.student) for p in model.parameters()} == {torch.float32}
+        assert {p.dtype for model in (step.teacher, step.student) for p in model.parameters()} == {
+            torch.float32
+        }
         assert all(torch.isfinite(p).all() for p in step.student.parameters())
-    (rounded, exact) = (found[name].losses_MK for name in (precision, "fp32"))
+    rounded, exact = (found[name].losses_MK for name in (precision, "fp32"))
     assert not torch.equal(rounded, exact)
-    torch.testing.assert_close(rounded, exact, rtol=0.05, atol=0.05)  # 8 bits (bf16) in each product, over a sum of many
-    assert found[precision].grad_norm == pytest.approx(found["fp32"].grad_norm, rel=0.1)  # fp16's is unscaled
+    torch.testing.assert_close(
+        rounded, exact, rtol=0.05, atol=0.05
+    )  # 8 bits (bf16) in each product, over a sum of many
+    assert found[precision].grad_norm == pytest.approx(
+        found["fp32"].grad_norm, rel=0.1
+    )  # fp16's is unscaled
 
 
 def test_variants_are_those_asked_for():
-    flags = "--batch_size 2 --length 20 --precision fp32 bf16 --reference --reference_precision bf16 --compile --end_to_end"
+    flags = (
+        "--batch_size 2 --length 20 --precision fp32 bf16 --reference --reference_precision bf16"
+        " --compile --end_to_end"
+    )
     jobs = benchmark.make_jobs(benchmark.parse([*FLAGS, *flags.split()]), "unused")
     assert [job.name.removesuffix(", 1 x 2 x 20") for job in jobs] == [
         "2019 step, fp32",
         "2019 step in autocast, bf16",
-        *(f"Distiller.step{how}, {precision}" for precision in ("fp32", "bf16") for how in ("", " compiled")),
-        *(f"train.py{how}, {precision}" for precision in ("fp32", "bf16") for how in ("", " compiled")),
+        *(
+            f"Distiller.step{how}, {precision}"
+            for precision in ("fp32", "bf16")
+            for how in ("", " compiled")
+        ),
+        *(
+            f"train.py{how}, {precision}"
+            for precision in ("fp32", "bf16")
+            for how in ("", " compiled")
+        ),
     ]
     for job in jobs[-4:]:
         command = benchmark.training_command(job, tmp := benchmark.Path("nowhere"), 1, 1)
@@ -101,11 +133,16 @@ def test_variants_are_those_asked_for():
 
 def test_a_cpu_is_warmed_up_by_three_updates_unless_told_otherwise():
     flags = ["--device", "cpu"]
-    assert benchmark.parse(flags).warmup == 3 and benchmark.parse([*flags, "--warmup", "0"]).warmup == 0
+    assert (
+        benchmark.parse(flags).warmup == 3
+        and benchmark.parse([*flags, "--warmup", "0"]).warmup == 0
+    )
 
 
 def test_a_reference_that_computes_something_else_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(benchmark.PlainStep, "_cosine", lambda self, student, teacher, real: student.square().mean())
+    monkeypatch.setattr(
+        benchmark.PlainStep, "_cosine", lambda self, student, teacher, real: student.square().mean()
+    )
     with pytest.raises(benchmark.InputError, match="nothing is timed"):
         benchmark.run_check(make_job(tmp_path))
 
@@ -123,7 +160,10 @@ def test_model_flops_are_those_counted_by_hand(pair, expected):
 def test_model_flops_of_the_parts_and_of_the_other_pairs():
     teacher, student = base_sizes("bert")
     one_B = np.array([256])
-    assert round(teacher.forward_flops(one_B) / 256e6) == 227 and round(3 * student.forward_flops(one_B) / 256e6) == 413
+    assert (
+        round(teacher.forward_flops(one_B) / 256e6) == 227
+        and round(3 * student.forward_flops(one_B) / 256e6) == 413
+    )
     for pair, has_transform in (("roberta", True), ("gpt2", False)):
         for size in base_sizes(pair):
             vocab_size = benchmark.teacher_config(pair, "base").vocab_size
@@ -131,11 +171,19 @@ def test_model_flops_of_the_parts_and_of_the_other_pairs():
             assert size.in_head == 768 * vocab_size + 768**2 * has_transform
 
 
-@pytest.mark.parametrize(("kind", "precision"), [("distiller", "fp32"), ("distiller", "bf16"), ("reference", "fp32")])
+@pytest.mark.parametrize(
+    ("kind", "precision"), [("distiller", "fp32"), ("distiller", "bf16"), ("reference", "fp32")]
+)
 def test_a_variant_is_timed_whole_and_by_stage(kind, precision, tmp_path):
-    job = make_job(tmp_path, "--micro_batches", "2", "--length", "20", kind=kind, precision=precision)
+    job = make_job(
+        tmp_path, "--micro_batches", "2", "--length", "20", kind=kind, precision=precision
+    )
     found = benchmark.run_steps(job)
-    assert found["tokens"] == [2 * 5 * 20] * 2 and len(found["step_s"]) == 2 and found["skipped_updates"] == 0
+    assert (
+        found["tokens"] == [2 * 5 * 20] * 2
+        and len(found["step_s"]) == 2
+        and found["skipped_updates"] == 0
+    )
     assert set(found["stages_s"]) == set(benchmark.STAGES) and min(found["stages_s"].values()) > 0
     assert 0 < found["memory"]["models"] <= found["memory"]["peak"]
 
@@ -147,7 +195,10 @@ def test_time_inside_another_stage_is_counted_once():
     started = benchmark.clock_s("cpu")
     assert whole()[0] == sum(range(10**5))
     elapsed = benchmark.clock_s("cpu") - started
-    assert set(watch.seconds) == {"inner", "outer", "whole"} and 0 < sum(watch.seconds.values()) <= elapsed
+    assert (
+        set(watch.seconds) == {"inner", "outer", "whole"}
+        and 0 < sum(watch.seconds.values()) <= elapsed
+    )
 
 
 def test_shares_and_ratios_come_from_medians(tmp_path):
@@ -163,20 +214,46 @@ def test_shares_and_ratios_come_from_medians(tmp_path):
             "memory": None,
         }
         rows.append(benchmark.merged(job, [one, one]))
-    benchmark.add_shares(rows, {"fp32": {"matmul_flops": {"256": 1000.0, "512": 1600.0}}}, "NVIDIA H100 80GB HBM3")
-    assert [row["ratio"] for row in rows] == [1.0, 4.0] and [row["mfu_measured"] for row in rows] == [0.125, 0.5]
-    assert [row["ratio_autocast"] for row in rows] == [None, None] and "in autocast" not in benchmark.main_table(rows)
-    assert rows[1]["mfu_nominal"] == 800 / 67e12 and rows[0]["tokens_s"] == {"median": 25.0, "min": 12.5, "max": 50.0}
-    assert benchmark.nominal_peak("NVIDIA H200", "bf16") == 989e12 and benchmark.nominal_peak("cpu", "fp32") is None
+    benchmark.add_shares(
+        rows, {"fp32": {"matmul_flops": {"256": 1000.0, "512": 1600.0}}}, "NVIDIA H100 80GB HBM3"
+    )
+    assert [row["ratio"] for row in rows] == [1.0, 4.0] and [
+        row["mfu_measured"] for row in rows
+    ] == [0.125, 0.5]
+    assert [row["ratio_autocast"] for row in rows] == [
+        None,
+        None,
+    ] and "in autocast" not in benchmark.main_table(rows)
+    assert rows[1]["mfu_nominal"] == 800 / 67e12 and rows[0]["tokens_s"] == {
+        "median": 25.0,
+        "min": 12.5,
+        "max": 50.0,
+    }
+    assert (
+        benchmark.nominal_peak("NVIDIA H200", "bf16") == 989e12
+        and benchmark.nominal_peak("cpu", "fp32") is None
+    )
 
 
 def test_ratios_to_the_reference_under_autocast_are_of_the_same_precision(tmp_path):
-    rates = {("reference", "fp32"): 10, ("reference", "bf16"): 25, ("distiller", "fp32"): 30, ("distiller", "bf16"): 50,
-             ("distiller", "fp16"): 40}  # fmt: skip
+    rates = {
+        ("reference", "fp32"): 10,
+        ("reference", "bf16"): 25,
+        ("distiller", "fp32"): 30,
+        ("distiller", "bf16"): 50,
+        ("distiller", "fp16"): 40,
+    }
     rows = []
     for (kind, precision), rate in rates.items():
         job = make_job(tmp_path, kind=kind, precision=precision)
-        one = {"step_s": [1.0], "tokens": [rate], "flops": [1], "skipped_updates": 0, "stages_s": None, "memory": None}
+        one = {
+            "step_s": [1.0],
+            "tokens": [rate],
+            "flops": [1],
+            "skipped_updates": 0,
+            "stages_s": None,
+            "memory": None,
+        }
         rows.append(benchmark.merged(job, [one]))
     benchmark.add_shares(rows, {p: {"matmul_flops": {"256": 1.0}} for p in benchmark.DTYPES}, "cpu")
     assert [row["ratio"] for row in rows] == [1, 2.5, 3, 5, 4]
@@ -189,7 +266,9 @@ def test_ratios_to_the_reference_under_autocast_are_of_the_same_precision(tmp_pa
 def test_a_lack_of_memory_names_the_micro_batch_and_the_flag(tmp_path):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.int8)
-    assert benchmark.is_out_of_memory(caught.value) and not benchmark.is_out_of_memory(RuntimeError("shapes differ"))
+    assert benchmark.is_out_of_memory(caught.value) and not benchmark.is_out_of_memory(
+        RuntimeError("shapes differ")
+    )
     said = benchmark.out_of_memory(make_job(tmp_path, "--batch_size", "7", "--length", "20"))
     assert "micro-batches of up to 140 tokens" in said and "lower --batch_size" in said
 
@@ -197,7 +276,10 @@ def test_a_lack_of_memory_names_the_micro_batch_and_the_flag(tmp_path):
 BAD_FLAGS = {
     "pair": (["--pair", "t5"], "invalid choice: 't5'"),
     "length": (["--length", "513"], "--length 513: expected 12 to 512"),
-    "roberta's length": (["--pair", "roberta", "--length", "513"], "--length 513: expected 12 to 512"),
+    "roberta's length": (
+        ["--pair", "roberta", "--length", "513"],
+        "--length 513: expected 12 to 512",
+    ),
     "short length": (["--length", "11"], "--length 11: expected 12 to 512"),
     "batch size": (["--batch_size", "4", "0"], "--batch_size 0: expected at least 1"),
     "rounds": (["--rounds", "0"], "--rounds 0: expected at least 1"),
@@ -206,7 +288,10 @@ BAD_FLAGS = {
     "data file": (["--data_file", "nowhere"], "--data_file nowhere"),
     "plot": (["--plot", "plot.pdf"], "--plot plot.pdf: expected a name that ends in .png"),
     "json": (["--json", "/"], "--json /: is a folder"),
-    "reference's precision": (["--reference_precision", "bf16"], "--reference_precision without --reference: add it"),
+    "reference's precision": (
+        ["--reference_precision", "bf16"],
+        "--reference_precision without --reference: add it",
+    ),
     "unknown flag": (["--referense"], "did you mean --reference?"),
 }
 
@@ -220,10 +305,16 @@ def test_bad_flags_are_one_line(name, status_and_errors):
 
 def test_what_the_machine_lacks_is_one_line(status_and_errors):
     if not torch.cuda.is_available():
-        assert status_and_errors(benchmark.main, ["--device", "cuda"])[1][0].startswith("--device cuda: torch finds no GPU")
+        assert status_and_errors(benchmark.main, ["--device", "cuda"])[1][0].startswith(
+            "--device cuda: torch finds no GPU"
+        )
     if "fp16" not in benchmark.precisions_of("cpu"):
-        status, errors = status_and_errors(benchmark.main, ["--device", "cpu", "--precision", "fp16"])
-        assert status == 2 and errors == ["--precision fp16: this CPU does not compute in it; take bf16, or a GPU"]
+        status, errors = status_and_errors(
+            benchmark.main, ["--device", "cpu", "--precision", "fp16"]
+        )
+        assert status == 2 and errors == [
+            "--precision fp16: this CPU does not compute in it; take bf16, or a GPU"
+        ]
 
 
 def test_a_machine_that_can_not_compile_is_one_line(status_and_errors, monkeypatch):
@@ -233,11 +324,17 @@ def test_a_machine_that_can_not_compile_is_one_line(status_and_errors, monkeypat
     monkeypatch.setattr(torch, "compile", fail)
     status, errors = status_and_errors(benchmark.main, [*FLAGS, "--compile"])
     assert status == 2 and len(errors) == 1
-    assert errors[0].startswith("--compile: torch.compile fails on this machine (") and "or leave it out" in errors[0]
+    assert (
+        errors[0].startswith("--compile: torch.compile fails on this machine (")
+        and "or leave it out" in errors[0]
+    )
 
 
 NOTING = """#!/usr/bin/env bash
-case "$*" in *check_compiler*) exit "$CAN_NOT_COMPILE" ;; scripts/benchmark.py*) echo "$*" >> "$NOTED" ;; esac
+case "$*" in
+    *check_compiler*) exit "$CAN_NOT_COMPILE" ;;
+    scripts/benchmark.py*) echo "$*" >> "$NOTED" ;;
+esac
 """
 
 
@@ -245,7 +342,12 @@ case "$*" in *check_compiler*) exit "$CAN_NOT_COMPILE" ;; scripts/benchmark.py*)
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_command_lines_of_the_gpu_script_are_right(device, can_compile, tmp_path):
     """Written down by what stands in the interpreter's place; then read by the benchmark."""
-    for name in ("scripts/benchmark_gpu.sh", "scripts/environment.sh", "requirements.txt", "requirements-dev.txt"):
+    for name in (
+        "scripts/benchmark_gpu.sh",
+        "scripts/environment.sh",
+        "requirements.txt",
+        "requirements-dev.txt",
+    ):
         (tmp_path / name).parent.mkdir(exist_ok=True)
         shutil.copy(ROOT / name, tmp_path / name)
     python = tmp_path / ".venv" / "bin" / "python"
@@ -253,8 +355,15 @@ def test_the_command_lines_of_the_gpu_script_are_right(device, can_compile, tmp_
     python.write_text(NOTING)
     python.chmod(0o755)
     flags = ["--cpu"] if device == "cpu" else []
-    done = run_process("bash", tmp_path / "scripts" / "benchmark_gpu.sh", *flags, tmp_path / "out", timeout_s=60,
-                       NOTED=str(tmp_path / "noted"), CAN_NOT_COMPILE=str(int(not can_compile)))  # fmt: skip
+    done = run_process(
+        "bash",
+        tmp_path / "scripts" / "benchmark_gpu.sh",
+        *flags,
+        tmp_path / "out",
+        timeout_s=60,
+        NOTED=str(tmp_path / "noted"),
+        CAN_NOT_COMPILE=str(int(not can_compile)),
+    )
     assert done.returncode == (0 if can_compile else 2), done.stderr
     lines = [line.split()[1:] for line in (tmp_path / "noted").read_text().splitlines()]
     assert len(lines) == (2 if device == "cpu" else 6)
@@ -267,21 +376,50 @@ def test_the_command_lines_of_the_gpu_script_are_right(device, can_compile, tmp_
 
 @pytest.mark.slow
 def test_a_file_of_another_vocabulary_is_one_line(tmp_path, status_and_errors):
-    benchmark.write_synthetic(benchmark.parse(["--device", "cpu", "--length", "20"]), tmp_path / "store")
-    status, errors = status_and_errors(benchmark.main, [*FLAGS, "--data_file", str(tmp_path / "store")])
-    assert status == 2 and len(errors) == 1 and "--data_file" in errors[0] and "--pair bert" in errors[0]
+    benchmark.write_synthetic(
+        benchmark.parse(["--device", "cpu", "--length", "20"]), tmp_path / "store"
+    )
+    status, errors = status_and_errors(
+        benchmark.main, [*FLAGS, "--data_file", str(tmp_path / "store")]
+    )
+    assert (
+        status == 2
+        and len(errors) == 1
+        and "--data_file" in errors[0]
+        and "--pair bert" in errors[0]
+    )
 
 
 @pytest.mark.slow
 def test_the_whole_program_prints_and_writes(tmp_path, capsys):
     paths = {"json": tmp_path / "found.json", "plot": tmp_path / "found.png"}
     outputs = ["--json", str(paths["json"]), "--plot", str(paths["plot"])]
-    benchmark.main([*FLAGS, "--length", "24", "--mix", "--sweep", "--batch_size", "3", "--precision", "fp32", "--reference",
-                    "--end_to_end", *outputs])  # fmt: skip
+    benchmark.main(
+        [
+            *FLAGS,
+            "--length",
+            "24",
+            "--mix",
+            "--sweep",
+            "--batch_size",
+            "3",
+            "--precision",
+            "fp32",
+            "--reference",
+            "--end_to_end",
+            *outputs,
+        ]
+    )
     found = json.loads(paths["json"].read_text())
     assert [row["kind"] for row in found["rows"]] == ["reference", "distiller", "train.py"]
-    assert all(row["ratio"] > 0 and row["mfu_measured"] > 0 and row["mfu_nominal"] is None for row in found["rows"])
-    assert found["rows"][0]["tokens"] == found["rows"][1]["tokens"] and len(found["rows"][2]["step_s"]) == 3
+    assert all(
+        row["ratio"] > 0 and row["mfu_measured"] > 0 and row["mfu_nominal"] is None
+        for row in found["rows"]
+    )
+    assert (
+        found["rows"][0]["tokens"] == found["rows"][1]["tokens"]
+        and len(found["rows"][2]["step_s"]) == 3
+    )
     assert paths["plot"].read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
     for words in (
@@ -301,4 +439,7 @@ def test_a_gpu_is_measured(precision, tmp_path):
     job = make_job(tmp_path, kind="distiller", precision=precision, device="cuda")
     benchmark.run_check(job)
     found, ceilings = benchmark.run_steps(job), benchmark.run_ceilings(job)
-    assert found["memory"]["peak"] > found["memory"]["models"] > 0 and min(ceilings["matmul_flops"].values()) > 0
+    assert (
+        found["memory"]["peak"] > found["memory"]["models"] > 0
+        and min(ceilings["matmul_flops"].values()) > 0
+    )

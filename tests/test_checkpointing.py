@@ -1,4 +1,6 @@
-"""Checkpoints on the disk: whole or not there, checked to the last byte, the newest whole one found."""
+"""Checkpoints on the disk: whole or not there, checked to the last byte, the newest whole one
+found.
+"""
 
 import json
 import os
@@ -19,7 +21,9 @@ TENSORS = {
 
 
 def write(folder, step, keep=3, tensors=TENSORS) -> Path:
-    return checkpointing.write(folder, step, tensors, {"micro_batches": 2 * step, "rate": 0.1}, keep)
+    return checkpointing.write(
+        folder, step, tensors, {"micro_batches": 2 * step, "rate": 0.1}, keep
+    )
 
 
 def test_what_is_written_is_read(tmp_path):
@@ -27,17 +31,24 @@ def test_what_is_written_is_read(tmp_path):
     assert found.step == 7 and found.state == {"micro_batches": 14, "rate": 0.1}
     for name, content in TENSORS.items():
         read = found.tensors(name)
-        assert set(read) == set(content) and all(torch.equal(read[key], tensor) for key, tensor in content.items())
+        assert set(read) == set(content) and all(
+            torch.equal(read[key], tensor) for key, tensor in content.items()
+        )
 
 
 def test_an_empty_file_of_tensors_is_read(tmp_path):
-    assert checkpointing.read(write(tmp_path, 0, tensors={"optimizer": {}})).tensors("optimizer") == {}
+    assert (
+        checkpointing.read(write(tmp_path, 0, tensors={"optimizer": {}})).tensors("optimizer") == {}
+    )
 
 
 def test_the_newest_are_kept(tmp_path):
     for step in (0, 9, 10, 100_000_000, 11):
         write(tmp_path, step, keep=2)
-    assert [path.name for path in checkpointing.exist(tmp_path)] == ["step-100000000", "step-00000011"]
+    assert [path.name for path in checkpointing.exist(tmp_path)] == [
+        "step-100000000",
+        "step-00000011",
+    ]
     assert len(list(tmp_path.iterdir())) == 2
 
 
@@ -61,7 +72,9 @@ def test_a_damaged_file_is_named(name, damage, tmp_path):
         file.unlink()
     else:
         content[len(content) // 2] ^= damage == "flip"
-        file.write_bytes({"cut": content[:-1], "empty": b"", "longer": content + b" x"}.get(damage, content))
+        file.write_bytes(
+            {"cut": content[:-1], "empty": b"", "longer": content + b" x"}.get(damage, content)
+        )
     with pytest.raises(DamagedError, match=name):
         checkpointing.read(path)
 
@@ -132,15 +145,23 @@ def test_a_failed_write_leaves_what_was(tmp_path, monkeypatch):
 
     monkeypatch.setattr(os, "fsync", fsync)
     with pytest.raises(
-        InputError, match=r"No space left on device: .*step-00000002.* \(a checkpoint takes [\d,]+ bytes\).*--resume"
+        InputError,
+        match=(
+            r"No space left on device: .*step-00000002.* \(a checkpoint takes [\d,]+"
+            r" bytes\).*--resume"
+        ),
     ):
         write(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
 def test_room_is_asked_for_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000))
-    with pytest.raises(InputError, match="the disk is full: a checkpoint takes [0-9,]+ bytes, 5,000 are free"):
+    monkeypatch.setattr(
+        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000)
+    )
+    with pytest.raises(
+        InputError, match="the disk is full: a checkpoint takes [0-9,]+ bytes, 5,000 are free"
+    ):
         write(tmp_path, 2)
     assert not list(tmp_path.iterdir())
 
@@ -156,12 +177,17 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
 def test_a_digest_is_of_names_types_shapes_and_bytes():
     base = {"a": torch.arange(4.0), "b": torch.zeros(0)}
     others = [
-        {"c": base["a"], "b": base["b"]}, {**base, "a": base["a"].reshape(2, 2)}, {**base, "a": base["a"].int()},
-        {**base, "a": base["a"] + 1}, {"a": base["a"]},
-    ]  # fmt: skip
+        {"c": base["a"], "b": base["b"]},
+        {**base, "a": base["a"].reshape(2, 2)},
+        {**base, "a": base["a"].int()},
+        {**base, "a": base["a"] + 1},
+        {"a": base["a"]},
+    ]
     digests = {checkpointing.content_digest(tensors) for tensors in (base, *others)}
     assert len(digests) == 1 + len(others)
-    assert checkpointing.content_digest(dict(reversed(base.items()))) == checkpointing.content_digest(base)
+    assert checkpointing.content_digest(
+        dict(reversed(base.items()))
+    ) == checkpointing.content_digest(base)
 
 
 @pytest.mark.parametrize("name", ["../step-00000001/state.json", "/dev/zero", "folder"])
@@ -172,6 +198,8 @@ def test_a_manifest_names_files_of_its_folder(name, tmp_path):
     manifest = json.loads((path / "MANIFEST.json").read_text())
     del manifest["manifest_sha256"]
     manifest["files"][name] = {"bytes": 0, "sha256": "0"}
-    (path / "MANIFEST.json").write_text(json.dumps({**manifest, "manifest_sha256": json_digest(manifest)}))
+    (path / "MANIFEST.json").write_text(
+        json.dumps({**manifest, "manifest_sha256": json_digest(manifest)})
+    )
     with pytest.raises(DamagedError, match="no file of it|no such file"):
         checkpointing.read(path)

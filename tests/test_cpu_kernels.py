@@ -1,6 +1,8 @@
-"""cpu_kernels beside torch's own functions, value and gradient; the draws by their statistics; tied weights beside autograd.
+"""cpu_kernels beside torch's own functions, value and gradient; the draws by their statistics; tied
+weights beside autograd.
 
-A dropout of 10^-7 is rounded to 0, and still goes the kernels' way: so they are compared where nothing is drawn.
+A dropout of 10^-7 is rounded to 0, and still goes the kernels' way: so they are compared where
+nothing is drawn.
 """
 
 import contextlib
@@ -24,10 +26,18 @@ import cpu_kernels
 import distiller
 from architectures import freeze_embeddings, head_parameters, prediction_head
 from cpu_kernels import LANES, TiedGradient, draw_kept, faster
-from distiller import DistillationModel, Distiller, MlmPreparation, masking_weights, prepare_clm, recompute_activations
+from distiller import (
+    DistillationModel,
+    Distiller,
+    MlmPreparation,
+    masking_weights,
+    prepare_clm,
+    recompute_activations,
+)
 
 NOTHING_DROPPED = 1e-7
-# Half precision has 8 bits, and the kernels round in other places than torch's: a few units of the last one.
+# Half precision has 8 bits, and the kernels round in other places than torch's: a few units of the
+# last one.
 TOLERANCES = {torch.float64: {}, torch.float32: {}, torch.bfloat16: {"rtol": 2**-5, "atol": 2**-5}}
 DTYPES = list(TOLERANCES)
 
@@ -36,9 +46,15 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def results(function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None, seed: int = 0) -> list[torch.Tensor]:
-    """Call it under a seed; return the value, and the gradient by every input of a weighted sum of it."""
-    leaves = [tensor if tensor is None else tensor.detach().clone().requires_grad_() for tensor in inputs]
+def results(
+    function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None, seed: int = 0
+) -> list[torch.Tensor]:
+    """Call it under a seed; return the value, and the gradient by every input of a weighted sum of
+    it.
+    """
+    leaves = [
+        tensor if tensor is None else tensor.detach().clone().requires_grad_() for tensor in inputs
+    ]
     torch.manual_seed(seed)
     value = function(*leaves)
     value.backward(random(*value.shape, seed=99, dtype=value.dtype))
@@ -52,14 +68,18 @@ def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None
         assert one.dtype == other.dtype and torch.equal(one, other)
 
 
-def assert_close(found: list[torch.Tensor], expected: list[torch.Tensor], precision: torch.dtype) -> None:
+def assert_close(
+    found: list[torch.Tensor], expected: list[torch.Tensor], precision: torch.dtype
+) -> None:
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         torch.testing.assert_close(one, other.to(one.dtype), **TOLERANCES[precision])
 
 
 def six_sigma(probability: float, n: int) -> float:
-    """Bound of a share's deviation over n draws: six standard deviations, passed by chance once in 5 x 10^8."""
+    """Bound of a share's deviation over n draws: six standard deviations, passed by chance once in
+    5 x 10^8.
+    """
     return 6 * math.sqrt(probability * (1 - probability) / n)
 
 
@@ -67,9 +87,9 @@ def in_half() -> contextlib.AbstractContextManager:
     return torch.autocast("cpu", dtype=torch.bfloat16)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Draws
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("probability", [0.1, 0.3, 0.5, 0.7, 0.9])
@@ -82,19 +102,27 @@ def test_each_lane_of_a_word_keeps_its_share(probability):
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_elements_are_dropped_independently_of_their_neighbours(probability):
-    """Both of a pair are kept as often as two independent ones: of the same word, and of words beside each other."""
+    """Both of a pair are kept as often as two independent ones: of the same word, and of words
+    beside each other.
+    """
     kept = draw_kept(torch.Size([2**20]), probability)[0]
     for distance in range(1, 9):
         n = len(kept) - distance
-        share, expected = (kept[distance:] & kept[:-distance]).double().mean().item(), (1 - probability) ** 2
-        # Pairs overlap: two pairs of a common element vary together, which at most doubles the deviation.
+        share, expected = (
+            (kept[distance:] & kept[:-distance]).double().mean().item(),
+            (1 - probability) ** 2,
+        )
+        # Pairs overlap: two pairs of a common element vary together, which at most doubles the
+        # deviation.
         assert abs(share - expected) < 2 * six_sigma(expected, n) + 2 / LANES
 
 
 @pytest.mark.parametrize("num_rare", [4, 16])
 @pytest.mark.parametrize("are_dropped", [True, False])
 def test_the_ends_of_the_scale_are_exact(num_rare, are_dropped):
-    """A share of 4 or 16 in 2^16, dropped or kept: 64 or 256 of a million elements, in each lane of a word; none would show."""
+    """A share of 4 or 16 in 2^16, dropped or kept: 64 or 256 of a million elements, in each lane of
+    a word; none would show.
+    """
     rare, n = num_rare / LANES, 2**20
     kept, factor = draw_kept(torch.Size([n, 4]), rare if are_dropped else 1 - rare)
     for count in (kept != are_dropped).sum(0).tolist():
@@ -125,9 +153,9 @@ def test_draws_differ_and_are_repeated_under_the_same_seed():
     assert not torch.equal(*one) and not torch.equal(one[0], two[0])
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Dropout
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("is_cast", [False, True])
@@ -139,7 +167,10 @@ def test_dropout_is_the_plain_formula(shape, dtype, is_cast):
         found = results(lambda x: cpu_kernels.dropout(x, 0.3), inputs)
     torch.manual_seed(0)
     kept, factor = draw_kept(inputs.shape, 0.3)
-    expected = [inputs.double() * kept * factor, random(*shape, seed=99, dtype=dtype).double() * kept * factor]
+    expected = [
+        inputs.double() * kept * factor,
+        random(*shape, seed=99, dtype=dtype).double() * kept * factor,
+    ]
     assert found[0].dtype == dtype
     assert_close(found, expected, dtype)
 
@@ -155,7 +186,9 @@ def test_dropout_of_nothing_is_torchs(dtype):
 def test_dropout_keeps_the_mean(probability):
     torch.manual_seed(3)
     inputs = 2 + random(2**20)
-    deviation = math.sqrt(probability / (1 - probability) * inputs.square().mean().item() / len(inputs))
+    deviation = math.sqrt(
+        probability / (1 - probability) * inputs.square().mean().item() / len(inputs)
+    )
     assert abs(cpu_kernels.dropout(inputs, probability).mean() - inputs.mean()) < 6 * deviation
 
 
@@ -171,7 +204,9 @@ def test_dropouts_gradient_is_that_of_its_value():
 @pytest.mark.parametrize("options", [{"p": 0.0}, {"p": 1.0}, {"p": 0.3, "training": False}])
 def test_dropout_leaves_the_rest_to_torch(options):
     inputs = random(4, 5)
-    assert_same(*(results(lambda x, f=f: f(x, **options), inputs) for f in (cpu_kernels.dropout, F.dropout)))
+    assert_same(
+        *(results(lambda x, f=f: f(x, **options), inputs) for f in (cpu_kernels.dropout, F.dropout))
+    )
 
 
 def test_dropout_in_place_is_torchs():
@@ -189,15 +224,19 @@ def test_a_probability_that_is_none_is_refused(probability):
         cpu_kernels.dropout(random(3), probability)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Attention
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 B, H, T, S, D = 2, 3, 5, 7, 4
 
 
 def qkv(dtype: torch.dtype = torch.float32, num_keys: int = S) -> list[torch.Tensor]:
-    shapes = ((B, H, T, D), (B, H, num_keys, D), (B, H, num_keys, 6))  # values of another width than keys
+    shapes = (
+        (B, H, T, D),
+        (B, H, num_keys, D),
+        (B, H, num_keys, 6),
+    )  # values of another width than keys
     return [random(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
 
 
@@ -220,8 +259,12 @@ MASKS = {
     "bool": {"attn_mask": shown(B, 1, T, S)},
     "partly blind": {"attn_mask": partly_blind()},
     "additive": {"attn_mask": random(T, S, seed=6)},
-    "additive, infinite": {"attn_mask": torch.zeros(B, 1, T, S).masked_fill(~shown(B, 1, T, S), -torch.inf)},
-    "additive, partly blind": {"attn_mask": torch.zeros(B, 1, T, S).masked_fill(~partly_blind(), -torch.inf)},
+    "additive, infinite": {
+        "attn_mask": torch.zeros(B, 1, T, S).masked_fill(~shown(B, 1, T, S), -torch.inf)
+    },
+    "additive, partly blind": {
+        "attn_mask": torch.zeros(B, 1, T, S).masked_fill(~partly_blind(), -torch.inf)
+    },
     "additive, lowest": {"attn_mask": torch.zeros(T, S).masked_fill(~shown(T, S), -1e30)},
     "causal": {"is_causal": True},
     "scale": {"scale": 0.3},
@@ -233,7 +276,9 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_attention_that_drops_nothing_is_torchs(name, dtype):
     inputs, options = qkv(dtype), MASKS[name]
-    found = results(functools.partial(cpu_kernels.attention, dropout_p=NOTHING_DROPPED, **options), *inputs)
+    found = results(
+        functools.partial(cpu_kernels.attention, dropout_p=NOTHING_DROPPED, **options), *inputs
+    )
     expected = results(functools.partial(F.scaled_dot_product_attention, **options), *inputs)
     assert found[0].dtype == dtype and found[0].isfinite().all()
     assert_close(found, expected, dtype)
@@ -243,7 +288,9 @@ def test_attention_that_drops_nothing_is_torchs(name, dtype):
 def test_attention_under_autocast_is_torchs(name):
     inputs, options = qkv(), MASKS[name]
     with in_half():
-        found = results(functools.partial(cpu_kernels.attention, dropout_p=NOTHING_DROPPED, **options), *inputs)
+        found = results(
+            functools.partial(cpu_kernels.attention, dropout_p=NOTHING_DROPPED, **options), *inputs
+        )
         expected = results(functools.partial(F.scaled_dot_product_attention, **options), *inputs)
     assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
     assert found[0].dtype == torch.bfloat16 and found[1].dtype == torch.float32
@@ -254,8 +301,14 @@ def test_attention_under_autocast_is_torchs(name):
 def test_keys_may_be_fewer_or_more_than_queries(num_keys):
     inputs = qkv(num_keys=num_keys)
     for options in ({}, {"is_causal": True}):
-        found = results(functools.partial(cpu_kernels.attention, dropout_p=NOTHING_DROPPED, **options), *inputs)
-        assert_close(found, results(functools.partial(F.scaled_dot_product_attention, **options), *inputs), torch.float32)
+        found = results(
+            functools.partial(cpu_kernels.attention, dropout_p=NOTHING_DROPPED, **options), *inputs
+        )
+        assert_close(
+            found,
+            results(functools.partial(F.scaled_dot_product_attention, **options), *inputs),
+            torch.float32,
+        )
 
 
 def slow_attention(query, key, value, kept, factor, attn_mask=None, is_causal=False, scale=None):
@@ -267,12 +320,20 @@ def slow_attention(query, key, value, kept, factor, attn_mask=None, is_causal=Fa
         for s in range(S):
             bias = 0.0
             if mask is not None:
-                bias = (0.0 if mask[b, h, t, s] else -math.inf) if mask.dtype == torch.bool else mask[b, h, t, s].item()
+                bias = (
+                    (0.0 if mask[b, h, t, s] else -math.inf)
+                    if mask.dtype == torch.bool
+                    else mask[b, h, t, s].item()
+                )
             if (s <= t or not is_causal) and bias > -math.inf:
-                exponents[s] = (query[b, h, t] @ key[b, h, s] * (D**-0.5 if scale is None else scale) + bias).exp()
+                exponents[s] = (
+                    query[b, h, t] @ key[b, h, s] * (D**-0.5 if scale is None else scale) + bias
+                ).exp()
         for s, exponent in exponents.items():
             if kept[b, h, t, s]:
-                value_of[b, h, t] = value_of[b, h, t] + exponent / sum(exponents.values()) * factor * value[b, h, s]
+                value_of[b, h, t] = (
+                    value_of[b, h, t] + exponent / sum(exponents.values()) * factor * value[b, h, s]
+                )
     return value_of
 
 
@@ -296,11 +357,15 @@ def test_attentions_gradient_is_that_of_its_value(name):
         torch.manual_seed(0)
         return cpu_kernels.attention(*inputs, dropout_p=0.4, **MASKS[name])
 
-    assert torch.autograd.gradcheck(seeded, [tensor.requires_grad_() for tensor in qkv(torch.float64)])
+    assert torch.autograd.gradcheck(
+        seeded, [tensor.requires_grad_() for tensor in qkv(torch.float64)]
+    )
 
 
 def test_attention_keeps_the_mean():
-    """Of values that are all 1 each query gets a sum of probabilities kept; its mean over all is 1."""
+    """Of values that are all 1 each query gets a sum of probabilities kept; its mean over all is
+    1.
+    """
     torch.manual_seed(3)
     query, key = random(8, 8, 128, 8), random(8, 8, 128, 8, seed=1)
     found = cpu_kernels.attention(query, key, torch.ones_like(key), dropout_p=0.1)
@@ -314,13 +379,18 @@ def test_a_second_derivative_is_refused_not_wrong():
         (lambda x: cpu_kernels.attention(x, x, x, dropout_p=0.4), random(1, 1, 3, 4)),
         (lambda x: cpu_kernels.linear(x, random(5, 4)), random(3, 4)),
     ):
-        (grad,) = torch.autograd.grad(function(inputs.requires_grad_()).square().sum(), inputs, create_graph=True)
+        (grad,) = torch.autograd.grad(
+            function(inputs.requires_grad_()).square().sum(), inputs, create_graph=True
+        )
         with pytest.raises(RuntimeError, match="once_differentiable"):
             grad.sum().backward()
 
 
 LEFT_TO_TORCH = {
-    "grouped queries": ([(B, 4, T, D), (B, 2, S, D), (B, 2, S, D)], {"dropout_p": 0.4, "enable_gqa": True}),
+    "grouped queries": (
+        [(B, 4, T, D), (B, 2, S, D), (B, 2, S, D)],
+        {"dropout_p": 0.4, "enable_gqa": True},
+    ),
     "three dimensions": ([(B, T, D), (B, S, D), (B, S, D)], {"dropout_p": 0.4}),
     "no dropout": ([(B, H, T, D), (B, H, S, D), (B, H, S, D)], {}),
     "all dropped": ([(B, H, T, D), (B, H, S, D), (B, H, S, D)], {"dropout_p": 1.0}),
@@ -350,10 +420,14 @@ def test_float64_under_autocast_stays_float64():
     assert_same(found, expected)
 
 
-@pytest.mark.parametrize("options", [
-    {"attn_mask": shown(T, S), "is_causal": True}, {"attn_mask": torch.zeros(T, S, dtype=torch.int64)},
-    {"attn_mask": torch.zeros(T, S, dtype=torch.float64)},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"attn_mask": shown(T, S), "is_causal": True},
+        {"attn_mask": torch.zeros(T, S, dtype=torch.int64)},
+        {"attn_mask": torch.zeros(T, S, dtype=torch.float64)},
+    ],
+)
 def test_what_torch_refuses_is_refused(options):
     with pytest.raises(RuntimeError, match="attn_mask"):
         cpu_kernels.attention(*qkv(), dropout_p=0.4, **options)
@@ -361,9 +435,9 @@ def test_what_torch_refuses_is_refused(options):
         cpu_kernels.attention(qkv(torch.float64)[0], *qkv()[1:], dropout_p=0.4)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Linear maps
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def is_own(value: torch.Tensor) -> bool:
@@ -380,10 +454,18 @@ def test_a_linear_map_is_torchs(shape, has_bias):
 
 def test_a_linear_map_of_tensors_that_lie_otherwise_is_torchs():
     """Transposed, cut out, repeated; and a gradient that is one number, repeated."""
-    views = random(5, 12, 6)[:, ::2].transpose(0, 1), random(6, 8, seed=1).t(), random(16, seed=2)[::2]
+    views = (
+        random(5, 12, 6)[:, ::2].transpose(0, 1),
+        random(6, 8, seed=1).t(),
+        random(16, seed=2)[::2],
+    )
     assert_close(results(cpu_kernels.linear, *views), results(F.linear, *views), torch.float32)
     repeated = random(1, 6).expand(5, 6)
-    assert_close(results(cpu_kernels.linear, repeated, views[1]), results(F.linear, repeated, views[1]), torch.float32)
+    assert_close(
+        results(cpu_kernels.linear, repeated, views[1]),
+        results(F.linear, repeated, views[1]),
+        torch.float32,
+    )
     grads = []
     for function in (cpu_kernels.linear, F.linear):
         leaves = [view.detach().clone().requires_grad_() for view in views]
@@ -413,7 +495,9 @@ def test_only_what_is_trained_gets_a_gradient_and_costs_a_product(frozen):
             value = function(*leaves)
             value.backward(random(2, 5, 8, seed=99))
         num_products = 1 + sum(place not in frozen for place in (0, 1))
-        assert (is_own(value), products.num) == ((True, num_products) if function is cpu_kernels.linear else (False, 0))
+        assert (is_own(value), products.num) == (
+            (True, num_products) if function is cpu_kernels.linear else (False, 0)
+        )
         assert all((leaf.grad is None) == (place in frozen) for place, leaf in enumerate(leaves))
         grads.append([leaf.grad for leaf in leaves if leaf.grad is not None])
     assert_close(*grads, torch.float32)
@@ -432,7 +516,11 @@ def test_a_linear_map_without_gradient_is_torchs():
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_other_precisions_are_left_to_torch(dtype):
-    inputs = random(5, 6, dtype=dtype), random(8, 6, seed=1, dtype=dtype), random(8, seed=2, dtype=dtype)
+    inputs = (
+        random(5, 6, dtype=dtype),
+        random(8, 6, seed=1, dtype=dtype),
+        random(8, seed=2, dtype=dtype),
+    )
     assert not is_own(cpu_kernels.linear(*(tensor.clone().requires_grad_() for tensor in inputs)))
     assert_same(results(cpu_kernels.linear, *inputs), results(F.linear, *inputs))
 
@@ -440,17 +528,31 @@ def test_other_precisions_are_left_to_torch(dtype):
 def test_autocast_is_left_to_torch():
     inputs = random(5, 6), random(8, 6, seed=1), random(8, seed=2)
     with in_half():
-        found = results(cpu_kernels.linear, *inputs), results(lambda x, w, b: cpu_kernels.addmm(b, x, w.t()), *inputs)
-        expected = results(F.linear, *inputs), results(lambda x, w, b: torch.addmm(b, x, w.t()), *inputs)
+        found = (
+            results(cpu_kernels.linear, *inputs),
+            results(lambda x, w, b: cpu_kernels.addmm(b, x, w.t()), *inputs),
+        )
+        expected = (
+            results(F.linear, *inputs),
+            results(lambda x, w, b: torch.addmm(b, x, w.t()), *inputs),
+        )
     assert found[0][0].dtype == torch.bfloat16
     assert_same(found[0], expected[0])
     assert_same(found[1], expected[1])
 
 
-@pytest.mark.parametrize("shapes", [
-    ((0, 6), (8, 6), (8,)), ((2, 0, 6), (8, 6), (8,)), ((3, 0), (8, 0), (8,)), ((3, 6), (0, 6), (0,)),  # nothing in it
-    ((6,), (8, 6), (8,)), ((3, 6), (8, 6), (1,)), ((3, 6), (8, 6), (1, 8)),  # a vector; biases that are spread out
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "shapes",
+    [
+        ((0, 6), (8, 6), (8,)),
+        ((2, 0, 6), (8, 6), (8,)),
+        ((3, 0), (8, 0), (8,)),
+        ((3, 6), (0, 6), (0,)),  # nothing in it
+        ((6,), (8, 6), (8,)),
+        ((3, 6), (8, 6), (1,)),
+        ((3, 6), (8, 6), (1, 8)),  # a vector; biases that are spread out
+    ],
+)
 def test_empty_and_odd_shapes_are_left_to_torch(shapes):
     inputs = [random(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     assert_same(results(cpu_kernels.linear, *inputs), results(F.linear, *inputs))
@@ -472,9 +574,13 @@ def test_gpt2s_linear_maps_are_torchs():
         inputs = random(2, 5, 6).requires_grad_()
         with context():
             value = module(inputs)
-        assert is_own(value._base) == (context is faster)  # the module gives it the shape of its inputs
+        assert is_own(value._base) == (
+            context is faster
+        )  # the module gives it the shape of its inputs
         value.backward(random(2, 5, 8, seed=99))
-        found.append([value.detach(), inputs.grad, module.weight.grad.clone(), module.bias.grad.clone()])
+        found.append(
+            [value.detach(), inputs.grad, module.weight.grad.clone(), module.bias.grad.clone()]
+        )
     assert_close(*found, torch.float32)
     assert module.weight.grad.is_contiguous()
 
@@ -484,7 +590,8 @@ def test_gpt2s_linear_maps_are_torchs():
 def test_other_sums_of_products_are_left_to_torch(shape, options):
     inputs = random(*shape), random(5, 6, seed=1), random(6, 8, seed=2)
     found, expected = (
-        results(functools.partial(function, **options), *inputs) for function in (cpu_kernels.addmm, torch.addmm)
+        results(functools.partial(function, **options), *inputs)
+        for function in (cpu_kernels.addmm, torch.addmm)
     )
     if shape == (8,) and not options:
         assert_close(found, expected, torch.float32)
@@ -498,9 +605,9 @@ def test_a_sum_of_products_can_have_its_place():
     assert torch.equal(out, torch.addmm(*inputs))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The context
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_only_calls_inside_the_context_come_here():
@@ -508,14 +615,21 @@ def test_only_calls_inside_the_context_come_here():
 
     def names():
         heads = random(1, 1, 3, 4).requires_grad_()
-        values = linear(heads), dropout(heads), F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.5)
+        values = (
+            linear(heads),
+            dropout(heads),
+            F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.5),
+        )
         sums = torch.addmm(linear.bias, heads[0, 0], linear.weight)
         return [value.grad_fn.name() for value in (*values, sums)]
 
     outside = names()
     with faster():
         inside = names()
-    assert inside[:3] == ["_LinearBackward", "_DropoutBackward", "_DroppedAttentionBackward"] and inside[3] == inside[0]
+    assert (
+        inside[:3] == ["_LinearBackward", "_DropoutBackward", "_DroppedAttentionBackward"]
+        and inside[3] == inside[0]
+    )
     assert names() == outside and not set(outside) & set(inside)
 
 
@@ -525,17 +639,21 @@ def test_an_error_inside_ends_the_context():
     assert not is_own(nn.Linear(4, 4)(random(3, 4)))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Looking up tied weights
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 VOCAB, WIDTH = 11, 6
 
 
 class TiedModel(nn.Module):
-    """Embedding, one linear map, a head of the embedding's weights; the embedding is looked up once or twice."""
+    """Embedding, one linear map, a head of the embedding's weights; the embedding is looked up once
+    or twice.
+    """
 
-    def __init__(self, num_lookups: int = 1, padding_id: int | None = None, freezes_inner: bool = False):
+    def __init__(
+        self, num_lookups: int = 1, padding_id: int | None = None, freezes_inner: bool = False
+    ):
         super().__init__()
         self.num_lookups, self.padding_id = num_lookups, padding_id
         self.weight = nn.Parameter(random(VOCAB, WIDTH))
@@ -553,43 +671,71 @@ class TiedModel(nn.Module):
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT.flatten())
 
 
-IDS = [torch.tensor([[1, 3, 3, 0], [9, 1, 0, 0]]), torch.tensor([[2, 3, 9, 9]])]  # some more than once, 0 last
+IDS = [
+    torch.tensor([[1, 3, 3, 0], [9, 1, 0, 0]]),
+    torch.tensor([[2, 3, 9, 9]]),
+]  # some more than once, 0 last
 
 
-def accumulated(model: nn.Module, batches: list[torch.Tensor], is_tied: bool, is_cast: bool = False) -> list[torch.Tensor]:
-    """Run forward and backward of each batch; return the gradients summed up, the tied weight's first."""
+def accumulated(
+    model: nn.Module, batches: list[torch.Tensor], is_tied: bool, is_cast: bool = False
+) -> list[torch.Tensor]:
+    """Run forward and backward of each batch; return the gradients summed up, the tied weight's
+    first.
+    """
     model.zero_grad()
     weight = next(model.parameters())
     for ids_BT in batches:
         with TiedGradient(weight) if is_tied else contextlib.nullcontext() as tied:
-            with faster(tied) if is_tied else contextlib.nullcontext(), in_half() if is_cast else contextlib.nullcontext():
+            with (
+                faster(tied) if is_tied else contextlib.nullcontext(),
+                in_half() if is_cast else contextlib.nullcontext(),
+            ):
                 loss = model(ids_BT)
             loss.backward()
         assert not weight._backward_hooks
-    return [parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None]
+    return [
+        parameter.grad.clone() for parameter in model.parameters() if parameter.grad is not None
+    ]
 
 
 @pytest.mark.parametrize("is_cast", [False, True])
 @pytest.mark.parametrize("num_batches", [1, 2])
-@pytest.mark.parametrize("options", [
-    {}, {"num_lookups": 2}, {"padding_id": 0}, {"padding_id": -2}, {"num_lookups": 2, "padding_id": 0}, {"freezes_inner": True},
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "options",
+    [
+        {},
+        {"num_lookups": 2},
+        {"padding_id": 0},
+        {"padding_id": -2},
+        {"num_lookups": 2, "padding_id": 0},
+        {"freezes_inner": True},
+    ],
+)
 def test_tied_weights_get_autograds_gradient(options, num_batches, is_cast):
     model, batches = TiedModel(**options), IDS[:num_batches]
     found = accumulated(model, batches, is_tied=True, is_cast=is_cast)
     expected = accumulated(model, batches, is_tied=False, is_cast=is_cast)
-    # Under autocast the linear maps are torch's: the same numbers in another order of sums, also there in float32.
+    # Under autocast the linear maps are torch's: the same numbers in another order of sums, also
+    # there in float32.
     assert_close(found, expected, torch.float32)
     assert len(found) == (1 if options.get("freezes_inner") else 3)
 
 
 def test_the_rows_are_looked_up_our_way_and_padding_counts():
-    """What the comparisons above would not show: that autograd's way was left, and that padding has a gradient without it."""
+    """What the comparisons above would not show: that autograd's way was left, and that padding has
+    a gradient without it.
+    """
     model = TiedModel()
     with TiedGradient(model.weight) as tied, faster(tied):
         assert F.embedding(IDS[0], model.weight).grad_fn.name() == "_TiedLookupBackward"
-        assert F.embedding(IDS[0], random(VOCAB, 2).requires_grad_()).grad_fn.name() == "EmbeddingBackward0"
-    with_it, without = (accumulated(TiedModel(padding_id=padding), IDS, is_tied=True)[0] for padding in (0, None))
+        assert (
+            F.embedding(IDS[0], random(VOCAB, 2).requires_grad_()).grad_fn.name()
+            == "EmbeddingBackward0"
+        )
+    with_it, without = (
+        accumulated(TiedModel(padding_id=padding), IDS, is_tied=True)[0] for padding in (0, None)
+    )
     assert not torch.allclose(with_it[0], without[0])
 
 
@@ -607,12 +753,18 @@ def test_special_look_ups_are_left_to_torch(options):
     assert_same(*grads)
 
 
-@pytest.mark.parametrize("ids", [torch.tensor(3), torch.zeros(0, dtype=torch.long), torch.tensor([[3, 4]], dtype=torch.int32)])
+@pytest.mark.parametrize(
+    "ids",
+    [torch.tensor(3), torch.zeros(0, dtype=torch.long), torch.tensor([[3, 4]], dtype=torch.int32)],
+)
 def test_where_the_heads_gradient_is_zero_the_rows_looked_up_have_one_alone(ids):
     weight = random(VOCAB, WIDTH).requires_grad_()
     with TiedGradient(weight) as tied:
         with faster(tied):
-            loss = F.embedding(ids, weight).square().sum() + 0 * F.linear(random(2, WIDTH), weight).sum()
+            loss = (
+                F.embedding(ids, weight).square().sum()
+                + 0 * F.linear(random(2, WIDTH), weight).sum()
+            )
         loss.backward()
     expected = torch.zeros_like(weight)
     expected[ids.long()] = 2 * weight.detach()[ids.long()]
@@ -646,12 +798,16 @@ class Failing(torch.autograd.Function):
 
 @pytest.mark.parametrize("fails_in_forward", [True, False])
 def test_nothing_stays_behind_an_error(fails_in_forward):
-    """The rows of one look-up are found, then backward fails in the other's; the next gradient is as if nothing had been."""
+    """The rows of one look-up are found, then backward fails in the other's; the next gradient is
+    as if nothing had been.
+    """
     model, num_found = TiedModel(), 0
     tied = TiedGradient(model.weight)
     with pytest.raises(KeyError), tied:
         with faster(tied):
-            late = Failing.apply(F.embedding(IDS[0], model.weight))  # backward goes the way back: this comes last
+            late = Failing.apply(
+                F.embedding(IDS[0], model.weight)
+            )  # backward goes the way back: this comes last
             early = F.embedding(IDS[0], model.weight)
             if fails_in_forward:
                 raise KeyError
@@ -679,7 +835,10 @@ def gradients_of_rank(rank: int) -> list[torch.Tensor]:
     model = TiedModel(num_lookups=2, padding_id=0)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     for number, ids_BT in enumerate(RANK_BATCHES[rank]):
-        with wrapped.no_sync() if number == 0 else contextlib.nullcontext(), TiedGradient(model.weight) as tied:
+        with (
+            wrapped.no_sync() if number == 0 else contextlib.nullcontext(),
+            TiedGradient(model.weight) as tied,
+        ):
             with faster(tied):
                 loss = wrapped(ids_BT)
             loss.backward()
@@ -687,28 +846,39 @@ def gradients_of_rank(rank: int) -> list[torch.Tensor]:
 
 
 def run_rank(rank: int, folder: str) -> None:
-    torch.distributed.init_process_group("gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2)
+    torch.distributed.init_process_group(
+        "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
+    )
     torch.save(gradients_of_rank(rank), f"{folder}/{rank}.pt")
-    torch.distributed.destroy_process_group()  # when the model is gone: the other way round it hangs now and then
+    # When the model is gone: the other way round it hangs now and then
+    torch.distributed.destroy_process_group()
 
 
 def run_ranks(folder: str) -> None:
-    ranks = [fork_program(lambda: None, functools.partial(run_rank, rank, folder)) for rank in range(2)]
+    ranks = [
+        fork_program(lambda: None, functools.partial(run_rank, rank, folder)) for rank in range(2)
+    ]
     assert [end_of(pid, 60) for pid in ranks] == [0, 0]
 
 
 def test_two_ranks_exchange_the_rows_too(tmp_path):
-    """The mean of both ranks' sums, on both. In a program of its own: where torch has begun threads, a fork can hang."""
+    """The mean of both ranks' sums, on both. In a program of its own: where torch has begun
+    threads, a fork can hang.
+    """
     done = run_process(sys.executable, __file__, tmp_path, PYTHONPATH=str(ROOT))
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-3000:]
-    summed = accumulated(TiedModel(num_lookups=2, padding_id=0), RANK_BATCHES[0] + RANK_BATCHES[1], is_tied=False)
+    summed = accumulated(
+        TiedModel(num_lookups=2, padding_id=0), RANK_BATCHES[0] + RANK_BATCHES[1], is_tied=False
+    )
     for rank in range(2):
-        assert_close(torch.load(tmp_path / f"{rank}.pt"), [grad / 2 for grad in summed], torch.float32)
+        assert_close(
+            torch.load(tmp_path / f"{rank}.pt"), [grad / 2 for grad in summed], torch.float32
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Whole models, in the step
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 KINDS = ("distilbert", "roberta", "gpt2")
 WORDS, MASK_ID = 60, 4
@@ -724,8 +894,17 @@ def make_student(kind: str, dropout: float) -> nn.Module:
     if kind != "distilbert":
         return make_model(kind, WORDS, layers=2, **options).train()
     torch.manual_seed(1)
-    sizes = {"vocab_size": WORDS, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "max_position_embeddings": 64}
-    return transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**sizes, initializer_range=0.2, **options)).train()
+    sizes = {
+        "vocab_size": WORDS,
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "hidden_dim": 64,
+        "max_position_embeddings": 64,
+    }
+    return transformers.DistilBertForMaskedLM(
+        transformers.DistilBertConfig(**sizes, initializer_range=0.2, **options)
+    ).train()
 
 
 def make_batches(kind: str) -> list:
@@ -737,20 +916,44 @@ def make_batches(kind: str) -> list:
     batches = []
     for number, lengths in enumerate([[20, 13], [17, 9, 12]]):
         lengths_B = torch.tensor(lengths)
-        token_ids_BT = torch.randint(5, WORDS, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(number))
+        token_ids_BT = torch.randint(
+            5, WORDS, (len(lengths), max(lengths)), generator=torch.Generator().manual_seed(number)
+        )
         padding_BT = torch.arange(max(lengths)) >= lengths_B[:, None]
-        batches.append(prepare(number, token_ids_BT.masked_fill(padding_BT, 1 if kind == "roberta" else 0), lengths_B))
+        batches.append(
+            prepare(
+                number,
+                token_ids_BT.masked_fill(padding_BT, 1 if kind == "roberta" else 0),
+                lengths_B,
+            )
+        )
     return batches
 
 
 def gradients(kind: str, student: nn.Module, **options) -> dict[str, torch.Tensor]:
     """Return the gradient of an update of two micro-batches by every parameter of a student."""
     own, dtype = "clm" if kind == "gpt2" else "mlm", next(student.parameters()).dtype
-    teacher = make_model("bert" if kind == "distilbert" else kind, WORDS).to(dtype).eval().requires_grad_(False)
+    teacher = (
+        make_model("bert" if kind == "distilbert" else kind, WORDS)
+        .to(dtype)
+        .eval()
+        .requires_grad_(False)
+    )
     alphas = {"ce": 5.0, own: 2.0, "cos": 1.0}
-    model = DistillationModel(student, prediction_head(student), head_parameters(student), alphas, 2.0)
+    model = DistillationModel(
+        student, prediction_head(student), head_parameters(student), alphas, 2.0
+    )
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
-    step = Distiller(model, teacher, prediction_head(teacher), optimizer, None, max_grad_norm=1e9, seed=5, **options)
+    step = Distiller(
+        model,
+        teacher,
+        prediction_head(teacher),
+        optimizer,
+        None,
+        max_grad_norm=1e9,
+        seed=5,
+        **options,
+    )
     batches = make_batches(kind)
     step.accumulate(batches, [batch.number for batch in batches], len(batches))
     assert not model.student.get_output_embeddings().weight._backward_hooks
@@ -769,18 +972,31 @@ def plainly(monkeypatch):
     return compute
 
 
-def assert_relative(found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float) -> None:
-    """Compare each parameter's gradient by its norm; one that is rounding alone, by the norm of all."""
+def assert_relative(
+    found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float
+) -> None:
+    """Compare each parameter's gradient by its norm; one that is rounding alone, by the norm of
+    all.
+    """
     assert set(found) == set(expected)
     of_all = torch.stack([grad.norm() for grad in expected.values()]).norm()
     for name, grad in expected.items():
         assert (found[name] - grad).norm() <= bound * max(grad.norm(), 0.01 * of_all), name
 
 
-@pytest.mark.parametrize(("dtype", "dropout", "bound"), [
-    (torch.float32, 0.0, 1e-6), (torch.float64, 0.0, 1e-13), (torch.float64, NOTHING_DROPPED, 1e-13),
-    (torch.float32, NOTHING_DROPPED, 5e-6),  # attention's sums are in another order: either is 10^-6 away from float64's
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "dropout", "bound"),
+    [
+        (torch.float32, 0.0, 1e-6),
+        (torch.float64, 0.0, 1e-13),
+        (torch.float64, NOTHING_DROPPED, 1e-13),
+        (
+            torch.float32,
+            NOTHING_DROPPED,
+            5e-6,
+        ),  # attention's sums are in another order: either is 10^-6 away from float64's
+    ],
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_model_gets_torchs_gradient(kind, dtype, dropout, bound, plainly):
     found = gradients(kind, make_student(kind, dropout).to(dtype))
@@ -806,7 +1022,9 @@ def test_a_model_with_frozen_embeddings_gets_torchs_gradient(kind, plainly):
 def test_a_model_under_autocast_gets_torchs_gradient(kind, plainly):
     found = gradients(kind, make_student(kind, NOTHING_DROPPED), amp_dtype=torch.bfloat16)
     expected = plainly(kind, make_student(kind, 0.0), amp_dtype=torch.bfloat16)
-    assert_relative(found, expected, 0.05)  # 8 bits: scores are rounded before the softmax, which torch's kernel does not
+    assert_relative(
+        found, expected, 0.05
+    )  # 8 bits: scores are rounded before the softmax, which torch's kernel does not
 
 
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])

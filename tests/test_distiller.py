@@ -34,9 +34,18 @@ from evaluation import evaluate
 VOCAB, MASK_ID, SPECIAL_IDS = 60, 4, [0, 1, 2, 3, 4]
 
 
-def make_preparation(counts_V=None, smoothing=0.7, mask_prop=0.15, fates=(0.8, 0.1, 0.1), restrict=False, seed=7):
+def make_preparation(
+    counts_V=None, smoothing=0.7, mask_prop=0.15, fates=(0.8, 0.1, 0.1), restrict=False, seed=7
+):
     counts_V = torch.arange(VOCAB) * 10 if counts_V is None else counts_V
-    return MlmPreparation(masking_weights(counts_V, smoothing, SPECIAL_IDS), MASK_ID, mask_prop, *fates, restrict, seed)
+    return MlmPreparation(
+        masking_weights(counts_V, smoothing, SPECIAL_IDS),
+        MASK_ID,
+        mask_prop,
+        *fates,
+        restrict,
+        seed,
+    )
 
 
 def make_batch(lengths, seed=0, vocab=VOCAB):
@@ -50,9 +59,9 @@ def make_batch(lengths, seed=0, vocab=VOCAB):
     return token_ids_BT, lengths_B
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Masked-LM batches
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_weights_are_smoothed_counts_and_zero_for_special_tokens():
@@ -80,7 +89,9 @@ def test_never_more_positions_than_have_weight():
     batch = make_preparation(mask_prop=1.0)(0, token_ids_BT, torch.tensor([8]))
     assert batch.rows["masked"].tolist() == [1, 6]
     nothing = make_preparation(mask_prop=0.5)(0, torch.tensor([[1, 3, 3, 2]]), torch.tensor([4]))
-    assert len(nothing.rows["masked"]) == 0 and torch.equal(nothing.input_ids_BT, torch.tensor([[1, 3, 3, 2]]))
+    assert len(nothing.rows["masked"]) == 0 and torch.equal(
+        nothing.input_ids_BT, torch.tensor([[1, 3, 3, 2]])
+    )
 
 
 def test_labels_are_original_ids_and_other_tokens_stay():
@@ -101,7 +112,9 @@ def test_masks_depend_on_seed_and_number_alone():
 
 
 def six_sigma(probability: float, n: int) -> float:
-    """Bound of a share's deviation over n draws: six standard deviations, passed by chance once in 5 x 10^8."""
+    """Bound of a share's deviation over n draws: six standard deviations, passed by chance once in
+    5 x 10^8.
+    """
     return 6 * math.sqrt(probability * (1 - probability) / n)
 
 
@@ -122,10 +135,18 @@ def test_masking_statistics_over_100_000_predicted_tokens():
         random_ids += torch.bincount(other, minlength=VOCAB)
     assert drawn >= 10**5
     # A random id is uniform over all V: it is [MASK], or the token itself, once in V each.
-    for found, probability in ((masked, 0.8 + 0.1 / VOCAB), (kept, 0.1 + 0.1 / VOCAB), (random, 0.1 - 0.2 / VOCAB)):
+    for found, probability in (
+        (masked, 0.8 + 0.1 / VOCAB),
+        (kept, 0.1 + 0.1 / VOCAB),
+        (random, 0.1 - 0.2 / VOCAB),
+    ):
         assert abs(found / drawn - probability) < six_sigma(probability, drawn)
-    special = random_ids[[0, 1, 2, 3]].sum().item()  # special tokens are drawn as replacements like any other id
-    assert abs(special / random - 4 / (VOCAB - 2)) < six_sigma(4 / (VOCAB - 2), random) + 1 / VOCAB**2
+    special = (
+        random_ids[[0, 1, 2, 3]].sum().item()
+    )  # special tokens are drawn as replacements like any other id
+    assert (
+        abs(special / random - 4 / (VOCAB - 2)) < six_sigma(4 / (VOCAB - 2), random) + 1 / VOCAB**2
+    )
 
 
 def test_rare_tokens_are_drawn_by_smoothed_counts():
@@ -135,7 +156,11 @@ def test_rare_tokens_are_drawn_by_smoothed_counts():
     token_ids_BT = torch.tensor([[1, *[10] * 99, *[11] * 99, 2]])
     hits = {10: 0, 11: 0}
     for number in range(4000):  # one position a batch: no effect of drawing without replacement
-        for label in prepare(number, token_ids_BT, torch.tensor([201])[:1].clamp(max=200)).labels_BT.flatten().tolist():
+        for label in (
+            prepare(number, token_ids_BT, torch.tensor([201])[:1].clamp(max=200))
+            .labels_BT.flatten()
+            .tolist()
+        ):
             if label != -100:
                 hits[label] += 1
     expected = 1 / (1 + (1000 / 10) ** -0.7)
@@ -155,17 +180,26 @@ def test_positions_are_drawn_over_the_whole_batch_and_never_from_special_tokens_
     assert torch.equal(seen, expected)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The step
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 MLM_ALPHAS = {"ce": 5.0, "mlm": 2.0, "mse": 0.1, "cos": 1.0}
 CLM_ALPHAS = {"ce": 0.5, "clm": 0.5, "mse": 0.1, "cos": 0.7}
 
 
 def make_student(tmp_path, dropout=0.0, dtype=torch.float64):
-    config = {"vocab_size": VOCAB, "dim": 32, "n_layers": 2, "n_heads": 4, "hidden_dim": 64, "dropout": dropout,
-              "max_position_embeddings": 64, "attention_dropout": dropout, "initializer_range": 0.2}  # fmt: skip
+    config = {
+        "vocab_size": VOCAB,
+        "dim": 32,
+        "n_layers": 2,
+        "n_heads": 4,
+        "hidden_dim": 64,
+        "dropout": dropout,
+        "max_position_embeddings": 64,
+        "attention_dropout": dropout,
+        "initializer_range": 0.2,
+    }
     path = tmp_path / "student.json"
     path.write_text(json.dumps(config))
     torch.manual_seed(2)
@@ -184,20 +218,31 @@ def make_distiller(student, teacher, alphas=MLM_ALPHAS, fast_head=True, **change
 def gradients(distiller, batches) -> dict[str, torch.Tensor]:
     distiller.optimizer.zero_grad()
     distiller.accumulate(batches, [batch.number for batch in batches], len(batches))
-    return {name: p.grad.clone() for name, p in distiller.model.named_parameters() if p.grad is not None}
+    return {
+        name: p.grad.clone() for name, p in distiller.model.named_parameters() if p.grad is not None
+    }
 
 
 def slow_loss(student, teacher, batch, alphas, temperature=2.0):
     """The objectives by definition, from whole-model logits of one micro-batch."""
     inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT}
-    s, t = student(**inputs, output_hidden_states=True), teacher(**inputs, output_hidden_states=True)
+    s, t = (
+        student(**inputs, output_hidden_states=True),
+        teacher(**inputs, output_hidden_states=True),
+    )
     real, masked = batch.attention_mask_BT.bool(), batch.labels_BT != -100
     log_p, log_q = (torch.log_softmax(x.logits[real] / temperature, -1) for x in (t, s))
     terms = {
         "ce": temperature**2 * (log_p.exp() * (log_p - log_q)).sum() / real.sum(),
-        "mlm": -torch.log_softmax(s.logits[masked], -1).gather(1, batch.labels_BT[masked][:, None]).mean(),
+        "mlm": (
+            -torch.log_softmax(s.logits[masked], -1)
+            .gather(1, batch.labels_BT[masked][:, None])
+            .mean()
+        ),
         "mse": (s.logits[real] - t.logits[real]).square().sum() / real.sum(),
-        "cos": 1 - torch.cosine_similarity(s.hidden_states[-1][real], t.hidden_states[-1][real]).mean(),
+        "cos": (
+            1 - torch.cosine_similarity(s.hidden_states[-1][real], t.hidden_states[-1][real]).mean()
+        ),
     }
     return sum(alpha * terms[name] for name, alpha in alphas.items()), terms
 
@@ -206,7 +251,10 @@ def slow_loss(student, teacher, batch, alphas, temperature=2.0):
 def test_the_step_computes_the_objectives_by_definition(fast_head, tmp_path):
     student, teacher = make_student(tmp_path), make_model("bert", VOCAB)
     distiller = make_distiller(student, teacher, fast_head=fast_head)
-    batches = [make_preparation()(g, *make_batch(lengths, seed=g)) for g, lengths in enumerate([[20, 13], [31], [12, 14, 12]])]
+    batches = [
+        make_preparation()(g, *make_batch(lengths, seed=g))
+        for g, lengths in enumerate([[20, 13], [31], [12, 14, 12]])
+    ]
     found = gradients(distiller, batches)
     student.zero_grad()
     for batch in batches:
@@ -214,7 +262,9 @@ def test_the_step_computes_the_objectives_by_definition(fast_head, tmp_path):
         (loss / len(batches)).backward()
     for name, gradient in found.items():
         expected = student.get_parameter(name.removeprefix("student.")).grad
-        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-10)  # other order of sums, float64
+        torch.testing.assert_close(
+            gradient, expected, rtol=1e-9, atol=1e-10
+        )  # other order of sums, float64
 
 
 def test_an_update_reports_each_micro_batch_unweighted(tmp_path):
@@ -224,7 +274,9 @@ def test_an_update_reports_each_micro_batch_unweighted(tmp_path):
     expected = [slow_loss(student, distiller.teacher, batch, MLM_ALPHAS) for batch in batches]
     report = distiller.step(batches, [4, 5], 2)
     for row, (loss, terms) in zip(report.losses_MK.tolist(), expected, strict=True):
-        assert row == pytest.approx([loss.item(), *(terms[name].item() for name in MLM_ALPHAS)], rel=1e-9)
+        assert row == pytest.approx(
+            [loss.item(), *(terms[name].item() for name in MLM_ALPHAS)], rel=1e-9
+        )
 
 
 def test_restricted_distillation_reads_masked_positions_only(tmp_path):
@@ -232,9 +284,14 @@ def test_restricted_distillation_reads_masked_positions_only(tmp_path):
     distiller = make_distiller(student, teacher, {"ce": 1.0, "mlm": 1.0})
     batch = make_preparation(restrict=True)(0, *make_batch([30]))
     masked = batch.labels_BT != -100
-    log_p, log_q = (torch.log_softmax(m(batch.input_ids_BT).logits[masked] / 2, -1) for m in (distiller.teacher, student))
+    log_p, log_q = (
+        torch.log_softmax(m(batch.input_ids_BT).logits[masked] / 2, -1)
+        for m in (distiller.teacher, student)
+    )
     expected = 4 * (log_p.exp() * (log_p - log_q)).sum() / masked.sum()
-    assert distiller.accumulate([batch], [0], 1)[0, 1].item() == pytest.approx(expected.item(), rel=1e-9)
+    assert distiller.accumulate([batch], [0], 1)[0, 1].item() == pytest.approx(
+        expected.item(), rel=1e-9
+    )
 
 
 def test_a_batch_of_8_equals_4_and_4_at_equal_counts(tmp_path):
@@ -253,24 +310,38 @@ def test_by_tokens_any_split_gives_the_same_gradient(tmp_path):
     """Whatever the lengths and the numbers of masked tokens; by micro-batches it does not."""
     student, teacher = make_student(tmp_path), make_model("bert", VOCAB)
     token_ids_BT, lengths_B = make_batch([30, 12, 25, 13])
-    halves = [make_preparation()(g, token_ids_BT[2 * g : 2 * g + 2], lengths_B[2 * g : 2 * g + 2]) for g in (0, 1)]
-    halves[1] = dataclasses.replace(halves[1], rows={**halves[1].rows, "masked": halves[1].rows["masked"][:2]})
+    halves = [
+        make_preparation()(g, token_ids_BT[2 * g : 2 * g + 2], lengths_B[2 * g : 2 * g + 2])
+        for g in (0, 1)
+    ]
+    halves[1] = dataclasses.replace(
+        halves[1], rows={**halves[1].rows, "masked": halves[1].rows["masked"][:2]}
+    )
     found = {}
     for normalization in NORMALIZATIONS:
         distiller = make_distiller(student, teacher, normalization=normalization)
         splits = ([join(halves)], halves)
-        losses = [distiller.accumulate(split, list(range(len(split))), len(split)).mean(0) for split in splits]
+        losses = [
+            distiller.accumulate(split, list(range(len(split))), len(split)).mean(0)
+            for split in splits
+        ]
         one, two = gradients(distiller, [join(halves)]), gradients(distiller, halves)
         found[normalization] = max((one[name] - two[name]).abs().max().item() for name in one)
-        assert torch.allclose(*losses, rtol=1e-9) == (normalization == "tokens"), "what is logged is that mean, too"
+        assert torch.allclose(*losses, rtol=1e-9) == (normalization == "tokens"), (
+            "what is logged is that mean, too"
+        )
     assert found["tokens"] < 1e-11 < 1e-4 < found["micro_batches"]
 
 
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when it loads its compiler
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning"
+)  # torch's own, when it loads its compiler
 def test_compiled_models_give_the_same_step(tmp_path):
     teacher, batches = make_model("bert", VOCAB), [make_preparation()(0, *make_batch([20, 17]))]
     reports = [
-        make_distiller(make_student(tmp_path, dtype=torch.float32), teacher, compiles=compiles).step(batches, [0], 1)
+        make_distiller(
+            make_student(tmp_path, dtype=torch.float32), teacher, compiles=compiles
+        ).step(batches, [0], 1)
         for compiles in (False, True)
     ]
     torch.testing.assert_close(reports[0].losses_MK, reports[1].losses_MK, rtol=1e-5, atol=1e-6)
@@ -307,7 +378,10 @@ def test_padding_changes_nothing(tmp_path):
     token_ids_BT, lengths_B = make_batch([17])
     plain = make_preparation()(0, token_ids_BT, lengths_B)
     padding = {"input_ids_BT": 0, "attention_mask_BT": 0, "labels_BT": -100}
-    wider = {name: torch.nn.functional.pad(getattr(plain, name), (0, 9), value=v) for name, v in padding.items()}
+    wider = {
+        name: torch.nn.functional.pad(getattr(plain, name), (0, 9), value=v)
+        for name, v in padding.items()
+    }
     padded = dataclasses.replace(plain, **wider)
     one, two = gradients(distiller, [plain]), gradients(distiller, [padded])
     for name in one:
@@ -321,12 +395,17 @@ def test_causal_padding_changes_nothing():
             module.p = 0.0
     distiller = make_distiller(student, teacher, CLM_ALPHAS)
     token_ids_BT, lengths_B = make_batch([15, 9])
-    alone = [prepare_clm(0, token_ids_BT[:1], lengths_B[:1]), prepare_clm(1, token_ids_BT[1:, :9], lengths_B[1:])]
+    alone = [
+        prepare_clm(0, token_ids_BT[:1], lengths_B[:1]),
+        prepare_clm(1, token_ids_BT[1:, :9], lengths_B[1:]),
+    ]
     losses = distiller.accumulate(alone, [0, 1], 2)
     together = distiller.accumulate([prepare_clm(0, token_ids_BT, lengths_B)], [0], 1)
     weights = {"ce": [15, 9], "clm": [14, 8], "mse": [15, 9], "cos": [15, 9]}
     for column, name in enumerate(CLM_ALPHAS, start=1):
-        mean = sum(w * x for w, x in zip(weights[name], losses[:, column].tolist(), strict=True)) / sum(weights[name])
+        mean = sum(
+            w * x for w, x in zip(weights[name], losses[:, column].tolist(), strict=True)
+        ) / sum(weights[name])
         assert together[0, column].item() == pytest.approx(mean, rel=1e-9)
 
 
@@ -336,16 +415,23 @@ def test_the_causal_loss_predicts_the_next_token():
         if isinstance(module, torch.nn.Dropout):
             module.p = 0.0
     batch = prepare_clm(0, *make_batch([15, 9]))
-    expected = student(batch.input_ids_BT, labels=batch.labels_BT).loss.item()  # transformers shifts the labels itself
+    expected = student(
+        batch.input_ids_BT, labels=batch.labels_BT
+    ).loss.item()  # transformers shifts the labels itself
     found = make_distiller(student, teacher, {"clm": 1.0}).accumulate([batch], [0], 1)
-    assert found[0].tolist() == pytest.approx([expected, expected], rel=1e-5)  # theirs is in float32
+    assert found[0].tolist() == pytest.approx(
+        [expected, expected], rel=1e-5
+    )  # theirs is in float32
 
 
 def test_causal_labels_are_the_ids_and_no_mask_is_passed():
     token_ids_BT, lengths_B = make_batch([5, 3])
     batch = prepare_clm(0, token_ids_BT, lengths_B)
     assert batch.attention_mask_BT is None
-    assert batch.labels_BT.tolist() == [token_ids_BT[0].tolist(), [*token_ids_BT[1, :3].tolist(), -100, -100]]
+    assert batch.labels_BT.tolist() == [
+        token_ids_BT[0].tolist(),
+        [*token_ids_BT[1, :3].tolist(), -100, -100],
+    ]
     assert batch.rows["next"].tolist() == [0, 1, 2, 3, 5, 6]
 
 
@@ -364,7 +450,9 @@ def test_dropout_depends_on_seed_and_number_alone(tmp_path):
 
 
 def test_a_weight_of_zero_runs_no_teacher(tmp_path):
-    distiller = make_distiller(make_student(tmp_path), make_model("bert", VOCAB), {"ce": 0.0, "mlm": 1.0, "cos": 0.0})
+    distiller = make_distiller(
+        make_student(tmp_path), make_model("bert", VOCAB), {"ce": 0.0, "mlm": 1.0, "cos": 0.0}
+    )
     assert distiller.teacher is None
     assert distiller.accumulate([make_preparation()(0, *make_batch([20]))], [0], 1).shape == (1, 2)
 
@@ -380,43 +468,61 @@ def test_nothing_non_finite_is_applied(what, tmp_path):
     else:
         student.vocab_projector.bias.register_hook(lambda gradient: gradient * float("nan"))
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    with pytest.raises(NonFiniteError, match="gradient norm" if what == "gradient" else "loss_ce .*micro-batch 8"):
+    with pytest.raises(
+        NonFiniteError, match="gradient norm" if what == "gradient" else "loss_ce .*micro-batch 8"
+    ):
         distiller.step([make_preparation()(8, *make_batch([20]))], [8], 1)
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, before[name])
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path):
-    distiller = make_distiller(make_student(tmp_path), make_model("bert", VOCAB), max_grad_norm=0.01)
-    report = distiller.step([make_preparation()(0, *make_batch([20]))], [0], 1, wants_statistics=True)
+    distiller = make_distiller(
+        make_student(tmp_path), make_model("bert", VOCAB), max_grad_norm=0.01
+    )
+    report = distiller.step(
+        [make_preparation()(0, *make_batch([20]))], [0], 1, wants_statistics=True
+    )
     norms = [p.grad.norm() for p in distiller.model.parameters() if p.grad is not None]
     assert report.grad_norm > 0.1
     assert torch.stack(norms).norm().item() == pytest.approx(0.01, rel=1e-3)
     name, (mean, std) = next(iter(report.grad_statistics.items()))
     after = distiller.model.student.get_parameter(name).grad
-    assert std == pytest.approx(after.std().item() * report.grad_norm / 0.01, rel=1e-3), "statistics are from before clipping"
+    assert std == pytest.approx(after.std().item() * report.grad_norm / 0.01, rel=1e-3), (
+        "statistics are from before clipping"
+    )
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_mixed_precision_comes_close_to_float32(dtype, tmp_path):
     teacher = make_model("bert", VOCAB)
     batches = [make_preparation()(g, *make_batch([20, 16], seed=g)) for g in (0, 1)]
-    exact = make_distiller(make_student(tmp_path, dtype=torch.float32), teacher).step(batches, [0, 1], 2)
+    exact = make_distiller(make_student(tmp_path, dtype=torch.float32), teacher).step(
+        batches, [0, 1], 2
+    )
     mixed = make_distiller(make_student(tmp_path, dtype=torch.float32), teacher, amp_dtype=dtype)
     report = mixed.step(batches, [0, 1], 2)
-    for _ in range(6 if dtype == torch.float16 else 0):  # an overflow changes nothing but the scaler's scale, halved each time
+    for _ in range(
+        6 if dtype == torch.float16 else 0
+    ):  # an overflow changes nothing but the scaler's scale, halved each time
         report = report if math.isfinite(report.grad_norm) else mixed.step(batches, [0, 1], 2)
-    torch.testing.assert_close(report.losses_MK, exact.losses_MK, rtol=0.03, atol=0.03)  # 8 bits of mantissa
+    torch.testing.assert_close(
+        report.losses_MK, exact.losses_MK, rtol=0.03, atol=0.03
+    )  # 8 bits of mantissa
     assert report.grad_norm == pytest.approx(exact.grad_norm, rel=0.05)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # What is frozen, what is decayed, and evaluation
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
-    "kind, name", [("gpt2", "transformer.wpe.weight"), ("roberta", "roberta.embeddings.position_embeddings.weight")]
+    "kind, name",
+    [
+        ("gpt2", "transformer.wpe.weight"),
+        ("roberta", "roberta.embeddings.position_embeddings.weight"),
+    ],
 )
 def test_frozen_positions_get_no_gradient(kind, name):
     student = make_model(kind, VOCAB, layers=2)
@@ -432,13 +538,21 @@ def test_frozen_token_types_get_no_gradient():
 
 
 def test_biases_and_layer_norms_are_not_decayed(tmp_path):
-    for student in (make_student(tmp_path), make_model("roberta", VOCAB), make_model("gpt2", VOCAB)):
+    for student in (
+        make_student(tmp_path),
+        make_model("roberta", VOCAB),
+        make_model("gpt2", VOCAB),
+    ):
         decayed, kept = split_for_weight_decay(student, 0.1)
         names = {id(p): name for name, p in student.named_parameters()}
-        decayed_names, kept_names = ({names[id(p)] for p in group["params"]} for group in (decayed, kept))
+        decayed_names, kept_names = (
+            {names[id(p)] for p in group["params"]} for group in (decayed, kept)
+        )
         assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
         is_norm = ("LayerNorm", "layer_norm", "ln_")
-        assert kept_names == {n for n in names.values() if n.endswith("bias") or any(part in n for part in is_norm)}
+        assert kept_names == {
+            n for n in names.values() if n.endswith("bias") or any(part in n for part in is_norm)
+        }
         assert any("embeddings" in n or "wte" in n for n in decayed_names)
         assert len(decayed_names) + len(kept_names) == len(names)
 
@@ -465,6 +579,14 @@ def test_evaluation_of_a_teacher_by_itself():
     batches = [make_preparation()(g, *make_batch([20, 14], seed=g)) for g in (0, 1)]
     found = evaluate(teacher, head, teacher, head, batches)
     assert found["kl"] == pytest.approx(0, abs=1e-6) and found["agreement"] == 1.0
-    loss = [torch.nn.functional.cross_entropy(teacher(b.input_ids_BT, attention_mask=b.attention_mask_BT).logits.flatten(0, 1),
-                                              b.labels_BT.flatten(), reduction="sum") for b in batches]  # fmt: skip
-    assert found["loss"] == pytest.approx(sum(loss).item() / sum(len(b.rows["masked"]) for b in batches), rel=1e-5)
+    loss = [
+        torch.nn.functional.cross_entropy(
+            teacher(b.input_ids_BT, attention_mask=b.attention_mask_BT).logits.flatten(0, 1),
+            b.labels_BT.flatten(),
+            reduction="sum",
+        )
+        for b in batches
+    ]
+    assert found["loss"] == pytest.approx(
+        sum(loss).item() / sum(len(b.rows["masked"]) for b in batches), rel=1e-5
+    )

@@ -1,4 +1,6 @@
-"""Several processes: equal to one, through the real launchers; the README's commands; the launcher's variables."""
+"""Several processes: equal to one, through the real launchers; the README's commands; the
+launcher's variables.
+"""
 
 import re
 import shutil
@@ -26,11 +28,18 @@ def check(done) -> None:
 
 @pytest.fixture(scope="module")
 def world_sizes(world, tmp_path_factory):
-    """What the worker found on 1 rank at accumulation 8, and on 2 ranks at 4; 21 micro-batches: a last update of 5."""
+    """What the worker found on 1 rank at accumulation 8, and on 2 ranks at 4; 21 micro-batches: a
+    last update of 5.
+    """
     folder, found = tmp_path_factory.mktemp("ranks"), {}
     for world_size, accumulation in ((1, 8), (2, 4)):
-        flags = world.flags("bert", folder / "unused", gradient_accumulation_steps=accumulation, batch_size=12,
-                            student_pretrained_weights=world.first_weights("bert"))  # fmt: skip
+        flags = world.flags(
+            "bert",
+            folder / "unused",
+            gradient_accumulation_steps=accumulation,
+            batch_size=12,
+            student_pretrained_weights=world.first_weights("bert"),
+        )
         output = folder / f"found-{world_size}"
         check(run_process(*TORCHRUN, world_size, WORKER, output, *flags))
         found[world_size] = [torch.load(f"{output}.{rank}") for rank in range(world_size)]
@@ -44,7 +53,9 @@ def test_two_ranks_have_the_gradient_of_one(world_sizes):
         for rank in ranks:
             assert set(rank["grads"][number]) == set(grads)
             for name, grad in grads.items():
-                torch.testing.assert_close(rank["grads"][number][name], grad, rtol=1e-9, atol=1e-12)  # float64 sums
+                torch.testing.assert_close(
+                    rank["grads"][number][name], grad, rtol=1e-9, atol=1e-12
+                )  # float64 sums
             assert all(grad.abs().sum() > 0 for grad in grads.values())
 
 
@@ -71,7 +82,12 @@ def trained(world, tmp_path_factory):
 
     def flags(name, accumulation):
         return world.flags(
-            "bert", folder / name, gradient_accumulation_steps=accumulation, batch_size=4, max_steps=3, log_interval=4
+            "bert",
+            folder / name,
+            gradient_accumulation_steps=accumulation,
+            batch_size=4,
+            max_steps=3,
+            log_interval=4,
         )
 
     check(run_process(sys.executable, TRAIN, *flags("alone", 8), WORLD_SIZE="7"))
@@ -82,7 +98,10 @@ def trained(world, tmp_path_factory):
 
 @pytest.mark.parametrize("launcher", ["torchrun", "launch"])
 def test_two_ranks_train_as_one_does(launcher, trained):
-    one, two = (torch.load(trained / name / "pytorch_model.bin", weights_only=True) for name in ("alone", launcher))
+    one, two = (
+        torch.load(trained / name / "pytorch_model.bin", weights_only=True)
+        for name in ("alone", launcher)
+    )
     assert set(one) == set(two)
     for name in one:
         # float32 sums in another order, then Adam, which divides by the gradient's own size
@@ -95,48 +114,77 @@ def test_by_tokens_two_ranks_train_as_one_does(world, tmp_path):
     """One rank at 4, two ranks at 2; the last of three updates has 2 micro-batches, one a rank."""
 
     def flags(name, accumulation):
-        changes = {"loss_normalization": "tokens", "batch_size": 24, "n_epoch": 1, "warmup_prop": 0.0}
-        return world.flags("bert", tmp_path / name, gradient_accumulation_steps=accumulation, **changes)
+        changes = {
+            "loss_normalization": "tokens",
+            "batch_size": 24,
+            "n_epoch": 1,
+            "warmup_prop": 0.0,
+        }
+        return world.flags(
+            "bert", tmp_path / name, gradient_accumulation_steps=accumulation, **changes
+        )
 
     check(run_process(sys.executable, TRAIN, *flags("alone", 4)))
     check(run_process(*TORCHRUN, 2, TRAIN, *flags("two", 2)))
-    one, two = (torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True) for name in ("alone", "two"))
+    one, two = (
+        torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True)
+        for name in ("alone", "two")
+    )
     for name in one:
         # float32 sums in another order, then Adam, which divides by the gradient's own size
         torch.testing.assert_close(one[name], two[name], rtol=0, atol=2e-5)
 
 
 def test_a_rank_without_a_micro_batch_takes_part(world, tmp_path):
-    # 240 sequences in batches of 100: three micro-batches, on two ranks at accumulation 1 a last update with one.
+    # 240 sequences in batches of 100: three micro-batches, on two ranks at accumulation 1 a last
+    # update with one.
     flags = world.flags("gpt2", tmp_path / "run", batch_size=100, gradient_accumulation_steps=1)
     check(run_process(*TORCHRUN, 2, TRAIN, *flags))
     assert (tmp_path / "run" / "model_epoch_0.pth").exists()
 
 
 def test_a_nan_ends_every_rank_and_the_launcher_says_so(world, tmp_path):
-    flags = world.flags("bert", tmp_path / "run", learning_rate=1e3, warmup_prop=0, max_grad_norm=1e30, fp16=True)
+    flags = world.flags(
+        "bert", tmp_path / "run", learning_rate=1e3, warmup_prop=0, max_grad_norm=1e30, fp16=True
+    )
     done = run_process(*TORCHRUN, 2, TRAIN, *flags, timeout_s=120)
-    assert done.returncode != 0 and done.stderr.count("the update was not applied") == 1, done.stderr[-2000:]
+    assert done.returncode != 0 and done.stderr.count("the update was not applied") == 1, (
+        done.stderr[-2000:]
+    )
     assert not (tmp_path / "run" / "pytorch_model.bin").exists()
 
 
 def test_an_address_where_nobody_meets_is_said_in_one_line(world, tmp_path):
-    alone = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "no-such-host.invalid", "MASTER_PORT": "29511"}
-    done = run_process(sys.executable, TRAIN, *world.flags("bert", tmp_path / "run"), timeout_s=120, **alone)
-    assert done.returncode == 2 and "train.py: error: MASTER_ADDR=no-such-host.invalid" in done.stderr
+    alone = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "1",
+        "MASTER_ADDR": "no-such-host.invalid",
+        "MASTER_PORT": "29511",
+    }
+    done = run_process(
+        sys.executable, TRAIN, *world.flags("bert", tmp_path / "run"), timeout_s=120, **alone
+    )
+    assert (
+        done.returncode == 2 and "train.py: error: MASTER_ADDR=no-such-host.invalid" in done.stderr
+    )
     assert not (tmp_path / "run").exists()
 
 
 def test_an_error_of_the_ranks_is_said_once_and_ends_them_all(world, tmp_path):
     flags = world.flags("bert", tmp_path / "run", data_file=world.data("gpt2"))
     done = run_process(*TORCHRUN, 2, TRAIN, *flags, timeout_s=120)
-    assert done.returncode != 0 and done.stderr.count("train.py: error:") == 1 and not (tmp_path / "run").exists()
+    assert (
+        done.returncode != 0
+        and done.stderr.count("train.py: error:") == 1
+        and not (tmp_path / "run").exists()
+    )
     assert "Traceback" not in done.stderr.split("ChildFailedError")[0].split("train.py: error:")[0]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The README's commands
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def readme_commands() -> dict[str, str]:
@@ -148,7 +196,9 @@ def readme_commands() -> dict[str, str]:
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, text_file, teachers) -> Path:
-    """A folder that looks like the checkout, with small stand-ins for text, teachers and configurations."""
+    """A folder that looks like the checkout, with small stand-ins for text, teachers and
+    configurations.
+    """
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("scripts", "train.py"):
         (folder / name).symlink_to(ROOT / name)
@@ -159,7 +209,11 @@ def checkout(tmp_path_factory, text_file, teachers) -> Path:
     documents = text_file.read_text(encoding="utf-8").replace("\n", "\n\n")
     (folder / "data" / "documents" / "a.txt").write_text(documents, encoding="utf-8")
     names = {"bert-base-uncased": "bert", "roberta-base": "roberta", "gpt2": "gpt2"}
-    configs = {"bert": "distilbert-base-uncased", "roberta": "distilroberta-base", "gpt2": "distilgpt2"}
+    configs = {
+        "bert": "distilbert-base-uncased",
+        "roberta": "distilroberta-base",
+        "gpt2": "distilgpt2",
+    }
     for name, kind in names.items():
         shutil.copytree(teachers[kind], folder / name)
         content = student_config_of(kind, vocab_size_of(teachers[kind]))
@@ -170,17 +224,23 @@ def checkout(tmp_path_factory, text_file, teachers) -> Path:
 def run_block(block: str, checkout: Path, teachers, **environment: str) -> None:
     """Run a block of the README by bash as printed, sizes, addresses and processes substituted."""
     substitutes = {
-        "30522": str(vocab_size_of(teachers["bert"])), "50265": str(vocab_size_of(teachers["roberta"])),
-        "N_GPU_NODE=4": "N_GPU_NODE=2", "WORLD_SIZE=4": "WORLD_SIZE=2", "<AN_OPEN_PORT>": str(open_port()),
-        "<I.P.>": "127.0.0.1", "--nproc_per_node=4": "--nproc_per_node=2",
-    }  # fmt: skip
+        "30522": str(vocab_size_of(teachers["bert"])),
+        "50265": str(vocab_size_of(teachers["roberta"])),
+        "N_GPU_NODE=4": "N_GPU_NODE=2",
+        "WORLD_SIZE=4": "WORLD_SIZE=2",
+        "<AN_OPEN_PORT>": str(open_port()),
+        "<I.P.>": "127.0.0.1",
+        "--nproc_per_node=4": "--nproc_per_node=2",
+    }
     for printed, substitute in substitutes.items():
         block = block.replace(printed, substitute)
     path = f"{Path(sys.executable).parent}:/usr/local/bin:/usr/bin:/bin"
     check(run_process("bash", "-euc", block, cwd=checkout, PATH=path, **environment))
 
 
-@pytest.mark.parametrize("kind", ["DistilBERT", "resume", "initialization", "DistilRoBERTa", "DistilGPT2", "corpus"])
+@pytest.mark.parametrize(
+    "kind", ["DistilBERT", "resume", "initialization", "DistilRoBERTa", "DistilGPT2", "corpus"]
+)
 def test_the_readmes_workflow_runs_as_printed(kind, checkout, teachers):
     block = readme_commands()[kind]
     needs_data = kind in ("initialization", "resume") and not (checkout / BERT_DATA).exists()
@@ -210,43 +270,70 @@ def test_the_readmes_commands_are_those_of_2019():
 
 BERT_DATA = "data/binarized_text.bert-base-uncased.pickle"
 COMMANDS_OF_2019 = [
-    """python scripts/binarized_data.py --file_path data/dump.txt --tokenizer_type bert --tokenizer_name bert-base-uncased
-       --dump_file data/binarized_text""",
+    """python scripts/binarized_data.py --file_path data/dump.txt --tokenizer_type bert
+       --tokenizer_name bert-base-uncased --dump_file data/binarized_text""",
     """python scripts/token_counts.py --data_file data/binarized_text.bert-base-uncased.pickle
        --token_counts_dump data/token_counts.bert-base-uncased.pickle --vocab_size 30522""",
-    """python train.py --student_type distilbert --student_config training_configs/distilbert-base-uncased.json
-       --teacher_type bert --teacher_name bert-base-uncased --alpha_ce 5.0 --alpha_mlm 2.0 --alpha_cos 1.0 --alpha_clm 0.0
-       --mlm --freeze_pos_embs --dump_path serialization_dir/my_first_training
-       --data_file data/binarized_text.bert-base-uncased.pickle
-       --token_counts data/token_counts.bert-base-uncased.pickle --force""",
-    """export NODE_RANK=0 export N_NODES=1 export N_GPU_NODE=4 export WORLD_SIZE=4 export MASTER_PORT=<AN_OPEN_PORT>
-       export MASTER_ADDR=<I.P.> python -m torch.distributed.launch --nproc_per_node=$N_GPU_NODE --nnodes=$N_NODES
-       --node_rank $NODE_RANK --master_addr $MASTER_ADDR --master_port $MASTER_PORT train.py --force --n_gpu $WORLD_SIZE
-       --student_type distilbert --student_config training_configs/distilbert-base-uncased.json --teacher_type bert
-       --teacher_name bert-base-uncased --alpha_ce 0.33 --alpha_mlm 0.33 --alpha_cos 0.33 --alpha_clm 0.0 --mlm
-       --freeze_pos_embs --dump_path serialization_dir/my_first_training
-       --data_file data/binarized_text.bert-base-uncased.pickle
-       --token_counts data/token_counts.bert-base-uncased.pickle""",
+    """python train.py --student_type distilbert --student_config
+       training_configs/distilbert-base-uncased.json --teacher_type bert --teacher_name
+       bert-base-uncased --alpha_ce 5.0 --alpha_mlm 2.0 --alpha_cos 1.0 --alpha_clm 0.0 --mlm
+       --freeze_pos_embs --dump_path serialization_dir/my_first_training --data_file
+       data/binarized_text.bert-base-uncased.pickle --token_counts
+       data/token_counts.bert-base-uncased.pickle --force""",
+    """export NODE_RANK=0 export N_NODES=1 export N_GPU_NODE=4 export WORLD_SIZE=4 export
+       MASTER_PORT=<AN_OPEN_PORT> export MASTER_ADDR=<I.P.> python -m torch.distributed.launch
+       --nproc_per_node=$N_GPU_NODE --nnodes=$N_NODES --node_rank $NODE_RANK --master_addr
+       $MASTER_ADDR --master_port $MASTER_PORT train.py --force --n_gpu $WORLD_SIZE --student_type
+       distilbert --student_config training_configs/distilbert-base-uncased.json --teacher_type
+       bert --teacher_name bert-base-uncased --alpha_ce 0.33 --alpha_mlm 0.33 --alpha_cos 0.33
+       --alpha_clm 0.0 --mlm --freeze_pos_embs --dump_path serialization_dir/my_first_training
+       --data_file data/binarized_text.bert-base-uncased.pickle --token_counts
+       data/token_counts.bert-base-uncased.pickle""",
 ]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The launcher's variables
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-GOOD = {"RANK": "1", "LOCAL_RANK": "1", "WORLD_SIZE": "4", "LOCAL_WORLD_SIZE": "4", "MASTER_ADDR": "localhost",
-        "MASTER_PORT": "29500"}  # fmt: skip
+GOOD = {
+    "RANK": "1",
+    "LOCAL_RANK": "1",
+    "WORLD_SIZE": "4",
+    "LOCAL_WORLD_SIZE": "4",
+    "MASTER_ADDR": "localhost",
+    "MASTER_PORT": "29500",
+}
 
 
 def test_a_process_is_one_of_several_only_with_rank_and_local_rank():
-    assert read_launcher({"WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1", "N_NODES": "1"}, -1) is None
+    assert (
+        read_launcher(
+            {"WORLD_SIZE": "4", "MASTER_ADDR": "x", "MASTER_PORT": "1", "N_NODES": "1"}, -1
+        )
+        is None
+    )
     assert read_launcher(GOOD, -1) == (1, 4, 1, 4)
     readme = {"N_GPU_NODE": "4", "N_NODES": "1", "NODE_RANK": "0"}
     assert read_launcher(GOOD | readme, 1) == (1, 4, 1, 4)
     assert read_launcher(GOOD | {"RANK": ""}, -1) is None
-    by_hand = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "4", "N_NODES": "1", "MASTER_ADDR": "x", "MASTER_PORT": "1"}
+    by_hand = {
+        "RANK": "0",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "4",
+        "N_NODES": "1",
+        "MASTER_ADDR": "x",
+        "MASTER_PORT": "1",
+    }
     assert read_launcher(by_hand, -1) == (0, 4, 0, 4)
-    uneven = {"RANK": "4", "LOCAL_RANK": "0", "WORLD_SIZE": "6", "LOCAL_WORLD_SIZE": "2", "GROUP_RANK": "1", "NODE_RANK": "1"}
+    uneven = {
+        "RANK": "4",
+        "LOCAL_RANK": "0",
+        "WORLD_SIZE": "6",
+        "LOCAL_WORLD_SIZE": "2",
+        "GROUP_RANK": "1",
+        "NODE_RANK": "1",
+    }
     assert read_launcher(GOOD | uneven, -1) == (4, 6, 0, 2)
     second = {"RANK": "5", "WORLD_SIZE": "8", "N_GPU_NODE": "4", "N_NODES": "2", "NODE_RANK": "1"}
     assert read_launcher(GOOD | second, 1) == (5, 8, 1, 4)
@@ -268,7 +355,11 @@ def test_a_process_is_one_of_several_only_with_rank_and_local_rank():
         ({"NODE_RANK": "1"}, -1, "NODE_RANK=1 contradicts RANK=1"),
         ({"WORLD_SIZE": "0"}, -1, "WORLD_SIZE=0: at least 1"),
         ({"MASTER_PORT": "99999"}, -1, "MASTER_PORT=99999: expected 1 to 65535"),
-        ({"GROUP_RANK": "1", "NODE_RANK": "0"}, -1, "NODE_RANK=0 contradicts RANK=1, which runs on machine 1"),
+        (
+            {"GROUP_RANK": "1", "NODE_RANK": "0"},
+            -1,
+            "NODE_RANK=0 contradicts RANK=1, which runs on machine 1",
+        ),
     ],
 )
 def test_variables_missing_or_contradicting_each_other_are_named(changes, flag, expected):
@@ -279,11 +370,21 @@ def test_variables_missing_or_contradicting_each_other_are_named(changes, flag, 
 
 @pytest.mark.parametrize(
     "n_gpu, world_size, gpus_here, expected",
-    [(1, 1, 0, "cpu"), (4, 4, 0, "cpu"), (0, 1, 8, "cpu"), (0, 2, 8, "cpu"), (1, 1, 8, "cuda:0"), (4, 4, 4, "cuda:0"),
-     (1, 4, 4, "cuda:0")],
-)  # fmt: skip
+    [
+        (1, 1, 0, "cpu"),
+        (4, 4, 0, "cpu"),
+        (0, 1, 8, "cpu"),
+        (0, 2, 8, "cpu"),
+        (1, 1, 8, "cuda:0"),
+        (4, 4, 4, "cuda:0"),
+        (1, 4, 4, "cuda:0"),
+    ],
+)
 def test_the_device_follows_from_what_is_there(n_gpu, world_size, gpus_here, expected):
-    assert str(choose_device(n_gpu, world_size, 0, world_size, gpus_here, is_launched=world_size > 1)) == expected
+    assert (
+        str(choose_device(n_gpu, world_size, 0, world_size, gpus_here, is_launched=world_size > 1))
+        == expected
+    )
 
 
 @pytest.mark.parametrize("n_gpu, world_size, gpus_here", [(4, 4, 2), (4, 2, 8), (2, 1, 8)])

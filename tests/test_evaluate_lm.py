@@ -1,4 +1,6 @@
-"""Held-out figures: against slow loops, by the program, and on the way of a run, which they must not touch."""
+"""Held-out figures: against slow loops, by the program, and on the way of a run, which they must
+not touch.
+"""
 
 import copy
 import dataclasses
@@ -27,7 +29,16 @@ import evaluate_lm
 import evaluation
 import train
 from architectures import ARCHITECTURES, load_tokenizer, special_ids
-from evaluation import FixedMasks, Reader, figures_of, measure, next_tokens, passes_over, plan_batches, reader_of
+from evaluation import (
+    FixedMasks,
+    Reader,
+    figures_of,
+    measure,
+    next_tokens,
+    passes_over,
+    plan_batches,
+    reader_of,
+)
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds
 from losses import rows_per_chunk
 
@@ -42,8 +53,18 @@ def held_out(teachers, tmp_path_factory) -> dict[str, str]:
     text.write_text("\n".join(make_lines(14, seed=9)) + "\n", encoding="utf-8")
     files = {"text": str(text)}
     for kind, teacher in teachers.items():
-        binarized_data.main(["--file_path", str(text), "--tokenizer_type", kind, "--tokenizer_name", str(teacher),
-                             "--dump_file", str(folder / "held_out")])  # fmt: skip
+        binarized_data.main(
+            [
+                "--file_path",
+                str(text),
+                "--tokenizer_type",
+                kind,
+                "--tokenizer_name",
+                str(teacher),
+                "--dump_file",
+                str(folder / "held_out"),
+            ]
+        )
         files[kind] = str(folder / f"held_out.tiny-{kind}.pickle")
     return files
 
@@ -58,23 +79,39 @@ def disturbed(model):
 
 
 class Setting:
-    """A model, its teacher, tokenizer and held-out sequences, loaded without the program under test."""
+    """A model, its teacher, tokenizer and held-out sequences, loaded without the program under
+    test.
+    """
 
     def __init__(self, kind: str, teachers, held_out):
         self.tokenizer = load_tokenizer(kind, str(teachers[kind]), "")
-        auto = transformers.AutoModelForMaskedLM if ARCHITECTURES[kind].is_masked else transformers.AutoModelForCausalLM
+        auto = (
+            transformers.AutoModelForMaskedLM
+            if ARCHITECTURES[kind].is_masked
+            else transformers.AutoModelForCausalLM
+        )
         self.teacher = auto.from_pretrained(teachers[kind]).eval()
         self.student = disturbed(self.teacher)
         special = SpecialIds(**special_ids(kind, self.tokenizer))
-        self.dataset = LmSeqsDataset.from_file(held_out[kind], special, 64, vocab_size_of(teachers[kind]), kind)
+        self.dataset = LmSeqsDataset.from_file(
+            held_out[kind], special, 64, vocab_size_of(teachers[kind]), kind
+        )
         masked = ARCHITECTURES[kind].is_masked
-        self.passes = FixedMasks(self.tokenizer.mask_token_id, self.tokenizer.all_special_ids) if masked else next_tokens
+        self.passes = (
+            FixedMasks(self.tokenizer.mask_token_id, self.tokenizer.all_special_ids)
+            if masked
+            else next_tokens
+        )
 
     def batches(self, **options):
-        return passes_over(self.dataset.collate, plan_batches(self.dataset.lengths, **options), self.passes)
+        return passes_over(
+            self.dataset.collate, plan_batches(self.dataset.lengths, **options), self.passes
+        )
 
     def figures(self, **options) -> dict[str, float]:
-        return figures_of(measure(reader_of(self.student), reader_of(self.teacher), self.batches(**options)), True)
+        return figures_of(
+            measure(reader_of(self.student), reader_of(self.teacher), self.batches(**options)), True
+        )
 
 
 @pytest.fixture
@@ -83,7 +120,9 @@ def setting(request, teachers, held_out) -> Setting:
 
 
 def questions_one_by_one(setting: Setting, kind: str):
-    """Yield (input ids, positions read, ids expected there), one unpadded sequence and pass at a time."""
+    """Yield (input ids, positions read, ids expected there), one unpadded sequence and pass at a
+    time.
+    """
     special = set(setting.tokenizer.all_special_ids)
     for number in range(len(setting.dataset)):
         ids = setting.dataset[number].tolist()
@@ -92,16 +131,28 @@ def questions_one_by_one(setting: Setting, kind: str):
             continue
         for turn in range(7):
             places = [place for place in range(turn, len(ids), 7) if ids[place] not in special]
-            masked = [setting.tokenizer.mask_token_id if place in places else id for place, id in enumerate(ids)]
+            masked = [
+                setting.tokenizer.mask_token_id if place in places else id
+                for place, id in enumerate(ids)
+            ]
             yield masked, places, [ids[place] for place in places]
 
 
 def slow_figures(setting: Setting, kind: str) -> dict[str, float]:
     """Do the same by definition: float64, one position at a time."""
-    sums, num = dict.fromkeys(("loss", "accuracy", "kl", "agreement", "cosine", "teacher_loss", "teacher_accuracy"), 0.0), 0
+    sums, num = (
+        dict.fromkeys(
+            ("loss", "accuracy", "kl", "agreement", "cosine", "teacher_loss", "teacher_accuracy"),
+            0.0,
+        ),
+        0,
+    )
     with torch.no_grad():
         for ids, places, labels in questions_one_by_one(setting, kind):
-            both = [model(torch.tensor([ids]), output_hidden_states=True) for model in (setting.student, setting.teacher)]
+            both = [
+                model(torch.tensor([ids]), output_hidden_states=True)
+                for model in (setting.student, setting.teacher)
+            ]
             for place, label in zip(places, labels, strict=True):
                 s, t = (found.logits[0, place].log_softmax(-1) for found in both)
                 h, g = (found.hidden_states[-1][0, place] for found in both)
@@ -114,7 +165,10 @@ def slow_figures(setting: Setting, kind: str) -> dict[str, float]:
                 sums["cosine"] += (h @ g / (h.norm() * g.norm())).item()
                 num += 1
     means = {name: value / num for name, value in sums.items()}
-    return means | {"perplexity": math.exp(means["loss"]), "teacher_perplexity": math.exp(means["teacher_loss"])}
+    return means | {
+        "perplexity": math.exp(means["loss"]),
+        "teacher_perplexity": math.exp(means["teacher_loss"]),
+    }
 
 
 @pytest.mark.parametrize("setting, kind", [(kind, kind) for kind in KINDS], indirect=["setting"])
@@ -123,24 +177,37 @@ def test_every_figure_equals_a_slow_loop(setting, kind):
     setting.teacher.double()
     found, expected = setting.figures(), slow_figures(setting, kind)
     assert found == pytest.approx(expected, rel=1e-9) and set(found) == set(expected)
-    assert 0.05 < found["agreement"] < 0.95 and found["kl"] > 0.01, "the two models differ, and not wholly"
+    assert 0.05 < found["agreement"] < 0.95 and found["kl"] > 0.01, (
+        "the two models differ, and not wholly"
+    )
 
 
 def test_every_token_is_asked_for_once_and_no_special_one():
     token_ids_BT = torch.tensor([[1, 9, 8, 7, 9, 9, 3, 8, 7, 2], [1, 5, 6, 2, 0, 0, 0, 0, 0, 0]])
     passes = list(FixedMasks(4, [0, 1, 2, 3, 4], every=3)(0, token_ids_BT, torch.tensor([10, 4])))
     asked = [batch.labels_BT[batch.labels_BT != -100].tolist() for batch in passes]
-    assert asked == [[7], [9, 9, 8, 5], [8, 9, 7, 6]] and [len(batch.labels_BT) for batch in passes] == [1, 2, 2]
+    assert asked == [[7], [9, 9, 8, 5], [8, 9, 7, 6]] and [
+        len(batch.labels_BT) for batch in passes
+    ] == [1, 2, 2]
     for batch in passes:
         masked_BT = batch.labels_BT != -100
-        assert (batch.input_ids_BT[masked_BT] == 4).all() and (batch.input_ids_BT != 4)[~masked_BT].all()
+        assert (batch.input_ids_BT[masked_BT] == 4).all() and (batch.input_ids_BT != 4)[
+            ~masked_BT
+        ].all()
         assert batch.rows["masked"].tolist() == masked_BT.flatten().nonzero()[:, 0].tolist()
-        assert batch.num_tokens == batch.attention_mask_BT.sum() and not masked_BT[batch.attention_mask_BT == 0].any()
+        assert (
+            batch.num_tokens == batch.attention_mask_BT.sum()
+            and not masked_BT[batch.attention_mask_BT == 0].any()
+        )
 
 
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 def test_every_sequence_is_in_one_batch_of_one_rank(world_size):
-    lengths = torch.randint(12, 60, (101,), generator=torch.Generator().manual_seed(3)).numpy().astype("int32")
+    lengths = (
+        torch.randint(12, 60, (101,), generator=torch.Generator().manual_seed(3))
+        .numpy()
+        .astype("int32")
+    )
     batches = plan_batches(lengths, max_tokens=200)
     assert all(len(batch) == 1 or len(batch) * lengths[batch].max() <= 200 for batch in batches)
 
@@ -163,9 +230,14 @@ def test_sums_of_ranks_add_up(teachers, held_out):
     setting = Setting("bert", teachers, held_out)
     batches = plan_batches(setting.dataset.lengths, max_tokens=300)
     readers = reader_of(setting.student), reader_of(setting.teacher)
-    shares = [measure(*readers, passes_over(setting.dataset.collate, batches, setting.passes, rank, 2)) for rank in (0, 1)]
+    shares = [
+        measure(*readers, passes_over(setting.dataset.collate, batches, setting.passes, rank, 2))
+        for rank in (0, 1)
+    ]
     assert all(share[0] > 0 for share in shares)
-    assert figures_of(sum(shares), True) == pytest.approx(setting.figures(max_tokens=300), rel=1e-12)
+    assert figures_of(sum(shares), True) == pytest.approx(
+        setting.figures(max_tokens=300), rel=1e-12
+    )
 
 
 def test_logits_are_made_a_chunk_at_a_time(teachers, held_out):
@@ -177,7 +249,9 @@ def test_logits_are_made_a_chunk_at_a_time(teachers, held_out):
         return plain.head(hidden_ND)
 
     measure(Reader(setting.student, head), None, setting.batches())
-    assert max(sizes) == rows_per_chunk("cpu") and sum(sizes) == int((setting.dataset.lengths - 1).sum())
+    assert max(sizes) == rows_per_chunk("cpu") and sum(sizes) == int(
+        (setting.dataset.lengths - 1).sum()
+    )
 
 
 def test_measuring_leaves_mode_randomness_and_gradients_alone(teachers, held_out):
@@ -187,7 +261,9 @@ def test_measuring_leaves_mode_randomness_and_gradients_alone(teachers, held_out
     sums = [measure(reader_of(setting.student), None, setting.batches()) for _ in range(2)]
     assert setting.student.training and all(module.training for module in setting.student.modules())
     assert torch.equal(sums[0], sums[1]), "no dropout"
-    assert torch.equal(torch.get_rng_state(), before) and all(p.grad is None for p in setting.student.parameters())
+    assert torch.equal(torch.get_rng_state(), before) and all(
+        p.grad is None for p in setting.student.parameters()
+    )
 
 
 def test_models_of_another_width_have_no_cosine(teachers, held_out):
@@ -201,7 +277,9 @@ def test_models_of_another_width_have_no_cosine(teachers, held_out):
 def test_figures_of_nothing_are_not_a_number_and_perplexity_is_bounded():
     nothing = torch.zeros(len(evaluation.SUMS), dtype=torch.float64)
     assert all(math.isnan(value) for value in figures_of(nothing, True).values())
-    assert evaluation.perplexity(1e6) == math.exp(100) and math.isnan(evaluation.perplexity(math.nan))
+    assert evaluation.perplexity(1e6) == math.exp(100) and math.isnan(
+        evaluation.perplexity(math.nan)
+    )
 
 
 def test_on_sequences_of_one_length_gpt2s_perplexity_is_that_of_its_own_loss(teachers):
@@ -213,9 +291,9 @@ def test_on_sequences_of_one_length_gpt2s_perplexity_is_that_of_its_own_loss(tea
     assert figures_of(sums_S, False)["perplexity"] == pytest.approx(math.exp(loss), rel=1e-5)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def scores_of(output: Path, *flags: object) -> dict:
@@ -226,10 +304,19 @@ def scores_of(output: Path, *flags: object) -> dict:
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_teacher_is_its_own_perfect_student(kind, teachers, held_out, tmp_path, capsys):
     found = scores_of(
-        tmp_path / "s.json", "--model", teachers[kind], "--teacher", teachers[kind], "--data_file", held_out[kind]
+        tmp_path / "s.json",
+        "--model",
+        teachers[kind],
+        "--teacher",
+        teachers[kind],
+        "--data_file",
+        held_out[kind],
     )
     score = found["score"]
-    assert found["task"] == ("causal lm" if kind == "gpt2" else "masked lm") and found["model_name"] == f"tiny-{kind}"
+    assert (
+        found["task"] == ("causal lm" if kind == "gpt2" else "masked lm")
+        and found["model_name"] == f"tiny-{kind}"
+    )
     for prefix in [""] if kind == "gpt2" else ["", "drawn_"]:
         assert score[f"{prefix}kl"] == 0 and score[f"{prefix}agreement"] == 100
         assert score[f"{prefix}cosine"] == pytest.approx(1)
@@ -243,8 +330,12 @@ def test_text_and_its_token_file_give_the_same_figures(setting, kind, teachers, 
     flags = "--model", teachers[kind], "--teacher", setting_folder(setting, tmp_path)
     by_ids = scores_of(tmp_path / "ids.json", *flags, "--data_file", held_out[kind])
     by_text = scores_of(tmp_path / "text.json", *flags, "--text_file", held_out["text"])
-    names = [name for name in by_ids["score"] if not name.startswith("drawn_")]  # another order has other masks
-    assert {n: by_ids["score"][n] for n in names} == pytest.approx({n: by_text["score"][n] for n in names}, rel=1e-5)
+    names = [
+        name for name in by_ids["score"] if not name.startswith("drawn_")
+    ]  # another order has other masks
+    assert {n: by_ids["score"][n] for n in names} == pytest.approx(
+        {n: by_text["score"][n] for n in names}, rel=1e-5
+    )
     assert by_ids["runs"][0]["num_examples"] == by_text["runs"][0]["num_examples"]
     swapped = {name: setting.figures()[name] for name in ("loss", "teacher_loss")}
     assert by_ids["score"]["teacher_loss"] == pytest.approx(swapped["loss"], rel=1e-5)
@@ -260,49 +351,96 @@ def setting_folder(setting: Setting, tmp_path: Path) -> Path:
 
 # Models of families without a row: the vocabulary is one of the stand-ins'.
 OTHERS = {
-    "llama": "gpt2", "gpt_neox": "gpt2", "opt": "gpt2", "modernbert": "bert", "camembert": "roberta",
-}  # fmt: skip
+    "llama": "gpt2",
+    "gpt_neox": "gpt2",
+    "opt": "gpt2",
+    "modernbert": "bert",
+    "camembert": "roberta",
+}
 
 
 @pytest.mark.parametrize("family", OTHERS)
-def test_a_model_of_any_family_is_measured_as_a_slow_loop_does(family, teachers, held_out, tmp_path):
+def test_a_model_of_any_family_is_measured_as_a_slow_loop_does(
+    family, teachers, held_out, tmp_path
+):
     is_masked = OTHERS[family] != "gpt2"
     folder = make_teacher(tmp_path / family, family, is_masked, teachers)
-    auto_class = transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
-    model, tokenizer = auto_class.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
+    auto_class = (
+        transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
+    )
+    model, tokenizer = (
+        auto_class.from_pretrained(folder),
+        transformers.AutoTokenizer.from_pretrained(folder),
+    )
     disturbed(model).save_pretrained(tmp_path / "student")
     tokenizer.save_pretrained(tmp_path / "student")
-    lines = [" ".join(line.split()[: 5 + number]) for number, line in enumerate(make_lines(9, seed=9))]
+    lines = [
+        " ".join(line.split()[: 5 + number]) for number, line in enumerate(make_lines(9, seed=9))
+    ]
     (tmp_path / "text.txt").write_text("\n".join(lines))
-    files = "--model", tmp_path / "student", "--teacher", folder, "--text_file", tmp_path / "text.txt"
+    files = (
+        "--model",
+        tmp_path / "student",
+        "--teacher",
+        folder,
+        "--text_file",
+        tmp_path / "text.txt",
+    )
     found = scores_of(tmp_path / "s.json", *files)
     assert found["task"] == ("masked lm" if is_masked else "causal lm")
-    setting = SimpleNamespace(tokenizer=tokenizer, student=auto_class.from_pretrained(tmp_path / "student").double(),
-                              teacher=model.double(), dataset=sequences_by_hand(tokenizer, lines))  # fmt: skip
+    setting = SimpleNamespace(
+        tokenizer=tokenizer,
+        student=auto_class.from_pretrained(tmp_path / "student").double(),
+        teacher=model.double(),
+        dataset=sequences_by_hand(tokenizer, lines),
+    )
     assert len({len(sequence) for sequence in setting.dataset}) > 3, "some are padded"
     expected = slow_figures(setting, "masked" if is_masked else "gpt2")
-    expected |= {name: 100 * value for name, value in expected.items() if name in ("accuracy", "agreement")}
+    expected |= {
+        name: 100 * value for name, value in expected.items() if name in ("accuracy", "agreement")
+    }
     expected["teacher_accuracy"] *= 100
-    assert {name: found["score"][name] for name in expected} == pytest.approx(expected, rel=1e-4)  # float32 against float64
+    assert {name: found["score"][name] for name in expected} == pytest.approx(
+        expected, rel=1e-4
+    )  # float32 against float64
 
 
 def sequences_by_hand(tokenizer, lines: list[str]) -> list[torch.Tensor]:
-    """Put the boundary tokens that a tokenizer has around lines; leave those of 11 ids or fewer out."""
-    start = [token for token in (tokenizer.cls_token_id, tokenizer.bos_token_id) if token is not None][:1]
-    end = [token for token in (tokenizer.sep_token_id, tokenizer.eos_token_id) if token is not None][:1]
-    found = [[*start, *tokenizer(line, add_special_tokens=False)["input_ids"], *end] for line in lines]
+    """Put the boundary tokens that a tokenizer has around lines; leave those of 11 ids or fewer
+    out.
+    """
+    start = [
+        token for token in (tokenizer.cls_token_id, tokenizer.bos_token_id) if token is not None
+    ][:1]
+    end = [
+        token for token in (tokenizer.sep_token_id, tokenizer.eos_token_id) if token is not None
+    ][:1]
+    found = [
+        [*start, *tokenizer(line, add_special_tokens=False)["input_ids"], *end] for line in lines
+    ]
     return [torch.tensor(ids) for ids in found if 11 < len(ids) <= 64]
 
 
 @pytest.mark.parametrize("setting", ["bert"], indirect=True)
-def test_pseudo_perplexity_equals_a_loop_that_masks_one_token_at_a_time(setting, teachers, held_out, tmp_path):
-    found = scores_of(tmp_path / "s.json", "--model", teachers["bert"], "--data_file", held_out["bert"],
-                      "--pseudo_perplexity", 3)["score"]  # fmt: skip
+def test_pseudo_perplexity_equals_a_loop_that_masks_one_token_at_a_time(
+    setting, teachers, held_out, tmp_path
+):
+    found = scores_of(
+        tmp_path / "s.json",
+        "--model",
+        teachers["bert"],
+        "--data_file",
+        held_out["bert"],
+        "--pseudo_perplexity",
+        3,
+    )["score"]
     total, num, last = 0.0, 0, len(setting.dataset) - 1
     model = setting.teacher.double()
     for number in (0, round(last / 2), last):
         ids = setting.dataset[number]
-        for place in [p for p in range(len(ids)) if ids[p] not in setting.tokenizer.all_special_ids]:
+        for place in [
+            p for p in range(len(ids)) if ids[p] not in setting.tokenizer.all_special_ids
+        ]:
             masked = ids.clone() if torch.is_tensor(ids) else torch.from_numpy(ids.copy())
             masked[place] = setting.tokenizer.mask_token_id
             with torch.no_grad():
@@ -324,35 +462,114 @@ def test_masks_are_drawn_by_seed_and_by_rarity_with_counts(world, teachers, held
 
 
 BAD = {
-    "no text": (["--model", "{bert}"], ["--data_file, --text_file: neither is given, expected one of them"]),
-    "two texts": (["--model", "{bert}", "--data_file", "{ids}", "--text_file", "{text}"], ["expected one of them"]),
-    "numbers": (["--model", "{bert}", "--data_file", "{ids}", "--mask_every", "1", "--pseudo_perplexity", "0",
-                 "--max_length", "11", "--mlm_mask_prop", "nan"],
-                ["--max_length 11: expected 12", "--mask_every 1: expected 2", "--mlm_mask_prop nan: expected",
-                 "--pseudo_perplexity 0: expected 1"]),
-    "no file": (["--model", "{bert}", "--data_file", "nowhere", "--token_counts", "nowhere"],
-                ["--data_file nowhere: no such file", "--token_counts nowhere: no such file"]),
-    "another vocabulary": (["--model", "{bert}", "--data_file", "{other}"], ["--data_file {other}: "]),
-    "empty after cleaning": (["--model", "{bert}", "--data_file", "{short}"], ["none of its 2 sequences is left"]),
-    "short lines": (["--model", "{bert}", "--text_file", "{lines}"], ["--text_file {lines}: none of its lines is left"]),
+    "no text": (
+        ["--model", "{bert}"],
+        ["--data_file, --text_file: neither is given, expected one of them"],
+    ),
+    "two texts": (
+        ["--model", "{bert}", "--data_file", "{ids}", "--text_file", "{text}"],
+        ["expected one of them"],
+    ),
+    "numbers": (
+        [
+            "--model",
+            "{bert}",
+            "--data_file",
+            "{ids}",
+            "--mask_every",
+            "1",
+            "--pseudo_perplexity",
+            "0",
+            "--max_length",
+            "11",
+            "--mlm_mask_prop",
+            "nan",
+        ],
+        [
+            "--max_length 11: expected 12",
+            "--mask_every 1: expected 2",
+            "--mlm_mask_prop nan: expected",
+            "--pseudo_perplexity 0: expected 1",
+        ],
+    ),
+    "no file": (
+        ["--model", "{bert}", "--data_file", "nowhere", "--token_counts", "nowhere"],
+        ["--data_file nowhere: no such file", "--token_counts nowhere: no such file"],
+    ),
+    "another vocabulary": (
+        ["--model", "{bert}", "--data_file", "{other}"],
+        ["--data_file {other}: "],
+    ),
+    "empty after cleaning": (
+        ["--model", "{bert}", "--data_file", "{short}"],
+        ["none of its 2 sequences is left"],
+    ),
+    "short lines": (
+        ["--model", "{bert}", "--text_file", "{lines}"],
+        ["--text_file {lines}: none of its lines is left"],
+    ),
     "blank lines": (["--model", "{bert}", "--text_file", "{blank}"], ["has blank lines only"]),
-    "no UTF-8": (["--model", "{bert}", "--text_file", "{latin}"], ["{latin}:2: byte 3 of the line is not UTF-8"]),
-    "teacher's vocabulary": (["--model", "{bert}", "--teacher", "{cased}", "--data_file", "{ids}"], ["different tokenizers"]),
-    "mixed kinds": (["--model", "{bert}", "--teacher", "{gpt2}", "--data_file", "{ids}"],
-                    ["--teacher {gpt2}: is a causal model, --model {bert} a masked one; compare with a masked model"]),
-    "no masks": (["--model", "{gpt2}", "--data_file", "{ids}", "--pseudo_perplexity", "2", "--token_counts", "{ids}"],
-                 ["--pseudo_perplexity: is for masked models", "--token_counts: is for masked models"]),
-    "no language model": (["--model", "{t5}", "--data_file", "{ids}", "--teacher", "{bart}"],
-                          ["--model {t5}: is a t5 model; expected a masked or causal language model",
-                           "--teacher {bart}: bart is an encoder-decoder"]),
-    "no mask token": (["--model", "{maskless}", "--data_file", "{ids}"], ["its tokenizer has no mask_token"]),
-    "sees what comes": (["--model", "{seeing}", "--data_file", "{ids}"], ["it sees the tokens that come, so it is no causal"]),
-    "remote code": (["--model", "{remote}", "--data_file", "{ids}"], ["pass --trust_remote_code where you trust"]),
-    "no model": (["--model", "{empty}", "--data_file", "{ids}"], ["--model {empty}: holds no readable config.json"]),
-    "over the text": (["--model", "{bert}", "--text_file", "{text}", "--output", "{text}"], ["would overwrite {text}"]),
-    "over the model": (["--model", "{bert}", "--text_file", "{text}", "--output", "{bert}/config.json"], ["would overwrite"]),
+    "no UTF-8": (
+        ["--model", "{bert}", "--text_file", "{latin}"],
+        ["{latin}:2: byte 3 of the line is not UTF-8"],
+    ),
+    "teacher's vocabulary": (
+        ["--model", "{bert}", "--teacher", "{cased}", "--data_file", "{ids}"],
+        ["different tokenizers"],
+    ),
+    "mixed kinds": (
+        ["--model", "{bert}", "--teacher", "{gpt2}", "--data_file", "{ids}"],
+        [
+            "--teacher {gpt2}: is a causal model, --model {bert} a masked one; compare with a"
+            " masked model"
+        ],
+    ),
+    "no masks": (
+        [
+            "--model",
+            "{gpt2}",
+            "--data_file",
+            "{ids}",
+            "--pseudo_perplexity",
+            "2",
+            "--token_counts",
+            "{ids}",
+        ],
+        ["--pseudo_perplexity: is for masked models", "--token_counts: is for masked models"],
+    ),
+    "no language model": (
+        ["--model", "{t5}", "--data_file", "{ids}", "--teacher", "{bart}"],
+        [
+            "--model {t5}: is a t5 model; expected a masked or causal language model",
+            "--teacher {bart}: bart is an encoder-decoder",
+        ],
+    ),
+    "no mask token": (
+        ["--model", "{maskless}", "--data_file", "{ids}"],
+        ["its tokenizer has no mask_token"],
+    ),
+    "sees what comes": (
+        ["--model", "{seeing}", "--data_file", "{ids}"],
+        ["it sees the tokens that come, so it is no causal"],
+    ),
+    "remote code": (
+        ["--model", "{remote}", "--data_file", "{ids}"],
+        ["pass --trust_remote_code where you trust"],
+    ),
+    "no model": (
+        ["--model", "{empty}", "--data_file", "{ids}"],
+        ["--model {empty}: holds no readable config.json"],
+    ),
+    "over the text": (
+        ["--model", "{bert}", "--text_file", "{text}", "--output", "{text}"],
+        ["would overwrite {text}"],
+    ),
+    "over the model": (
+        ["--model", "{bert}", "--text_file", "{text}", "--output", "{bert}/config.json"],
+        ["would overwrite"],
+    ),
     "unknown flag": (["--model", "{bert}", "--date_file", "x"], ["did you mean --data_file?"]),
-}  # fmt: skip
+}
 
 
 @pytest.fixture(scope="module")
@@ -368,7 +585,9 @@ def bad_inputs(teachers, held_out, tmp_path_factory) -> dict[str, str]:
         (folder / name).mkdir()
     for name in ("t5", "bart"):
         (folder / name / "config.json").write_text(json.dumps({"model_type": name}))
-    (folder / "remote" / "config.json").write_text('{"model_type": "x", "auto_map": {"AutoConfig": "x.XConfig"}}')
+    (folder / "remote" / "config.json").write_text(
+        '{"model_type": "x", "auto_map": {"AutoConfig": "x.XConfig"}}'
+    )
     make_teacher(folder / "maskless", "modernbert", True, teachers)
     declared = json.loads((folder / "maskless" / "tokenizer_config.json").read_text())
     del declared["mask_token"]
@@ -377,17 +596,26 @@ def bad_inputs(teachers, held_out, tmp_path_factory) -> dict[str, str]:
     )
     shutil.copytree(teachers["bert"], folder / "seeing")
     config = json.loads((folder / "seeing" / "config.json").read_text())
-    (folder / "seeing" / "config.json").write_text(json.dumps({**config, "architectures": ["BertLMHeadModel"]}))
+    (folder / "seeing" / "config.json").write_text(
+        json.dumps({**config, "architectures": ["BertLMHeadModel"]})
+    )
     (folder / "lines").write_text("bake limo\n")
     (folder / "blank").write_text(" \n\n")
     (folder / "latin").write_bytes(b"gut\nab\xfc\n")
     write_pickle(folder / "short", as_uint16([[2, 9, 3], [2, 9, 9, 3]]))
     names = {path.name: str(path) for path in folder.iterdir()}
-    return names | {"ids": held_out["bert"], "other": held_out["roberta"], "text": held_out["text"], **teachers}
+    return names | {
+        "ids": held_out["bert"],
+        "other": held_out["roberta"],
+        "text": held_out["text"],
+        **teachers,
+    }
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_input_is_a_line_a_problem_and_nothing_is_overwritten(name, bad_inputs, tmp_path, status_and_errors):
+def test_bad_input_is_a_line_a_problem_and_nothing_is_overwritten(
+    name, bad_inputs, tmp_path, status_and_errors
+):
     words, expected = BAD[name]
     (tmp_path / "old").write_text("old")
     words = ["--output", str(tmp_path / "old"), *(word.format(**bad_inputs) for word in words)]
@@ -397,14 +625,22 @@ def test_bad_input_is_a_line_a_problem_and_nothing_is_overwritten(name, bad_inpu
     assert status == 2 and len(errors) == len(expected), errors
     for line, text in zip(errors, expected, strict=True):
         assert text.format(**bad_inputs) in line
-    assert (tmp_path / "old").read_text() == "old" and [path.read_bytes() for path in read] == before
+    assert (tmp_path / "old").read_text() == "old" and [
+        path.read_bytes() for path in read
+    ] == before
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # On the way of a run
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-RUN = {"batch_size": 24, "n_epoch": 2, "log_interval": 5, "checkpoint_interval": 4, "learning_rate": 0.4}  # 10 updates
+RUN = {
+    "batch_size": 24,
+    "n_epoch": 2,
+    "log_interval": 5,
+    "checkpoint_interval": 4,
+    "learning_rate": 0.4,
+}  # 10 updates
 
 
 def held_out_points(run: Path) -> list[tuple]:
@@ -416,7 +652,9 @@ def assert_same_weights(one: Path, two: Path) -> None:
         assert (one / name).read_bytes() == (two / name).read_bytes()
     newest = checkpointing.exist(one / "checkpoints")[0].name
     for name in ("student.safetensors", "optimizer.safetensors"):
-        assert (one / "checkpoints" / newest / name).read_bytes() == (two / "checkpoints" / newest / name).read_bytes()
+        assert (one / "checkpoints" / newest / name).read_bytes() == (
+            two / "checkpoints" / newest / name
+        ).read_bytes()
 
 
 @pytest.fixture(scope="module")
@@ -431,7 +669,10 @@ def test_evaluation_does_not_change_training(evaluated, world, tmp_path):
     train.main(world.flags("bert", tmp_path / "plain", **RUN))
     assert_same_weights(evaluated, tmp_path / "plain")
     runs = evaluated, tmp_path / "plain"
-    numbers = [[point for point in logged(run) if not is_text(point) and point[0][:5] != "eval/"] for run in runs]
+    numbers = [
+        [point for point in logged(run) if not is_text(point) and point[0][:5] != "eval/"]
+        for run in runs
+    ]
     assert numbers[0] == numbers[1] and not held_out_points(tmp_path / "plain")
     assert not (tmp_path / "plain" / "best").exists()
 
@@ -440,13 +681,23 @@ def test_evaluations_are_logged_every_interval_and_at_the_end(evaluated):
     points = held_out_points(evaluated)
     assert {tag for tag, _, _ in points} == {f"eval/{name}" for name in train.LOGGED_FIGURES}
     for name in train.LOGGED_FIGURES:
-        assert [x for tag, x, _ in points if tag == f"eval/{name}"] == [2 * step for step in (3, 6, 9, 10)]
+        assert [x for tag, x, _ in points if tag == f"eval/{name}"] == [
+            2 * step for step in (3, 6, 9, 10)
+        ]
 
 
-def test_the_best_student_is_the_one_of_the_lowest_kl_and_scores_what_best_json_says(evaluated, teachers, held_out, tmp_path):
+def test_the_best_student_is_the_one_of_the_lowest_kl_and_scores_what_best_json_says(
+    evaluated, teachers, held_out, tmp_path
+):
     best = json.loads((evaluated / "best" / "best.json").read_text())
-    kl = {x // 2: float(value[1:-1]) for tag, x, value in held_out_points(evaluated) if tag == "eval/kl"}
-    assert best["step"] == min(kl, key=kl.get) != 10 and best["lowest"] == "kl", "a run whose last student is not its best"
+    kl = {
+        x // 2: float(value[1:-1])
+        for tag, x, value in held_out_points(evaluated)
+        if tag == "eval/kl"
+    }
+    assert best["step"] == min(kl, key=kl.get) != 10 and best["lowest"] == "kl", (
+        "a run whose last student is not its best"
+    )
     assert best["figures"]["kl"] == pytest.approx(min(kl.values()), rel=1e-6)
     flags = "--teacher", teachers["bert"], "--data_file", held_out["bert"]
     score = scores_of(tmp_path / "best.json", "--model", evaluated / "best", *flags)["score"]
@@ -482,14 +733,21 @@ STOPS = {
 
 @pytest.mark.slow
 @pytest.mark.parametrize("name", STOPS)
-def test_a_stopped_run_neither_misses_nor_doubles_an_evaluation(name, evaluated, world, held_out, tmp_path, monkeypatch):
+def test_a_stopped_run_neither_misses_nor_doubles_an_evaluation(
+    name, evaluated, world, held_out, tmp_path, monkeypatch
+):
     owner, function, call, step = STOPS[name]
-    flags = world.flags("bert", tmp_path / "run", **RUN, eval_data_file=held_out["bert"], eval_interval=3)
+    flags = world.flags(
+        "bert", tmp_path / "run", **RUN, eval_data_file=held_out["bert"], eval_interval=3
+    )
     with monkeypatch.context() as patch:
         stop_during(patch, owner, function, call)
         with pytest.raises(SystemExit) as end:
             train.main(flags)
-    assert end.value.code == 143 and checkpointing.newest(tmp_path / "run" / "checkpoints").step == step
+    assert (
+        end.value.code == 143
+        and checkpointing.newest(tmp_path / "run" / "checkpoints").step == step
+    )
     train.main([*flags, "--resume"])
     assert_went_on(tmp_path / "run", evaluated)
 
@@ -503,11 +761,16 @@ def assert_went_on(run: Path, whole: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("owner, name, call", [(train.RunFolder, "save_checkpoint", 4), (train.RunFolder, "save_best", 2)])
+@pytest.mark.parametrize(
+    "owner, name, call",
+    [(train.RunFolder, "save_checkpoint", 4), (train.RunFolder, "save_best", 2)],
+)
 def test_a_run_that_died_around_an_evaluation_does_it_again(
     owner, name, call, evaluated, world, held_out, tmp_path, monkeypatch
 ):
-    flags = world.flags("bert", tmp_path / "run", **RUN, eval_data_file=held_out["bert"], eval_interval=3)
+    flags = world.flags(
+        "bert", tmp_path / "run", **RUN, eval_data_file=held_out["bert"], eval_interval=3
+    )
     with monkeypatch.context() as patch:
         patch.setattr(owner, name, dying_at(getattr(owner, name), call))
         with pytest.raises(KeyboardInterrupt):
@@ -516,7 +779,9 @@ def test_a_run_that_died_around_an_evaluation_does_it_again(
     assert_went_on(tmp_path / "run", evaluated)
 
 
-def test_the_best_is_remembered_and_only_compared_on_the_same_text(evaluated, world, held_out, tmp_path, status_and_errors):
+def test_the_best_is_remembered_and_only_compared_on_the_same_text(
+    evaluated, world, held_out, tmp_path, status_and_errors
+):
     run = Path(shutil.copytree(evaluated, tmp_path / "run"))
     best = json.loads((run / "best" / "best.json").read_text())
     assert checkpointing.newest(run / "checkpoints").state["best"] == best
@@ -524,65 +789,126 @@ def test_the_best_is_remembered_and_only_compared_on_the_same_text(evaluated, wo
     flags = [*world.flags("bert", run, **RUN), "--resume"]
     status, errors = status_and_errors(train.main, [*flags, "--eval_data_file", world.data("bert")])
     assert status == 2 and len(errors) == 1, errors
-    assert re.search(r"--eval_data_file .*: its digest is \w{12}, the best student so far was found on \w{12}; name", errors[0])
+    assert re.search(
+        r"--eval_data_file .*: its digest is \w{12}, the best student so far was found on \w{12};"
+        r" name",
+        errors[0],
+    )
     assert {path: path.read_bytes() for path in run.rglob("*") if path.is_file()} == before
     train.main(flags)
     assert held_out_points(run) == held_out_points(evaluated)
 
 
-OTHER_RUNS = [("gpt2", {"bf16": True}), ("roberta", {"fp16": True}), ("gpt2", {"alpha_ce": 0.0, "alpha_cos": 0.0})]
+OTHER_RUNS = [
+    ("gpt2", {"bf16": True}),
+    ("roberta", {"fp16": True}),
+    ("gpt2", {"alpha_ce": 0.0, "alpha_cos": 0.0}),
+]
 
 
 @pytest.mark.parametrize("kind, changes", OTHER_RUNS)
-def test_causal_half_precision_and_teacherless_runs_are_evaluated_at_the_end(kind, changes, world, held_out, tmp_path):
+def test_causal_half_precision_and_teacherless_runs_are_evaluated_at_the_end(
+    kind, changes, world, held_out, tmp_path
+):
     flags = {"batch_size": 60, "eval_data_file": held_out[kind], **changes}
     train.main(world.flags(kind, tmp_path / "run", **flags))
     best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
     measure = "loss" if changes.get("alpha_ce") == 0.0 else "kl"
     assert best["lowest"] == measure and ("kl" in best["figures"]) == (measure == "kl")
-    score = scores_of(tmp_path / "s.json", "--model", tmp_path / "run" / "best", "--teacher", world.teachers[kind],
-                      "--data_file", held_out[kind])["score"]  # fmt: skip
+    score = scores_of(
+        tmp_path / "s.json",
+        "--model",
+        tmp_path / "run" / "best",
+        "--teacher",
+        world.teachers[kind],
+        "--data_file",
+        held_out[kind],
+    )["score"]
     # Half precision: 8 bits (bf16) in each product, over a sum of many.
-    assert score[measure] == pytest.approx(best["figures"][measure], rel=0.05 if len(changes) == 1 else 1e-5)
+    assert score[measure] == pytest.approx(
+        best["figures"][measure], rel=0.05 if len(changes) == 1 else 1e-5
+    )
 
 
 def test_a_student_that_is_not_a_number_is_never_the_best(evaluated, world, held_out, tmp_path):
     runtime = train.Runtime()
-    config = train.parse_config(world.flags("bert", tmp_path / "run", **RUN, eval_data_file=held_out["bert"]))
+    config = train.parse_config(
+        world.flags("bert", tmp_path / "run", **RUN, eval_data_file=held_out["bert"])
+    )
     progress = train.Progress(train.set_up(config, runtime), runtime)
     figures = {"loss": math.nan, "accuracy": 0.0, "kl": math.nan}
     assert not progress.take_figures(figures, 0.0) and progress.best is None
-    assert progress.take_figures({**figures, "kl": 0.5}, 0.0) and progress.best["figures"]["kl"] == 0.5
-    assert not progress.take_figures(figures, 0.0) and not progress.take_figures({**figures, "kl": 0.5}, 0.0)
+    assert (
+        progress.take_figures({**figures, "kl": 0.5}, 0.0) and progress.best["figures"]["kl"] == 0.5
+    )
+    assert not progress.take_figures(figures, 0.0) and not progress.take_figures(
+        {**figures, "kl": 0.5}, 0.0
+    )
 
 
 @pytest.mark.slow
 def test_two_ranks_give_the_figures_of_one(world, held_out, tmp_path):
     """After one update, at learning rate 0: the student is the same on both, to the bit."""
-    flags = {"max_steps": 1, "batch_size": 12, "eval_data_file": held_out["bert"], "eval_interval": 1}
+    flags = {
+        "max_steps": 1,
+        "batch_size": 12,
+        "eval_data_file": held_out["bert"],
+        "eval_interval": 1,
+    }
     train.main(world.flags("bert", tmp_path / "one", gradient_accumulation_steps=2, **flags))
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, ROOT / "train.py"]
-    done = run_process(*command, *world.flags("bert", tmp_path / "two", gradient_accumulation_steps=1, **flags), timeout_s=120)
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        ROOT / "train.py",
+    ]
+    done = run_process(
+        *command,
+        *world.flags("bert", tmp_path / "two", gradient_accumulation_steps=1, **flags),
+        timeout_s=120,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
-    one, two = (json.loads((tmp_path / name / "best" / "best.json").read_text()) for name in ("one", "two"))
+    one, two = (
+        json.loads((tmp_path / name / "best" / "best.json").read_text()) for name in ("one", "two")
+    )
     assert one.pop("figures") == pytest.approx(two.pop("figures"), rel=1e-9) and one == two
 
 
 BAD_RUNS = {
-    "interval": ({"eval_interval": 0, "eval_data_file": "{bert}"}, ["--eval_interval 0: expected at least 1"]),
-    "no file named": ({"eval_interval": 3}, ["--eval_interval 3 without --eval_data_file: name held-out text to evaluate"]),
+    "interval": (
+        {"eval_interval": 0, "eval_data_file": "{bert}"},
+        ["--eval_interval 0: expected at least 1"],
+    ),
+    "no file named": (
+        {"eval_interval": 3},
+        ["--eval_interval 3 without --eval_data_file: name held-out text to evaluate"],
+    ),
     "no such file": ({"eval_data_file": "nowhere"}, ["--eval_data_file nowhere: no such file"]),
     "another vocabulary": ({"eval_data_file": "{roberta}"}, ["--eval_data_file {roberta}: "]),
-    "empty after cleaning": ({"eval_data_file": "{short}"}, ["--eval_data_file {short}: none of its 1 sequences is left"]),
-    "both": ({"eval_data_file": "nowhere", "eval_interval": -1}, ["--eval_interval -1", "--eval_data_file nowhere"]),
+    "empty after cleaning": (
+        {"eval_data_file": "{short}"},
+        ["--eval_data_file {short}: none of its 1 sequences is left"],
+    ),
+    "both": (
+        {"eval_data_file": "nowhere", "eval_interval": -1},
+        ["--eval_interval -1", "--eval_data_file nowhere"],
+    ),
 }
 
 
 @pytest.mark.parametrize("name", BAD_RUNS)
-def test_bad_flags_of_evaluation_are_named_a_line_each(name, world, held_out, tmp_path, status_and_errors):
+def test_bad_flags_of_evaluation_are_named_a_line_each(
+    name, world, held_out, tmp_path, status_and_errors
+):
     changes, expected = BAD_RUNS[name]
     files = held_out | {"short": write_pickle(tmp_path / "short", as_uint16([[2, 9, 3]]))}
-    changes = {flag: value.format(**files) if isinstance(value, str) else value for flag, value in changes.items()}
+    changes = {
+        flag: value.format(**files) if isinstance(value, str) else value
+        for flag, value in changes.items()
+    }
     status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run", **changes))
     assert status == 2 and len(errors) == len(expected) and not (tmp_path / "run").exists(), errors
     for line, text in zip(errors, expected, strict=True):

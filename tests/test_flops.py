@@ -1,4 +1,6 @@
-"""Model FLOPs against torch's own count of a forward pass, and the peak that they are a share of; no speed is asserted."""
+"""Model FLOPs against torch's own count of a forward pass, and the peak that they are a share of;
+no speed is asserted.
+"""
 
 import dataclasses
 
@@ -12,7 +14,10 @@ from torch.utils.flop_counter import FlopCounterMode
 import flops
 from flops import ModelSize
 
-FAMILIES = [*((name, True) for name in families.MASKED), *((name, False) for name in families.CAUSAL)]
+FAMILIES = [
+    *((name, True) for name in families.MASKED),
+    *((name, False) for name in families.CAUSAL),
+]
 
 
 def ids(length: int) -> torch.Tensor:
@@ -33,7 +38,9 @@ def test_a_forward_pass_is_what_torch_counts(model_type, is_masked, length):
     model = families.tiny_model(model_type, is_masked)
     size = flops.shown_size(model, ids(length))
     assert size is not None and size == flops.size_of(model)
-    assert size.forward_flops(np.array([length])) == pytest.approx(counted(model, ids(length)), rel=0.01)
+    assert size.forward_flops(np.array([length])) == pytest.approx(
+        counted(model, ids(length)), rel=0.01
+    )
 
 
 def test_heads_wider_than_the_hidden_states_are_counted_so():
@@ -50,14 +57,20 @@ def test_a_pooler_is_left_out_for_it_reads_one_token():
     expected = flops.size_of(model)
     model.bert = transformers.BertModel(model.config, add_pooling_layer=True)
     assert model.bert.pooler is not None and flops.shown_size(model, ids(60)) == expected
-    assert expected.forward_flops(np.array([60])) == pytest.approx(counted(model, ids(60)), rel=0.01)
+    assert expected.forward_flops(np.array([60])) == pytest.approx(
+        counted(model, ids(60)), rel=0.01
+    )
 
 
-# Layers used twice; tokens that go to some of the experts; positions that have products of their own; no attention at all.
+# Layers used twice; tokens that go to some of the experts; positions that have products of their
+# own; no attention at all.
 UNKNOWN = {
-    "albert": (True, {}), "mixtral": (False, {}), "deberta-v2": (True, {"relative_attention": True, "pos_att_type": ["c2p"]}),
-    "mamba": (False, {}), "fnet": (True, {}),
-}  # fmt: skip
+    "albert": (True, {}),
+    "mixtral": (False, {}),
+    "deberta-v2": (True, {"relative_attention": True, "pos_att_type": ["c2p"]}),
+    "mamba": (False, {}),
+    "fnet": (True, {}),
+}
 
 
 @pytest.mark.parametrize("model_type", UNKNOWN)
@@ -66,7 +79,9 @@ def test_what_can_not_be_counted_has_no_figure(model_type):
     config = families.tiny_config(model_type, 99)
     for name, value in entries.items():
         setattr(config, name, value)
-    auto_class = transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
+    auto_class = (
+        transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
+    )
     model = auto_class.from_config(config).train()
     assert flops.shown_size(model, ids(20)) is None and model.training
 
@@ -99,10 +114,13 @@ def test_an_update_is_counted_by_hand():
     of_student = 2 * 30 * 550 + 4 * 8 * 2 * 500
     assert flops.update_flops(teacher, student, lengths_B) == of_teacher + 3 * of_student
     assert flops.update_flops(None, student, lengths_B) == 3 * of_student
-    some = (2 * 30 * 1000 + 2 * 5 * 70 + 4 * 16 * 4 * 500) + 3 * (2 * 30 * 500 + 2 * 5 * 50 + 4 * 8 * 2 * 500)
+    some = (2 * 30 * 1000 + 2 * 5 * 70 + 4 * 16 * 4 * 500) + 3 * (
+        2 * 30 * 500 + 2 * 5 * 50 + 4 * 8 * 2 * 500
+    )
     assert flops.update_flops(teacher, student, lengths_B, num_head_rows=5) == some
     assert (
-        flops.update_flops(dataclasses.replace(teacher, in_head=0), student, lengths_B) == of_teacher - 60 * 70 + 3 * of_student
+        flops.update_flops(dataclasses.replace(teacher, in_head=0), student, lengths_B)
+        == of_teacher - 60 * 70 + 3 * of_student
     )
 
 
@@ -111,28 +129,43 @@ def test_lengths_of_few_bits_do_not_overflow():
     assert ModelSize(0, 0, 1, 1).forward_flops(lengths_B) == 4 * 9 * 512**2
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The peak
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize("precision", flops.DTYPES)
 def test_an_unknown_device_is_measured_and_no_random_number_is_drawn(precision, monkeypatch):
     sizes, state = [], torch.get_rng_state()
     kept = flops.product_rate
-    monkeypatch.setattr(flops, "product_rate", lambda left, *rest, **options: sizes.append((len(left), left.dtype))
-                        or kept(left, *rest, **options))  # fmt: skip
+    monkeypatch.setattr(
+        flops,
+        "product_rate",
+        lambda left, *rest, **options: (
+            sizes.append((len(left), left.dtype)) or kept(left, *rest, **options)
+        ),
+    )
     assert flops.nominal_peak("cpu", precision) is None
     assert flops.peak_flops(torch.device("cpu"), flops.DTYPES[precision]) > 0
     assert torch.equal(torch.get_rng_state(), state)
-    assert [size for size, _ in sizes] == list(flops.PEAK_SIZES[: len(sizes)]) and sizes[0][1] == flops.DTYPES[precision]
+    assert [size for size, _ in sizes] == list(flops.PEAK_SIZES[: len(sizes)]) and sizes[0][
+        1
+    ] == flops.DTYPES[precision]
 
 
-@pytest.mark.parametrize(("dtype", "own_s", "expected_s"), [
-    (torch.float32, 0.5, 0.5), (torch.float32, 3.0, 2.0), (torch.bfloat16, 0.5, 2.0), (torch.float64, 0.5, 2.0),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("dtype", "own_s", "expected_s"),
+    [
+        (torch.float32, 0.5, 0.5),
+        (torch.float32, 3.0, 2.0),
+        (torch.bfloat16, 0.5, 2.0),
+        (torch.float64, 0.5, 2.0),
+    ],
+)
 def test_a_product_is_as_fast_as_the_faster_way_of_the_step(dtype, own_s, expected_s, monkeypatch):
-    """By a clock that only the products move: torch's takes 2 s, that of the step, which is for float32, own_s."""
+    """By a clock that only the products move: torch's takes 2 s, that of the step, which is for
+    float32, own_s.
+    """
     now = [0.0]
 
     def taking(function, seconds):
@@ -173,5 +206,7 @@ def test_a_slow_device_is_asked_for_small_products_only(seconds_of_128, expected
 @pytest.mark.parametrize("dtype", flops.DTYPES.values())
 def test_a_gpu_has_a_peak(dtype):
     state = torch.cuda.get_rng_state()
-    assert flops.measured_peak("cuda", dtype) > 0 and flops.peak_flops(torch.device("cuda"), dtype) > 0
+    assert (
+        flops.measured_peak("cuda", dtype) > 0 and flops.peak_flops(torch.device("cuda"), dtype) > 0
+    )
     assert torch.equal(torch.cuda.get_rng_state(), state)

@@ -13,7 +13,14 @@ import checkpointing
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 LAUNCHERS = {
     "one process": [sys.executable],
-    "nccl": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "1"],
+    "nccl": [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        "1",
+    ],
 }
 
 
@@ -27,13 +34,17 @@ def test_a_gpu_trains_as_the_cpu_does(launcher, kind, world, tmp_path):
     flags = {"max_steps": 3, "student_pretrained_weights": world.first_weights(kind)}
     for name, command in (("gpu", LAUNCHERS[launcher]), ("cpu", [sys.executable])):
         extra = ["--n_gpu", "0"] if name == "cpu" else []
-        done = run_process(*command, ROOT / "train.py", *world.flags(kind, tmp_path / name, **flags), *extra)
+        done = run_process(
+            *command, ROOT / "train.py", *world.flags(kind, tmp_path / name, **flags), *extra
+        )
         assert done.returncode == 0, done.stderr
         assert ("on the GPU" in done.stderr) == (name == "gpu")
     gpu, cpu = weights(tmp_path / "gpu"), weights(tmp_path / "cpu")
     assert set(gpu) == set(cpu)
     for name in gpu:
-        torch.testing.assert_close(gpu[name], cpu[name], rtol=0, atol=2e-3)  # 3 updates of at most 5e-4, other dropout
+        torch.testing.assert_close(
+            gpu[name], cpu[name], rtol=0, atol=2e-3
+        )  # 3 updates of at most 5e-4, other dropout
 
 
 def test_batches_are_copied_from_pinned_memory():
@@ -42,7 +53,9 @@ def test_batches_are_copied_from_pinned_memory():
     batch = prepare_clm(0, torch.arange(20).reshape(2, 10), torch.tensor([10, 7])).pinned()
     tensors = [batch.input_ids_BT, batch.labels_BT, *batch.rows.values()]
     assert all(tensor.is_pinned() for tensor in tensors)
-    assert torch.equal(batch.input_ids_BT.to("cuda", non_blocking=True).cpu(), torch.arange(20).reshape(2, 10))
+    assert torch.equal(
+        batch.input_ids_BT.to("cuda", non_blocking=True).cpu(), torch.arange(20).reshape(2, 10)
+    )
 
 
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
@@ -72,7 +85,9 @@ def test_an_update_that_is_not_finite_is_left_out_on_the_gpu():
     batches = [distiller.ready(batch) for batch in make_batches("bert")]
     distiller.step(batches[:1], [0], 1)
     before = state(distiller)
-    handle = distiller.model.head.projection.bias.register_hook(lambda gradient: gradient * float("nan"))
+    handle = distiller.model.head.projection.bias.register_hook(
+        lambda gradient: gradient * float("nan")
+    )
     bad = distiller.begin_step(batches[1:2], [1], 1)
     handle.remove()
     distiller.begin_step(batches[2:], [2], 1)
@@ -82,7 +97,11 @@ def test_an_update_that_is_not_finite_is_left_out_on_the_gpu():
 
 
 def test_half_precision_trains_on_a_gpu(world, tmp_path):
-    done = run_process(sys.executable, ROOT / "train.py", *world.flags("bert", tmp_path / "run", max_steps=5, fp16=True))
+    done = run_process(
+        sys.executable,
+        ROOT / "train.py",
+        *world.flags("bert", tmp_path / "run", max_steps=5, fp16=True),
+    )
     assert done.returncode == 0, done.stderr
     assert all(torch.isfinite(tensor).all() for tensor in weights(tmp_path / "run").values())
 
@@ -91,11 +110,20 @@ def test_half_precision_trains_on_a_gpu(world, tmp_path):
 def test_a_run_goes_on_on_a_gpu(launcher, world, tmp_path):
     """Stopped after its last checkpoint but one, in effect: the newest is taken away."""
     flags = {"batch_size": 12, "checkpoint_interval": 6, "bf16": True}
-    command = [*LAUNCHERS[launcher], ROOT / "train.py", *world.flags("bert", tmp_path / "run", **flags)]
+    command = [
+        *LAUNCHERS[launcher],
+        ROOT / "train.py",
+        *world.flags("bert", tmp_path / "run", **flags),
+    ]
     assert run_process(*command).returncode == 0
-    whole, (newest, *_) = weights(tmp_path / "run"), checkpointing.exist(tmp_path / "run" / "checkpoints")
+    whole, (newest, *_) = (
+        weights(tmp_path / "run"),
+        checkpointing.exist(tmp_path / "run" / "checkpoints"),
+    )
     shutil.rmtree(newest)
     done = run_process(*command, "--resume")
     assert done.returncode == 0 and "Going on from" in done.stderr, done.stderr
     for name, tensor in weights(tmp_path / "run").items():
-        torch.testing.assert_close(tensor, whole[name], rtol=0, atol=1e-4)  # kernels sum in no fixed order
+        torch.testing.assert_close(
+            tensor, whole[name], rtol=0, atol=1e-4
+        )  # kernels sum in no fixed order

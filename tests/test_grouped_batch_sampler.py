@@ -1,4 +1,6 @@
-"""The plan of micro-batches: as in 2019 for one process; a partition, the same on every rank, for several."""
+"""The plan of micro-batches: as in 2019 for one process; a partition, the same on every rank, for
+several.
+"""
 
 import numpy as np
 import pytest
@@ -8,7 +10,9 @@ from grouped_batch_sampler import GroupedBatchSampler, grouped_batches, length_g
 from utils import InputError
 
 
-@pytest.mark.parametrize("case", load_golden("parity.json")["sampler"], ids=lambda case: f"{len(case['lengths'])}")
+@pytest.mark.parametrize(
+    "case", load_golden("parity.json")["sampler"], ids=lambda case: f"{len(case['lengths'])}"
+)
 def test_groups_and_batches_equal_the_2019_code(case):
     groups = length_groups(np.array(case["lengths"]), case["max_model_input_size"])
     assert groups.tolist() == case["groups"]
@@ -39,12 +43,18 @@ def test_grouping_is_switched_by_its_flag():
     spreads = {}
     for group_by_size in (True, False):
         sampler = make_sampler(400, 5, group_by_size)
-        spreads[group_by_size] = np.mean([np.ptp(sampler.lengths[batch]) for batch in sampler.epoch_batches(0)])
+        spreads[group_by_size] = np.mean(
+            [np.ptp(sampler.lengths[batch]) for batch in sampler.epoch_batches(0)]
+        )
     assert spreads[True] < 8 < 20 < spreads[False]
 
 
 def test_order_depends_on_seed_and_epoch_alone():
-    plans = {(s, e): np.concatenate(make_sampler(seed=s).epoch_batches(e)).tolist() for s in (5, 6) for e in (0, 1)}
+    plans = {
+        (s, e): np.concatenate(make_sampler(seed=s).epoch_batches(e)).tolist()
+        for s in (5, 6)
+        for e in (0, 1)
+    }
     assert len({tuple(plan) for plan in plans.values()}) == 4
     assert np.concatenate(make_sampler(seed=6).epoch_batches(1)).tolist() == plans[6, 1]
 
@@ -56,10 +66,15 @@ def test_ranks_share_each_update_and_none_waits(world_size, num_epochs):
     sampler = make_sampler()
     total = len(sampler) * num_epochs
     whole = list(sampler.updates(total, 12, 0, 1))
-    shares = [list(make_sampler().updates(total, accumulation, rank, world_size)) for rank in range(world_size)]
+    shares = [
+        list(make_sampler().updates(total, accumulation, rank, world_size))
+        for rank in range(world_size)
+    ]
     for number, alone in enumerate(whole):
         mine = [share[number].mine for share in shares]
-        together = sorted((batch.number, batch.sequences.tolist()) for share in mine for batch in share)
+        together = sorted(
+            (batch.number, batch.sequences.tolist()) for share in mine for batch in share
+        )
         assert together == [(batch.number, batch.sequences.tolist()) for batch in alone.mine]
         sizes = [len(share) for share in mine]
         assert max(sizes) - min(sizes) <= 1
@@ -78,18 +93,25 @@ def test_a_last_update_smaller_than_the_ranks_leaves_some_without():
 def test_dealing_balances_the_ranks_padded_sizes():
     sampler = make_sampler(num=2000, batch_size=4)
     for update in zip(*(sampler.updates(400, 16, rank, 2) for rank in range(2)), strict=True):
-        loads = [sum(len(b.sequences) * sampler.lengths[b.sequences].max() for b in rank.mine) for rank in update]
+        loads = [
+            sum(len(b.sequences) * sampler.lengths[b.sequences].max() for b in rank.mine)
+            for rank in update
+        ]
         assert max(loads) / min(loads) < 1.05
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Batches by a token budget
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
-def budget_sampler(num=3000, max_tokens=512, max_length=64, seed=5, longest=64) -> GroupedBatchSampler:
+def budget_sampler(
+    num=3000, max_tokens=512, max_length=64, seed=5, longest=64
+) -> GroupedBatchSampler:
     lengths = np.random.default_rng(0).integers(12, longest + 1, num)
-    return GroupedBatchSampler(lengths, 5, max_length, group_by_size=True, seed=seed, max_tokens=max_tokens)
+    return GroupedBatchSampler(
+        lengths, 5, max_length, group_by_size=True, seed=seed, max_tokens=max_tokens
+    )
 
 
 def padded_sizes(sampler, batches) -> list[int]:
@@ -98,7 +120,8 @@ def padded_sizes(sampler, batches) -> list[int]:
 
 @pytest.mark.parametrize("num", [1, 7, 500, 3000])
 @pytest.mark.parametrize(
-    "max_tokens, max_length, longest", [(512, 64, 64), (64, 64, 64), (1000, 512, 200), (63, 63, 63), (700, 65, 65)]
+    "max_tokens, max_length, longest",
+    [(512, 64, 64), (64, 64, 64), (1000, 512, 200), (63, 63, 63), (700, 65, 65)],
 )
 def test_a_budget_is_kept_and_every_sequence_taken_once(num, max_tokens, max_length, longest):
     sampler = budget_sampler(num, max_tokens, max_length, longest=longest)
@@ -129,7 +152,10 @@ def test_ranks_share_batches_of_a_budget():
 
 
 def test_a_budget_below_the_longest_sequence_is_refused():
-    with pytest.raises(InputError, match="--max_tokens 63: the longest sequence has 64 ids; raise it, or set --max_length"):
+    with pytest.raises(
+        InputError,
+        match="--max_tokens 63: the longest sequence has 64 ids; raise it, or set --max_length",
+    ):
         budget_sampler(max_tokens=63)
     with pytest.raises(InputError, match="--max_tokens with --no-group_by_size"):
         GroupedBatchSampler(np.array([20]), 5, 64, group_by_size=False, seed=1, max_tokens=99)

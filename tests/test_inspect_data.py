@@ -1,4 +1,6 @@
-"""inspect_data: what it prints is what a plain recount gives, and --verify notices whatever was changed."""
+"""inspect_data: what it prints is what a plain recount gives, and --verify notices whatever was
+changed.
+"""
 
 import json
 import os
@@ -25,7 +27,9 @@ ROLES = {"start": START, "end": END, "pad": PAD, "unknown": UNKNOWN}
 
 
 def make_sequences(num: int, seed: int = 0, longest: int = 700) -> list[np.ndarray]:
-    """Make sequences of unequal lengths between boundary ids, some with unknown ids, some mostly unknown."""
+    """Make sequences of unequal lengths between boundary ids, some with unknown ids, some mostly
+    unknown.
+    """
     rng = np.random.default_rng(seed)
     sequences = []
     for k in range(num):
@@ -41,18 +45,39 @@ def make_card(sequences: list[np.ndarray], **tokenizer) -> dict:
     flat = [int(number) for ids in sequences for number in ids]
     inside = [int(number) for ids in sequences for number in ids[1:-1]]
     return {
-        "tokenizer": {"type": "bert", "name": "/no/such/folder", "do_lower_case": True, "vocab_size": VOCAB_SIZE,
-                      "special_ids": ROLES, **tokenizer},
-        "dtype": "uint16", "seed": 56, "errors": "strict", "text_field": "text",
+        "tokenizer": {
+            "type": "bert",
+            "name": "/no/such/folder",
+            "do_lower_case": True,
+            "vocab_size": VOCAB_SIZE,
+            "special_ids": ROLES,
+            **tokenizer,
+        },
+        "dtype": "uint16",
+        "seed": 56,
+        "errors": "strict",
+        "text_field": "text",
         "sources": [{"path": "a/dump.txt", "bytes": 123456}],
-        "counts": {"sequences": len(sequences), "ids": len(flat), "words": 77, "unknown": flat.count(UNKNOWN),
-                   "blank_lines": 4, "bad_lines": 0, "longest": max(map(len, sequences)), "largest_id": max(flat),
-                   "boundary_ids_inside": sum(number in (START, END) for number in inside)},
-        "many_unknown": [k for k, ids in enumerate(sequences) if (ids == UNKNOWN).sum() >= MANY_UNKNOWN],
-    }  # fmt: skip
+        "counts": {
+            "sequences": len(sequences),
+            "ids": len(flat),
+            "words": 77,
+            "unknown": flat.count(UNKNOWN),
+            "blank_lines": 4,
+            "bad_lines": 0,
+            "longest": max(map(len, sequences)),
+            "largest_id": max(flat),
+            "boundary_ids_inside": sum(number in (START, END) for number in inside),
+        },
+        "many_unknown": [
+            k for k, ids in enumerate(sequences) if (ids == UNKNOWN).sum() >= MANY_UNKNOWN
+        ],
+    }
 
 
-def make_file(folder: Path, file_format: str, sequences: list[np.ndarray], card: dict | None = None) -> str:
+def make_file(
+    folder: Path, file_format: str, sequences: list[np.ndarray], card: dict | None = None
+) -> str:
     """Write a token file with a card; return what names it: the pickle, or the store's prefix."""
     path = str(folder / ("data.pickle" if file_format == "pickle" else "data"))
     with writing_tokens(path, file_format, np.uint16) as (writer, written):
@@ -80,37 +105,62 @@ def test_the_numbers_are_those_of_a_plain_recount(file_format, chunks, tmp_path,
     counted = Counter(flat)
     assert (report["sequences"], report["ids"], report["dtype"]) == (60, len(flat), "uint16")
     assert {row["id"]: row["count"] for row in report["most_frequent"]} == counted
-    assert [row["count"] for row in report["most_frequent"]] == sorted(counted.values(), reverse=True)
+    assert [row["count"] for row in report["most_frequent"]] == sorted(
+        counted.values(), reverse=True
+    )
     for name, share in (("median", 0.5), ("p90", 0.9), ("p99", 0.99)):
         assert report["lengths"][name] == np.quantile(lengths, share, method="inverted_cdf")
     assert report["lengths"]["mean"] == pytest.approx(np.mean(lengths))
-    assert (report["lengths"]["shortest"], report["lengths"]["longest"]) == (min(lengths), max(lengths))
-    assert report["lengths"]["short"] == sum(length <= lm_seqs_dataset.MIN_LENGTH for length in lengths)
+    assert (report["lengths"]["shortest"], report["lengths"]["longest"]) == (
+        min(lengths),
+        max(lengths),
+    )
+    assert report["lengths"]["short"] == sum(
+        length <= lm_seqs_dataset.MIN_LENGTH for length in lengths
+    )
     for row in report["lengths"]["histogram"]:
         within = [length for length in lengths if row["from"] <= length <= (row["to"] or 10**9)]
         assert (row["sequences"], row["ids"]) == (len(within), sum(within))
     assert sum(row["sequences"] for row in report["lengths"]["histogram"]) == 60
     half = sum(2 * ids.count(UNKNOWN) >= len(ids) for ids in lists)
-    assert (report["unknown"]["count"], report["unknown"]["half_unknown_sequences"]) == (counted[UNKNOWN], half) and half
-    assert report["vocabulary"]["occur"] == len(counted) == VOCAB_SIZE - report["vocabulary"]["never"]
+    assert (report["unknown"]["count"], report["unknown"]["half_unknown_sequences"]) == (
+        counted[UNKNOWN],
+        half,
+    ) and half
+    assert (
+        report["vocabulary"]["occur"] == len(counted) == VOCAB_SIZE - report["vocabulary"]["never"]
+    )
     inside = Counter(number for ids in lists for number in ids[1:-1])
     assert {row["id"]: (row["first"], row["last"], row["inside"]) for row in report["special"]} == {
-        PAD: (0, 0, 0), UNKNOWN: (0, 0, inside[UNKNOWN]), START: (60, 0, 0), END: (0, 60, inside[END]),
-    }  # fmt: skip
+        PAD: (0, 0, 0),
+        UNKNOWN: (0, 0, inside[UNKNOWN]),
+        START: (60, 0, 0),
+        END: (0, 60, inside[END]),
+    }
     assert report["boundaries"]["wrong_sequences"] == 0 and report["problems"] == [] and inside[END]
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_sequences_shown_are_those_of_the_file(file_format, tmp_path):
     sequences = make_sequences(41, seed=2)
-    shown = report_of(tmp_path, make_file(tmp_path, file_format, sequences), "--num_sequences", 5)["shown"]
+    shown = report_of(tmp_path, make_file(tmp_path, file_format, sequences), "--num_sequences", 5)[
+        "shown"
+    ]
     assert [row["number"] for row in shown[:5]] == [0, 10, 20, 30, 40]
     for row in shown:
         ids = sequences[row["number"]].tolist()
-        assert (row["ids"], row["length"], row["unknown"]) == (ids[: len(row["ids"])], len(ids), ids.count(UNKNOWN))
+        assert (row["ids"], row["length"], row["unknown"]) == (
+            ids[: len(row["ids"])],
+            len(ids),
+            ids.count(UNKNOWN),
+        )
     why = {word: row for row in shown for word in row["why"].split(", ")}
-    assert why["shortest"]["length"] == min(map(len, sequences)) and why["longest"]["length"] == max(map(len, sequences))
-    assert why["most unknown"]["number"] == max(range(41), key=lambda k: (sequences[k] == UNKNOWN).mean())
+    assert why["shortest"]["length"] == min(map(len, sequences)) and why["longest"][
+        "length"
+    ] == max(map(len, sequences))
+    assert why["most unknown"]["number"] == max(
+        range(41), key=lambda k: (sequences[k] == UNKNOWN).mean()
+    )
 
 
 def test_no_sequences_and_no_ids_are_shown_where_none_are_wanted(tmp_path):
@@ -127,9 +177,21 @@ def test_what_is_printed_is_what_the_json_says(file_format, tmp_path, capsys):
     printed = capsys.readouterr().out
     assert printed == "\n".join(inspect_data.as_text(report)) + "\n"
     card = report["card"]
-    for fact in (f"{report['ids']:,}", "56", "a/dump.txt 123.5 kB", "4 blank lines", "77, ", "150 entries", "verified: "):
+    for fact in (
+        f"{report['ids']:,}",
+        "56",
+        "a/dump.txt 123.5 kB",
+        "4 blank lines",
+        "77, ",
+        "150 entries",
+        "verified: ",
+    ):
         assert fact in printed
-    assert card["counts"]["ids"] == report["ids"] and not {"checksums", "sha256", "many_unknown"} & set(card)
+    assert card["counts"]["ids"] == report["ids"] and not {
+        "checksums",
+        "sha256",
+        "many_unknown",
+    } & set(card)
     assert report["bytes"] == sum(os.path.getsize(file["path"]) for file in report["files"])
 
 
@@ -142,8 +204,10 @@ def test_a_store_is_named_by_its_prefix_or_any_of_its_files(suffix, tmp_path):
     assert report["verified"] == {"blocks": 2, "bytes": size}
 
 
-@pytest.mark.parametrize(("file_format", "suffix"), [("store", ".bin"), ("store", ".idx"), ("store", ".json"),
-                                                     ("pickle", ""), ("pickle", ".json")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("file_format", "suffix"),
+    [("store", ".bin"), ("store", ".idx"), ("store", ".json"), ("pickle", ""), ("pickle", ".json")],
+)
 def test_a_changed_byte_is_noticed_wherever_it_is(file_format, suffix, tmp_path, status_and_errors):
     path = make_file(tmp_path, file_format, make_sequences(900))
     file = Path(path + suffix)
@@ -153,11 +217,15 @@ def test_a_changed_byte_is_noticed_wherever_it_is(file_format, suffix, tmp_path,
         damaged = bytearray(whole)
         damaged[place] ^= 1 << rng.randrange(8)
         file.write_bytes(damaged)
-        status, errors = status_and_errors(inspect_data.main, [path, "--verify", "--num_sequences", "0"])
+        status, errors = status_and_errors(
+            inspect_data.main, [path, "--verify", "--num_sequences", "0"]
+        )
         assert status == 2 and len(errors) == 1 and path in errors[0], (place, errors)
         if suffix == ".bin":
             first = place // 2**16 * 2**16
-            assert f"{file}: bytes {first} to {min(first + 2**16, len(whole)) - 1} differ" in errors[0]
+            assert (
+                f"{file}: bytes {first} to {min(first + 2**16, len(whole)) - 1} differ" in errors[0]
+            )
     assert len(whole) > 2**17 or suffix != ".bin", "more than one block"
     file.write_bytes(whole)
     assert status_and_errors(inspect_data.main, [path, "--verify"]) == (0, [])
@@ -170,7 +238,10 @@ def test_a_changed_byte_of_the_ids_is_reported_on_without_verify(tmp_path, statu
     Path(f"{path}.bin").write_bytes(data)
     assert status_and_errors(inspect_data.main, [path]) == (0, [])
     report = report_of(tmp_path, path)
-    assert any("the file has 65535" in problem for problem in report["problems"]) and "verified" not in report
+    assert (
+        any("the file has 65535" in problem for problem in report["problems"])
+        and "verified" not in report
+    )
 
 
 CONTRADICTIONS = {
@@ -184,14 +255,18 @@ CONTRADICTIONS = {
     "kind": ({"kind": "counts"}, "the card says kind counts, the file is"),
     "vocabulary": ({"tokenizer": {"vocab_size": 100}}, "are outside the vocabulary, ids 0 to 99"),
     "list": ({"many_unknown": []}, "6 unknown ids or more, which the card's list of such lacks"),
-    "boundaries": ({"tokenizer": {"special_ids": ROLES | {"start": 9}}, "counts": {}, "many_unknown": None},
-                   "30 sequences, sequence 0 the first, do not begin with id 9 and end with id 3"),
-}  # fmt: skip
+    "boundaries": (
+        {"tokenizer": {"special_ids": ROLES | {"start": 9}}, "counts": {}, "many_unknown": None},
+        "30 sequences, sequence 0 the first, do not begin with id 9 and end with id 3",
+    ),
+}
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_a_card_that_contradicts_its_file_is_told_and_fails_verify(name, file_format, tmp_path, capsys, status_and_errors):
+def test_a_card_that_contradicts_its_file_is_told_and_fails_verify(
+    name, file_format, tmp_path, capsys, status_and_errors
+):
     changes, expected = CONTRADICTIONS[name]
     path = make_file(tmp_path, file_format, make_sequences(30))
     card = read_card(f"{path}.json", "")
@@ -205,11 +280,16 @@ def test_a_card_that_contradicts_its_file_is_told_and_fails_verify(name, file_fo
 
 
 @pytest.mark.parametrize(
-    ("special", "wrong", "first_wrong"), [(ROLES, 7, 1), (ROLES | {"start": 9, "end": 9}, 8, 0), (ROLES | {"start": 3}, 9, 0)]
+    ("special", "wrong", "first_wrong"),
+    [(ROLES, 7, 1), (ROLES | {"start": 9, "end": 9}, 8, 0), (ROLES | {"start": 3}, 9, 0)],
 )
 def test_the_sequences_without_boundaries_are_counted(special, wrong, first_wrong, tmp_path):
-    sequences = as_uint16([[2, 9, 3], [9, 9, 3], [2, 9, 9], [2], [2, 3], [3, 2], [9], [9, 9], [2, 1, 1]])
-    report = report_of(tmp_path, make_file(tmp_path, "store", sequences, {"tokenizer": {"special_ids": special}}))
+    sequences = as_uint16(
+        [[2, 9, 3], [9, 9, 3], [2, 9, 9], [2], [2, 3], [3, 2], [9], [9, 9], [2, 1, 1]]
+    )
+    report = report_of(
+        tmp_path, make_file(tmp_path, "store", sequences, {"tokenizer": {"special_ids": special}})
+    )
     facts = report["boundaries"]
     assert (facts["wrong_sequences"], facts["first_wrong"]) == (wrong, first_wrong)
 
@@ -218,18 +298,42 @@ def test_the_sequences_without_boundaries_are_counted(special, wrong, first_wron
 def test_unknown_ids_belong_to_the_sequence_that_they_stand_in(chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(inspect_data, "CHUNK", chunk)
     sequences = as_uint16([[9, 9, 9, 9], [1, 9], [1], [9, 1, 1], [1, 9, 9], [9, 9]])
-    report = report_of(tmp_path, make_file(tmp_path, "store", sequences, {"tokenizer": {"special_ids": ROLES}}),
-                       "--num_sequences", 6)  # fmt: skip
-    assert {row["number"]: row["unknown"] for row in report["shown"]} == {0: 0, 1: 1, 2: 1, 3: 2, 4: 1, 5: 0}
+    report = report_of(
+        tmp_path,
+        make_file(tmp_path, "store", sequences, {"tokenizer": {"special_ids": ROLES}}),
+        "--num_sequences",
+        6,
+    )
+    assert {row["number"]: row["unknown"] for row in report["shown"]} == {
+        0: 0,
+        1: 1,
+        2: 1,
+        3: 2,
+        4: 1,
+        5: 0,
+    }
     assert report["unknown"] == {"id": 1, "count": 5, "share": 5 / 15, "half_unknown_sequences": 3}
     (row,) = [row for row in report["special"] if row["id"] == UNKNOWN]
-    assert (row["first"], row["last"], row["inside"]) == (3, 1, 1), "a sequence of one id begins with it"
+    assert (row["first"], row["last"], row["inside"]) == (
+        3,
+        1,
+        1,
+    ), "a sequence of one id begins with it"
 
 
 def test_percentiles_are_lengths_that_the_share_does_not_exceed():
-    assert [inspect_data.percentile({3: 9, 5: 81, 7: 9, 9: 1}, percent) for percent in (1, 9, 10, 90, 91, 99, 100)] == [
-        3, 3, 5, 5, 7, 7, 9,
-    ]  # fmt: skip
+    assert [
+        inspect_data.percentile({3: 9, 5: 81, 7: 9, 9: 1}, percent)
+        for percent in (1, 9, 10, 90, 91, 99, 100)
+    ] == [
+        3,
+        3,
+        5,
+        5,
+        7,
+        7,
+        9,
+    ]
 
 
 ODD_CARDS = [
@@ -251,10 +355,20 @@ def test_a_file_without_a_card_is_shown_but_not_verified(file_format, tmp_path, 
     path = make_file(tmp_path, file_format, make_sequences(20))
     os.unlink(f"{path}.json")
     report = report_of(tmp_path, path)
-    assert report["card"] == {} and report["vocabulary"]["size"] is None and report["sequences"] == 20
-    assert "unknown, so ids are not decoded" in report["tokenizer"] and report["shown"][0]["text"] is None
+    assert (
+        report["card"] == {} and report["vocabulary"]["size"] is None and report["sequences"] == 20
+    )
+    assert (
+        "unknown, so ids are not decoded" in report["tokenizer"]
+        and report["shown"][0]["text"] is None
+    )
     status, errors = status_and_errors(inspect_data.main, [path, "--verify"])
-    assert status == 2 and len(errors) == 1 and "no checksums to verify" in errors[0] and f"{path}.json" in errors[0]
+    assert (
+        status == 2
+        and len(errors) == 1
+        and "no checksums to verify" in errors[0]
+        and f"{path}.json" in errors[0]
+    )
 
 
 def test_pickles_of_2019_are_read(tmp_path):
@@ -266,7 +380,9 @@ def test_pickles_of_2019_are_read(tmp_path):
 def test_ids_that_no_vocabulary_has_are_counted_together(teachers, tmp_path):
     odd = [np.array([2, -5, 2**40, 9, 3], np.int64), np.array([2, 9, 2**31 - 1, 3], np.int64)]
     path = write_pickle(tmp_path / "odd.pickle", odd)
-    report = report_of(tmp_path, path, "--tokenizer_type", "bert", "--tokenizer_name", teachers["bert"])
+    report = report_of(
+        tmp_path, path, "--tokenizer_type", "bert", "--tokenizer_name", teachers["bert"]
+    )
     vocabulary = report["vocabulary"]
     assert (vocabulary["outside"], vocabulary["smallest"], vocabulary["largest"]) == (3, -5, 2**40)
     assert all(f"<id {number}>" in report["shown"][0]["text"] for number in (-5, 2**40))
@@ -283,7 +399,9 @@ def test_sequences_are_decoded_with_the_tokenizer_of_the_flags(kind, teachers, l
     expected = " ".join(tokenizer.decode(ids).split())
     text = report["shown"][0]["text"]
     assert text == expected if len(expected) <= 200 else text == expected[:200] + "..."
-    assert len(report["shown"][1]["text"]) == 203 and report["vocabulary"]["size"] == vocab_size_of(teachers[kind])
+    assert len(report["shown"][1]["text"]) == 203 and report["vocabulary"]["size"] == vocab_size_of(
+        teachers[kind]
+    )
     tokens = {row["id"]: row["token"] for row in report["most_frequent"]}
     assert tokens == {number: tokenizer.convert_ids_to_tokens(number) for number in tokens}
 
@@ -295,14 +413,23 @@ def test_a_tokenizer_of_the_card_is_taken_only_where_it_is_still_the_same(teache
         card = make_card(sequences, name=str(teachers["bert"]), vocabulary_sha256=fingerprint)
         report = report_of(tmp_path, make_file(tmp_path, "store", sequences, card))
         is_same = fingerprint != "0" * 64
-        assert (report["shown"][0]["text"] is not None) == is_same == ("another now" not in report["tokenizer"])
+        assert (
+            (report["shown"][0]["text"] is not None)
+            == is_same
+            == ("another now" not in report["tokenizer"])
+        )
     report = report_of(tmp_path, tmp_path / "data", "--tokenizer_name", teachers["bert"])
-    assert "texts and tokens may be wrong" in report["tokenizer"] and report["shown"][0]["text"] is not None
+    assert (
+        "texts and tokens may be wrong" in report["tokenizer"]
+        and report["shown"][0]["text"] is not None
+    )
 
 
 def test_a_tokenizer_of_the_card_that_is_gone_is_said_in_one_line(tmp_path, capsys):
     inspect_data.main([make_file(tmp_path, "store", make_sequences(9))])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("tokenizer")]
+    (line,) = [
+        line for line in capsys.readouterr().out.splitlines() if line.startswith("tokenizer")
+    ]
     assert "/no/such/folder (bert), not loaded, so ids are not decoded" in line
 
 
@@ -326,17 +453,31 @@ BAD = {
     "top": (["{tmp}/data", "--top", "-1"], "--top -1: expected 0 to"),
     "cut off": (["{tmp}/cut"], "{tmp}/cut.bin: has"),
     "cut index": (["{tmp}/short.bin"], "{tmp}/short.idx: has"),
-    "no tokenizer": (["{tmp}/data", "--tokenizer_type", "bert", "--tokenizer_name", "{tmp}/none"],
-                     "--tokenizer_name {tmp}/none"),
-    "no name": (["{tmp}/text.pickle", "--tokenizer_type", "bert"], "--tokenizer_type bert: the file has no card"),
-    "no type": (["{tmp}/text.pickle", "--tokenizer_name", "x"], "--tokenizer_name x: the file has no card"),
+    "no tokenizer": (
+        ["{tmp}/data", "--tokenizer_type", "bert", "--tokenizer_name", "{tmp}/none"],
+        "--tokenizer_name {tmp}/none",
+    ),
+    "no name": (
+        ["{tmp}/text.pickle", "--tokenizer_type", "bert"],
+        "--tokenizer_type bert: the file has no card",
+    ),
+    "no type": (
+        ["{tmp}/text.pickle", "--tokenizer_name", "x"],
+        "--tokenizer_name x: the file has no card",
+    ),
     "over ids": (["{tmp}/data", "--json", "{tmp}/data.bin"], "would overwrite"),
     "over card": (["{tmp}/data", "--json", "{tmp}/data.json"], "would overwrite"),
-    "as a card": (["{tmp}/text.pickle", "--json", "{tmp}/text.pickle.json"], "token file's own file or card"),
-    "a store's card": (["{tmp}/text.pickle", "--json", "{tmp}/bare.json"], "token file's own file or card"),
+    "as a card": (
+        ["{tmp}/text.pickle", "--json", "{tmp}/text.pickle.json"],
+        "token file's own file or card",
+    ),
+    "a store's card": (
+        ["{tmp}/text.pickle", "--json", "{tmp}/bare.json"],
+        "token file's own file or card",
+    ),
     "json folder": (["{tmp}/data", "--json", "{tmp}"], "--json {tmp}: is a folder"),
     "json place": (["{tmp}/data", "--json", "{tmp}/text/x.json"], "text is no folder"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
@@ -353,22 +494,49 @@ def test_bad_input_is_one_line_and_writes_nothing(name, tmp_path, status_and_err
     (tmp_path / "text").write_text("no token file")
     write_pickle(tmp_path / "text.pickle", [[2, 9, 3]])
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    status, errors = status_and_errors(inspect_data.main, [word.format(tmp=tmp_path) for word in arguments])
+    status, errors = status_and_errors(
+        inspect_data.main, [word.format(tmp=tmp_path) for word in arguments]
+    )
     assert status == 2 and len(errors) == 1 and expected.format(tmp=tmp_path) in errors[0], errors
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-@pytest.mark.parametrize(("kind", "file_format"), [("bert", "store"), ("roberta", "pickle"), ("gpt2", "store")])
-def test_files_of_binarized_data_are_verified_and_decoded(kind, file_format, teachers, text_file, lines, tmp_path, capsys):
-    binarized_data.main(["--file_path", str(text_file), "--tokenizer_type", kind, "--tokenizer_name", str(teachers[kind]),
-                         "--dump_file", str(tmp_path / "out"), "--format", file_format, "--num_workers", "1"])  # fmt: skip
+@pytest.mark.parametrize(
+    ("kind", "file_format"), [("bert", "store"), ("roberta", "pickle"), ("gpt2", "store")]
+)
+def test_files_of_binarized_data_are_verified_and_decoded(
+    kind, file_format, teachers, text_file, lines, tmp_path, capsys
+):
+    binarized_data.main(
+        [
+            "--file_path",
+            str(text_file),
+            "--tokenizer_type",
+            kind,
+            "--tokenizer_name",
+            str(teachers[kind]),
+            "--dump_file",
+            str(tmp_path / "out"),
+            "--format",
+            file_format,
+            "--num_workers",
+            "1",
+        ]
+    )
     path = tmp_path / f"out.tiny-{kind}{'.pickle' if file_format == 'pickle' else ''}"
     report = report_of(tmp_path, path, "--verify", "--num_sequences", 240)
     assert "verified: " in capsys.readouterr().out and report["problems"] == []
     tokenizer = load_tokenizer(kind, str(teachers[kind]), "")
-    start, end = (tokenizer.convert_ids_to_tokens(special_ids(kind, tokenizer)[role]) for role in ("start", "end"))
-    words = {line: tokenizer.decode(tokenizer.encode(line, add_special_tokens=False)) for line in lines}
-    beginnings = {" ".join(f"{start} {text} {end}".split())[:60].replace(" ", "") for text in words.values()}
+    start, end = (
+        tokenizer.convert_ids_to_tokens(special_ids(kind, tokenizer)[role])
+        for role in ("start", "end")
+    )
+    words = {
+        line: tokenizer.decode(tokenizer.encode(line, add_special_tokens=False)) for line in lines
+    }
+    beginnings = {
+        " ".join(f"{start} {text} {end}".split())[:60].replace(" ", "") for text in words.values()
+    }
     shown = {row["text"][:70].replace(" ", "") for row in report["shown"]}
     assert all(any(text.startswith(beginning[:40]) for text in shown) for beginning in beginnings)
 
@@ -394,11 +562,15 @@ def test_the_program_needs_no_torch_and_bears_a_reader_that_leaves(teachers, tmp
     path = make_file(tmp_path, "store", sequences, make_card(sequences, name=str(teachers["bert"])))
     program = ROOT / "scripts" / "inspect_data.py"
     code = (
-        f"import sys; sys.path.insert(0, {str(program.parent)!r}); import inspect_data; inspect_data.main([{path!r}]); "
-        "sys.exit('torch' in sys.modules)"
+        f"import sys; sys.path.insert(0, {str(program.parent)!r}); import inspect_data;"
+        f" inspect_data.main([{path!r}]); sys.exit('torch' in sys.modules)"
     )
     done = run_process(sys.executable, "-c", code, PYTHONIOENCODING="ascii")
     assert done.returncode == 0 and "sequence 0" in done.stdout, done.stderr
     command = f"set -o pipefail; {sys.executable} {program} {path} --num_sequences 300 | head -n 1"
     done = run_process("bash", "-c", command)
-    assert done.returncode == 0 and done.stdout.startswith("path ") and "error" not in done.stderr.lower(), done.stderr
+    assert (
+        done.returncode == 0
+        and done.stdout.startswith("path ")
+        and "error" not in done.stderr.lower()
+    ), done.stderr

@@ -1,4 +1,6 @@
-"""What is trained on: splitting and filtering as in 2019, batches, and pickles that cannot execute anything."""
+"""What is trained on: splitting and filtering as in 2019, batches, and pickles that cannot execute
+anything.
+"""
 
 import os
 import pickle
@@ -32,7 +34,11 @@ def golden_special(case) -> SpecialIds:
     return SpecialIds(ids["bos_token"], ids["eos_token"], ids["unk_token"], ids["unk_token"])
 
 
-@pytest.mark.parametrize("case", load_golden("parity.json")["dataset"], ids=lambda c: f"{c['max_model_input_size']}-{c['mlm']}")
+@pytest.mark.parametrize(
+    "case",
+    load_golden("parity.json")["dataset"],
+    ids=lambda c: f"{c['max_model_input_size']}-{c['mlm']}",
+)
 def test_sequences_equal_the_2019_code(case):
     dataset = make_dataset(case["input"], golden_special(case), case["max_model_input_size"])
     assert [dataset[k].tolist() for k in range(len(dataset))] == case["output"]
@@ -57,7 +63,10 @@ def test_nothing_is_copied_by_splitting():
 
 
 def test_a_sequence_without_boundary_tokens_is_named():
-    with pytest.raises(InputError, match="the data: sequence 1 begins with id 7 and ends with id 2, expected 1 and 2"):
+    with pytest.raises(
+        InputError,
+        match="the data: sequence 1 begins with id 7 and ends with id 2, expected 1 and 2",
+    ):
         make_dataset([[1, 9, 2], [7, 9, 2]], SPECIAL, 64)
 
 
@@ -128,5 +137,8 @@ def test_a_cut_off_pickle_is_named(tmp_path):
 
 
 def test_an_id_outside_the_vocabulary_is_named_with_both_files():
-    with pytest.raises(InputError, match=r"data\.pickle: token id 30 is outside the vocabulary of teacher, ids 0 to 29"):
+    with pytest.raises(
+        InputError,
+        match=r"data\.pickle: token id 30 is outside the vocabulary of teacher, ids 0 to 29",
+    ):
         check_ids_below(np.array([3, 30, 4]), 30, "data.pickle", "teacher")

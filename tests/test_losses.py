@@ -16,7 +16,9 @@ FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def golden_rows(case):
-    """Which positions enter which objective, and the label of each, from a golden case's labels and lengths."""
+    """Which positions enter which objective, and the label of each, from a golden case's labels and
+    lengths.
+    """
     labels_BT, lengths_B = torch.tensor(case["labels"]), torch.tensor(case["lengths"])
     real_BT = torch.arange(labels_BT.shape[1]) < lengths_B[:, None]
     if case["mlm"]:
@@ -29,18 +31,24 @@ def golden_rows(case):
         next_BT[:, :-1] = real_BT[:, 1:]
         rows = {"real": real_BT, "distilled": real_BT, "next": next_BT}
         targets = {"next": labels_BT.roll(-1, dims=1)}
-    return {k: v.flatten().nonzero()[:, 0] for k, v in rows.items()}, {k: v.flatten() for k, v in targets.items()}
+    return {k: v.flatten().nonzero()[:, 0] for k, v in rows.items()}, {
+        k: v.flatten() for k, v in targets.items()
+    }
 
 
 def make_terms(alphas, rows, targets):
-    """Make the terms of the logit objectives, weighted so that their sum is the weighted mean loss."""
+    """Make the terms of the logit objectives, weighted so that their sum is the weighted mean
+    loss.
+    """
     terms = {}
     for name, alpha in alphas.items():
         loss = LOSSES[name]
         if loss.reads == "logits":
             rows_N = rows[loss.rows]
             labels_N = targets[loss.rows][rows_N] if loss.rows in targets else None
-            terms[name] = Term(loss.formula, rows_N, rows_N, labels_N, alpha / max(len(rows_N), 1), loss.gradient)
+            terms[name] = Term(
+                loss.formula, rows_N, rows_N, labels_N, alpha / max(len(rows_N), 1), loss.gradient
+            )
     return terms
 
 
@@ -55,7 +63,10 @@ def test_losses_and_gradients_equal_the_2019_code(case, chunk_rows):
     def tensor(key):
         return torch.tensor(case[key], dtype=torch.float64).flatten(0, 1)
 
-    student_NV, student_ND = tensor("student_logits").requires_grad_(), tensor("student_hidden").requires_grad_()
+    student_NV, student_ND = (
+        tensor("student_logits").requires_grad_(),
+        tensor("student_hidden").requires_grad_(),
+    )
     teacher_NV, teacher_ND = tensor("teacher_logits"), tensor("teacher_hidden")
     rows, targets = golden_rows(case)
     terms = make_terms(case["alphas"], rows, targets)
@@ -67,9 +78,13 @@ def test_losses_and_gradients_equal_the_2019_code(case, chunk_rows):
         total, sums_K = projected_losses(*projections, *plain[2:], 3 if "3" in chunk_rows else None)
     else:
         total, sums_K = head_losses(lambda x: x, [], plain[0], lambda x: x, *plain[1:], chunk_rows)
-    values = {name: s.item() / len(terms[name].offsets) for name, s in zip(terms, sums_K, strict=True)}
+    values = {
+        name: s.item() / len(terms[name].offsets) for name, s in zip(terms, sums_K, strict=True)
+    }
     if "cos" in case["alphas"]:
-        cosine = LOSSES["cos"].formula(student_ND[rows["real"]], teacher_ND[rows["real"]], None, case["T"])
+        cosine = LOSSES["cos"].formula(
+            student_ND[rows["real"]], teacher_ND[rows["real"]], None, case["T"]
+        )
         values["cos"] = cosine.item() / len(rows["real"])
         total = total + case["alphas"]["cos"] * cosine / len(rows["real"])
     total.backward()
@@ -101,10 +116,13 @@ def slow_cosine(student, teacher):
 SLOW = {
     "ce": lambda s, t, labels, temperature: slow_kl(s, t, temperature),
     "mlm": lambda s, t, labels, _: sum(
-        math.log(sum(map(math.exp, row))) - row[k] for row, k in zip(s.tolist(), labels, strict=True)
+        math.log(sum(map(math.exp, row))) - row[k]
+        for row, k in zip(s.tolist(), labels, strict=True)
     ),
     "mse": lambda s, t, labels, _: sum(
-        (x - y) ** 2 for a, b in zip(s.tolist(), t.tolist(), strict=True) for x, y in zip(a, b, strict=True)
+        (x - y) ** 2
+        for a, b in zip(s.tolist(), t.tolist(), strict=True)
+        for x, y in zip(a, b, strict=True)
     ),
     "cos": lambda s, t, labels, _: slow_cosine(s, t),
 }
@@ -122,7 +140,9 @@ def test_each_objective_equals_a_slow_loop(name):
 
 def random_head_case(num_rows=11, width=6, vocab=17, seed=0, dtype=torch.float64):
     generator = torch.Generator().manual_seed(seed)
-    head = torch.nn.Sequential(torch.nn.Linear(width, width), torch.nn.LayerNorm(width), torch.nn.Linear(width, vocab))
+    head = torch.nn.Sequential(
+        torch.nn.Linear(width, width), torch.nn.LayerNorm(width), torch.nn.Linear(width, vocab)
+    )
     for parameter in head.parameters():
         parameter.data = torch.randn(parameter.shape, generator=generator)
     head = head.to(dtype)
@@ -146,11 +166,15 @@ def test_the_chunked_head_equals_the_plain_one(chunk_rows):
         hidden_ND = student_ND.clone().requires_grad_()
         head.zero_grad()
         if is_chunked:
-            total, sums_K = head_losses(head, list(head.parameters()), hidden_ND, head, teacher_ND, terms, 2.0, chunk_rows)
+            total, sums_K = head_losses(
+                head, list(head.parameters()), hidden_ND, head, teacher_ND, terms, 2.0, chunk_rows
+            )
         else:
             total, sums_K = weighted_sums(head(hidden_ND), head(teacher_ND).detach(), terms, 2.0)
         (3 * total).backward()
-        results.append([total.detach(), sums_K, hidden_ND.grad, *(p.grad.clone() for p in head.parameters())])
+        results.append(
+            [total.detach(), sums_K, hidden_ND.grad, *(p.grad.clone() for p in head.parameters())]
+        )
     for chunked, plain in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(chunked, plain, **FLOAT64)
 
@@ -159,7 +183,9 @@ def test_frozen_head_parameters_get_no_gradient():
     head, student_ND, teacher_ND, terms = random_head_case()
     head[2].bias.requires_grad_(False)
     hidden_ND = student_ND.clone().requires_grad_()
-    head_losses(head, list(head.parameters()), hidden_ND, head, teacher_ND, terms, 2.0, 4)[0].backward()
+    head_losses(head, list(head.parameters()), hidden_ND, head, teacher_ND, terms, 2.0, 4)[
+        0
+    ].backward()
     assert head[2].bias.grad is None
     assert head[2].weight.grad.abs().sum() > 0
 
@@ -169,12 +195,16 @@ def test_an_empty_selection_gives_zero_and_a_zero_gradient(chunk_rows):
     head, student_ND, teacher_ND, _ = random_head_case()
     student_ND, teacher_ND = student_ND[:0], teacher_ND[:0]
     nothing = torch.tensor([], dtype=torch.long)
-    terms = [Term(LOSSES[name].formula, nothing, nothing, nothing, 1.0) for name in ("ce", "mlm", "mse")]
+    terms = [
+        Term(LOSSES[name].formula, nothing, nothing, nothing, 1.0) for name in ("ce", "mlm", "mse")
+    ]
     hidden_ND = student_ND.clone().requires_grad_()
     if chunk_rows is None:
         total, sums_K = weighted_sums(head(hidden_ND), head(teacher_ND), terms, 2.0)
     else:
-        total, sums_K = head_losses(head, list(head.parameters()), hidden_ND, head, teacher_ND, terms, 2.0, chunk_rows)
+        total, sums_K = head_losses(
+            head, list(head.parameters()), hidden_ND, head, teacher_ND, terms, 2.0, chunk_rows
+        )
     total.backward()
     assert total.item() == 0 and sums_K.tolist() == [0, 0, 0]
     assert head[0].weight.grad.abs().sum() == 0
@@ -198,15 +228,17 @@ def test_rows_outside_a_selection_change_neither_loss_nor_gradient():
 
 def test_half_precision_logits_are_widened_before_the_losses():
     head, student_ND, teacher_ND, terms = random_head_case(dtype=torch.bfloat16)
-    total, sums_K = head_losses(head, list(head.parameters()), student_ND.requires_grad_(), head, teacher_ND, terms, 2.0, 4)
+    total, sums_K = head_losses(
+        head, list(head.parameters()), student_ND.requires_grad_(), head, teacher_ND, terms, 2.0, 4
+    )
     assert total.dtype == sums_K.dtype == torch.float32
     exact, _ = weighted_sums(head(student_ND).double(), head(teacher_ND).double(), terms, 2.0)
     assert total.item() == pytest.approx(exact.item(), rel=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The fast head
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def projection_case(num_rows, vocab, width=32, seed=0, spread=1.0, names=("ce", "mlm", "mse")):
@@ -216,14 +248,31 @@ def projection_case(num_rows, vocab, width=32, seed=0, spread=1.0, names=("ce", 
     def random(*shape):
         return torch.randn(*shape, generator=generator, dtype=torch.float64)
 
-    student, teacher = ([random(num_rows, width), random(vocab, width) * spread / width**0.5, random(vocab)] for _ in range(2))
+    student, teacher = (
+        [random(num_rows, width), random(vocab, width) * spread / width**0.5, random(vocab)]
+        for _ in range(2)
+    )
     everywhere, some = torch.arange(num_rows), torch.arange(0, num_rows, 3)
     terms = []
     for name in names:
         rows = some if LOSSES[name].rows == "masked" else everywhere
-        labels = torch.randint(vocab, (len(rows),), generator=generator) if LOSSES[name].rows == "masked" else None
+        labels = (
+            torch.randint(vocab, (len(rows),), generator=generator)
+            if LOSSES[name].rows == "masked"
+            else None
+        )
         weight = {"ce": 5.0, "mlm": 2.0, "mse": 0.01}[name] / max(len(rows), 1)
-        terms.append(Term(LOSSES[name].formula, rows, rows, labels, weight, LOSSES[name].gradient, LOSSES[name].by_row))
+        terms.append(
+            Term(
+                LOSSES[name].formula,
+                rows,
+                rows,
+                labels,
+                weight,
+                LOSSES[name].gradient,
+                LOSSES[name].by_row,
+            )
+        )
     return student, teacher, terms
 
 
@@ -235,14 +284,18 @@ def run_head(student, teacher, terms, dtype, way, chunk_rows=None):
         logits = [torch.nn.functional.linear(*tensors) for tensors in (leaves, fixed)]
         total, sums_K = weighted_sums(*map(losses.at_least_float32, logits), terms, 2.0)
     else:
-        total, sums_K = projected_losses(Projection(*leaves), Projection(*fixed), terms, 2.0, chunk_rows, way == "joined")
+        total, sums_K = projected_losses(
+            Projection(*leaves), Projection(*fixed), terms, 2.0, chunk_rows, way == "joined"
+        )
     total.backward()
     return [total.detach(), sums_K, *(leaf.grad for leaf in leaves)]
 
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Run what is joined for a compiler without it, which takes half a minute a shape; return the calls of it."""
+    """Run what is joined for a compiler without it, which takes half a minute a shape; return the
+    calls of it.
+    """
     calls = []
 
     def run(*arguments):
@@ -263,20 +316,31 @@ FAST_WAYS = pytest.mark.parametrize("way", ["fast", "joined"])
 def test_the_fast_head_equals_the_plain_one(num_rows, names, chunk_rows, way, uncompiled):
     case = projection_case(num_rows, 57, names=names)
     for fast, plain in zip(
-        run_head(*case, torch.float64, way, chunk_rows), run_head(*case, torch.float64, "plain"), strict=True
+        run_head(*case, torch.float64, way, chunk_rows),
+        run_head(*case, torch.float64, "plain"),
+        strict=True,
     ):
         torch.testing.assert_close(fast, plain, **FLOAT64)
     assert bool(uncompiled) == (way == "joined" and num_rows > 0)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # torch's own, when it loads its compiler
+@pytest.mark.filterwarnings(
+    "ignore:`torch.jit:DeprecationWarning"
+)  # torch's own, when it loads its compiler
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_the_head_that_torch_compiles_equals_the_one_that_it_does_not(dtype):
     case = projection_case(33, 57)
-    for compiled, expected in zip(run_head(*case, dtype, "joined", 20), run_head(*case, dtype, "fast", 20), strict=True):
-        # bfloat16: a logit's gradient may be rounded the other way, once in 2^8, and 57 of them are summed
-        torch.testing.assert_close(compiled, expected, **(FLOAT64 if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}))
+    for compiled, expected in zip(
+        run_head(*case, dtype, "joined", 20), run_head(*case, dtype, "fast", 20), strict=True
+    ):
+        # bfloat16: a logit's gradient may be rounded the other way, once in 2^8, and 57 of them are
+        # summed
+        torch.testing.assert_close(
+            compiled,
+            expected,
+            **(FLOAT64 if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}),
+        )
 
 
 @pytest.mark.parametrize("plain", [0, 1, 2])
@@ -285,22 +349,36 @@ def test_an_objective_without_a_form_for_a_compiler_leaves_the_others_compiled(p
     terms[plain] = dataclasses.replace(terms[plain], gradient=None, by_row=None)
     mixed = run_head(student, teacher, terms, torch.float64, "joined", 7)
     assert len(uncompiled) == 3  # chunks
-    for found, expected in zip(mixed, run_head(student, teacher, terms, torch.float64, "plain"), strict=True):
+    for found, expected in zip(
+        mixed, run_head(student, teacher, terms, torch.float64, "plain"), strict=True
+    ):
         torch.testing.assert_close(found, expected, **FLOAT64)
 
 
 def test_objectives_without_a_form_for_a_compiler_are_not_compiled(uncompiled):
     student, teacher, terms = projection_case(20, 57)
-    run_head(student, teacher, [dataclasses.replace(term, by_row=None) for term in terms], torch.float64, "joined")
+    run_head(
+        student,
+        teacher,
+        [dataclasses.replace(term, by_row=None) for term in terms],
+        torch.float64,
+        "joined",
+    )
     assert not uncompiled
 
 
 def test_a_weight_on_the_device_is_as_good_as_a_number(uncompiled):
     student, teacher, terms = projection_case(20, 57)
-    tensors = [dataclasses.replace(term, weight=torch.tensor(term.weight, dtype=torch.float64)) for term in terms]
+    tensors = [
+        dataclasses.replace(term, weight=torch.tensor(term.weight, dtype=torch.float64))
+        for term in terms
+    ]
     for way in ("fast", "joined"):
-        for found, expected in zip(run_head(student, teacher, tensors, torch.float64, way),
-                                   run_head(student, teacher, terms, torch.float64, way), strict=True):  # fmt: skip
+        for found, expected in zip(
+            run_head(student, teacher, tensors, torch.float64, way),
+            run_head(student, teacher, terms, torch.float64, way),
+            strict=True,
+        ):
             torch.testing.assert_close(found, expected, **FLOAT64)
 
 
@@ -311,7 +389,9 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 @FAST_WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab, num_rows", [(30522, 40), (119547, 12), (30522, 1)])
-def test_the_fast_heads_gradient_is_as_near_to_float64_as_the_plain_ones(vocab, num_rows, dtype, way, uncompiled):
+def test_the_fast_heads_gradient_is_as_near_to_float64_as_the_plain_ones(
+    vocab, num_rows, dtype, way, uncompiled
+):
     student, teacher, terms = projection_case(num_rows, vocab, width=64)
     rounded = [[tensor.to(dtype).double() for tensor in tensors] for tensors in (student, teacher)]
     exact = run_head(*rounded, terms, torch.float64, "plain")
@@ -334,8 +414,11 @@ def test_extreme_logits_give_no_nan(dtype, way, uncompiled):
 def test_an_objective_without_a_gradient_by_hand_is_differentiated():
     student, teacher, terms = projection_case(20, 57)
     by_autograd = [dataclasses.replace(term, gradient=None) for term in terms]
-    for found, expected in zip(run_head(student, teacher, by_autograd, torch.float64, "fast", 7),
-                               run_head(student, teacher, terms, torch.float64, "fast"), strict=True):  # fmt: skip
+    for found, expected in zip(
+        run_head(student, teacher, by_autograd, torch.float64, "fast", 7),
+        run_head(student, teacher, terms, torch.float64, "fast"),
+        strict=True,
+    ):
         torch.testing.assert_close(found, expected, **FLOAT64)
 
 

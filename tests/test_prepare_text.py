@@ -1,4 +1,6 @@
-"""Documents to lines of whole sentences: nothing lost, documents apart, languages sampled by n^s."""
+"""Documents to lines of whole sentences: nothing lost, documents apart, languages sampled by
+n^s.
+"""
 
 import collections
 import gzip
@@ -28,7 +30,9 @@ def prepare(tmp_path: Path, *paths: object, **flags) -> list[str]:
         arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     prepare_text.main(arguments)
     text = output.read_bytes().decode()
-    assert text.endswith("\n") and text.splitlines() == text.split("\n")[:-1], "a line end for some is one for all"
+    assert text.endswith("\n") and text.splitlines() == text.split("\n")[:-1], (
+        "a line end for some is one for all"
+    )
     return text.split("\n")[:-1]
 
 
@@ -46,17 +50,26 @@ def numbered(num: int, name: str = "Sentence") -> list[str]:
     return [f"{name} {number:06d} says something." for number in range(num)]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sentences
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # A bar stands where a sentence ends and another begins.
 SENTENCES = [
     "The cat sat. |Then it left! |Did it? |Yes … |No.",
     "He came in 1990. |She left at 3.14 p.m. on a day. |All 24 were won.",
-    'Dr. Smith of the U.S. Army met J. R. R. Tolkien, e.g. at No. 500. |"Why?" he asked. |"Because." |(Yes, so.) |It ended.',
-    "He said no. |Then see Fig. 3 and Smith Jr. (b. Jan. 5). |It rained.[1][23] |Wait... what? |Oh?! |What...",
-    "Er wurde am 3. Oktober 1990 geboren, z. B. in Köln bzw. Bonn. |„Ludwig XIV. Friedrich?“ |Das war's.",
+    (
+        'Dr. Smith of the U.S. Army met J. R. R. Tolkien, e.g. at No. 500. |"Why?" he asked.'
+        ' |"Because." |(Yes, so.) |It ended.'
+    ),
+    (
+        "He said no. |Then see Fig. 3 and Smith Jr. (b. Jan. 5). |It rained.[1][23] |Wait... what?"
+        " |Oh?! |What..."
+    ),
+    (
+        "Er wurde am 3. Oktober 1990 geboren, z. B. in Köln bzw. Bonn. |„Ludwig XIV. Friedrich?“"
+        " |Das war's."
+    ),
     "В 1990 г. А. С. Пушкин жил на ул. Мира. |Он писал стихи! |Где?",
     "黑豹队的防守只丢了 308分，排名第六。|职业碗防守截锋以 3.5 分领先。|“是吗？”|好！！|完。",
     "पैंथर्स छठे स्थान पर रहे। |शॉर्ट ने नेतृत्व किया।|क्या?",
@@ -79,14 +92,17 @@ def test_sentences_end_where_readers_end_them(marked):
     assert [text[a:b] for a, b in itertools.pairwise(starts)] == marked.split("|")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Lines
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_a_line_takes_as_many_whole_sentences_as_fit(tmp_path):
     rng = random.Random(1)
-    sentences = [" ".join(rng.choices(["word", "it", "seldom"], k=rng.randint(3, 12))).capitalize() + "." for _ in range(300)]
+    sentences = [
+        " ".join(rng.choices(["word", "it", "seldom"], k=rng.randint(3, 12))).capitalize() + "."
+        for _ in range(300)
+    ]
     lines = prepare(tmp_path, write(tmp_path / "text", " ".join(sentences)), max_chars=150)
     expected = [sentences[0]]
     for sentence in sentences[1:]:
@@ -98,7 +114,14 @@ def test_a_line_takes_as_many_whole_sentences_as_fit(tmp_path):
 
 
 def test_dense_scripts_fill_a_line_with_fewer_characters():
-    assert [length("abc."), length("äя."), length("汉字。"), length("ไทย"), length("한국 x"), length("हिन्दी")] == [
+    assert [
+        length("abc."),
+        length("äя."),
+        length("汉字。"),
+        length("ไทย"),
+        length("한국 x"),
+        length("हिन्दी"),
+    ] == [
         4,
         3,
         9,
@@ -107,22 +130,72 @@ def test_dense_scripts_fill_a_line_with_fewer_characters():
         6,
     ]
     lines, rest, _ = pack("汉字汉字汉字汉字。" * 20, 100, 0)
-    assert {len(line) for line in lines} == {27} and all(length(line) <= 100 for line in [*lines, rest])
+    assert {len(line) for line in lines} == {27} and all(
+        length(line) <= 100 for line in [*lines, rest]
+    )
 
 
-ALPHABETS = ["abcdeXYZ", "äößÉñ", "абвГД", "汉字日本カタ", "हिंदीक्षत्रिय", "العربية", "ไทยกำ่น้ำ", "한국어가",
-             "e\u0301a\u0308\u200d", "😀👍🏽👩\u200d🚀"]  # fmt: skip
-MARKS = [".", "!", "?", "。", "।", "؟", "…", '"', "(", ")", "”", "1", "23", "\u200b", ",", "，", "="]
-SPACES = [" ", "  ", "\t", "\u00a0", "\u3000", "\u2028", "\u2029", "\x85", "\x0b", "\x0c", "\x1c", "\x1e"]
+ALPHABETS = [
+    "abcdeXYZ",
+    "äößÉñ",
+    "абвГД",
+    "汉字日本カタ",
+    "हिंदीक्षत्रिय",
+    "العربية",
+    "ไทยกำ่น้ำ",
+    "한국어가",
+    "e\u0301a\u0308\u200d",
+    "😀👍🏽👩\u200d🚀",
+]
+MARKS = [
+    ".",
+    "!",
+    "?",
+    "。",
+    "।",
+    "؟",
+    "…",
+    '"',
+    "(",
+    ")",
+    "”",
+    "1",
+    "23",
+    "\u200b",
+    ",",
+    "，",
+    "=",
+]
+SPACES = [
+    " ",
+    "  ",
+    "\t",
+    "\u00a0",
+    "\u3000",
+    "\u2028",
+    "\u2029",
+    "\x85",
+    "\x0b",
+    "\x0c",
+    "\x1c",
+    "\x1e",
+]
 
 
 def random_line(rng: random.Random) -> str:
-    """Make some text without \\n and \\r, in one or several scripts, now and then with very long words."""
+    """Make some text without \\n and \\r, in one or several scripts, now and then with very long
+    words.
+    """
     pieces = []
     alphabets = rng.sample(ALPHABETS, rng.randint(1, 3))
     for _ in range(rng.randint(1, 60)):
         pieces.append(
-            "".join(rng.choices(rng.choice(alphabets), k=rng.choice([1, 2, 5, 8, 200 if rng.random() < 0.05 else 3])))
+            "".join(
+                rng.choices(
+                    rng.choice(alphabets),
+                    k=rng.choice([1, 2, 5, 8, 200 if rng.random() < 0.05 else 3]),
+                )
+            )
         )
         pieces.append(rng.choice(MARKS) if rng.random() < 0.3 else "")
         pieces.append(rng.choice(SPACES) if rng.random() < 0.2 else rng.choice([" ", " ", ""]))
@@ -133,10 +206,15 @@ def random_line(rng: random.Random) -> str:
 def test_nothing_is_lost_and_no_line_is_too_long(form, tmp_path):
     rng = random.Random(form)
     for trial in range(25):
-        documents = [[random_line(rng) for _ in range(rng.randint(1, 4))] for _ in range(rng.randint(1, 8))]
+        documents = [
+            [random_line(rng) for _ in range(rng.randint(1, 4))] for _ in range(rng.randint(1, 8))
+        ]
         end = rng.choice(["\n", "\r\n", "\r"])
         if form == "jsonl":
-            text = "\n".join(json.dumps({"text": end.join(document)}, ensure_ascii=trial % 2 == 0) for document in documents)
+            text = "\n".join(
+                json.dumps({"text": end.join(document)}, ensure_ascii=trial % 2 == 0)
+                for document in documents
+            )
         else:
             text = ((end if form == "line" else end * 2).join(map(end.join, documents))) + end
         path = write(tmp_path / f"in.{'jsonl' if form == 'jsonl' else 'txt'}", text)
@@ -144,17 +222,35 @@ def test_nothing_is_lost_and_no_line_is_too_long(form, tmp_path):
         max_chars = rng.choice([20, 47, 200, 1000])
         lines = prepare(tmp_path, path, max_chars=max_chars, min_chars=0, **flags)
         assert without_space("".join(lines)) == without_space("".join(map("".join, documents)))
-        assert all(line and line == " ".join(line.split()) and length(line) <= max_chars for line in lines)
+        assert all(
+            line and line == " ".join(line.split()) and length(line) <= max_chars for line in lines
+        )
 
 
 SAMPLES = {
-    "en": "The Panthers gave up just 308 points. They ranked sixth in the league, didn't they? Yes!",
-    "de": "Die Abwehr ließ nur 308 Punkte zu. Damit lag sie am 3. Oktober auf Platz sechs, nicht wahr? Ja!",
+    "en": (
+        "The Panthers gave up just 308 points. They ranked sixth in the league, didn't they? Yes!"
+    ),
+    "de": (
+        "Die Abwehr ließ nur 308 Punkte zu. Damit lag sie am 3. Oktober auf Platz sechs, nicht"
+        " wahr? Ja!"
+    ),
     "zh": "黑豹队的防守只丢了 308分，在联赛中排名第六。职业碗防守截锋卡万·肖特以 11 分领先于全队。",
-    "hi": "पैंथर्स की डिफ़ेन्स ने लीग में केवल 308 अंक दिए और छठे स्थान पर रहे। कावन शॉर्ट ने सैक में टीम का नेतृत्व किया।",
-    "ar": "لم يتخلى فريق بانثرز سوى عن 308 نقطة، ليحتل المركز السادس. وقد تصدر المدافع كاوان شورت الفريق؟",
-    "th": "ทีมรับของแพนเธอร์สถอดใจที่คะแนน 308 ได้อันดับที่หกของลีก ในขณะที่เป็นผู้นำในเอ็นเอฟแอลด้วยการอินเตอร์เซป 24 ครั้ง",
-    "ru": "Защита пропустила всего 308 очков. В 2015 г. она заняла шестое место в лиге, не так ли? Да!",
+    "hi": (
+        "पैंथर्स की डिफ़ेन्स ने लीग में केवल 308 अंक दिए और छठे स्थान पर रहे। कावन शॉर्ट ने सैक में टीम का नेतृत्व किया।"
+    ),
+    "ar": (
+        "لم يتخلى فريق بانثرز سوى عن 308 نقطة، ليحتل المركز السادس. وقد تصدر المدافع كاوان شورت"
+        " الفريق؟"
+    ),
+    "th": (
+        "ทีมรับของแพนเธอร์สถอดใจที่คะแนน 308 ได้อันดับที่หกของลีก"
+        " ในขณะที่เป็นผู้นำในเอ็นเอฟแอลด้วยการอินเตอร์เซป 24 ครั้ง"
+    ),
+    "ru": (
+        "Защита пропустила всего 308 очков. В 2015 г. она заняла шестое место в лиге, не так"
+        " ли? Да!"
+    ),
 }
 
 
@@ -195,29 +291,40 @@ def test_short_remainders_are_dropped_and_counted(tmp_path, capsys):
     path = write(tmp_path / "in.txt", "Short.\nLong enough to be kept.\n汉字汉字汉字。\n")
     assert prepare(tmp_path, path) == ["Long enough to be kept.", "汉字汉字汉字。"]
     logged = capsys.readouterr().err
-    assert "Read 3 documents of 3 sentences: 2 lines of 15 characters in the mean (30 in all)" in logged
-    assert "Left out 0 headings, and 1 remainders shorter than 20 (16.67% of the characters)" in logged
+    assert (
+        "Read 3 documents of 3 sentences: 2 lines of 15 characters in the mean (30 in all)"
+        in logged
+    )
+    assert (
+        "Left out 0 headings, and 1 remainders shorter than 20 (16.67% of the characters)" in logged
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Documents
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 BY_LINE = "One is a line.\nTwo is a line.\n"
 BY_BLANK = "\n\nOne is on\ntwo lines.\n  \t\nTwo is here.\n\n\nThree.\n"
 
 
-@pytest.mark.parametrize("text, documents, expected", [
-    (BY_LINE, "auto", ["One is a line.", "Two is a line."]),
-    (f"\n \n{BY_LINE}\n\n", "auto", ["One is a line.", "Two is a line."]),
-    (BY_LINE, "blank_lines", ["One is a line. Two is a line."]),
-    (BY_BLANK, "auto", ["One is on two lines.", "Two is here.", "Three."]),
-    (BY_BLANK, "blank_lines", ["One is on two lines.", "Two is here.", "Three."]),
-    (BY_BLANK, "line", ["One is on", "two lines.", "Two is here.", "Three."]),
-    (BY_BLANK, "file", ["One is on two lines. Two is here. Three."]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "text, documents, expected",
+    [
+        (BY_LINE, "auto", ["One is a line.", "Two is a line."]),
+        (f"\n \n{BY_LINE}\n\n", "auto", ["One is a line.", "Two is a line."]),
+        (BY_LINE, "blank_lines", ["One is a line. Two is a line."]),
+        (BY_BLANK, "auto", ["One is on two lines.", "Two is here.", "Three."]),
+        (BY_BLANK, "blank_lines", ["One is on two lines.", "Two is here.", "Three."]),
+        (BY_BLANK, "line", ["One is on", "two lines.", "Two is here.", "Three."]),
+        (BY_BLANK, "file", ["One is on two lines. Two is here. Three."]),
+    ],
+)
 def test_documents_are_kept_apart(text, documents, expected, tmp_path):
-    assert prepare(tmp_path, write(tmp_path / "in", text), documents=documents, min_chars=0) == expected
+    assert (
+        prepare(tmp_path, write(tmp_path / "in", text), documents=documents, min_chars=0)
+        == expected
+    )
 
 
 def test_files_are_kept_apart(tmp_path):
@@ -237,26 +344,47 @@ def test_headings_part_documents_and_are_left_out(documents, tmp_path):
 
 
 def test_a_record_is_a_document(tmp_path):
-    records = [{"body": "One.\n\nStill one.\r\n== Heading ==\nA section."}, {"body": ""}, {"body": None}, {"body": "Two."}]
+    records = [
+        {"body": "One.\n\nStill one.\r\n== Heading ==\nA section."},
+        {"body": ""},
+        {"body": None},
+        {"body": "Two."},
+    ]
     path = write(tmp_path / "in.jsonl", "\n".join(map(json.dumps, records)))
-    assert prepare(tmp_path, path, text_field="body", min_chars=0) == ["One. Still one.", "A section.", "Two."]
+    assert prepare(tmp_path, path, text_field="body", min_chars=0) == [
+        "One. Still one.",
+        "A section.",
+        "Two.",
+    ]
 
 
 def test_compressed_files_and_patterns_are_read(tmp_path):
     for name in ("a", "b"):
-        (tmp_path / f"{name}.txt.gz").write_bytes(gzip.compress(f"This is the text of {name}.\n".encode()))
-    assert prepare(tmp_path, tmp_path / "*.txt.gz") == ["This is the text of a.", "This is the text of b."]
+        (tmp_path / f"{name}.txt.gz").write_bytes(
+            gzip.compress(f"This is the text of {name}.\n".encode())
+        )
+    assert prepare(tmp_path, tmp_path / "*.txt.gz") == [
+        "This is the text of a.",
+        "This is the text of b.",
+    ]
 
 
 def test_characters_that_some_take_for_line_ends_become_spaces(tmp_path):
-    path = write(tmp_path / "in.jsonl", json.dumps({"text": "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh\u00a0i"}))
+    path = write(
+        tmp_path / "in.jsonl", json.dumps({"text": "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh\u00a0i"})
+    )
     assert prepare(tmp_path, path, min_chars=0) == ["a b c d e f g h i"]
 
 
 def test_bytes_that_are_no_text_are_left_out_or_mended(tmp_path, capsys):
     path = tmp_path / "in.txt"
-    path.write_bytes(b"\xef\xbb\xbfThe first good line.\nA bad \xfc in this line.\nThe other good line.\n")
-    assert prepare(tmp_path, path, errors="skip") == ["The first good line.", "The other good line."]
+    path.write_bytes(
+        b"\xef\xbb\xbfThe first good line.\nA bad \xfc in this line.\nThe other good line.\n"
+    )
+    assert prepare(tmp_path, path, errors="skip") == [
+        "The first good line.",
+        "The other good line.",
+    ]
     assert "1 lines were no valid text: left out." in capsys.readouterr().err
     assert prepare(tmp_path, path, errors="replace")[1] == "A bad \ufffd in this line."
 
@@ -276,14 +404,19 @@ def test_lines_do_not_depend_on_the_parts_of_a_document():
     rng = random.Random(3)
     for _ in range(60):
         text = " ".join(" ".join(random_line(rng).split()) for _ in range(5))
-        # Within a sentence cut in the midst of a word, what stands before the cut is seen by one and not by the other.
+        # Within a sentence cut in the midst of a word, what stands before the cut is seen by one
+        # and not by the other.
         text = re.sub(r"[^\W\d]{15,}", "", text)
         whole, parted = Corpus("whole", []), Corpus("parted", [])
         expected = list(lines_of([(text, True)], 200, 20, whole))
         places = [0, *sorted(rng.sample(range(1, len(text)), 4)), len(text)]
         parts = [(text[a:b], b == len(text)) for a, b in itertools.pairwise(places)]
         assert list(lines_of(parts, 200, 20, parted)) == expected
-        assert (whole.sentences, whole.documents, whole.dropped) == (parted.sentences, parted.documents, parted.dropped)
+        assert (whole.sentences, whole.documents, whole.dropped) == (
+            parted.sentences,
+            parted.documents,
+            parted.dropped,
+        )
 
 
 @pytest.mark.parametrize("form", ["line", "blank_lines", "file"])
@@ -296,15 +429,19 @@ def test_parts_are_bounded(form):
 
 
 def test_the_output_is_read_back_line_by_line(tmp_path):
-    lines = prepare(tmp_path, write(tmp_path / "in.jsonl", json.dumps({"text": " ".join(numbered(500))})), max_chars=100)
+    lines = prepare(
+        tmp_path,
+        write(tmp_path / "in.jsonl", json.dumps({"text": " ".join(numbered(500))})),
+        max_chars=100,
+    )
     (source,) = find_sources(str(tmp_path / "out" / "dump.txt"))
     found = [text for block in read_blocks(source, "text") for text in texts_of(block, "text")[0]]
     assert found == lines and len(lines) > 100
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Languages
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_shares_follow_the_exponent():
@@ -324,7 +461,10 @@ def test_targets_are_the_rounded_shares_and_sum_to_the_total():
         exponent, total = rng.choice([0, 0.3, 0.7, 1]), rng.randint(1, 10**9)
         found = targets(sizes, exponent, total)
         assert sum(found) == total
-        assert all(abs(n - total * share) <= 1 for n, share in zip(found, shares(sizes, exponent), strict=True))
+        assert all(
+            abs(n - total * share) <= 1
+            for n, share in zip(found, shares(sizes, exponent), strict=True)
+        )
         assert targets(sizes, 1, sum(sizes)) == sizes
 
 
@@ -352,9 +492,22 @@ def test_languages_are_sampled_to_exact_counts(wiki, tmp_path, capsys):
     counts = by_language(lines)
     # 525 lines in the ratio 20 : 10 : 5.
     assert {name: sum(each) for name, each in counts.items()} == {"En": 300, "Sw": 150, "Ic": 75}
-    assert set(counts["En"]) == {1} and set(counts["Ic"]) == {3} and collections.Counter(counts["Sw"]) == {1: 50, 2: 50}
+    assert (
+        set(counts["En"]) == {1}
+        and set(counts["Ic"]) == {3}
+        and collections.Counter(counts["Sw"]) == {1: 50, 2: 50}
+    )
     rows = [row.split() for row in capsys.readouterr().out.splitlines()]
-    assert rows[0] == ["language", "documents", "lines", "characters", "share", "written", "share", "times"]
+    assert rows[0] == [
+        "language",
+        "documents",
+        "lines",
+        "characters",
+        "share",
+        "written",
+        "share",
+        "times",
+    ]
     assert ["en", "400", "400", f"{400 * len(lines[0])}", "76.19%", "300", "57.14%", "0.75"] in rows
     assert [row[0] for row in rows[1:]] == ["en", "is", "sw"]
 
@@ -369,11 +522,17 @@ def test_a_path_each_is_a_language_each(wiki, tmp_path):
 @pytest.mark.parametrize("flags", [{}, {"num_lines": 525}])
 def test_an_exponent_of_one_keeps_every_line_once(flags, wiki, tmp_path):
     plain = prepare(tmp_path, wiki)
-    assert sorted(prepare(tmp_path, wiki, by_language=True, **flags)) == sorted(plain) and len(set(plain)) == 525
+    assert (
+        sorted(prepare(tmp_path, wiki, by_language=True, **flags)) == sorted(plain)
+        and len(set(plain)) == 525
+    )
 
 
 def test_the_sample_is_reproduced_from_the_seed(wiki, tmp_path):
-    first, again, other = (prepare(tmp_path, wiki, by_language=True, sampling_exponent=0.7, seed=seed) for seed in (1, 1, 2))
+    first, again, other = (
+        prepare(tmp_path, wiki, by_language=True, sampling_exponent=0.7, seed=seed)
+        for seed in (1, 1, 2)
+    )
     assert first == again != other and len(first) == len(other)
 
 
@@ -382,7 +541,9 @@ def test_a_language_draws_the_same_whatever_the_others_are_called(wiki, tmp_path
     before = prepare(tmp_path, wiki, **flags)
     (wiki / "sw").rename(wiki / "ax")
     after = prepare(tmp_path, wiki, **flags)
-    assert [line for line in before if line[:2] in ("En", "Ic")] == [line for line in after if line[:2] in ("En", "Ic")]
+    assert [line for line in before if line[:2] in ("En", "Ic")] == [
+        line for line in after if line[:2] in ("En", "Ic")
+    ]
     assert sorted(before) != sorted(after)
 
 
@@ -393,15 +554,19 @@ def test_every_line_has_the_same_chance(tmp_path):
         with open(tmp_path / "drawn", "w", encoding="utf-8") as output:
             prepare_text.sample(path, 10, 13, random.Random(seed), output)
         drawn = (tmp_path / "drawn").read_text().split()
-        assert drawn[:10] == [str(i) for i in range(10)] and drawn[10:] == sorted(set(drawn[10:])) and len(drawn) == 13
+        assert (
+            drawn[:10] == [str(i) for i in range(10)]
+            and drawn[10:] == sorted(set(drawn[10:]))
+            and len(drawn) == 13
+        )
         counts.update(drawn[10:])
     bound = 5 * math.sqrt(trials * 0.3 * 0.7)
     assert all(abs(counts[str(i)] - 0.3 * trials) < bound for i in range(10))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 BAD = {
     "no path": ([], "--file_path"),
@@ -412,32 +577,60 @@ BAD = {
     "blank": (["{tmp}/blank"], "no line is left of 0 documents (the text is blank)"),
     "short": (["{tmp}/short"], "no line is left of 2 documents (2 shorter than --min_chars 20)"),
     "not utf-8": (["{tmp}/good.txt", "{tmp}/latin"], "latin:2: byte 3 of the line is not UTF-8"),
-    "no field": (["{tmp}/in.jsonl", "--text_field", "body"], "in.jsonl:1: has no field 'body', only text"),
+    "no field": (
+        ["{tmp}/in.jsonl", "--text_field", "body"],
+        "in.jsonl:1: has no field 'body', only text",
+    ),
     "no json": (["{tmp}/bad.jsonl"], "bad.jsonl:2: is no JSON object"),
     "output is input": (["{tmp}/good.txt", "--output", "{tmp}/good.txt"], "would overwrite"),
     "output among inputs": (["{tmp}/lang", "--output", "{tmp}/lang/new.txt"], "would overwrite"),
     "output is matched": (["{tmp}/*.txt", "--output", "{tmp}/good.txt"], "would overwrite"),
     "output is a folder": (["{tmp}/good.txt", "--output", "{tmp}/void"], "is a folder"),
     "tiny lines": (["{tmp}/good.txt", "--max_chars", "19"], "--max_chars 19: expected at least 20"),
-    "no room": (["{tmp}/good.txt", "--max_chars", "30", "--min_chars", "31"], "--min_chars 31: expected 0 to --max_chars"),
+    "no room": (
+        ["{tmp}/good.txt", "--max_chars", "30", "--min_chars", "31"],
+        "--min_chars 31: expected 0 to --max_chars",
+    ),
     "negative": (["{tmp}/good.txt", "--min_chars", "-1"], "--min_chars -1"),
-    "exponent": (["{tmp}/lang", "--by_language", "--sampling_exponent", "1.5"], "expected 0 (equal shares) to 1"),
-    "no number": (["{tmp}/lang", "--by_language", "--sampling_exponent", "nan"], "expected 0 (equal shares) to 1"),
+    "exponent": (
+        ["{tmp}/lang", "--by_language", "--sampling_exponent", "1.5"],
+        "expected 0 (equal shares) to 1",
+    ),
+    "no number": (
+        ["{tmp}/lang", "--by_language", "--sampling_exponent", "nan"],
+        "expected 0 (equal shares) to 1",
+    ),
     "one language": (["{tmp}/lang", "--sampling_exponent", "0.7"], "add --by_language"),
     "no lines": (["{tmp}/good.txt", "--num_lines", "0"], "--num_lines 0: expected at least 1"),
-    "same name": (["{tmp}/lang/en.txt", "{tmp}/en.jsonl", "--by_language"], "both language 'en'; put its files in one folder"),
+    "same name": (
+        ["{tmp}/lang/en.txt", "{tmp}/en.jsonl", "--by_language"],
+        "both language 'en'; put its files in one folder",
+    ),
     "same entry": (["{tmp}/twice", "--by_language"], "are both language 'en'"),
-    "language without text": (["{tmp}/lang", "{tmp}/blank", "--by_language", "--sampling_exponent", "0"], "language 'blank'"),
-    "language not utf-8": (["{tmp}/lang", "{tmp}/latin", "--by_language", "--sampling_exponent", "0"], "latin:2: byte 3"),
+    "language without text": (
+        ["{tmp}/lang", "{tmp}/blank", "--by_language", "--sampling_exponent", "0"],
+        "language 'blank'",
+    ),
+    "language not utf-8": (
+        ["{tmp}/lang", "{tmp}/latin", "--by_language", "--sampling_exponent", "0"],
+        "latin:2: byte 3",
+    ),
     "unknown flag": (["{tmp}/good.txt", "--by-language"], "did you mean --by_language?"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_input_is_one_line_and_leaves_the_output_alone(name, tmp_path, status_and_errors):
     arguments, expected = BAD[name]
     good = "This is a good line.\nThis is another one.\n"
-    for path in ("good.txt", "lang/en.txt", "lang/sw.txt", "twice/en.1.txt", "twice/en.2.txt", "en.jsonl"):
+    for path in (
+        "good.txt",
+        "lang/en.txt",
+        "lang/sw.txt",
+        "twice/en.1.txt",
+        "twice/en.2.txt",
+        "en.jsonl",
+    ):
         write(tmp_path / path, good)
     write(tmp_path / "empty", "")
     write(tmp_path / "blank", " \n\n \n")
@@ -458,7 +651,15 @@ def test_bad_input_is_one_line_and_leaves_the_output_alone(name, tmp_path, statu
 
 def test_an_interrupted_run_leaves_nothing(wiki, tmp_path, status_and_errors):
     write(wiki / "en.txt", "\n".join(numbered(300000)))  # 10 MB: more than half a second
-    arguments = ["--file_path", str(wiki), "--by_language", "--num_lines", "5", "--output", str(tmp_path / "dump.txt")]
+    arguments = [
+        "--file_path",
+        str(wiki),
+        "--by_language",
+        "--num_lines",
+        "5",
+        "--output",
+        str(tmp_path / "dump.txt"),
+    ]
     handler = signal.signal(signal.SIGALRM, signal.default_int_handler)
     signal.setitimer(signal.ITIMER_REAL, 0.1)
     try:
@@ -466,7 +667,9 @@ def test_an_interrupted_run_leaves_nothing(wiki, tmp_path, status_and_errors):
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)
         signal.signal(signal.SIGALRM, handler)
-    assert (status, errors) == (130, ["interrupted"]) and [path.name for path in tmp_path.iterdir()] == ["wiki"]
+    assert (status, errors) == (130, ["interrupted"]) and [
+        path.name for path in tmp_path.iterdir()
+    ] == ["wiki"]
 
 
 def test_the_program_starts_without_the_large_libraries(tmp_path):

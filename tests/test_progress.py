@@ -1,4 +1,6 @@
-"""What the progress bar and TensorBoard say of speed is what tokens, seconds and model FLOPs imply; no speed is asserted."""
+"""What the progress bar and TensorBoard say of speed is what tokens, seconds and model FLOPs imply;
+no speed is asserted.
+"""
 
 import types
 
@@ -24,7 +26,9 @@ def clock(monkeypatch) -> list[float]:
 
 
 def parts_of(world, tmp_path, kind: str = "bert", **changes) -> train.Parts:
-    return train.set_up(train.parse_config(world.flags(kind, tmp_path / "run", **changes)), train.Runtime())
+    return train.set_up(
+        train.parse_config(world.flags(kind, tmp_path / "run", **changes)), train.Runtime()
+    )
 
 
 def updates_of(parts: train.Parts, accumulation: int, num: int) -> list:
@@ -38,7 +42,9 @@ def record(progress: train.Progress, update) -> None:
 
 
 def report_of(progress: train.Progress, update) -> StepReport:
-    return StepReport(torch.full((len(update.planned), len(progress.names)), 1.5, dtype=torch.float64), 1.0, {})
+    return StepReport(
+        torch.full((len(update.planned), len(progress.names)), 1.5, dtype=torch.float64), 1.0, {}
+    )
 
 
 def lengths_of(parts: train.Parts, update) -> list[np.ndarray]:
@@ -54,8 +60,12 @@ def test_the_bar_shows_tokens_a_second_and_mfu(clock, world, tmp_path):
         clock[0] = seconds
         record(progress, update)
         tokens += sum(int(lengths_B.sum()) for lengths_B in lengths_of(parts, update))
-        flops += sum(update_flops(teacher, student, lengths_B) for lengths_B in lengths_of(parts, update))
-        expected = f"loss 1.5000, {tokens / seconds:,.0f} tokens/s, {flops / seconds / PEAK:.1%} MFU"
+        flops += sum(
+            update_flops(teacher, student, lengths_B) for lengths_B in lengths_of(parts, update)
+        )
+        expected = (
+            f"loss 1.5000, {tokens / seconds:,.0f} tokens/s, {flops / seconds / PEAK:.1%} MFU"
+        )
         assert progress.training_text == expected and expected in str(progress.bar.postfix)
     assert flops / 6.0 / PEAK > 0.01, "the figure is not lost in rounding"
 
@@ -67,7 +77,9 @@ class Points:
         self.last = scalars
 
 
-def test_logged_rates_are_of_the_time_since_the_last_log_without_evaluations(clock, world, tmp_path):
+def test_logged_rates_are_of_the_time_since_the_last_log_without_evaluations(
+    clock, world, tmp_path
+):
     parts = parts_of(world, tmp_path)
     progress, points = train.Progress(parts, train.Runtime()), Points()
     first, second = updates_of(parts, 2, 2)
@@ -101,7 +113,10 @@ def test_a_runs_log_holds_tokens_and_seconds_that_agree(world, tmp_path, monkeyp
     for k, pair in enumerate((updates[:2], updates[2:])):
         lengths = [lengths_B for update in pair for lengths_B in lengths_of(parts, update)]
         seconds = found["global/speed"][k]  # the files hold float32
-        tokens, flops = sum(int(lengths_B.sum()) for lengths_B in lengths), sum(map(parts.work.flops, lengths))
+        tokens, flops = (
+            sum(int(lengths_B.sum()) for lengths_B in lengths),
+            sum(map(parts.work.flops, lengths)),
+        )
         assert found["global/tokens_per_s"][k] * seconds == pytest.approx(tokens, rel=1e-5)
         assert found["global/mfu"][k] * seconds * PEAK == pytest.approx(flops, rel=1e-5)
 
@@ -114,7 +129,11 @@ def test_models_whose_work_is_not_known_have_a_speed_alone(world, tmp_path, monk
     (update,) = updates_of(parts, 2, 1)
     record(progress, update)
     progress.log_to(points, 0, report_of(progress, update))
-    assert parts.work is None and "MFU" not in progress.training_text and "tokens/s" in progress.training_text
+    assert (
+        parts.work is None
+        and "MFU" not in progress.training_text
+        and "tokens/s" in progress.training_text
+    )
     assert "global/tokens_per_s" in points.last and "global/mfu" not in points.last
 
 
@@ -126,7 +145,9 @@ def test_the_peak_of_several_processes_is_that_of_one_times_their_number(world, 
 
 def test_the_peak_is_measured_in_the_runs_precision(world, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(train, "peak_flops", lambda device, dtype: asked.append((device.type, dtype)) or PEAK)
+    monkeypatch.setattr(
+        train, "peak_flops", lambda device, dtype: asked.append((device.type, dtype)) or PEAK
+    )
     for changes in ({}, {"bf16": True}, {"fp16": True}):
         train.Progress(parts_of(world, tmp_path, **changes), train.Runtime())
     assert asked == [("cpu", torch.float32), ("cpu", torch.bfloat16), ("cpu", torch.float16)]
@@ -136,7 +157,12 @@ def test_the_peak_is_measured_in_the_runs_precision(world, tmp_path, monkeypatch
 WORK = {
     "all": ("bert", {}, True, True),
     "restricted": ("bert", {"restrict_ce_to_mask": True}, True, True),
-    "restricted, without KL": ("bert", {"restrict_ce_to_mask": True, "alpha_ce": 0.0, "alpha_mse": 0.1}, True, True),
+    "restricted, without KL": (
+        "bert",
+        {"restrict_ce_to_mask": True, "alpha_ce": 0.0, "alpha_mse": 0.1},
+        True,
+        True,
+    ),
     "masks alone": ("bert", {"alpha_ce": 0.0, "alpha_cos": 0.0}, False, False),
     "masks and cosine": ("bert", {"alpha_ce": 0.0}, True, False),
     "causal": ("gpt2", {}, True, True),
@@ -158,7 +184,11 @@ def test_what_is_counted_is_what_is_projected(name, world, tmp_path):
             read = [batch.rows[train.LOSSES[loss].rows] for loss in model._active("logits")]
             assert work.head_rows(lengths_B) == len(torch.cat(read).unique())
             student = work.student.forward_flops(lengths_B, len(torch.cat(read).unique()))
-            teacher = work.teacher.forward_flops(lengths_B, work.head_rows(lengths_B)) if has_teacher else 0
+            teacher = (
+                work.teacher.forward_flops(lengths_B, work.head_rows(lengths_B))
+                if has_teacher
+                else 0
+            )
             assert work.flops(lengths_B) == teacher + 3 * student
 
 

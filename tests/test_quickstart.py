@@ -1,4 +1,6 @@
-"""The quickstart with one's own text and teacher, and what it refuses; its default is run by CI itself."""
+"""The quickstart with one's own text and teacher, and what it refuses; its default is run by CI
+itself.
+"""
 
 import json
 
@@ -16,24 +18,40 @@ def own_text(tmp_path_factory):
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_own_text_and_teacher_give_the_table(kind, own_text, teachers, tmp_path, capsys, monkeypatch):
+def test_own_text_and_teacher_give_the_table(
+    kind, own_text, teachers, tmp_path, capsys, monkeypatch
+):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = ["--text", str(own_text), "--teacher", f"{teachers[kind]}/", "--output", str(tmp_path / "out"), "--short"]
+    arguments = [
+        "--text",
+        str(own_text),
+        "--teacher",
+        f"{teachers[kind]}/",
+        "--output",
+        str(tmp_path / "out"),
+        "--short",
+    ]
     quickstart.main([*arguments, "--student_steps", "40"])
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert list(rows) == ["teacher", "student before", "student after", "without teacher"]
-    assert rows["teacher"]["kl"] == pytest.approx(0, abs=1e-5) and rows["teacher"]["agreement"] == 1.0
+    assert (
+        rows["teacher"]["kl"] == pytest.approx(0, abs=1e-5) and rows["teacher"]["agreement"] == 1.0
+    )
     assert rows["student after"]["kl"] < rows["student before"]["kl"]
     assert rows["student after"]["parameters"] < rows["teacher"]["parameters"]
     assert all(row["latency_ms"] > 0 for row in rows.values())
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     assert "is closer to the teacher" in capsys.readouterr().out
     held_out = set((tmp_path / "out" / "held_out.txt").read_text().splitlines())
-    assert held_out and not held_out & set((tmp_path / "out" / "train.txt").read_text().splitlines())
+    assert held_out and not held_out & set(
+        (tmp_path / "out" / "train.txt").read_text().splitlines()
+    )
 
 
 def test_a_line_that_stands_twice_is_taken_once(tmp_path):
-    (tmp_path / "text").write_text("bake\n limo \nbake \n\nlimo\nbake")  # the last without a line end
+    (tmp_path / "text").write_text(
+        "bake\n limo \nbake \n\nlimo\nbake"
+    )  # the last without a line end
     assert list(quickstart.user_lines(str(tmp_path / "text"))) == ["bake", "limo"]
 
 
@@ -41,11 +59,20 @@ BAD = {
     "no text": (["--text", "{tmp}/nowhere"], "nowhere: no such file"),
     "short text": (["--text", "{tmp}/short", "--teacher", "{bert}"], "expected at least 40 lines"),
     "not utf-8": (["--text", "{tmp}/latin", "--teacher", "{bert}"], "latin: is not UTF-8"),
-    "no teacher": (["--text", "{tmp}/short", "--teacher", "{tmp}"], "holds no readable config.json"),
-    "foreign folder": (["--text", "{tmp}/short", "--output", "{tmp}"], "holds files that no quickstart made"),
+    "no teacher": (
+        ["--text", "{tmp}/short", "--teacher", "{tmp}"],
+        "holds no readable config.json",
+    ),
+    "foreign folder": (
+        ["--text", "{tmp}/short", "--output", "{tmp}"],
+        "holds files that no quickstart made",
+    ),
     "length": (["--text", "{tmp}/short", "--max_length", "11"], "--max_length 11"),
     "steps": (["--text", "{tmp}/short", "--student_steps", "0"], "--student_steps 0"),
-    "short held-out lines": (["--text", "{tmp}/tail", "--teacher", "{bert}"], "held_out.tiny-bert.pickle: none of its"),
+    "short held-out lines": (
+        ["--text", "{tmp}/tail", "--teacher", "{bert}"],
+        "held_out.tiny-bert.pickle: none of its",
+    ),
 }
 
 
@@ -67,7 +94,14 @@ def test_bad_input_is_one_line(name, teachers, tmp_path, status_and_errors):
 def test_a_text_in_the_output_folder_is_left_alone(teachers, tmp_path, status_and_errors):
     (tmp_path / "quickstart.json").write_text("{}")
     (tmp_path / "train.txt").write_text("years of work")
-    arguments = ["--text", str(tmp_path / "train.txt"), "--teacher", str(teachers["bert"]), "--output", str(tmp_path)]
+    arguments = [
+        "--text",
+        str(tmp_path / "train.txt"),
+        "--teacher",
+        str(teachers["bert"]),
+        "--output",
+        str(tmp_path),
+    ]
     status, errors = status_and_errors(quickstart.main, arguments)
     assert status == 2 and "lies in --output" in errors[0]
     assert (tmp_path / "train.txt").read_text() == "years of work"

@@ -1,4 +1,6 @@
-"""The recipes, each from documents to report at tiny size; what they refuse; the README's commands for any teacher."""
+"""The recipes, each from documents to report at tiny size; what they refuse; the README's commands
+for any teacher.
+"""
 
 import concurrent.futures
 import json
@@ -17,20 +19,33 @@ from test_distributed import readme_commands
 RECIPES = ROOT / "scripts" / "recipes"
 PROGRAMS = sorted(path.name for path in RECIPES.glob("*.sh") if path.name != "common.sh")
 TINY = {
-    "STEPS": "3", "MAX_TOKENS": "512", "MICRO_BATCHES": "2", "HELD_OUT": "4", "EVAL_INTERVAL": "2", "PRECISION": "fp32",
-    "SEEDS": "42", "TASKS": "", "PSEUDO": "2", "TASK_FLAGS": "--max_steps 2", "PYTHON": sys.executable,
+    "STEPS": "3",
+    "MAX_TOKENS": "512",
+    "MICRO_BATCHES": "2",
+    "HELD_OUT": "4",
+    "EVAL_INTERVAL": "2",
+    "PRECISION": "fp32",
+    "SEEDS": "42",
+    "TASKS": "",
+    "PSEUDO": "2",
+    "TASK_FLAGS": "--max_steps 2",
+    "PYTHON": sys.executable,
     "REPORT_FLAGS": "--no_speed",
-}  # fmt: skip
+}
 MASKED, CAUSAL = transformers.AutoModelForMaskedLM, transformers.AutoModelForCausalLM
 
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, teachers) -> Path:
-    """A folder with documents, a folder a language, teachers by the names of the real ones, and tasks' data."""
+    """A folder with documents, a folder a language, teachers by the names of the real ones, and
+    tasks' data.
+    """
     site = tmp_path_factory.mktemp("site")
     (site / "my documents").mkdir()
     for name, seed, num in (("en.txt", 0, 180), ("de.txt", 7, 60)):
-        (site / "my documents" / name).write_text("\n\n".join(make_lines(num, seed)), encoding="utf-8")
+        (site / "my documents" / name).write_text(
+            "\n\n".join(make_lines(num, seed)), encoding="utf-8"
+        )
     for kind, name in (("bert", "bert-base"), ("roberta", "roberta-base"), ("gpt2", "gpt2")):
         os.symlink(teachers[kind], site / name)
     families.make_teacher(site / "ModernBERT-base", "modernbert", True, teachers)
@@ -38,9 +53,13 @@ def site(tmp_path_factory, teachers) -> Path:
     for kind in teachers:
         content = json.dumps(student_config_of(kind, vocab_size_of(teachers[kind])))
         (site / f"{kind}.json").write_text(content)
-    config = transformers.DistilBertConfig(**student_config_of("bert", vocab_size_of(site / "bert-base")))
+    config = transformers.DistilBertConfig(
+        **student_config_of("bert", vocab_size_of(site / "bert-base"))
+    )
     transformers.DistilBertForMaskedLM(config).save_pretrained(site / "tiny-distilbert")
-    transformers.AutoTokenizer.from_pretrained(site / "bert-base").save_pretrained(site / "tiny-distilbert")
+    transformers.AutoTokenizer.from_pretrained(site / "bert-base").save_pretrained(
+        site / "tiny-distilbert"
+    )
     write_tasks(site / "tasks")
     return site
 
@@ -49,16 +68,22 @@ def write_tasks(folder: Path) -> None:
     """Write MRPC, NER, WikiText and SQuAD in their own formats."""
     sentences = make_lines(16, seed=5)
     pairs = [
-        f"{k % 2}\t{k}\t{k}\t{a}\t{a if k % 2 else b}" for k, (a, b) in enumerate(zip(sentences, sentences[1:], strict=False))
+        f"{k % 2}\t{k}\t{k}\t{a}\t{a if k % 2 else b}"
+        for k, (a, b) in enumerate(zip(sentences, sentences[1:], strict=False))
     ]
-    tagged = "\n\n".join("\n".join(f"{word} {'B-PER' if word[0].isupper() else 'O'}" for word in s.split()) for s in sentences)
+    tagged = "\n\n".join(
+        "\n".join(f"{word} {'B-PER' if word[0].isupper() else 'O'}" for word in s.split())
+        for s in sentences
+    )
     paragraph = {"context": "ba ke li mo nu", "qas": [question(k) for k in range(4)]}
     squad = json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": [paragraph]}]})
     mrpc = "\n".join(["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *pairs])
     content = {
         "mrpc": {"train.tsv": mrpc, "dev.tsv": mrpc},
         "ner": {"train.txt": tagged, "dev.txt": tagged, "test.txt": tagged},
-        "wikitext": {f"wiki.{part}.raw": "\n".join(make_lines(40, seed=6)) for part in ("train", "test")},
+        "wikitext": {
+            f"wiki.{part}.raw": "\n".join(make_lines(40, seed=6)) for part in ("train", "test")
+        },
         "squad": {"train-v1.1.json": squad, "dev-v1.1.json": squad},
     }
     for task, files in content.items():
@@ -71,35 +96,82 @@ def question(k: int) -> dict:
     return {"id": f"q{k}", "question": "ke ba?", "answers": [{"text": "li", "answer_start": 6}]}
 
 
-# What each recipe is given beside TINY, and the class that loads its student. The folder `my documents` is a text of English
-# and German, and a folder with a file a language; at exponent 0 German comes twice.
+# What each recipe is given beside TINY, and the class that loads its student. The folder `my
+# documents` is a text of English and German, and a folder with a file a language; at exponent 0
+# German comes twice.
 SETTINGS = {
-    "distilbert-base-uncased.sh": ({"TEACHER": "bert-base", "STUDENT_CONFIG": "bert.json", "PRECISION": "bf16"}, MASKED),
-    "distilbert-base-german-cased.sh": ({"TEACHER": "bert-base", "STUDENT_CONFIG": "bert.json", "TASKS": "ner"}, MASKED),
-    "distilbert-base-multilingual-cased.sh": ({"TEACHER": "bert-base", "STUDENT_CONFIG": "bert.json", "EXPONENT": "0"}, MASKED),
-    "distilroberta-base.sh": ({"TEACHER": "roberta-base", "STUDENT_CONFIG": "roberta.json", "GPUS": "2"}, MASKED),
-    "distilgpt2.sh": ({"TEACHER": "gpt2", "STUDENT_CONFIG": "gpt2.json", "TASKS": "wikitext", "MAX_CHARS": "300"}, CAUSAL),
+    "distilbert-base-uncased.sh": (
+        {"TEACHER": "bert-base", "STUDENT_CONFIG": "bert.json", "PRECISION": "bf16"},
+        MASKED,
+    ),
+    "distilbert-base-german-cased.sh": (
+        {"TEACHER": "bert-base", "STUDENT_CONFIG": "bert.json", "TASKS": "ner"},
+        MASKED,
+    ),
+    "distilbert-base-multilingual-cased.sh": (
+        {"TEACHER": "bert-base", "STUDENT_CONFIG": "bert.json", "EXPONENT": "0"},
+        MASKED,
+    ),
+    "distilroberta-base.sh": (
+        {"TEACHER": "roberta-base", "STUDENT_CONFIG": "roberta.json", "GPUS": "2"},
+        MASKED,
+    ),
+    "distilgpt2.sh": (
+        {"TEACHER": "gpt2", "STUDENT_CONFIG": "gpt2.json", "TASKS": "wikitext", "MAX_CHARS": "300"},
+        CAUSAL,
+    ),
     "modernbert-base-11-layers.sh": ({"TEACHER": "ModernBERT-base", "NUM_LAYERS": "2"}, MASKED),
-    "qwen3-0.6b-14-layers.sh": ({"TEACHER": "Qwen3-0.6B-Base", "NUM_LAYERS": "2", "MAX_CHARS": "300"}, CAUSAL),
+    "qwen3-0.6b-14-layers.sh": (
+        {"TEACHER": "Qwen3-0.6B-Base", "NUM_LAYERS": "2", "MAX_CHARS": "300"},
+        CAUSAL,
+    ),
 }
 SECOND_STEP = {
-    "TEACHER": "bert-base", "STUDENT_FOLDER": "tiny-distilbert", "SQUAD": "tasks/squad", "OUT": "out of squad-second-step.sh",
+    "TEACHER": "bert-base",
+    "STUDENT_FOLDER": "tiny-distilbert",
+    "SQUAD": "tasks/squad",
+    "OUT": "out of squad-second-step.sh",
     "SQUAD_FLAGS": "--max_steps 2 --max_seq_length 48 --doc_stride 16 --max_query_length 10",
-}  # fmt: skip
+}
 
 
 def run_recipe(name: str, site: Path, *stages: str, **settings: str) -> subprocess.CompletedProcess:
     given = SECOND_STEP if name == "squad-second-step.sh" else SETTINGS[name][0]
-    environment = {**TINY, "TEXT": "my documents", "TASK_DATA": "tasks", "OUT": f"out of {name}", **given, **settings}
-    return run_process("bash", RECIPES / name, *stages, cwd=site, timeout_s=900, CUDA_VISIBLE_DEVICES="", **environment)
+    environment = {
+        **TINY,
+        "TEXT": "my documents",
+        "TASK_DATA": "tasks",
+        "OUT": f"out of {name}",
+        **given,
+        **settings,
+    }
+    return run_process(
+        "bash",
+        RECIPES / name,
+        *stages,
+        cwd=site,
+        timeout_s=900,
+        CUDA_VISIBLE_DEVICES="",
+        **environment,
+    )
 
 
 @pytest.fixture(scope="module")
 def run_of(request, site):
-    """Run the recipes that the chosen tests ask for, two at a time, each once; a call waits for one of them to end well."""
+    """Run the recipes that the chosen tests ask for, two at a time, each once; a call waits for one
+    of them to end well.
+    """
     chosen = [item for item in request.session.items if item.path == request.path]
-    names = [item.callspec.params["name"] for item in chosen if item.originalname.startswith("test_a_recipe_runs")]
-    names += ["squad-second-step.sh" for item in chosen if item.originalname.startswith("test_the_second_step_runs")]
+    names = [
+        item.callspec.params["name"]
+        for item in chosen
+        if item.originalname.startswith("test_a_recipe_runs")
+    ]
+    names += [
+        "squad-second-step.sh"
+        for item in chosen
+        if item.originalname.startswith("test_the_second_step_runs")
+    ]
     pool = concurrent.futures.ThreadPoolExecutor(2)
     running = {name: pool.submit(run_recipe, name, site) for name in names}
 
@@ -119,15 +191,25 @@ def test_a_recipe_runs_from_documents_to_report(name, run_of):
     out = run_of(name)
     student = out / name.removesuffix(".sh")
     model, report = auto_class.from_pretrained(student, output_loading_info=True)
-    assert model.config.num_hidden_layers == STUDENT_LAYERS and not report["missing_keys"] and not report["unexpected_keys"]
+    assert (
+        model.config.num_hidden_layers == STUDENT_LAYERS
+        and not report["missing_keys"]
+        and not report["unexpected_keys"]
+    )
     assert transformers.AutoTokenizer.from_pretrained(student).is_fast
     assert json.loads((student / "best" / "best.json").read_text())["figures"]["kl"] > 0
     found = json.loads((out / "report" / "report.json").read_text())
     assert set(found["quality"]) == {"lm", *settings.get("TASKS", "").split()}
-    assert all(set(entry["models"]) == {"teacher", "student"} for entry in found["quality"].values())
+    assert all(
+        set(entry["models"]) == {"teacher", "student"} for entry in found["quality"].values()
+    )
     assert json.loads((out / "held_out.student.json").read_text())["score"]["kl"] > 0
-    assert (student / "README.md").read_text().startswith("---\n") and (out / "report" / "report.png").exists()
-    held_out, rest = ((out / f"{part}.txt").read_text().splitlines() for part in ("held_out", "train"))
+    assert (student / "README.md").read_text().startswith("---\n") and (
+        out / "report" / "report.png"
+    ).exists()
+    held_out, rest = (
+        (out / f"{part}.txt").read_text().splitlines() for part in ("held_out", "train")
+    )
     assert len(held_out) >= 20 and len(rest) > len(held_out) and not set(held_out) & set(rest)
 
 
@@ -139,7 +221,9 @@ def test_the_second_step_runs_from_a_student_to_a_report(run_of, site):
         transformers.AutoModelForQuestionAnswering.from_pretrained(out / run)
     assert json.loads((out / "student" / "scores.json").read_text())["teacher"].endswith("/teacher")
     for run in ("student", "plain"):
-        assert set(json.loads((out / f"report.{run}" / "report.json").read_text())["quality"]) == {"squad"}
+        assert set(json.loads((out / f"report.{run}" / "report.json").read_text())["quality"]) == {
+            "squad"
+        }
     before = (out / "teacher" / "scores.json").stat().st_mtime_ns
     again = run_recipe("squad-second-step.sh", site, "teacher")
     assert again.returncode == 0 and "scores.json is there already" in again.stdout
@@ -162,39 +246,81 @@ def test_a_missing_text_is_one_line_before_anything_is_made(name, tmp_path):
     done = run_process("bash", RECIPES / name, cwd=tmp_path, TEXT="nowhere", TASKS="", timeout_s=20)
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
     assert done.stderr.splitlines() == [
-        f"{name}: error: TEXT=nowhere: no such file or folder; expected documents (text, .jsonl, .parquet ..) to distil on"
+        f"{name}: error: TEXT=nowhere: no such file or folder; expected documents (text, .jsonl,"
+        " .parquet ..) to distil on"
     ]
 
 
 BAD = {
-    "a stage": (["trian"], {}, ["trian: no such stage; expected some of student data train evaluate, or none for all"]),
+    "a stage": (
+        ["trian"],
+        {},
+        ["trian: no such stage; expected some of student data train evaluate, or none for all"],
+    ),
     "tasks' data": ([], {"TASKS": "mrpc", "TASK_DATA": "none"}, ["TASK_DATA=none: no such folder"]),
-    "numbers": ([], {"EPOCHS": "0", "STEPS": "x", "GPUS": "-1"}, ["EPOCHS=0: expected a whole", "STEPS=x:", "GPUS=-1:"]),
+    "numbers": (
+        [],
+        {"EPOCHS": "0", "STEPS": "x", "GPUS": "-1"},
+        ["EPOCHS=0: expected a whole", "STEPS=x:", "GPUS=-1:"],
+    ),
     "a large number": ([], {"STEPS": "9" * 30}, ["STEPS=9999"]),
     "held out": ([], {"HELD_OUT": "1"}, ["HELD_OUT=1: would hold out everything"]),
     "an interpreter": ([], {"PYTHON": "pythn"}, ["PYTHON=pythn: no such program"]),
     "precision": ([], {"PRECISION": "fp8"}, ["PRECISION=fp8: expected bf16, fp16 or fp32"]),
-    "processes": ([], {"GPUS": "5"}, ["MICRO_BATCHES=48: can't be dealt evenly to 5 x 1 processes"]),
+    "processes": (
+        [],
+        {"GPUS": "5"},
+        ["MICRO_BATCHES=48: can't be dealt evenly to 5 x 1 processes"],
+    ),
     "a host": (["train"], {"NODES": "2"}, ["MASTER: needed for NODES=2"]),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("name", BAD)
 def test_bad_settings_are_said_together_before_anything_is_made(name, tmp_path):
     stages, settings, expected = BAD[name]
     (tmp_path / "text").write_text("bake limo\n")
-    done = run_process("bash", RECIPES / "distilgpt2.sh", *stages, cwd=tmp_path, timeout_s=20,
-                       **{"TEXT": "text", "TASKS": "", **settings})  # fmt: skip
+    done = run_process(
+        "bash",
+        RECIPES / "distilgpt2.sh",
+        *stages,
+        cwd=tmp_path,
+        timeout_s=20,
+        **{"TEXT": "text", "TASKS": "", **settings},
+    )
     lines = done.stderr.splitlines()
-    assert done.returncode == 2 and len(lines) == len(expected) and sorted(os.listdir(tmp_path)) == ["text"]
-    assert all(line.startswith(f"distilgpt2.sh: error: {begin}") for line, begin in zip(lines, expected, strict=True)), lines
+    assert (
+        done.returncode == 2
+        and len(lines) == len(expected)
+        and sorted(os.listdir(tmp_path)) == ["text"]
+    )
+    assert all(
+        line.startswith(f"distilgpt2.sh: error: {begin}")
+        for line, begin in zip(lines, expected, strict=True)
+    ), lines
 
 
 def test_the_second_step_says_what_it_lacks(tmp_path):
-    done = run_process("bash", RECIPES / "squad-second-step.sh", cwd=tmp_path, timeout_s=20, GPUS="5", SQUAD="none",
-                       STUDENT_FOLDER="none", PRECISION="bf16")  # fmt: skip
-    starts = ["GPUS=5: 12 and", "PRECISION=bf16", "SQUAD=none: has no train", "SQUAD=none: has no dev", "STUDENT_FOLDER=none"]
-    lines = [line.removeprefix("squad-second-step.sh: error: ") for line in done.stderr.splitlines()]
+    done = run_process(
+        "bash",
+        RECIPES / "squad-second-step.sh",
+        cwd=tmp_path,
+        timeout_s=20,
+        GPUS="5",
+        SQUAD="none",
+        STUDENT_FOLDER="none",
+        PRECISION="bf16",
+    )
+    starts = [
+        "GPUS=5: 12 and",
+        "PRECISION=bf16",
+        "SQUAD=none: has no train",
+        "SQUAD=none: has no dev",
+        "STUDENT_FOLDER=none",
+    ]
+    lines = [
+        line.removeprefix("squad-second-step.sh: error: ") for line in done.stderr.splitlines()
+    ]
     assert done.returncode == 2 and len(lines) == len(starts) and not list(tmp_path.iterdir())
     assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), lines
 
@@ -202,8 +328,13 @@ def test_the_second_step_says_what_it_lacks(tmp_path):
 @pytest.mark.slow
 def test_a_text_too_short_to_hold_some_out_is_said(site, tmp_path):
     (tmp_path / "short.txt").write_text("\n\n".join(make_lines(5)), encoding="utf-8")
-    done = run_recipe("distilgpt2.sh", site, "data", OUT=str(tmp_path / "out"), TEXT=str(tmp_path / "short.txt"))
-    assert done.returncode == 2 and "nothing is left beside the 20 sequences" in done.stderr.splitlines()[-1]
+    done = run_recipe(
+        "distilgpt2.sh", site, "data", OUT=str(tmp_path / "out"), TEXT=str(tmp_path / "short.txt")
+    )
+    assert (
+        done.returncode == 2
+        and "nothing is left beside the 20 sequences" in done.stderr.splitlines()[-1]
+    )
     assert not (tmp_path / "out" / "train.txt").exists()
 
 

@@ -1,4 +1,6 @@
-"""The card of a distilled model: tables against sums done by hand, timings, the hub's metadata, and what is refused."""
+"""The card of a distilled model: tables against sums done by hand, timings, the hub's metadata, and
+what is refused.
+"""
 
 import json
 import re
@@ -22,12 +24,22 @@ from fine_tuning import write_scores
 
 TASKS = report.TASKS
 QUICK = ["--batch_sizes", "1", "4", "--passes", "3", "--num_sentences", "4"]
-# What each run of three seeds found: {task: {model: [metrics of a seed]}}; "score" is the task's one number.
+# What each run of three seeds found: {task: {model: [metrics of a seed]}}; "score" is the task's
+# one number.
 FOUND = {
     "mrpc": {
-        "teacher": [{"score": (a + f) / 2, "accuracy": a, "f1": f} for a, f in ((86.0, 90.0), (86.4, 90.2), (85.6, 90.2))],
-        "student": [{"score": (a + f) / 2, "accuracy": a, "f1": f} for a, f in ((84.0, 88.0), (83.0, 88.0), (84.4, 88.4))],
-        "baseline": [{"score": (a + f) / 2, "accuracy": a, "f1": f} for a, f in ((70.0, 80.0), (71.0, 81.0), (69.0, 79.0))],
+        "teacher": [
+            {"score": (a + f) / 2, "accuracy": a, "f1": f}
+            for a, f in ((86.0, 90.0), (86.4, 90.2), (85.6, 90.2))
+        ],
+        "student": [
+            {"score": (a + f) / 2, "accuracy": a, "f1": f}
+            for a, f in ((84.0, 88.0), (83.0, 88.0), (84.4, 88.4))
+        ],
+        "baseline": [
+            {"score": (a + f) / 2, "accuracy": a, "f1": f}
+            for a, f in ((70.0, 80.0), (71.0, 81.0), (69.0, 79.0))
+        ],
     },
     "sst2": {
         "teacher": [{"score": value, "accuracy": value} for value in (92.0, 92.5, 96.0)],
@@ -56,11 +68,22 @@ FOUND = {
 def student(tmp_path_factory, teachers) -> Path:
     """A student of the tiny BERT, as a run leaves it, with the run's own files."""
     folder = tmp_path_factory.mktemp("runs") / "tiny-distilbert"
-    config = transformers.DistilBertConfig(**student_config_of("bert", vocab_size_of(teachers["bert"])))
+    config = transformers.DistilBertConfig(
+        **student_config_of("bert", vocab_size_of(teachers["bert"]))
+    )
     transformers.DistilBertForMaskedLM(config).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(teachers["bert"]).save_pretrained(folder)
-    utils.write_json(folder / "parameters.json", {"alpha_ce": 5.0, "alpha_mlm": 2.0, "alpha_clm": 0.0, "temperature": 2.0,
-                                                  "data_file": "/somewhere/data.pickle", "note": "a|b"})  # fmt: skip
+    utils.write_json(
+        folder / "parameters.json",
+        {
+            "alpha_ce": 5.0,
+            "alpha_mlm": 2.0,
+            "alpha_clm": 0.0,
+            "temperature": 2.0,
+            "data_file": "/somewhere/data.pickle",
+            "note": "a|b",
+        },
+    )
     utils.write_json(folder / "git_log.json", {"repo_sha": "0123abc"})
     return folder
 
@@ -83,7 +106,10 @@ def write_found(folder: Path, models: dict[str, Path], tasks: Iterable[str] = FO
         for role, runs in FOUND[task].items():
             if role in models:
                 paths.append(folder / f"{role}-{task}.json")
-                entries = [{"seed": k, "metrics": run, "num_examples": {"dev": 408}} for k, run in enumerate(runs)]
+                entries = [
+                    {"seed": k, "metrics": run, "num_examples": {"dev": 408}}
+                    for k, run in enumerate(runs)
+                ]
                 write_scores(paths[-1], task=task, model=str(models[role]), runs=entries, flags={})
     return [str(path) for path in paths]
 
@@ -93,9 +119,20 @@ def made(tmp_path_factory, teachers, student, baseline) -> tuple[Path, list[str]
     """A report of three models, all measured; and the flags that made it, without the scores."""
     folder = tmp_path_factory.mktemp("made")
     models = {"teacher": teachers["bert"], "student": student, "baseline": baseline}
-    flags = ["--teacher", str(teachers["bert"]), "--student", str(student), "--baseline", str(baseline), "--output_dir",
-             str(folder / "out"), *QUICK]  # fmt: skip
-    report.main(flags)  # measures; with the scores, in the same call, what the baseline lacks would be run
+    flags = [
+        "--teacher",
+        str(teachers["bert"]),
+        "--student",
+        str(student),
+        "--baseline",
+        str(baseline),
+        "--output_dir",
+        str(folder / "out"),
+        *QUICK,
+    ]
+    report.main(
+        flags
+    )  # measures; with the scores, in the same call, what the baseline lacks would be run
     report.main([*flags, "--scores", *write_found(folder, models), "--no_run"])
     return folder / "out", flags
 
@@ -106,17 +143,19 @@ def content_of(folder: Path) -> dict:
 
 def without_dates(folder: Path) -> dict[str, bytes]:
     """Read what a report is made of, dates taken out."""
-    files = {name: (folder / name).read_bytes() for name in ("report.md", "report.json", "report.png")}
+    files = {
+        name: (folder / name).read_bytes() for name in ("report.md", "report.json", "report.png")
+    }
     return {name: re.sub(rb"\d{4}-\d\d-\d\d", b"DATE", data) for name, data in files.items()}
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Quality
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 COLUMNS = ("cola", "mnli", "mrpc", "qnli", "qqp", "rte", "sst2", "stsb", "wnli")
-# The 2019 README: (macro score as printed, without WNLI as printed, columns). First its revision of December 2019, then the
-# one of January 2020 and after, whose figures were corrected.
+# The 2019 README: (macro score as printed, without WNLI as printed, columns). First its revision of
+# December 2019, then the one of January 2020 and after, whose figures were corrected.
 PUBLISHED = {
     "BERT-base, 2019": (77.6, None, (48.9, 84.3, 88.6, 89.3, 89.5, 71.3, 91.7, 91.2, 43.7)),
     "DistilBERT, 2019": (76.8, None, (49.1, 81.8, 90.2, 90.2, 89.2, 62.9, 92.7, 90.7, 44.4)),
@@ -142,9 +181,15 @@ def test_the_published_macro_scores_follow_from_their_columns(row):
 
 def test_a_macro_score_is_of_all_tasks_or_none():
     scores = dict.fromkeys(COLUMNS, 50.0) | {"cola": 59.0}
-    assert report.macro_score(scores) == {"macro": 51.0, "macro_without_wnli": pytest.approx(51.125)}
+    assert report.macro_score(scores) == {
+        "macro": 51.0,
+        "macro_without_wnli": pytest.approx(51.125),
+    }
     without_wnli = {task: score for task, score in scores.items() if task != "wnli"}
-    assert report.macro_score(without_wnli) == {"macro": None, "macro_without_wnli": pytest.approx(51.125)}
+    assert report.macro_score(without_wnli) == {
+        "macro": None,
+        "macro_without_wnli": pytest.approx(51.125),
+    }
     del scores["rte"]
     assert report.macro_score(scores) == {"macro": None, "macro_without_wnli": None}
 
@@ -154,11 +199,30 @@ def test_the_macro_scores_row_stands_in_the_table(tmp_path, teachers, student):
     for role, (model, value) in models.items():
         for task in COLUMNS:
             paths.append(str(tmp_path / f"{role}-{task}.json"))
-            write_scores(paths[-1], task=task, model=str(model), runs=[{"metrics": {"score": value}}], flags={})
+            write_scores(
+                paths[-1],
+                task=task,
+                model=str(model),
+                runs=[{"metrics": {"score": value}}],
+                flags={},
+            )
     out = tmp_path / "out"
-    report.main(["--teacher", str(teachers["bert"]), "--student", str(student), "--output_dir", str(out), "--no_run",
-                 "--scores", *paths])  # fmt: skip
-    rows = [line for line in (out / "report.md").read_text().splitlines() if line.startswith("| GLUE")]
+    report.main(
+        [
+            "--teacher",
+            str(teachers["bert"]),
+            "--student",
+            str(student),
+            "--output_dir",
+            str(out),
+            "--no_run",
+            "--scores",
+            *paths,
+        ]
+    )
+    rows = [
+        line for line in (out / "report.md").read_text().splitlines() if line.startswith("| GLUE")
+    ]
     assert [re.findall(r"[\d.]+", row) for row in rows] == [["80.0", "76.0", "95.0"]] * 2
 
 
@@ -166,23 +230,35 @@ def test_the_tables_values_are_those_done_by_hand(made):
     quality = content_of(made[0])["quality"]
     assert list(quality) == [task for task in TASKS if task in FOUND]
     mrpc = quality["mrpc"]["models"]
-    assert [mrpc[role]["score"] for role in ("teacher", "student", "baseline")] == pytest.approx([88.0, 86.0, 75.0])
+    assert [mrpc[role]["score"] for role in ("teacher", "student", "baseline")] == pytest.approx(
+        [88.0, 86.0, 75.0]
+    )
     assert (mrpc["student"]["least"], mrpc["student"]["largest"]) == pytest.approx((85.5, 86.4))
-    assert quality["mrpc"]["retention"] == pytest.approx({"student": 100 * 86 / 88, "baseline": 100 * 75 / 88})
+    assert quality["mrpc"]["retention"] == pytest.approx(
+        {"student": 100 * 86 / 88, "baseline": 100 * 75 / 88}
+    )
     assert quality["sst2"]["retention"] == pytest.approx({"student": 100 * 90 / 92.5})
     assert quality["mnli"]["models"]["student"]["score"] == 82.1
-    assert quality["squad"]["retention"] == pytest.approx({"student": 100 * 86.9 / 88.5})  # F1, not exact match
+    assert quality["squad"]["retention"] == pytest.approx(
+        {"student": 100 * 86.9 / 88.5}
+    )  # F1, not exact match
     text = (made[0] / "report.md").read_text(encoding="utf-8")
     row = next(line for line in text.splitlines() if line.startswith("| MRPC"))
     assert [cell.strip() for cell in row.split("|")[3:-1]] == [
-        "88.00 (87.9-88.3)", "86.00 (85.5-86.4)", "75.00 (74.0-76.0)", "97.7 %", "85.2 %"
-    ]  # fmt: skip
+        "88.00 (87.9-88.3)",
+        "86.00 (85.5-86.4)",
+        "75.00 (74.0-76.0)",
+        "97.7 %",
+        "85.2 %",
+    ]
     assert re.search(r"\| SST-2 .* not run ", text) and "not run" in text
 
 
 def test_a_lower_perplexity_keeps_more_and_is_labelled(made):
     entry = content_of(made[0])["quality"]["wikitext"]
-    assert entry["lower_is_better"] and entry["retention"]["student"] == pytest.approx(100 * 16.3 / 21.1)
+    assert entry["lower_is_better"] and entry["retention"]["student"] == pytest.approx(
+        100 * 16.3 / 21.1
+    )
     text = (made[0] / "report.md").read_text(encoding="utf-8")
     assert re.search(r"\| WikiText +\| perplexity a token ↓ +\| 16\.30¹ ", text)
     assert "↓ lower is better: % of teacher is 100 x teacher's / model's" in text
@@ -198,7 +274,9 @@ def test_a_teacher_at_zero_or_below_has_nothing_to_keep(made):
 
 def test_a_difference_below_the_seeds_spread_is_marked(made):
     quality = content_of(made[0])["quality"]
-    assert quality["sst2"]["within_spread"] == {"student": True}  # 92.5 - 90.0 = 2.5, the teacher's spread is 4
+    assert quality["sst2"]["within_spread"] == {
+        "student": True
+    }  # 92.5 - 90.0 = 2.5, the teacher's spread is 4
     assert quality["mrpc"]["within_spread"] == {"student": False, "baseline": False}
     assert quality["mnli"]["within_spread"] == {"student": None}  # one seed: unknown
     text = (made[0] / "report.md").read_text(encoding="utf-8")
@@ -209,8 +287,21 @@ def test_masked_and_causal_perplexities_are_not_compared(tmp_path, teachers):
     paths = []
     for kind, task in (("bert", "masked lm"), ("gpt2", "causal lm")):
         paths.append(str(tmp_path / f"{kind}.json"))
-        write_scores(paths[-1], task=task, model=str(teachers[kind]), runs=[{"metrics": {"perplexity": 9.0}}], flags={})
-    flags = ["--teacher", str(teachers["bert"]), "--student", str(teachers["gpt2"]), "--output_dir", str(tmp_path / "out")]
+        write_scores(
+            paths[-1],
+            task=task,
+            model=str(teachers[kind]),
+            runs=[{"metrics": {"perplexity": 9.0}}],
+            flags={},
+        )
+    flags = [
+        "--teacher",
+        str(teachers["bert"]),
+        "--student",
+        str(teachers["gpt2"]),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     report.main([*flags, "--scores", *paths, "--no_run"])
     found = content_of(tmp_path / "out")
     assert found["quality"]["lm"]["retention"] == {"student": None}
@@ -222,12 +313,30 @@ def test_scores_on_different_examples_are_said_not_to_compare(tmp_path, teachers
     groups = {"xnli": ({"de": 60.0}, {"de": 60.0, "fr": 60.0})}
     paths = []
     for task, sizes in counts.items():
-        for model, size, more in zip((teachers["bert"], student), sizes, groups.get(task, ({}, {})), strict=True):
+        for model, size, more in zip(
+            (teachers["bert"], student), sizes, groups.get(task, ({}, {})), strict=True
+        ):
             paths.append(str(tmp_path / f"{task}-{model.name}.json"))
-            runs = [{"metrics": {"score": 60.0, **more}, "num_examples": {"train": size % 7, "dev": size}}]
+            runs = [
+                {
+                    "metrics": {"score": 60.0, **more},
+                    "num_examples": {"train": size % 7, "dev": size},
+                }
+            ]
             write_scores(paths[-1], task=task, model=str(model), runs=runs, flags={})
-    report.main(["--teacher", str(teachers["bert"]), "--student", str(student), "--output_dir", str(tmp_path / "out"),
-                 "--scores", *paths, "--no_run"])  # fmt: skip
+    report.main(
+        [
+            "--teacher",
+            str(teachers["bert"]),
+            "--student",
+            str(student),
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--scores",
+            *paths,
+            "--no_run",
+        ]
+    )
     found = [note for note in content_of(tmp_path / "out")["notes"] if "different examples" in note]
     assert [note.split(":")[0] for note in found] == ["RTE", "XNLI"]
     assert not any("different examples" in note for note in content_of(made[0])["notes"])
@@ -253,8 +362,19 @@ def test_what_is_kept_is_not_measured_again_unless_asked(made, tmp_path):
 
 def test_nothing_kept_is_said_to_be_not_run(tmp_path, teachers, student):
     out = tmp_path / "out"
-    report.main(["--teacher", str(teachers["bert"]), "--student", str(student), "--output_dir", str(out), "--no_run",
-                 "--tasks", "sst2"])  # fmt: skip
+    report.main(
+        [
+            "--teacher",
+            str(teachers["bert"]),
+            "--student",
+            str(student),
+            "--output_dir",
+            str(out),
+            "--no_run",
+            "--tasks",
+            "sst2",
+        ]
+    )
     text = (out / "report.md").read_text(encoding="utf-8")
     assert re.search(r"\| SST-2 +\| accuracy +\| not run +\| not run +\| - ", text)
     assert "Sizes: not measured." in text and "Latency: not measured." in text
@@ -264,30 +384,68 @@ def test_nothing_kept_is_said_to_be_not_run(tmp_path, teachers, student):
 
 def test_a_picture_of_every_task_and_of_three_models_is_drawn(tmp_path):
     models = {role: {"name": role * 8, "path": role} for role in report.ROLES}
-    quality = {t: {"title": r.title, "lower_is_better": r.lower_is_better, "retention": {"student": 97.0, "baseline": -3.0}}
-               for t, r in TASKS.items()}  # fmt: skip
+    quality = {
+        t: {
+            "title": r.title,
+            "lower_is_better": r.lower_is_better,
+            "retention": {"student": 97.0, "baseline": -3.0},
+        }
+        for t, r in TASKS.items()
+    }
     glue = {"retention": {"student": {"macro": 96.9}, "baseline": {"macro": None}}}
-    report.draw({"models": models, "quality": quality, "glue": glue, "sizes": {}, "speed": None}, tmp_path / "x.png")
+    report.draw(
+        {"models": models, "quality": quality, "glue": glue, "sizes": {}, "speed": None},
+        tmp_path / "x.png",
+    )
     height = int.from_bytes((tmp_path / "x.png").read_bytes()[20:24], "big")
     assert height > 110 * 0.3 * len(TASKS)  # it grows with its rows
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_what_is_missing_is_run_and_kept(tmp_path, teachers, student, capfd):
     text, out = tmp_path / "held out.txt", tmp_path / "out"
     text.write_text("\n".join(make_lines(6, seed=5)) + "\n", encoding="utf-8")
-    flags = ["--teacher", str(teachers["bert"]), "--student", str(student), "--output_dir", str(out), "--no_speed"]
-    of_teacher = ["--model", str(teachers["bert"]), "--text_file", str(text), "--output", str(tmp_path / "teacher.json")]
+    flags = [
+        "--teacher",
+        str(teachers["bert"]),
+        "--student",
+        str(student),
+        "--output_dir",
+        str(out),
+        "--no_speed",
+    ]
+    of_teacher = [
+        "--model",
+        str(teachers["bert"]),
+        "--text_file",
+        str(text),
+        "--output",
+        str(tmp_path / "teacher.json"),
+    ]
     evaluate_lm.main([*of_teacher, "--device", "cpu"])
-    report.main([*flags, "--tasks", "lm", "--lm_text_file", str(text), "--scores", str(tmp_path / "teacher.json")])
-    assert capfd.readouterr().out.count("$ python scripts/evaluate_lm.py --model") == 1, "the student's alone"
-    kept = {name: json.loads((out / "scores" / name / "lm" / "scores.json").read_text())
-            for name in (teachers["bert"].name, student.name)}  # fmt: skip
+    report.main(
+        [
+            *flags,
+            "--tasks",
+            "lm",
+            "--lm_text_file",
+            str(text),
+            "--scores",
+            str(tmp_path / "teacher.json"),
+        ]
+    )
+    assert capfd.readouterr().out.count("$ python scripts/evaluate_lm.py --model") == 1, (
+        "the student's alone"
+    )
+    kept = {
+        name: json.loads((out / "scores" / name / "lm" / "scores.json").read_text())
+        for name in (teachers["bert"].name, student.name)
+    }
     quality = content_of(out)["quality"]["lm"]
     of_teacher, of_student = (content["score"]["perplexity"] for content in kept.values())
     assert quality["retention"]["student"] == pytest.approx(100 * of_teacher / of_student)
@@ -297,20 +455,36 @@ def test_what_is_missing_is_run_and_kept(tmp_path, teachers, student, capfd):
 
 
 @pytest.mark.slow
-def test_a_program_that_fails_stops_the_report_with_its_line(tmp_path, teachers, student, status_and_errors):
+def test_a_program_that_fails_stops_the_report_with_its_line(
+    tmp_path, teachers, student, status_and_errors
+):
     (tmp_path / "data" / "SST-2").mkdir(parents=True)
     status, lines = status_and_errors(
-        report.main, ["--teacher", str(teachers["bert"]), "--student", str(student), "--output_dir", str(tmp_path / "out"),
-                      "--tasks", "sst2", "--data_dir", str(tmp_path / "data"), "--no_speed"]
-    )  # fmt: skip
+        report.main,
+        [
+            "--teacher",
+            str(teachers["bert"]),
+            "--student",
+            str(student),
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--tasks",
+            "sst2",
+            "--data_dir",
+            str(tmp_path / "data"),
+            "--no_speed",
+        ],
+    )
     assert status == 2 and len(lines) == 1
-    assert lines[0].startswith(f"sst2 of tiny-bert: run_task.py: --data_dir {tmp_path / 'data' / 'SST-2'}: has no"), lines
+    assert lines[0].startswith(
+        f"sst2 of tiny-bert: run_task.py: --data_dir {tmp_path / 'data' / 'SST-2'}: has no"
+    ), lines
     assert not (tmp_path / "out" / "report.md").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Sizes
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_sizes_are_those_counted_on_the_loaded_models(made, teachers, student):
@@ -318,10 +492,16 @@ def test_sizes_are_those_counted_on_the_loaded_models(made, teachers, student):
     for role, folder in (("teacher", teachers["bert"]), ("student", student)):
         whole = transformers.AutoModelForMaskedLM.from_pretrained(folder)
         tied = {tensor.data_ptr(): tensor.numel() for tensor in whole.state_dict().values()}
-        buffers = sum(buffer.numel() for name, buffer in whole.named_buffers() if name in whole.state_dict())
+        buffers = sum(
+            buffer.numel() for name, buffer in whole.named_buffers() if name in whole.state_dict()
+        )
         assert sizes[role]["parameters"] == sum(tied.values()) - buffers
         assert sizes[role]["weights_bytes"] == (folder / "model.safetensors").stat().st_size
-        assert sizes[role]["float32_bytes"] == 4 * sizes[role]["parameters"] == 2 * sizes[role]["float16_bytes"]
+        assert (
+            sizes[role]["float32_bytes"]
+            == 4 * sizes[role]["parameters"]
+            == 2 * sizes[role]["float16_bytes"]
+        )
         assert sizes[role]["weights_dtypes"] == ["F32"]
     base = transformers.AutoModel.from_pretrained(student)
     assert sizes["student"]["parameters_base"] == sum(p.numel() for p in base.parameters())
@@ -336,7 +516,9 @@ def test_the_papers_parameter_counts_come_out():
 
 
 def test_a_model_whose_folder_names_no_class_has_no_head():
-    config = transformers.BertConfig(num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8)
+    config = transformers.BertConfig(
+        num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8
+    )
     base, whole, kind = report.count_parameters(config)
     assert base == whole and kind == "AutoModel"
 
@@ -352,16 +534,18 @@ def test_weights_in_parts_and_in_half_precision_are_added_up(tmp_path, teachers)
     assert size["weights_dtypes"] == ["F16"]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Speed
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_batches_are_full_and_padded_as_said():
     padded = latency.make_batches([[5, 6], [7, 8, 9], [4]], 2, 5, 4, 0)
     assert [batch["input_ids"].tolist() for batch in padded] == [
-        [[5, 6, 0, 0], [7, 8, 9, 0]], [[4, 0, 0, 0], [5, 6, 0, 0]], [[7, 8, 9, 0], [4, 0, 0, 0]]
-    ]  # fmt: skip
+        [[5, 6, 0, 0], [7, 8, 9, 0]],
+        [[4, 0, 0, 0], [5, 6, 0, 0]],
+        [[7, 8, 9, 0], [4, 0, 0, 0]],
+    ]
     assert padded[0]["attention_mask"].tolist() == [[1, 1, 0, 0], [1, 1, 1, 0]]
     own = latency.make_batches([[5, 6], [7, 8, 9], [4]], 1, 3, None, 0)
     assert [batch["input_ids"].shape[1] for batch in own] == [2, 3, 1]
@@ -371,22 +555,33 @@ def test_batches_are_full_and_padded_as_said():
 
 def test_figures_are_of_whole_passes(made):
     speed = content_of(made[0])["speed"]
-    assert [(row["batch_size"], row["padding"]) for row in speed["rows"] if row["device"] == "cpu"] == [
-        (1, "padded to 64"), (1, "own lengths"), (4, "padded to 64"), (4, "padded to the longest")
-    ]  # fmt: skip
+    assert [
+        (row["batch_size"], row["padding"]) for row in speed["rows"] if row["device"] == "cpu"
+    ] == [
+        (1, "padded to 64"),
+        (1, "own lengths"),
+        (4, "padded to 64"),
+        (4, "padded to the longest"),
+    ]
     for row in speed["rows"]:
         assert list(row["models"]) == list(report.ROLES)
         for figures in row["models"].values():
             for figure in figures.values():
                 assert 0 < figure["least"] <= figure["median"] <= figure["largest"]
             product = figures["latency_ms"]["median"] * figures["sentences_s"]["median"]
-            assert product == pytest.approx(1000 * row["batch_size"])  # 3 passes: the medians are of one
+            assert product == pytest.approx(
+                1000 * row["batch_size"]
+            )  # 3 passes: the medians are of one
         assert row["models"]["teacher"]["speed_up"]["median"] == 1.0
-    assert {"cpu", "cores", "threads", "torch", "transformers"} <= set(speed["machine"]) and speed["threads"] == 1
+    assert {"cpu", "cores", "threads", "torch", "transformers"} <= set(speed["machine"]) and speed[
+        "threads"
+    ] == 1
 
 
 def test_seconds_become_latency_throughput_and_ratio():
-    found = latency.summarize({"teacher": [4.0, 2.0, 3.0], "student": [2.0, 2.0, 1.0]}, num_batches=10, batch_size=32)
+    found = latency.summarize(
+        {"teacher": [4.0, 2.0, 3.0], "student": [2.0, 2.0, 1.0]}, num_batches=10, batch_size=32
+    )
     assert found["teacher"]["latency_ms"] == {"median": 300.0, "least": 200.0, "largest": 400.0}
     assert found["student"]["sentences_s"] == {"median": 160.0, "least": 160.0, "largest": 320.0}
     assert found["student"]["speed_up"] == {"median": 2.0, "least": 1.0, "largest": 3.0}
@@ -417,11 +612,20 @@ def test_a_text_is_read_by_each_models_own_tokenizer(tmp_path, teachers):
     assert len(cut) == 3 and max(map(len, whole)) > 20
     assert cut == [ids if len(ids) <= 20 else [*ids[:19], tokenizer.sep_token_id] for ids in whole]
     inputs = latency.measure(names, latency.Plan((1,), 3, num_sentences=3), sentences)["inputs"]
-    assert re.fullmatch(r"3 sentences of a text, on average \d+ tokens for a, \d+ tokens for b", inputs)
+    assert re.fullmatch(
+        r"3 sentences of a text, on average \d+ tokens for a, \d+ tokens for b", inputs
+    )
 
 
 def test_other_vocabularies_are_noted_and_latency_goes_on(tmp_path, teachers, capsys):
-    flags = ["--teacher", str(teachers["bert"]), "--student", str(teachers["roberta"]), "--output_dir", str(tmp_path / "out")]
+    flags = [
+        "--teacher",
+        str(teachers["bert"]),
+        "--student",
+        str(teachers["roberta"]),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     report.main([*flags, *QUICK])
     found = content_of(tmp_path / "out")
     assert any("different vocabularies" in note for note in found["notes"])
@@ -430,37 +634,78 @@ def test_other_vocabularies_are_noted_and_latency_goes_on(tmp_path, teachers, ca
 
 
 def test_latency_runs_alone(tmp_path, teachers, capsys):
-    flags = ["--models", str(teachers["bert"]), str(teachers["gpt2"]), "--json", str(tmp_path / "x.json"), *QUICK]
+    flags = [
+        "--models",
+        str(teachers["bert"]),
+        str(teachers["gpt2"]),
+        "--json",
+        str(tmp_path / "x.json"),
+        *QUICK,
+    ]
     latency.main(flags)
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert capsys.readouterr().out.count("| tiny-gpt2") == len(rows) >= 4
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The model card
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture
 def with_card(tmp_path, teachers, own_student):
     """The flags that write a card for the test's own student, with scores."""
     models = {"teacher": teachers["bert"], "student": own_student}
-    return ["--teacher", str(teachers["bert"]), "--student", str(own_student), "--output_dir", str(tmp_path / "out"),
-            "--no_run", "--write_card", "--scores", *write_found(tmp_path, models)]  # fmt: skip
+    return [
+        "--teacher",
+        str(teachers["bert"]),
+        "--student",
+        str(own_student),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--no_run",
+        "--write_card",
+        "--scores",
+        *write_found(tmp_path, models),
+    ]
 
 
 def test_the_cards_metadata_holds_the_figures(with_card, own_student):
-    report.main([*with_card, "--license", "apache-2.0", "--language", "en", "--base_model", "me/tiny-bert", "--datasets", "c4"])
+    report.main(
+        [
+            *with_card,
+            "--license",
+            "apache-2.0",
+            "--language",
+            "en",
+            "--base_model",
+            "me/tiny-bert",
+            "--datasets",
+            "c4",
+        ]
+    )
     text = (own_student / "README.md").read_text(encoding="utf-8")
     data = yaml.safe_load(text.split("---\n")[1])
     assert (data["license"], data["language"], data["base_model"], data["datasets"]) == (
-        "apache-2.0", "en", "me/tiny-bert", ["c4"]
-    )  # fmt: skip
+        "apache-2.0",
+        "en",
+        "me/tiny-bert",
+        ["c4"],
+    )
     assert data["library_name"] == "transformers" and data["pipeline_tag"] == "fill-mask"
     assert data["tags"] == ["distillation", "distil"]
-    assert data["metrics"] == ["accuracy", "exact_match", "f1", "matthews_correlation", "perplexity"]
+    assert data["metrics"] == [
+        "accuracy",
+        "exact_match",
+        "f1",
+        "matthews_correlation",
+        "perplexity",
+    ]
     card = huggingface_hub.ModelCard(text)
-    found = {(r.dataset_name, r.metric_name): (r.metric_type, r.metric_value) for r in card.data.eval_results}
+    found = {
+        (r.dataset_name, r.metric_name): (r.metric_type, r.metric_value)
+        for r in card.data.eval_results
+    }
     assert card.data.model_name == own_student.name
     assert found == {
         ("GLUE MRPC", "accuracy (x 100)"): ("accuracy", 84.0),
@@ -474,7 +719,9 @@ def test_the_cards_metadata_holds_the_figures(with_card, own_student):
         ("SQuAD v1.1", "exact (x 100)"): ("exact_match", 79.1),
         ("SQuAD v1.1", "f1 (x 100)"): ("f1", 86.9),
     }
-    assert {json.dumps(r.dataset_args) for r in card.data.eval_results} == {'{"num_examples": {"dev": 408}}'}
+    assert {json.dumps(r.dataset_args) for r in card.data.eval_results} == {
+        '{"num_examples": {"dev": 408}}'
+    }
 
 
 def test_what_nobody_said_is_left_out_of_the_card(with_card, own_student):
@@ -488,20 +735,47 @@ def test_what_nobody_said_is_left_out_of_the_card(with_card, own_student):
 def test_the_card_tells_teacher_data_flags_and_commit(with_card, own_student):
     report.main(with_card)
     text = (own_student / "README.md").read_text(encoding="utf-8")
-    assert "A model distilled from `tiny-bert`" in text and "`data.pickle`" in text and "/somewhere" not in text
-    assert "* 5 x KL divergence" in text and "* 2 x masked" in text and "causal-language-model loss" not in text
-    assert "commit `0123abc`" in text and "| `note` | a\\|b |" in text and "| `temperature` | 2.0 |" in text
+    assert (
+        "A model distilled from `tiny-bert`" in text
+        and "`data.pickle`" in text
+        and "/somewhere" not in text
+    )
+    assert (
+        "* 5 x KL divergence" in text
+        and "* 2 x masked" in text
+        and "causal-language-model loss" not in text
+    )
+    assert (
+        "commit `0123abc`" in text
+        and "| `note` | a\\|b |" in text
+        and "| `temperature` | 2.0 |" in text
+    )
     assert "97.3 % ≈" in text and "Measured on" in text
 
 
 @pytest.mark.parametrize("kind", ["distilbert", "gpt2"])
 def test_the_cards_code_runs(kind, tmp_path, teachers, own_student, monkeypatch, capsys):
-    folder = own_student if kind == "distilbert" else Path(shutil.copytree(teachers["gpt2"], tmp_path / "copy"))
-    flags = ["--teacher", str(teachers["roberta"]), "--student", str(folder), "--output_dir", str(tmp_path / "out")]
+    folder = (
+        own_student
+        if kind == "distilbert"
+        else Path(shutil.copytree(teachers["gpt2"], tmp_path / "copy"))
+    )
+    flags = [
+        "--teacher",
+        str(teachers["roberta"]),
+        "--student",
+        str(folder),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     report.main([*flags, "--no_run", "--write_card"])
     text = (folder / "README.md").read_text(encoding="utf-8")
     code = re.search(r"```python\n(.*?)```", text, re.DOTALL)[1]
-    assert ("AutoModelForMaskedLM" in code) == (kind == "distilbert") != ("AutoModelForCausalLM" in code)
+    assert (
+        ("AutoModelForMaskedLM" in code)
+        == (kind == "distilbert")
+        != ("AutoModelForCausalLM" in code)
+    )
     monkeypatch.chdir(folder.parent)
     capsys.readouterr()
     exec(compile(code, "card", "exec"), {})
@@ -513,23 +787,28 @@ def test_a_card_of_another_hand_is_kept_without_force(with_card, own_student, st
     readme.write_text("mine")
     status, lines = status_and_errors(report.main, with_card)
     assert status == 2 and lines == [
-        f"--write_card {readme}: was written or changed by another hand; move it, or replace it with --force"
+        f"--write_card {readme}: was written or changed by another hand; move it, or replace it"
+        " with --force"
     ]
     assert readme.read_text() == "mine"
     report.main([*with_card, "--force"])
     report.main(with_card)  # its own is replaced
-    readme.write_text(readme.read_text(encoding="utf-8").replace("## Limits", "## Known limits"), encoding="utf-8")
+    readme.write_text(
+        readme.read_text(encoding="utf-8").replace("## Limits", "## Known limits"), encoding="utf-8"
+    )
     assert status_and_errors(report.main, with_card)[0] == 2  # changed by hand since
 
 
 def test_a_card_is_its_own_only_unchanged(tmp_path):
     assert not model_card.is_own(write(tmp_path / "a", b"\xff\xfe"))
-    assert not model_card.is_own(write(tmp_path / "b", b"<!-- Written by Distil, scripts/report.py."))
+    assert not model_card.is_own(
+        write(tmp_path / "b", b"<!-- Written by Distil, scripts/report.py.")
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def write(path: Path, content: bytes | str) -> Path:
@@ -538,60 +817,135 @@ def write(path: Path, content: bytes | str) -> Path:
 
 
 BAD_FLAGS = {
-    "no such student": (["--student", "nowhere"], r"--student nowhere: no such folder; expected the folder"),
-    "no model in it": (["--student", "{empty}"], r"--student .*empty: holds no readable config.json of a model"),
-    "teacher is student": (["--student", "{teacher}"], r"--student .*: is the teacher, too; expected another model"),
-    "baseline is student": (["--baseline", "{student}/"], r"--baseline .*: is the student, too; expected another model"),
-    "a model of two stacks": (["--baseline", "{t5}"], r"--baseline .*t5: is a t5 model; expected an encoder or a causal model"),
-    "two of a name": (["--baseline", "{twin}"], r"--baseline .*: has the student's name, tiny-distilbert, .*; rename one"),
+    "no such student": (
+        ["--student", "nowhere"],
+        r"--student nowhere: no such folder; expected the folder",
+    ),
+    "no model in it": (
+        ["--student", "{empty}"],
+        r"--student .*empty: holds no readable config.json of a model",
+    ),
+    "teacher is student": (
+        ["--student", "{teacher}"],
+        r"--student .*: is the teacher, too; expected another model",
+    ),
+    "baseline is student": (
+        ["--baseline", "{student}/"],
+        r"--baseline .*: is the student, too; expected another model",
+    ),
+    "a model of two stacks": (
+        ["--baseline", "{t5}"],
+        r"--baseline .*t5: is a t5 model; expected an encoder or a causal model",
+    ),
+    "two of a name": (
+        ["--baseline", "{twin}"],
+        r"--baseline .*: has the student's name, tiny-distilbert, .*; rename one",
+    ),
     "unknown task": (["--tasks", "mprc"], r"--tasks mprc: unknown; did you mean mrpc\?"),
-    "no data": (["--tasks", "sst2"], r"--data_dir: needed for sst2, which is not scored for each model yet; or --no_run"),
+    "no data": (
+        ["--tasks", "sst2"],
+        r"--data_dir: needed for sst2, which is not scored for each model yet; or --no_run",
+    ),
     "no folder of the task": (
         ["--tasks", "sst2", "--data_dir", "{empty}"],
         r"has no folder sst2 or SST-2; put the task's files there",
     ),
-    "no file for lm": (["--tasks", "lm"], r"--lm_data_file, --lm_text_file: the task lm needs one of them"),
-    "no text for lm": (["--tasks", "lm", "--lm_text_file", "no"], r"--lm_text_file no: no such file; check the path"),
-    "no tokens for lm": (["--tasks", "lm", "--lm_data_file", "no"], r"--lm_data_file no: no such file"),
+    "no file for lm": (
+        ["--tasks", "lm"],
+        r"--lm_data_file, --lm_text_file: the task lm needs one of them",
+    ),
+    "no text for lm": (
+        ["--tasks", "lm", "--lm_text_file", "no"],
+        r"--lm_text_file no: no such file; check the path",
+    ),
+    "no tokens for lm": (
+        ["--tasks", "lm", "--lm_data_file", "no"],
+        r"--lm_data_file no: no such file",
+    ),
     "no squad": (["--tasks", "squad", "--data_dir", "{squad}"], r"train-v1.1.json: no such file"),
     "bad seed": (["--seeds", "-1"], r"--seeds -1: expected 0 to 4294967295"),
-    "open quotation": (["--task_flags", "'a"], r"--task_flags 'a: No closing quotation; close the quotation"),
+    "open quotation": (
+        ["--task_flags", "'a"],
+        r"--task_flags 'a: No closing quotation; close the quotation",
+    ),
     "few passes": (["--passes", "2"], r"--passes 2: expected 3 to 10000"),
     "no threads": (["--threads", "0"], r"--threads 0: expected 1 to 1024"),
     "no batch": (["--batch_sizes", "0"], r"--batch_sizes 0: expected 1 to 4096"),
     "no text": (["--data", "no"], r"--data no: no such file; check the path"),
-    "inside the student": (["--output_dir", "{student}/report"], r"--output_dir .*: would overwrite .*, which is read"),
-    "something foreign": (["--output_dir", "{foreign}"], r"--output_dir .*: holds thesis.tex, which is no part of a report"),
-    "a foreign report": (["--output_dir", "{report}"], r"its report.json is no report of ours; choose another folder"),
-    "a bad license": (["--write_card", "--license", "my own!"], r"--license my own!: is no such name on the hub; expected"),
-    "a bad language": (["--write_card", "--language", "English"], r"--language English: is no such name on the hub"),
+    "inside the student": (
+        ["--output_dir", "{student}/report"],
+        r"--output_dir .*: would overwrite .*, which is read",
+    ),
+    "something foreign": (
+        ["--output_dir", "{foreign}"],
+        r"--output_dir .*: holds thesis.tex, which is no part of a report",
+    ),
+    "a foreign report": (
+        ["--output_dir", "{report}"],
+        r"its report.json is no report of ours; choose another folder",
+    ),
+    "a bad license": (
+        ["--write_card", "--license", "my own!"],
+        r"--license my own!: is no such name on the hub; expected",
+    ),
+    "a bad language": (
+        ["--write_card", "--language", "English"],
+        r"--language English: is no such name on the hub",
+    ),
     "a misspelt flag": (["--taks", "sst2"], r"unknown argument --taks; did you mean --tasks\?"),
 }
 
 
 @pytest.mark.parametrize("case", BAD_FLAGS)
-def test_bad_flags_end_in_one_line(case, tmp_path, teachers, own_student, status_and_errors, monkeypatch):
+def test_bad_flags_end_in_one_line(
+    case, tmp_path, teachers, own_student, status_and_errors, monkeypatch
+):
     monkeypatch.chdir(tmp_path)
     flags, pattern = BAD_FLAGS[case]
     for name in ("empty", "foreign", "report", "squad/squad"):
         (tmp_path / name).mkdir(parents=True)
     write(tmp_path / "foreign" / "thesis.tex", "x")
     write(tmp_path / "report" / "report.json", "[]")
-    places = {"teacher": teachers["bert"], "student": own_student, "twin": tmp_path / "twin" / own_student.name}
+    places = {
+        "teacher": teachers["bert"],
+        "student": own_student,
+        "twin": tmp_path / "twin" / own_student.name,
+    }
     shutil.copytree(own_student, places["twin"])
     transformers.T5Config().save_pretrained(tmp_path / "t5")
     places |= {name: tmp_path / name for name in ("empty", "foreign", "report", "squad", "t5")}
-    good = ["--teacher", str(teachers["bert"]), "--student", str(own_student), "--output_dir", "out"]
-    status, lines = status_and_errors(report.main, [*good, *(flag.format(**places) for flag in flags)])
+    good = [
+        "--teacher",
+        str(teachers["bert"]),
+        "--student",
+        str(own_student),
+        "--output_dir",
+        "out",
+    ]
+    status, lines = status_and_errors(
+        report.main, [*good, *(flag.format(**places) for flag in flags)]
+    )
     assert status == 2 and len(lines) <= 2 and re.search(pattern, lines[0]), lines
     assert not (tmp_path / "out").exists() and not (own_student / "README.md").exists()
 
 
 def test_all_bad_flags_are_said_together(tmp_path, teachers, status_and_errors):
     status, lines = status_and_errors(
-        report.main, ["--teacher", str(teachers["bert"]), "--student", "nowhere", "--output_dir", str(tmp_path / "out"),
-                      "--tasks", "mprc", "nli", "--passes", "1"]
-    )  # fmt: skip
+        report.main,
+        [
+            "--teacher",
+            str(teachers["bert"]),
+            "--student",
+            "nowhere",
+            "--output_dir",
+            str(tmp_path / "out"),
+            "--tasks",
+            "mprc",
+            "nli",
+            "--passes",
+            "1",
+        ],
+    )
     assert status == 2 and len(lines) == 4
 
 
@@ -599,34 +953,92 @@ BAD_SCORES = {
     "no JSON": ("{", r"is no readable JSON \(.*\); make it again"),
     "no object": ("[1]", r"has no task; expected a scores.json as run_task.py writes it"),
     "no score": ('{"task": "sst2", "model_name": "tiny-bert"}', r"has no score"),
-    "unknown task": ('{"task": "sst3", "model_name": "tiny-bert", "score": {}, "runs": []}', r"is of a task 'sst3'; expected"),
-    "no runs": ('{"task": "sst2", "model_name": "tiny-bert", "score": {"score": 1}, "runs": []}', r"holds no metrics"),
-    "no numbers": ('{"task": "sst2", "model_name": "tiny-bert", "score": {"score": "1"}, "runs": [{"metrics": {"score": 1}}]}',
-                   r"holds no metrics, or some that are no finite numbers"),
-    "infinite": ('{"task": "sst2", "model_name": "tiny-bert", "score": {"score": Infinity}, "runs": [{"metrics": {"a": 1}}]}',
-                 r"no finite numbers"),
-    "another metric": ('{"task": "sst2", "model_name": "tiny-bert", "score": {"bleu": 1}, "runs": [{"metrics": {"bleu": 1}}]}',
-                       r"has bleu; expected score for sst2"),
-    "another model": ('{"task": "sst2", "model_name": "elmo", "score": {"score": 1}, "runs": [{"metrics": {"score": 1}}]}',
-                      r"is of elmo; expected one of tiny-bert, tiny-distilbert; leave it out"),
-    "another task": ('{"task": "rte", "model_name": "tiny-bert", "score": {"score": 1}, "runs": [{"metrics": {"score": 1}}]}',
-                     r"is of rte, which --tasks leaves out"),
-}  # fmt: skip
+    "unknown task": (
+        '{"task": "sst3", "model_name": "tiny-bert", "score": {}, "runs": []}',
+        r"is of a task 'sst3'; expected",
+    ),
+    "no runs": (
+        '{"task": "sst2", "model_name": "tiny-bert", "score": {"score": 1}, "runs": []}',
+        r"holds no metrics",
+    ),
+    "no numbers": (
+        (
+            '{"task": "sst2", "model_name": "tiny-bert", "score": {"score": "1"}, "runs":'
+            ' [{"metrics": {"score": 1}}]}'
+        ),
+        r"holds no metrics, or some that are no finite numbers",
+    ),
+    "infinite": (
+        (
+            '{"task": "sst2", "model_name": "tiny-bert", "score": {"score": Infinity}, "runs":'
+            ' [{"metrics": {"a": 1}}]}'
+        ),
+        r"no finite numbers",
+    ),
+    "another metric": (
+        (
+            '{"task": "sst2", "model_name": "tiny-bert", "score": {"bleu": 1}, "runs": [{"metrics":'
+            ' {"bleu": 1}}]}'
+        ),
+        r"has bleu; expected score for sst2",
+    ),
+    "another model": (
+        (
+            '{"task": "sst2", "model_name": "elmo", "score": {"score": 1}, "runs": [{"metrics":'
+            ' {"score": 1}}]}'
+        ),
+        r"is of elmo; expected one of tiny-bert, tiny-distilbert; leave it out",
+    ),
+    "another task": (
+        (
+            '{"task": "rte", "model_name": "tiny-bert", "score": {"score": 1}, "runs": [{"metrics":'
+            ' {"score": 1}}]}'
+        ),
+        r"is of rte, which --tasks leaves out",
+    ),
+}
 
 
 @pytest.mark.parametrize("case", BAD_SCORES)
-def test_bad_scores_end_in_one_line_that_names_the_file(case, tmp_path, teachers, student, status_and_errors):
+def test_bad_scores_end_in_one_line_that_names_the_file(
+    case, tmp_path, teachers, student, status_and_errors
+):
     content, pattern = BAD_SCORES[case]
     path = write(tmp_path / "given.json", content)
-    flags = ["--teacher", str(teachers["bert"]), "--student", str(student), "--output_dir", str(tmp_path / "out"), "--no_run"]
-    status, lines = status_and_errors(report.main, [*flags, "--tasks", "sst2", "--scores", str(path)])
-    assert status == 2 and len(lines) == 1 and "given.json" in lines[0] and re.search(pattern, lines[0]), lines
+    flags = [
+        "--teacher",
+        str(teachers["bert"]),
+        "--student",
+        str(student),
+        "--output_dir",
+        str(tmp_path / "out"),
+        "--no_run",
+    ]
+    status, lines = status_and_errors(
+        report.main, [*flags, "--tasks", "sst2", "--scores", str(path)]
+    )
+    assert (
+        status == 2
+        and len(lines) == 1
+        and "given.json" in lines[0]
+        and re.search(pattern, lines[0])
+    ), lines
     assert not (tmp_path / "out").exists()
 
 
-def test_scores_in_a_wrong_place_or_twice_are_refused(tmp_path, teachers, student, status_and_errors):
+def test_scores_in_a_wrong_place_or_twice_are_refused(
+    tmp_path, teachers, student, status_and_errors
+):
     models, out = {"teacher": teachers["bert"]}, tmp_path / "out"
-    flags = ["--teacher", str(teachers["bert"]), "--student", str(student), "--output_dir", str(out), "--no_run"]
+    flags = [
+        "--teacher",
+        str(teachers["bert"]),
+        "--student",
+        str(student),
+        "--output_dir",
+        str(out),
+        "--no_run",
+    ]
     (given,) = write_found(tmp_path, models, ["sst2"])
     status, lines = status_and_errors(report.main, [*flags, "--scores", given, given])
     assert status == 2 and "a second file of tiny-bert and sst2; leave one out" in lines[0]
@@ -644,16 +1056,37 @@ def test_scores_in_a_wrong_place_or_twice_are_refused(tmp_path, teachers, studen
 
 
 def test_the_folder_of_another_pair_is_refused(made, teachers, student, status_and_errors):
-    flags = ["--teacher", str(teachers["roberta"]), "--student", str(student), "--output_dir", str(made[0])]
+    flags = [
+        "--teacher",
+        str(teachers["roberta"]),
+        "--student",
+        str(student),
+        "--output_dir",
+        str(made[0]),
+    ]
     status, lines = status_and_errors(report.main, [*flags, "--no_run"])
-    assert status == 2 and "holds the report of teacher tiny-bert and student tiny-distilbert" in lines[0]
+    assert (
+        status == 2
+        and "holds the report of teacher tiny-bert and student tiny-distilbert" in lines[0]
+    )
 
 
-def test_a_student_without_weights_ends_in_one_line(tmp_path, teachers, own_student, status_and_errors):
+def test_a_student_without_weights_ends_in_one_line(
+    tmp_path, teachers, own_student, status_and_errors
+):
     (own_student / "model.safetensors").unlink()
-    flags = ["--teacher", str(teachers["bert"]), "--student", str(own_student), "--output_dir", str(tmp_path / "out")]
+    flags = [
+        "--teacher",
+        str(teachers["bert"]),
+        "--student",
+        str(own_student),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     status, lines = status_and_errors(report.main, flags)
-    assert status == 2 and re.search(r"--student .*: has neither model.safetensors nor pytorch_model.bin", lines[0])
+    assert status == 2 and re.search(
+        r"--student .*: has neither model.safetensors nor pytorch_model.bin", lines[0]
+    )
 
 
 def test_damaged_measurements_end_in_one_line(made, tmp_path, status_and_errors):
@@ -675,25 +1108,46 @@ BAD_LATENCY = {
 def test_bad_text_for_timing_ends_in_one_line(case, tmp_path, teachers, status_and_errors):
     content, pattern = BAD_LATENCY[case]
     path = write(tmp_path / "text", content)
-    status, lines = status_and_errors(latency.main, ["--models", str(teachers["bert"]), "--data", str(path)])
+    status, lines = status_and_errors(
+        latency.main, ["--models", str(teachers["bert"]), "--data", str(path)]
+    )
     assert status == 2 and len(lines) == 1 and re.search(pattern, lines[0]), lines
 
 
-def test_damaged_weights_and_foreign_tokenizers_end_in_one_line(tmp_path, teachers, status_and_errors):
+def test_damaged_weights_and_foreign_tokenizers_end_in_one_line(
+    tmp_path, teachers, status_and_errors
+):
     folder = shutil.copytree(teachers["bert"], tmp_path / "bert")
     write(tmp_path / "text", "bake limo\n")
     transformers.AutoTokenizer.from_pretrained(teachers["gpt2"]).save_pretrained(tmp_path / "gpt2")
     model = make_model("gpt2", 20)  # its tokenizer has more
     model.save_pretrained(tmp_path / "gpt2")
-    status, lines = status_and_errors(latency.main, ["--models", str(tmp_path / "gpt2"), "--data", str(tmp_path / "text")])
-    assert status == 2 and re.search(r"gpt2: its tokenizer gave the id \d+, it has 20 embeddings", lines[0]), lines
+    status, lines = status_and_errors(
+        latency.main, ["--models", str(tmp_path / "gpt2"), "--data", str(tmp_path / "text")]
+    )
+    assert status == 2 and re.search(
+        r"gpt2: its tokenizer gave the id \d+, it has 20 embeddings", lines[0]
+    ), lines
     write(folder / "model.safetensors", (folder / "model.safetensors").read_bytes()[:500])
     status, lines = status_and_errors(latency.main, ["--models", str(folder)])
-    assert status == 2 and len(lines) == 1 and "bert: its weights could not be loaded (" in lines[0], lines
+    assert (
+        status == 2 and len(lines) == 1 and "bert: its weights could not be loaded (" in lines[0]
+    ), lines
     student = shutil.move(folder, tmp_path / "student")  # under another name than the teacher's
-    flags = ["--teacher", str(teachers["bert"]), "--student", str(student), "--output_dir", str(tmp_path / "out")]
+    flags = [
+        "--teacher",
+        str(teachers["bert"]),
+        "--student",
+        str(student),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     status, lines = status_and_errors(report.main, flags)
-    assert status == 2 and len(lines) == 1 and re.search(r"--student .*: its weights could not be read \(", lines[0]), lines
+    assert (
+        status == 2
+        and len(lines) == 1
+        and re.search(r"--student .*: its weights could not be read \(", lines[0])
+    ), lines
 
 
 def test_models_that_cannot_be_timed_end_in_a_line_each(tmp_path, teachers, status_and_errors):
@@ -701,10 +1155,18 @@ def test_models_that_cannot_be_timed_end_in_a_line_each(tmp_path, teachers, stat
     flags = ["--models", bert, f"{bert}/", str(tmp_path), "--json", str(tmp_path)]
     status, lines = status_and_errors(latency.main, flags)
     assert status == 2 and len(lines) == 3
-    assert "two are named tiny-bert" in lines[0] and "holds no readable config.json" in lines[1] and "--json" in lines[2]
+    assert (
+        "two are named tiny-bert" in lines[0]
+        and "holds no readable config.json" in lines[1]
+        and "--json" in lines[2]
+    )
 
 
 def test_numbers_are_written_short():
-    assert [latency.digits(value) for value in (1234.5, 99.95, 0.01234)] == ["1,234", "100", "0.0123"]
+    assert [latency.digits(value) for value in (1234.5, 99.95, 0.01234)] == [
+        "1,234",
+        "100",
+        "0.0123",
+    ]
     assert report.percent(None) == "-" and report.percent(96.94) == "96.9 %"
     assert report.megas(66.362) == "66.36" and report.megas(0.0438) == "0.0438"

@@ -1,4 +1,6 @@
-"""Runs that end early and go on: bit for bit what they would have been; signals; what is refused."""
+"""Runs that end early and go on: bit for bit what they would have been; signals; what is
+refused.
+"""
 
 import json
 import os
@@ -26,8 +28,13 @@ def assert_same_run(one: Path, two: Path) -> None:
     assert names and names == [path.name for path in checkpointing.exist(two / "checkpoints")]
     for name in names:
         for file in ("student.safetensors", "optimizer.safetensors"):
-            assert (one / "checkpoints" / name / file).read_bytes() == (two / "checkpoints" / name / file).read_bytes()
-        states = [json.loads((run / "checkpoints" / name / "state.json").read_text()) for run in (one, two)]
+            assert (one / "checkpoints" / name / file).read_bytes() == (
+                two / "checkpoints" / name / file
+            ).read_bytes()
+        states = [
+            json.loads((run / "checkpoints" / name / "state.json").read_text())
+            for run in (one, two)
+        ]
         for state in states:
             del state["log_bytes"], state["flags"]
         assert states[0] == states[1]
@@ -66,7 +73,10 @@ def test_a_stopped_run_goes_on_bit_for_bit(kind, world, tmp_path, monkeypatch):
         stop_after(patch, 4)
         with pytest.raises(SystemExit) as end:
             train.main(world.flags(kind, tmp_path / "stopped", **flags))
-    assert end.value.code == 143 and checkpointing.newest(tmp_path / "stopped" / "checkpoints").step == 4
+    assert (
+        end.value.code == 143
+        and checkpointing.newest(tmp_path / "stopped" / "checkpoints").step == 4
+    )
     assert not (tmp_path / "stopped" / "pytorch_model.bin").exists()
     train.main([*world.flags(kind, tmp_path / "stopped", **flags), "--resume"])
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
@@ -74,10 +84,18 @@ def test_a_stopped_run_goes_on_bit_for_bit(kind, world, tmp_path, monkeypatch):
 
 def test_a_run_that_died_goes_on_from_its_last_checkpoint(world, tmp_path, monkeypatch):
     """Not a stop: the log has points, and the folder an epoch, that come again."""
-    flags = {"batch_size": 24, "n_epoch": 3, "log_interval": 3, "checkpoint_interval": 8, "fp16": True}
+    flags = {
+        "batch_size": 24,
+        "n_epoch": 3,
+        "log_interval": 3,
+        "checkpoint_interval": 8,
+        "fp16": True,
+    }
     train.main(world.flags("bert", tmp_path / "whole", **flags))
     with monkeypatch.context() as patch:
-        patch.setattr(train.RunFolder, "save_checkpoint", dying_at(train.RunFolder.save_checkpoint, 3))
+        patch.setattr(
+            train.RunFolder, "save_checkpoint", dying_at(train.RunFolder.save_checkpoint, 3)
+        )
         with pytest.raises(KeyboardInterrupt):
             train.main(world.flags("bert", tmp_path / "died", **flags))
     assert (tmp_path / "died" / "model_epoch_0.pth").exists()
@@ -115,7 +133,9 @@ def copied(stopped: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(stopped, tmp_path / "run"))
 
 
-@pytest.mark.parametrize("number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)])
+@pytest.mark.parametrize(
+    "number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
+)
 def test_signals_end_a_run_with_their_status(number, status, world, tmp_path, monkeypatch, capfd):
     stop_after(monkeypatch, 2, number)
     before = {n: signal.getsignal(n) for n in runtime.STOPPING}
@@ -166,7 +186,10 @@ def test_leftovers_of_a_killed_process_are_removed(world, stopped, tmp_path):
     (run / "notes.txt").write_text("mine")
     train.main([*world.flags("bert", run, **SHORT), "--resume"])
     left = {path.name for path in run.rglob("*")}
-    assert not [name for name in left if name.endswith(".tmp") or name.startswith(".export")] and "notes.txt" in left
+    assert (
+        not [name for name in left if name.endswith(".tmp") or name.startswith(".export")]
+        and "notes.txt" in left
+    )
 
 
 def test_the_plain_checkpoint_follows_the_one_gone_on_from(world, stopped, tmp_path):
@@ -184,27 +207,45 @@ def test_the_plain_checkpoint_follows_the_one_gone_on_from(world, stopped, tmp_p
 def test_paths_intervals_and_how_an_update_is_dealt_may_change(world, stopped, tmp_path):
     run = copied(stopped, tmp_path)
     data = shutil.copy(world.data("bert"), tmp_path / "moved.pickle")
-    changes = {**SHORT, "data_file": data, "log_interval": 1, "checkpoint_interval": 1, "keep_checkpoints": 2}
+    changes = {
+        **SHORT,
+        "data_file": data,
+        "log_interval": 1,
+        "checkpoint_interval": 1,
+        "keep_checkpoints": 2,
+    }
     train.main([*world.flags("bert", run, **changes), "--resume", "--force"])
-    assert (run / "pytorch_model.bin").exists() and len(checkpointing.exist(run / "checkpoints")) == 2
+    assert (run / "pytorch_model.bin").exists() and len(
+        checkpointing.exist(run / "checkpoints")
+    ) == 2
     assert not list(tmp_path.glob("run.old-*")), "--force is for runs that start anew"
 
 
 REFUSED = {
-    "another rate": ({"learning_rate": 1e-3}, r"--learning_rate 0\.001: .*step-00000002 was made with 0\.0005; pass that"),
+    "another rate": (
+        {"learning_rate": 1e-3},
+        r"--learning_rate 0\.001: .*step-00000002 was made with 0\.0005; pass that",
+    ),
     "another seed": ({"seed": 57}, "--seed 57: .* was made with 56"),
     "other epochs": ({"n_epoch": 2}, "--n_epoch 2: .* was made with 1"),
     "another loss": ({"alpha_ce": 1.0}, r"--alpha_ce 1\.0: .* was made with 5\.0"),
-    "another update": ({"gradient_accumulation_steps": 3}, r"3 on 1 process\(es\): 3 micro-batches an update, .* with 2"),
+    "another update": (
+        {"gradient_accumulation_steps": 3},
+        r"3 on 1 process\(es\): 3 micro-batches an update, .* with 2",
+    ),
 }
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_other_flags_are_refused_with_both_values(name, world, stopped, tmp_path, status_and_errors):
+def test_other_flags_are_refused_with_both_values(
+    name, world, stopped, tmp_path, status_and_errors
+):
     run = copied(stopped, tmp_path)
     changes, expected = REFUSED[name]
     before = contents(run)
-    status, errors = status_and_errors(train.main, [*world.flags("bert", run, **SHORT, **changes), "--resume"])
+    status, errors = status_and_errors(
+        train.main, [*world.flags("bert", run, **SHORT, **changes), "--resume"]
+    )
     assert status == 2 and len(errors) == 1 and re.search(expected, errors[0]), errors
     assert contents(run) == before
 
@@ -244,7 +285,9 @@ OTHER = {
 
 
 @pytest.mark.parametrize("name", OTHER)
-def test_other_inputs_are_refused_with_both_values(name, world, stopped, tmp_path, status_and_errors):
+def test_other_inputs_are_refused_with_both_values(
+    name, world, stopped, tmp_path, status_and_errors
+):
     run = copied(stopped, tmp_path)
     change, expected = OTHER[name]
     before = contents(run)
@@ -257,7 +300,12 @@ def test_other_inputs_are_refused_with_both_values(name, world, stopped, tmp_pat
 def test_nothing_to_go_on_from_is_an_error_or_with_auto_a_start(world, tmp_path, status_and_errors):
     flags = world.flags("bert", tmp_path / "run", **SHORT)
     status, errors = status_and_errors(train.main, [*flags, "--resume"])
-    assert status == 2 and len(errors) == 1 and "there is no checkpoint in" in errors[0] and not (tmp_path / "run").exists()
+    assert (
+        status == 2
+        and len(errors) == 1
+        and "there is no checkpoint in" in errors[0]
+        and not (tmp_path / "run").exists()
+    )
     train.main([*flags, "--resume", "auto"])
     assert (tmp_path / "run" / "pytorch_model.bin").exists()
 
@@ -270,14 +318,18 @@ def test_with_auto_a_folder_without_checkpoints_is_moved_aside(world, tmp_path):
     assert len(list(tmp_path.glob("run.old-*"))) == 1
 
 
-def test_damaged_checkpoints_are_skipped_and_never_started_over(world, stopped, tmp_path, status_and_errors, caplog):
+def test_damaged_checkpoints_are_skipped_and_never_started_over(
+    world, stopped, tmp_path, status_and_errors, caplog
+):
     run = copied(stopped, tmp_path)
     newest, oldest = checkpointing.exist(run / "checkpoints")
     (newest / "student.safetensors").write_bytes(b"x" * 300)
     flags = [*world.flags("bert", run, **SHORT), "--resume", "auto"]
     caplog.set_level("INFO", logger="distil")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "setup_logging", lambda level: setattr(train.logger, "propagate", True))
+        patch.setattr(
+            train, "setup_logging", lambda level: setattr(train.logger, "propagate", True)
+        )
         patch.setattr(train.logger, "handlers", [])
         train.main(flags)
     assert re.search("skipped the checkpoint step-00000002: .*student.safetensors", caplog.text)
@@ -293,8 +345,14 @@ def test_two_runs_do_not_share_a_folder(world, stopped, tmp_path, status_and_err
     run = copied(stopped, tmp_path)
     with runtime.take_lock(run / runtime.LOCK):
         for more in (["--resume"], ["--force"]):
-            status, errors = status_and_errors(train.main, [*world.flags("bert", run, **SHORT), *more])
-            assert status == 2 and "another run trains in it" in errors[0] and str(os.getpid()) in errors[0]
+            status, errors = status_and_errors(
+                train.main, [*world.flags("bert", run, **SHORT), *more]
+            )
+            assert (
+                status == 2
+                and "another run trains in it" in errors[0]
+                and str(os.getpid()) in errors[0]
+            )
 
 
 def test_nothing_that_is_not_finite_is_saved(world, tmp_path, monkeypatch, capfd):
@@ -309,9 +367,15 @@ def test_nothing_that_is_not_finite_is_saved(world, tmp_path, monkeypatch, capfd
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run", **SHORT, checkpoint_interval=1))
     assert end.value.code == train.EXIT_NON_FINITE
-    assert "of the student became NaN or infinite; nothing of it was saved" in capfd.readouterr().err
-    assert [path.name for path in checkpointing.exist(tmp_path / "run" / "checkpoints")] == ["step-00000000"]
-    assert not (tmp_path / "run" / "checkpoint.pth").exists() or torch.load(tmp_path / "run" / "checkpoint.pth")
+    assert (
+        "of the student became NaN or infinite; nothing of it was saved" in capfd.readouterr().err
+    )
+    assert [path.name for path in checkpointing.exist(tmp_path / "run" / "checkpoints")] == [
+        "step-00000000"
+    ]
+    assert not (tmp_path / "run" / "checkpoint.pth").exists() or torch.load(
+        tmp_path / "run" / "checkpoint.pth"
+    )
 
 
 def test_a_restart_is_known_by_the_launcher_or_by_its_job_and_count(tmp_path, monkeypatch):

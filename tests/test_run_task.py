@@ -1,4 +1,6 @@
-"""Tasks: every one from end to end on small files in the real formats; metrics by hand; several processes; bad input."""
+"""Tasks: every one from end to end on small files in the real formats; metrics by hand; several
+processes; bad input.
+"""
 
 import csv
 import json
@@ -27,7 +29,15 @@ from utils import InputError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 PROGRAM = ROOT / "scripts" / "run_task.py"
-QUICK = ["--max_steps", "2", "--per_gpu_train_batch_size", "4", "--no_cuda", "--save_models", "none"]
+QUICK = [
+    "--max_steps",
+    "2",
+    "--per_gpu_train_batch_size",
+    "4",
+    "--no_cuda",
+    "--save_models",
+    "none",
+]
 
 # Column names of the real files; the numbers of the columns that are read stand in tasks.TASKS.
 HEADERS = {
@@ -35,24 +45,40 @@ HEADERS = {
     "mrpc": "Quality|#1 ID|#2 ID|#1 String|#2 String",
     "stsb": "index genre filename year old_index source1 source2 sentence1 sentence2 score",
     "qqp": "id qid1 qid2 question1 question2 is_duplicate",
-    "mnli": "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse "
-            "sentence1 sentence2 label1 gold_label",
-    "mnli dev": "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse "
-                "sentence1 sentence2 label1 label2 label3 label4 label5 gold_label",
+    "mnli": (
+        "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse"
+        " sentence2_parse sentence1 sentence2 label1 gold_label"
+    ),
+    "mnli dev": (
+        "index promptID pairID genre sentence1_binary_parse sentence2_binary_parse sentence1_parse"
+        " sentence2_parse sentence1 sentence2 label1 label2 label3 label4 label5 gold_label"
+    ),
     "qnli": "index question sentence label",
     "rte": "index sentence1 sentence2 label",
     "wnli": "index sentence1 sentence2 label",
-    "xnli": "language gold_label sentence1_binary_parse sentence2_binary_parse sentence1_parse sentence2_parse sentence1 "
-            "sentence2 promptID pairID genre label1 label2 label3 label4 label5 sentence1_tokenized sentence2_tokenized match",
-}  # fmt: skip
+    "xnli": (
+        "language gold_label sentence1_binary_parse sentence2_binary_parse sentence1_parse"
+        " sentence2_parse sentence1 sentence2 promptID pairID genre label1 label2 label3 label4"
+        " label5 sentence1_tokenized sentence2_tokenized match"
+    ),
+}
 NLI = ["contradiction", "entailment", "neutral"]
 GLUE_FILES = {
-    "cola": {"train.tsv": 12, "dev.tsv": 7}, "sst2": {"train.tsv": 12, "dev.tsv": 7}, "mrpc": {"train.tsv": 12, "dev.tsv": 7},
-    "stsb": {"train.tsv": 12, "dev.tsv": 7}, "qqp": {"train.tsv": 12, "dev.tsv": 7}, "qnli": {"train.tsv": 12, "dev.tsv": 7},
+    "cola": {"train.tsv": 12, "dev.tsv": 7},
+    "sst2": {"train.tsv": 12, "dev.tsv": 7},
+    "mrpc": {"train.tsv": 12, "dev.tsv": 7},
+    "stsb": {"train.tsv": 12, "dev.tsv": 7},
+    "qqp": {"train.tsv": 12, "dev.tsv": 7},
+    "qnli": {"train.tsv": 12, "dev.tsv": 7},
     "mnli": {"train.tsv": 12, "dev_matched.tsv": 7, "dev_mismatched.tsv": 5},
-    "rte": {"train.tsv": 12, "dev.tsv": 7}, "wnli": {"train.tsv": 12, "dev.tsv": 7},
-}  # fmt: skip
-LABELS = {"mnli": NLI, "qnli": ["entailment", "not_entailment"], "rte": ["entailment", "not_entailment"]}
+    "rte": {"train.tsv": 12, "dev.tsv": 7},
+    "wnli": {"train.tsv": 12, "dev.tsv": 7},
+}
+LABELS = {
+    "mnli": NLI,
+    "qnli": ["entailment", "not_entailment"],
+    "rte": ["entailment", "not_entailment"],
+}
 
 
 class Writer:
@@ -87,9 +113,20 @@ class Writer:
             "cola": ["gj04", label, "" if label == "1" else "*", a],
             "sst2": [a, label],
             "mrpc": [label, "702876", "702977", a, b],
-            "stsb": [n, "main-news", "headlines", "2015", "1001", "none", "none", a, b, f"{number % 6 * 0.9:.3f}"],
+            "stsb": [
+                n,
+                "main-news",
+                "headlines",
+                "2015",
+                "1001",
+                "none",
+                "none",
+                a,
+                b,
+                f"{number % 6 * 0.9:.3f}",
+            ],
             "qqp": [n, "1", "2", a, b, label],
-        }.get(task, [n, a, b, label])  # fmt: skip
+        }.get(task, [n, a, b, label])
 
 
 def tsv(rows) -> str:
@@ -106,8 +143,14 @@ def write_glue(folder: Path) -> None:
         (folder / task).mkdir()
         for file, size in files.items():
             rows = [writer.row(task, file, number) for number in range(size)]
-            names = header("mnli dev" if task == "mnli" and "dev" in file else task) if task != "cola" else None
-            (folder / task / file).write_text(tsv([names, *rows] if names else rows), encoding="utf-8")
+            names = (
+                header("mnli dev" if task == "mnli" and "dev" in file else task)
+                if task != "cola"
+                else None
+            )
+            (folder / task / file).write_text(
+                tsv([names, *rows] if names else rows), encoding="utf-8"
+            )
     with open(
         folder / "qqp" / "dev.tsv", "a", encoding="utf-8"
     ) as file:  # as the real file has: a row cut short, an empty text
@@ -120,9 +163,14 @@ def write_xnli(folder: Path) -> None:
     test.mkdir()
     labels = ["contradictory", "entailment", "neutral"]
     rows = [[writer.text(), writer.text(), labels[number % 3]] for number in range(12)]
-    (train / "multinli.train.en.tsv").write_text(tsv([["premise", "hypo", "label"], *rows]), encoding="utf-8")
-    rows = [[language, NLI[number % 3], "", "", "", "", writer.text(), writer.text(), *["x"] * 11]
-            for language in tasks.XNLI_LANGUAGES for number in range(3)]  # fmt: skip
+    (train / "multinli.train.en.tsv").write_text(
+        tsv([["premise", "hypo", "label"], *rows]), encoding="utf-8"
+    )
+    rows = [
+        [language, NLI[number % 3], "", "", "", "", writer.text(), writer.text(), *["x"] * 11]
+        for language in tasks.XNLI_LANGUAGES
+        for number in range(3)
+    ]
     (test / "xnli.test.tsv").write_text(tsv([header("xnli"), *rows]), encoding="utf-8")
 
 
@@ -132,26 +180,53 @@ def write_imdb(folder: Path) -> None:
         for label in ("neg", "pos"):
             (folder / split / label).mkdir(parents=True)
             for number in range(size):
-                (folder / split / label / f"{number}_7.txt").write_text(f"{writer.text()}<br /><br />{writer.text()}")
+                (folder / split / label / f"{number}_7.txt").write_text(
+                    f"{writer.text()}<br /><br />{writer.text()}"
+                )
 
 
 def conll(sentences: int) -> str:
     """Write German CoNLL-2003: word, lemma, tag, chunk, label; IOB1."""
     text = "-DOCSTART- -X- -X- -X- O\n\n"
     for number in range(sentences):
-        words = [("Fiba", "I-PER"), ("Dako", "I-PER"), ("ke", "O"), ("Gomü", "I-LOC"), ("Go", "B-LOC"), (".", "O")]
-        text += "".join(f"{word} {word.lower()} NN I-NC {label}\n" for word, label in words[number % 2 :]) + "\n"
+        words = [
+            ("Fiba", "I-PER"),
+            ("Dako", "I-PER"),
+            ("ke", "O"),
+            ("Gomü", "I-LOC"),
+            ("Go", "B-LOC"),
+            (".", "O"),
+        ]
+        text += (
+            "".join(
+                f"{word} {word.lower()} NN I-NC {label}\n" for word, label in words[number % 2 :]
+            )
+            + "\n"
+        )
     return text
 
 
 def germeval(sentences: int) -> str:
-    """Write GermEval 2014: number, word, outer label, inner label; a sentence of many words, and a word without tokens."""
+    """Write GermEval 2014: number, word, outer label, inner label; a sentence of many words, and a
+    word without tokens.
+    """
     text = ""
     for number in range(sentences):
-        words = [("Fiba", "B-PER", "B-LOC"), ("ke", "I-PER", "O"), ("\x96", "O", "O"), ("Go", "B-LOCderiv", "O")]
+        words = [
+            ("Fiba", "B-PER", "B-LOC"),
+            ("ke", "I-PER", "O"),
+            ("\x96", "O", "O"),
+            ("Go", "B-LOCderiv", "O"),
+        ]
         text += "#\thttp://example.org\t[2010-07-04]\n"
         words = [*words, *[("li", "O", "O")] * (90 if number == 0 else 1)]
-        text += "".join(f"{place}\t{word}\t{outer}\t{inner}\n" for place, (word, outer, inner) in enumerate(words, 1)) + "\n"
+        text += (
+            "".join(
+                f"{place}\t{word}\t{outer}\t{inner}\n"
+                for place, (word, outer, inner) in enumerate(words, 1)
+            )
+            + "\n"
+        )
     return text
 
 
@@ -169,14 +244,27 @@ def data(tmp_path_factory) -> Path:
     for split, size in {"train": 6, "dev": 2, "test": 5}.items():
         (folder / "ner" / f"NER-de-{split}.tsv").write_text(germeval(size), encoding="utf-8")
     for split, size in {"train": 60, "valid": 10, "test": 40}.items():
-        text = " \n = Title = \n \n" + "".join(f" {line} \n" for line in make_lines(size, seed=size))
+        text = " \n = Title = \n \n" + "".join(
+            f" {line} \n" for line in make_lines(size, seed=size)
+        )
         (folder / "wikitext" / f"wiki.{split}.raw").write_text(text, encoding="utf-8")
     return folder
 
 
 def run(task: str, model: Path, data_dir: Path, output: Path, *flags: str) -> dict:
     """Run a task in this process; return its scores.json."""
-    arguments = ["--task", task, "--model_name_or_path", model, "--data_dir", data_dir, "--output_dir", output, *QUICK, *flags]
+    arguments = [
+        "--task",
+        task,
+        "--model_name_or_path",
+        model,
+        "--data_dir",
+        data_dir,
+        "--output_dir",
+        output,
+        *QUICK,
+        *flags,
+    ]
     run_task.main([str(argument) for argument in arguments])
     return json.loads((output / "scores.json").read_text())
 
@@ -187,9 +275,9 @@ def predictions_of(output: Path, seed: int = 42) -> list[list[str]]:
     return [line.split("\t") for line in lines[1:-1]]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Every task from end to end
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 # task: (model type, size of the scored set, metrics beside "score")
 GLUE_RUNS = {
@@ -210,15 +298,26 @@ def test_every_glue_task_runs_from_its_files_to_its_scores(task, teachers, data,
     kind, size, metrics = GLUE_RUNS[task]
     scores = run(task, teachers[kind], data / task, tmp_path / "out")
     assert set(scores["score"]) == {"score", *metrics}
-    assert scores["score"]["score"] == pytest.approx(sum(scores["score"][name] for name in metrics) / len(metrics))
+    assert scores["score"]["score"] == pytest.approx(
+        sum(scores["score"][name] for name in metrics) / len(metrics)
+    )
     assert scores["runs"][0]["num_examples"] == {"train": 12, "dev": size}
     rows = predictions_of(tmp_path / "out")
     assert len(rows) == size and len({row[0] for row in rows}) == size
     if task != "stsb":
         assert {label for _, label in rows} <= set(TASKS[task].labels)
-    rescored = run_task.score_file(run_task.parse(
-        ["--task", task, "--data_dir", str(data / task),
-         "--score_predictions", str(tmp_path / "out" / "seed-42" / "predictions.tsv")]))  # fmt: skip
+    rescored = run_task.score_file(
+        run_task.parse(
+            [
+                "--task",
+                task,
+                "--data_dir",
+                str(data / task),
+                "--score_predictions",
+                str(tmp_path / "out" / "seed-42" / "predictions.tsv"),
+            ]
+        )
+    )
     assert rescored == pytest.approx(scores["score"])
 
 
@@ -231,8 +330,12 @@ def test_imdb_runs_from_its_folders(teachers, data, tmp_path):
 def test_xnli_learns_english_and_is_scored_in_every_language(teachers, data, tmp_path):
     scores = run("xnli", teachers["bert"], data / "xnli", tmp_path / "out")["score"]
     assert set(scores) == {"score", *tasks.XNLI_LANGUAGES}
-    assert scores["score"] == pytest.approx(sum(scores[name] for name in tasks.README_LANGUAGES) / 6)
-    chosen = run("xnli", teachers["bert"], data / "xnli", tmp_path / "two", "--languages", "de", "fr")
+    assert scores["score"] == pytest.approx(
+        sum(scores[name] for name in tasks.README_LANGUAGES) / 6
+    )
+    chosen = run(
+        "xnli", teachers["bert"], data / "xnli", tmp_path / "two", "--languages", "de", "fr"
+    )
     assert chosen["score"]["score"] == pytest.approx((scores["de"] + scores["fr"]) / 2)
     assert chosen["runs"][0]["num_examples"] == {"train": 12, "test": 6}
 
@@ -247,22 +350,58 @@ def test_germeval_runs_and_every_word_is_predicted_once(kind, teachers, data, tm
     predictions = predictions_of(tmp_path / "out")
     assert [row[0] for row in predictions] == words
     if kind == "bert":  # for which a control character is nothing
-        assert all(label == "O" for row_id, label in predictions if "\t\x96\t" in lines[int(row_id.rsplit("-", 1)[1]) - 1])
+        assert all(
+            label == "O"
+            for row_id, label in predictions
+            if "\t\x96\t" in lines[int(row_id.rsplit("-", 1)[1]) - 1]
+        )
 
 
-def test_conll_runs_with_its_encoding_and_another_split(teachers, data, tmp_path, status_and_errors):
-    scores = run("ner", teachers["bert"], data / "conll", tmp_path / "out", "--encoding", "latin-1", "--split", "dev")
+def test_conll_runs_with_its_encoding_and_another_split(
+    teachers, data, tmp_path, status_and_errors
+):
+    scores = run(
+        "ner",
+        teachers["bert"],
+        data / "conll",
+        tmp_path / "out",
+        "--encoding",
+        "latin-1",
+        "--split",
+        "dev",
+    )
     assert scores["runs"][0]["num_examples"] == {"train": 6, "dev": 2}
-    status, errors = status_and_errors(run_task.main, ["--task", "ner", "--model_name_or_path", str(teachers["bert"]),
-                                       "--data_dir", str(data / "conll"), "--output_dir", str(tmp_path / "no")])  # fmt: skip
+    status, errors = status_and_errors(
+        run_task.main,
+        [
+            "--task",
+            "ner",
+            "--model_name_or_path",
+            str(teachers["bert"]),
+            "--data_dir",
+            str(data / "conll"),
+            "--output_dir",
+            str(tmp_path / "no"),
+        ],
+    )
     assert status == 2 and len(errors) == 1
     assert "deu.train:6" in errors[0] and "latin-1" in errors[0]
 
 
 def test_wikitext_is_scored_untrained_and_trained(teachers, data, tmp_path):
     flags = ["--max_seq_length", "32"]
-    before = run("wikitext", teachers["gpt2"], data / "wikitext", tmp_path / "a", "--do_eval", *flags)
-    after = run("wikitext", teachers["gpt2"], data / "wikitext", tmp_path / "b", *flags, "--learning_rate", "1e-3")
+    before = run(
+        "wikitext", teachers["gpt2"], data / "wikitext", tmp_path / "a", "--do_eval", *flags
+    )
+    after = run(
+        "wikitext",
+        teachers["gpt2"],
+        data / "wikitext",
+        tmp_path / "b",
+        *flags,
+        "--learning_rate",
+        "1e-3",
+    )
     assert after["score"]["token_perplexity"] < before["score"]["token_perplexity"]
     model = transformers.AutoModelForCausalLM.from_pretrained(teachers["gpt2"]).double()
     tokenizer = transformers.AutoTokenizer.from_pretrained(teachers["gpt2"])
@@ -272,15 +411,21 @@ def test_wikitext_is_scored_untrained_and_trained(teachers, data, tmp_path):
     with torch.no_grad():
         mean = model(blocks, labels=blocks).loss.item()
     counts = before["runs"][0]["num_examples"]
-    assert counts == {"test": len(blocks), "tokens": len(tokens), "words_and_line_ends": len(text.split()) + 43}
-    assert before["score"]["token_perplexity"] == pytest.approx(math.exp(mean), rel=1e-4)  # float32 against float64
+    assert counts == {
+        "test": len(blocks),
+        "tokens": len(tokens),
+        "words_and_line_ends": len(text.split()) + 43,
+    }
+    assert before["score"]["token_perplexity"] == pytest.approx(
+        math.exp(mean), rel=1e-4
+    )  # float32 against float64
     by_word = math.exp(mean * len(tokens) / counts["words_and_line_ends"])
     assert before["score"]["word_perplexity"] == pytest.approx(by_word, rel=1e-4)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Learning, seeds, teachers
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -288,7 +433,10 @@ def sentiment(tmp_path_factory) -> Path:
     """SST-2 files whose label hangs on the first word."""
     folder, rng = tmp_path_factory.mktemp("sentiment"), random.Random(5)
     for file, size in {"train.tsv": 96, "dev.tsv": 41}.items():
-        words = [(rng.choice(["Da", "ze"]), rng.choice(["ba li", "mo mo ke", "ra so"])) for _ in range(size)]
+        words = [
+            (rng.choice(["Da", "ze"]), rng.choice(["ba li", "mo mo ke", "ra so"]))
+            for _ in range(size)
+        ]
         rows = [[f"{first * 3} {rest}", str(int(first == "Da"))] for first, rest in words]
         (folder / file).write_text(tsv([["sentence", "label"], *rows]))
     return folder
@@ -302,7 +450,17 @@ def three_seeds(sentiment, teachers, tmp_path_factory):
     """A run of three seeds: (folder, scores.json)."""
     output = tmp_path_factory.mktemp("seeds") / "out"
     return output, run(
-        "sst2", teachers["bert"], sentiment, output, *LEARN, "--seeds", "42", "7", "8", "--save_models", "median"
+        "sst2",
+        teachers["bert"],
+        sentiment,
+        output,
+        *LEARN,
+        "--seeds",
+        "42",
+        "7",
+        "8",
+        "--save_models",
+        "median",
     )
 
 
@@ -338,34 +496,84 @@ def fine_tuned(three_seeds) -> Path:
 
 
 def test_a_student_learns_from_the_teacher_alone(three_seeds, sentiment, teachers, tmp_path):
-    flags = ["--teacher_name_or_path", str(fine_tuned(three_seeds)), "--alpha_task", "0", "--alpha_ce", "1", *LEARN]
+    flags = [
+        "--teacher_name_or_path",
+        str(fine_tuned(three_seeds)),
+        "--alpha_task",
+        "0",
+        "--alpha_ce",
+        "1",
+        *LEARN,
+    ]
     scores = run("sst2", teachers["bert"], sentiment, tmp_path / "out", *flags)
     assert scores["score"]["accuracy"] > 90 and scores["teacher"] == str(fine_tuned(three_seeds))
 
 
 def plan_of(task: str, model: Path, data_dir: Path, output: Path, *flags: str) -> run_task.Plan:
-    arguments = ["--task", task, "--model_name_or_path", model, "--data_dir", data_dir, "--output_dir", output, *flags]
+    arguments = [
+        "--task",
+        task,
+        "--model_name_or_path",
+        model,
+        "--data_dir",
+        data_dir,
+        "--output_dir",
+        output,
+        *flags,
+    ]
     args = run_task.parse([str(argument) for argument in arguments])
     run_task.check_arguments(args)
     return run_task.make_plan(args)
 
 
 def test_flags_and_the_tasks_settings_reach_the_trainer(teachers, data, tmp_path):
-    changes = {"learning_rate": 1e-4, "warmup_steps": 3, "weight_decay": 0.1, "adam_epsilon": 1e-6, "max_grad_norm": 0.5,
-               "gradient_accumulation_steps": 2, "logging_steps": 9, "num_train_epochs": 2.0,
-               "per_device_train_batch_size": 4}  # fmt: skip
-    flags = [word for name, value in changes.items() for word in (f"--{name}".replace("per_device", "per_gpu"), str(value))]
+    changes = {
+        "learning_rate": 1e-4,
+        "warmup_steps": 3,
+        "weight_decay": 0.1,
+        "adam_epsilon": 1e-6,
+        "max_grad_norm": 0.5,
+        "gradient_accumulation_steps": 2,
+        "logging_steps": 9,
+        "num_train_epochs": 2.0,
+        "per_device_train_batch_size": 4,
+    }
+    flags = [
+        word
+        for name, value in changes.items()
+        for word in (f"--{name}".replace("per_device", "per_gpu"), str(value))
+    ]
     plan = plan_of("rte", teachers["bert"], data / "rte", tmp_path / "out", "--no_cuda", *flags)
     args = run_task.make_trainer(plan, 7).args
     assert {name: getattr(args, name) for name in changes} == changes and args.seed == 7
-    plain = run_task.make_trainer(plan_of("ner", teachers["bert"], data / "ner", tmp_path / "ner", "--no_cuda"), 42).args
-    found = plain.learning_rate, plain.num_train_epochs, plain.per_device_train_batch_size, plain.weight_decay
-    assert found == (5e-5, 3, 32, 0) and plain.lr_scheduler_type == "linear" and plain.get_warmup_steps(100) == 0
+    plain = run_task.make_trainer(
+        plan_of("ner", teachers["bert"], data / "ner", tmp_path / "ner", "--no_cuda"), 42
+    ).args
+    found = (
+        plain.learning_rate,
+        plain.num_train_epochs,
+        plain.per_device_train_batch_size,
+        plain.weight_decay,
+    )
+    assert (
+        found == (5e-5, 3, 32, 0)
+        and plain.lr_scheduler_type == "linear"
+        and plain.get_warmup_steps(100) == 0
+    )
 
 
 def test_the_second_step_is_its_formula_in_float64(three_seeds, sentiment, teachers, tmp_path):
-    flags = ["--teacher_name_or_path", str(fine_tuned(three_seeds)), "--alpha_ce", "0.3", "--alpha_task", "0.7",
-             "--temperature", "3", "--no_cuda"]  # fmt: skip
+    flags = [
+        "--teacher_name_or_path",
+        str(fine_tuned(three_seeds)),
+        "--alpha_ce",
+        "0.3",
+        "--alpha_task",
+        "0.7",
+        "--temperature",
+        "3",
+        "--no_cuda",
+    ]
     plan = plan_of("sst2", teachers["bert"], sentiment, tmp_path / "out", *flags)
     trainer = run_task.make_trainer(plan, 42)
     for model in (trainer.model.double(), trainer.teacher.double()):
@@ -395,9 +603,19 @@ def test_every_kind_of_head_has_a_second_step(task, teachers, data, tmp_path):
     run(task, teachers[kind], data / task, tmp_path / "teacher", *flags, "--save_models", "all")
     plain = tmp_path / "plain" / "seed-42" / "log.json"
     run(task, teachers[kind], data / task, tmp_path / "plain", *flags)
-    taught = ["--teacher_name_or_path", str(tmp_path / "teacher" / "seed-42"), "--alpha_task", "1", "--alpha_ce", "2"]
+    taught = [
+        "--teacher_name_or_path",
+        str(tmp_path / "teacher" / "seed-42"),
+        "--alpha_task",
+        "1",
+        "--alpha_ce",
+        "2",
+    ]
     run(task, teachers[kind], data / task, tmp_path / "student", *flags, *taught)
-    losses = [json.loads(log.read_text())[-1]["train_loss"] for log in (plain, tmp_path / "student" / "seed-42" / "log.json")]
+    losses = [
+        json.loads(log.read_text())[-1]["train_loss"]
+        for log in (plain, tmp_path / "student" / "seed-42" / "log.json")
+    ]
     assert losses[1] > losses[0]  # the same first batches, and a distance from the teacher above 0
 
 
@@ -405,23 +623,45 @@ def test_a_distilbert_student_learns_pairs_from_a_bert_teacher(teachers, data, t
     run("rte", teachers["bert"], data / "rte", tmp_path / "teacher", "--save_models", "all")
     tokenizer = transformers.AutoTokenizer.from_pretrained(teachers["bert"])
     config = transformers.DistilBertConfig(
-        vocab_size=len(tokenizer), dim=32, n_layers=2, n_heads=4, hidden_dim=64, max_position_embeddings=POSITIONS
+        vocab_size=len(tokenizer),
+        dim=32,
+        n_layers=2,
+        n_heads=4,
+        hidden_dim=64,
+        max_position_embeddings=POSITIONS,
     )
     for saved in (transformers.DistilBertForMaskedLM(config), tokenizer):
         saved.save_pretrained(tmp_path / "student")
-    flags = ["--teacher_name_or_path", str(tmp_path / "teacher" / "seed-42"), "--save_models", "all"]
+    flags = [
+        "--teacher_name_or_path",
+        str(tmp_path / "teacher" / "seed-42"),
+        "--save_models",
+        "all",
+    ]
     run("rte", tmp_path / "student", data / "rte", tmp_path / "out", *flags)
     saved = transformers.AutoConfig.from_pretrained(tmp_path / "out" / "seed-42")
     assert saved.architectures == ["DistilBertForSequenceClassification"]
     assert saved.id2label == {0: "entailment", 1: "not_entailment"}
 
 
-def test_a_model_of_mnli_is_scored_on_xnli_and_one_of_mrpc_not_on_cola(teachers, data, tmp_path, status_and_errors):
+def test_a_model_of_mnli_is_scored_on_xnli_and_one_of_mrpc_not_on_cola(
+    teachers, data, tmp_path, status_and_errors
+):
     for task in ("mnli", "mrpc"):
         run(task, teachers["bert"], data / task, tmp_path / task, "--save_models", "all")
-    scores = run("xnli", tmp_path / "mnli" / "seed-42", data / "xnli", tmp_path / "out", "--do_eval", "--languages", "sw")
+    scores = run(
+        "xnli",
+        tmp_path / "mnli" / "seed-42",
+        data / "xnli",
+        tmp_path / "out",
+        "--do_eval",
+        "--languages",
+        "sw",
+    )
     assert scores["runs"][0]["num_examples"] == {"test": 3}
-    flags = flags_of("cola", {"bert": tmp_path / "mrpc" / "seed-42"}, data / "cola", tmp_path / "no", "--do_eval")
+    flags = flags_of(
+        "cola", {"bert": tmp_path / "mrpc" / "seed-42"}, data / "cola", tmp_path / "no", "--do_eval"
+    )
     status, errors = status_and_errors(run_task.main, flags)
     assert status == 2 and len(errors) == 1 and "was fine-tuned for mrpc, not for cola" in errors[0]
 
@@ -433,7 +673,9 @@ def test_outputs_that_are_no_numbers_are_refused():
 
 def test_the_order_of_labels_is_the_teachers(teachers, data, tmp_path):
     model = transformers.AutoModelForSequenceClassification.from_pretrained(
-        teachers["bert"], id2label={0: "ENTAILMENT", 1: "NEUTRAL", 2: "CONTRADICTION"}, dtype=torch.float32
+        teachers["bert"],
+        id2label={0: "ENTAILMENT", 1: "NEUTRAL", 2: "CONTRADICTION"},
+        dtype=torch.float32,
     )
     with torch.no_grad():
         model.classifier.weight.zero_()
@@ -442,40 +684,66 @@ def test_the_order_of_labels_is_the_teachers(teachers, data, tmp_path):
         saved.save_pretrained(tmp_path / "model")
     scores = run("mnli", tmp_path / "model", data / "mnli", tmp_path / "out", "--do_eval")["score"]
     assert {label for _, label in predictions_of(tmp_path / "out")} == {"neutral"}
-    assert scores["matched"] == pytest.approx(100 * 2 / 7) and scores["mismatched"] == pytest.approx(100 / 5)
+    assert scores["matched"] == pytest.approx(100 * 2 / 7) and scores[
+        "mismatched"
+    ] == pytest.approx(100 / 5)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Several processes
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.slow
 def test_two_processes_score_the_whole_set_once_as_one_does(teachers, data, tmp_path):
     """Fine-tuned and scored on two processes, in batches that do not divide; then scored on one."""
-    flags = ["--task", "ner", "--data_dir", data / "ner", "--max_seq_length", "16", "--max_steps", "2", "--no_cuda"]
+    flags = [
+        "--task",
+        "ner",
+        "--data_dir",
+        data / "ner",
+        "--max_seq_length",
+        "16",
+        "--max_steps",
+        "2",
+        "--no_cuda",
+    ]
     sizes = ["--per_gpu_train_batch_size", "2", "--per_gpu_eval_batch_size", "2"]
     places = ["--model_name_or_path", teachers["bert"], "--output_dir", tmp_path / "two"]
     done = run_process(*TORCHRUN, 2, PROGRAM, *flags, *sizes, *places)
     assert done.returncode == 0, done.stderr[-3000:]
     assert done.stdout.count("precision") == 1  # one process prints the table
     two = json.loads((tmp_path / "two" / "scores.json").read_text())
-    one = run("ner", tmp_path / "two" / "seed-42", data / "ner", tmp_path / "one", "--do_eval", "--max_seq_length", "16")
+    one = run(
+        "ner",
+        tmp_path / "two" / "seed-42",
+        data / "ner",
+        tmp_path / "one",
+        "--do_eval",
+        "--max_seq_length",
+        "16",
+    )
     assert two["score"] == one["score"] and two["runs"][0]["num_examples"]["test"] == 5
     assert predictions_of(tmp_path / "two") == predictions_of(tmp_path / "one")
     tokenizer = transformers.AutoTokenizer.from_pretrained(teachers["bert"])
-    inputs = run_task.word_features(read("ner", data / "ner" / "NER-de-test.tsv"), tokenizer, 16,
-                                    {"O": 0, "B-PER": 1, "I-PER": 2, "B-LOCderiv": 3})  # fmt: skip
+    inputs = run_task.word_features(
+        read("ner", data / "ner" / "NER-de-test.tsv"),
+        tokenizer,
+        16,
+        {"O": 0, "B-PER": 1, "I-PER": 2, "B-LOCderiv": 3},
+    )
     assert len(inputs) % 4 and len({label for _, label in predictions_of(tmp_path / "two")}) > 1
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Readers and features
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read(task: str, file: Path, part=None, encoding: str = "utf-8") -> list[Example]:
-    return TASKS[task].read(file, part or next(iter(TASKS[task].scored.values()))[0], TASKS[task], encoding)
+    return TASKS[task].read(
+        file, part or next(iter(TASKS[task].scored.values()))[0], TASKS[task], encoding
+    )
 
 
 def test_rows_are_read_as_the_csv_module_reads_them_without_quotes(data):
@@ -483,9 +751,15 @@ def test_rows_are_read_as_the_csv_module_reads_them_without_quotes(data):
         for file in files:
             examples = read(task, data / task / file)
             with open(data / task / file, encoding="utf-8", newline="") as stream:
-                rows = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))[task != "cola" :]
+                rows = list(csv.reader(stream, delimiter="\t", quoting=csv.QUOTE_NONE))[
+                    task != "cola" :
+                ]
             columns = TASKS[task].train.columns
-            wanted = [tuple(row[column] for column in columns.texts) for row in rows if len(row) >= columns.number]
+            wanted = [
+                tuple(row[column] for column in columns.texts)
+                for row in rows
+                if len(row) >= columns.number
+            ]
             assert [example.texts for example in examples] == wanted
             assert any('"' in text for texts in wanted for text in texts)
 
@@ -499,14 +773,27 @@ def test_line_ends_of_another_system_and_a_byte_order_mark_change_nothing(data, 
 
 def test_germeval_and_conll_are_told_apart_and_outer_labels_count(data, tmp_path):
     first = read("ner", data / "ner" / "NER-de-dev.tsv")[0]
-    assert first.texts[:4] == ("Fiba", "ke", "\x96", "Go") and first.label[:4] == ("B-PER", "I-PER", "O", "B-LOCderiv")
+    assert first.texts[:4] == ("Fiba", "ke", "\x96", "Go") and first.label[:4] == (
+        "B-PER",
+        "I-PER",
+        "O",
+        "B-LOCderiv",
+    )
     sentences = read("ner", data / "conll" / "deu.testa", encoding="latin-1")
-    assert [s.texts[0] for s in sentences] == ["Fiba", "Dako"] and sentences[0].label[3:5] == ("I-LOC", "B-LOC")
-    (tmp_path / "test.txt").write_text("Fiba B-PER\nke O\n\n# O\n")  # two columns, and a word that looks like a comment
+    assert [s.texts[0] for s in sentences] == ["Fiba", "Dako"] and sentences[0].label[3:5] == (
+        "I-LOC",
+        "B-LOC",
+    )
+    (tmp_path / "test.txt").write_text(
+        "Fiba B-PER\nke O\n\n# O\n"
+    )  # two columns, and a word that looks like a comment
     assert [s.texts for s in read("ner", tmp_path / "test.txt")] == [("Fiba", "ke"), ("#",)]
-    # CoNLL's columns with tabs between, and a number for its first word: the second column is no word, the third no label.
+    # CoNLL's columns with tabs between, and a number for its first word: the second column is no
+    # word, the third no label.
     (tmp_path / "test.txt").write_text("10\tCD\tB-NP\tO\nFiba \tNN  I-NP\tB-PER\n\n")
-    assert [(s.texts, s.label) for s in read("ner", tmp_path / "test.txt")] == [(("10", "Fiba"), ("O", "B-PER"))]
+    assert [(s.texts, s.label) for s in read("ner", tmp_path / "test.txt")] == [
+        (("10", "Fiba"), ("O", "B-PER"))
+    ]
 
 
 def test_long_sentences_are_split_not_cut_and_first_tokens_have_the_labels(teachers):
@@ -515,12 +802,20 @@ def test_long_sentences_are_split_not_cut_and_first_tokens_have_the_labels(teach
     example = Example("f-1", "f:1", words, labels)
     features = run_task.word_features([example], tokenizer, 16, {"O": 0, "B-PER": 1})
     assert len(features) > 1 and all(len(f["input_ids"]) <= 16 for f in features)
-    assert [place for f in features for place in f["places"]] == [(0, n) for n in range(32) if n != 1]
+    assert [place for f in features for place in f["places"]] == [
+        (0, n) for n in range(32) if n != 1
+    ]
     for feature in features:
         tokens = tokenizer.convert_ids_to_tokens(feature["input_ids"])
         assert tokens[0] == "[CLS]" and tokens[-1] == "[SEP]"
-        starts = [token for token, label in zip(tokens, feature["labels"], strict=True) if label != IGNORED_LABEL]
-        assert len(starts) == len(feature["places"]) and not any(token.startswith("##") for token in starts)
+        starts = [
+            token
+            for token, label in zip(tokens, feature["labels"], strict=True)
+            if label != IGNORED_LABEL
+        ]
+        assert len(starts) == len(feature["places"]) and not any(
+            token.startswith("##") for token in starts
+        )
 
 
 def test_long_texts_are_cut_to_what_the_model_takes(teachers):
@@ -535,16 +830,23 @@ def test_long_texts_are_cut_to_what_the_model_takes(teachers):
 
 def test_a_gpt2_pair_is_joined_by_the_end_of_text(teachers):
     tokenizer = transformers.AutoTokenizer.from_pretrained(teachers["gpt2"])
-    (feature,) = run_task.text_features([Example("a", "a", ("ba", "ke"), "0")], tokenizer, 32, {"0": 0})
+    (feature,) = run_task.text_features(
+        [Example("a", "a", ("ba", "ke"), "0")], tokenizer, 32, {"0": 0}
+    )
     assert tokenizer.decode(feature["input_ids"]) == "ba<|endoftext|>ke"
 
 
 def test_rows_of_the_hub_give_the_same_examples_as_the_files(data):
     rows = datasets.Dataset.from_dict(
         {"premise": ["a", "b"], "hypothesis": ["c", "d"], "label": [0, 2]},
-        features=datasets.Features({"premise": datasets.Value("string"), "hypothesis": datasets.Value("string"),
-                                    "label": datasets.ClassLabel(names=["entailment", "neutral", "contradiction"])}),
-    )  # fmt: skip
+        features=datasets.Features(
+            {
+                "premise": datasets.Value("string"),
+                "hypothesis": datasets.Value("string"),
+                "label": datasets.ClassLabel(names=["entailment", "neutral", "contradiction"]),
+            }
+        ),
+    )
     found = tasks.hub_examples(TASKS["xnli"], rows, tasks.HubPart("test", "de", "de"), "x")
     assert [(e.texts, e.label, e.group) for e in found] == [
         (("a", "c"), "entailment", "de"),
@@ -552,9 +854,13 @@ def test_rows_of_the_hub_give_the_same_examples_as_the_files(data):
     ]
     rows = datasets.Dataset.from_dict(
         {"tokens": [["Fiba", "ke"]], "ner_tags": [[1, 0]]},
-        features=datasets.Features({"tokens": datasets.List(datasets.Value("string")),
-                                    "ner_tags": datasets.List(datasets.ClassLabel(names=["O", "B-PER"]))}),
-    )  # fmt: skip
+        features=datasets.Features(
+            {
+                "tokens": datasets.List(datasets.Value("string")),
+                "ner_tags": datasets.List(datasets.ClassLabel(names=["O", "B-PER"])),
+            }
+        ),
+    )
     (sentence,) = tasks.hub_examples(TASKS["ner"], rows, tasks.HubPart("test"), "x")
     assert (sentence.texts, sentence.label) == (("Fiba", "ke"), ("B-PER", "O"))
     lines = (data / "wikitext" / "wiki.test.raw").read_text().splitlines(keepends=True)
@@ -563,12 +869,12 @@ def test_rows_of_the_hub_give_the_same_examples_as_the_files(data):
     assert text.texts[0] == "".join(lines)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metrics
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-# The README of the 2019 folder at its first revision (BERT-base, DistilBERT) and of January 2020 (the others): macro score as
-# printed, then the columns in the order of tasks.GLUE_TASKS.
+# The README of the 2019 folder at its first revision (BERT-base, DistilBERT) and of January 2020
+# (the others): macro score as printed, then the columns in the order of tasks.GLUE_TASKS.
 PUBLISHED = {
     "BERT-base, 2019": (77.6, None, [48.9, 84.3, 88.6, 89.3, 89.5, 71.3, 91.7, 91.2, 43.7]),
     "DistilBERT, 2019": (76.8, None, [49.1, 81.8, 90.2, 90.2, 89.2, 62.9, 92.7, 90.7, 44.4]),
@@ -587,7 +893,9 @@ def test_published_macro_scores_follow_from_their_columns(model):
     found = glue_macro(dict(zip(tasks.GLUE_TASKS, columns, strict=True)))
     assert abs(found["macro"] - macro) <= 0.05 + 1e-9  # printed with one digit
     if without_wnli:
-        assert abs(found["macro_without_wnli"] - without_wnli) <= 0.1  # "agree to 0.1": columns are rounded, too
+        assert (
+            abs(found["macro_without_wnli"] - without_wnli) <= 0.1
+        )  # "agree to 0.1": columns are rounded, too
 
 
 def test_a_macro_score_wants_all_nine_tasks():
@@ -598,7 +906,9 @@ def test_a_macro_score_wants_all_nine_tasks():
 def test_metrics_equal_their_formulas():
     gold, found = ["1", "1", "0", "0", "1"], ["1", "0", "0", "1", "1"]  # tp 2, fp 1, fn 1, tn 1
     assert tasks.accuracy_and_f1(found, gold) == pytest.approx({"accuracy": 60, "f1": 200 / 3})
-    assert tasks.matthews(found, gold)["matthews"] == pytest.approx(100 * (2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2))
+    assert tasks.matthews(found, gold)["matthews"] == pytest.approx(
+        100 * (2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2)
+    )
     values = tasks.correlations([1.0, 2.0, 4.0, 8.0], [1.0, 3.0, 2.0, 5.0])
     assert values["spearman"] == pytest.approx(100 * (1 - 6 * 2 / (4 * 15)))
     assert values["pearson"] == pytest.approx(100 * 13.75 / math.sqrt(28.75 * 8.75))
@@ -614,7 +924,9 @@ def test_metrics_of_one_class_or_value_are_zero_not_undefined():
 def test_entities_count_whole_in_both_spellings():
     gold = [("I-PER", "I-PER", "O", "I-LOC", "B-LOC")]
     assert tasks.entities([("B-PER", "I-PER", "O", "B-LOC", "B-LOC")], gold)["f1"] == 100
-    found = tasks.entities([("B-PER", "O", "O", "B-LOC", "B-LOC")], gold)  # two of three right, three found
+    found = tasks.entities(
+        [("B-PER", "O", "O", "B-LOC", "B-LOC")], gold
+    )  # two of three right, three found
     assert found == pytest.approx({"f1": 200 / 3, "precision": 200 / 3, "recall": 200 / 3})
 
 
@@ -622,12 +934,15 @@ def test_word_perplexity_is_the_published_conversion():
     """A token perplexity of 16.3 on the WikiText test set is 25.9 by word, 21.1 is 35.0."""
     for by_token, by_word in {16.3: 25.9, 21.1: 35.0}.items():
         found = tasks.perplexities(math.log(by_token) * 285417, 285417, 286221, 245569)
-        assert found["token_perplexity"] == pytest.approx(by_token) and round(found["word_perplexity"], 1) == by_word
+        assert (
+            found["token_perplexity"] == pytest.approx(by_token)
+            and round(found["word_perplexity"], 1) == by_word
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def edited(data: Path, task: str, folder: Path, file: str, old: str, new: str) -> Path:
@@ -637,56 +952,158 @@ def edited(data: Path, task: str, folder: Path, file: str, old: str, new: str) -
     for path in (data / task).iterdir():
         text = path.read_text(encoding="utf-8")
         assert path.name != file or old in text
-        (target / path.name).write_text(text.replace(old, new, 1) if path.name == file else text, encoding="utf-8", newline="")
+        (target / path.name).write_text(
+            text.replace(old, new, 1) if path.name == file else text, encoding="utf-8", newline=""
+        )
     return target
 
 
 # task, file, what is replaced, by what, words of the message
 DAMAGE = {
-    "unknown label": ("sst2", "train.tsv", "\t0\n", "\t2\n", ["train.tsv:2", "unknown label '2'", "0, 1"]),
-    "label of no number": ("stsb", "train.tsv", "\t0.900\n", "\tmany\n", ["train.tsv:3", "'many'", "0 to 5"]),
+    "unknown label": (
+        "sst2",
+        "train.tsv",
+        "\t0\n",
+        "\t2\n",
+        ["train.tsv:2", "unknown label '2'", "0, 1"],
+    ),
+    "label of no number": (
+        "stsb",
+        "train.tsv",
+        "\t0.900\n",
+        "\tmany\n",
+        ["train.tsv:3", "'many'", "0 to 5"],
+    ),
     "label beyond the scale": ("stsb", "dev.tsv", "\t0.900\n", "\t7.0\n", ["dev.tsv:3", "'7.0'"]),
-    "missing column": ("mrpc", "dev.tsv", "\t#1 String\t#2 String", "\t#1 String", ["dev.tsv:1", "4 of at least 5 columns"]),
-    "missing header": ("rte", "train.tsv", "index\tsentence1\tsentence2\tlabel\n", "", ["train.tsv:1", "is an example"]),
-    "return in a text": ("qnli", "train.tsv", " ", "\r", ["train.tsv:2", "carriage return", "replace it"]),
-    "empty text": ("cola", "dev.tsv", "gj04\t0\t*\t", "gj04\t0\t*\t\t", ["dev.tsv:1", "an empty text"]),
-    "label of no entity": ("ner", "NER-de-train.tsv", "B-PER", "PER", ["NER-de-train.tsv:2", "'PER'"]),
-    "fewer columns": ("ner", "NER-de-train.tsv", "\tB-LOC\n", "\n", ["NER-de-train.tsv:2", "3 columns", "expected 4"]),
+    "missing column": (
+        "mrpc",
+        "dev.tsv",
+        "\t#1 String\t#2 String",
+        "\t#1 String",
+        ["dev.tsv:1", "4 of at least 5 columns"],
+    ),
+    "missing header": (
+        "rte",
+        "train.tsv",
+        "index\tsentence1\tsentence2\tlabel\n",
+        "",
+        ["train.tsv:1", "is an example"],
+    ),
+    "return in a text": (
+        "qnli",
+        "train.tsv",
+        " ",
+        "\r",
+        ["train.tsv:2", "carriage return", "replace it"],
+    ),
+    "empty text": (
+        "cola",
+        "dev.tsv",
+        "gj04\t0\t*\t",
+        "gj04\t0\t*\t\t",
+        ["dev.tsv:1", "an empty text"],
+    ),
+    "label of no entity": (
+        "ner",
+        "NER-de-train.tsv",
+        "B-PER",
+        "PER",
+        ["NER-de-train.tsv:2", "'PER'"],
+    ),
+    "fewer columns": (
+        "ner",
+        "NER-de-train.tsv",
+        "\tB-LOC\n",
+        "\n",
+        ["NER-de-train.tsv:2", "3 columns", "expected 4"],
+    ),
 }
 
 
-def flags_of(task: str, teachers, data_dir: Path, output: Path, *more: str, kind: str = "bert") -> list[str]:
-    values = ["--task", task, "--model_name_or_path", teachers[kind], "--data_dir", data_dir, "--output_dir", output, *more]
+def flags_of(
+    task: str, teachers, data_dir: Path, output: Path, *more: str, kind: str = "bert"
+) -> list[str]:
+    values = [
+        "--task",
+        task,
+        "--model_name_or_path",
+        teachers[kind],
+        "--data_dir",
+        data_dir,
+        "--output_dir",
+        output,
+        *more,
+    ]
     return [str(value) for value in values]
 
 
 @pytest.mark.parametrize("damage", DAMAGE)
-def test_damaged_files_are_refused_by_file_and_row(damage, teachers, data, tmp_path, status_and_errors):
+def test_damaged_files_are_refused_by_file_and_row(
+    damage, teachers, data, tmp_path, status_and_errors
+):
     task, file, old, new, words = DAMAGE[damage]
     folder = edited(data, task, tmp_path, file, old, new)
-    status, errors = status_and_errors(run_task.main, flags_of(task, teachers, folder, tmp_path / "out"))
+    status, errors = status_and_errors(
+        run_task.main, flags_of(task, teachers, folder, tmp_path / "out")
+    )
     assert status == 2 and len(errors) == 1 and all(word in errors[0] for word in words), errors
     assert not (tmp_path / "out").exists()
 
 
 def test_argument_problems_are_told_together(teachers, data, tmp_path, status_and_errors):
-    flags = flags_of("sst2", teachers, tmp_path / "nowhere", data, "--split", "test", "--languages", "de", "--seeds", "1", "1",
-                     "--encoding", "rot13", "--learning_rate", "-1", "--temperature", "0", "--max_seq_length", "2",
-                     "--max_steps", "0")  # fmt: skip
+    flags = flags_of(
+        "sst2",
+        teachers,
+        tmp_path / "nowhere",
+        data,
+        "--split",
+        "test",
+        "--languages",
+        "de",
+        "--seeds",
+        "1",
+        "1",
+        "--encoding",
+        "rot13",
+        "--learning_rate",
+        "-1",
+        "--temperature",
+        "0",
+        "--max_seq_length",
+        "2",
+        "--max_steps",
+        "0",
+    )
     status, errors = status_and_errors(run_task.main, flags)
     assert status == 2
-    for word in ("--max_seq_length 2", "--learning_rate -1", "--split test", "--languages", "no such folder",
-                 "--encoding rot13", "--max_steps 0", "is not empty", "--temperature 0", "--seeds 1 1"):  # fmt: skip
+    for word in (
+        "--max_seq_length 2",
+        "--learning_rate -1",
+        "--split test",
+        "--languages",
+        "no such folder",
+        "--encoding rot13",
+        "--max_steps 0",
+        "is not empty",
+        "--temperature 0",
+        "--seeds 1 1",
+    ):
         assert sum(word in line for line in errors) == 1, word
 
 
-@pytest.mark.parametrize("flags, words", [
-    (["--task", "sst3"], ["invalid choice: 'sst3'", "sst2"]),
-    (["--task", "sst2"], ["--model_name_or_path: is missing"]),
-    (["--task", "sst2", "--encoding", "utf-9"], ["--encoding utf-9: no such encoding"]),
-    (["--task", "ner", "--model_name_or_path", "x", "--output_dir", "new"], ["no data set of its own on the hub"]),
-    (["--task", "wikitext", "--score_predictions", "pyproject.toml"], ["has a perplexity"]),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "flags, words",
+    [
+        (["--task", "sst3"], ["invalid choice: 'sst3'", "sst2"]),
+        (["--task", "sst2"], ["--model_name_or_path: is missing"]),
+        (["--task", "sst2", "--encoding", "utf-9"], ["--encoding utf-9: no such encoding"]),
+        (
+            ["--task", "ner", "--model_name_or_path", "x", "--output_dir", "new"],
+            ["no data set of its own on the hub"],
+        ),
+        (["--task", "wikitext", "--score_predictions", "pyproject.toml"], ["has a perplexity"]),
+    ],
+)
 def test_what_is_missing_or_unknown_is_named(flags, words, status_and_errors, monkeypatch):
     monkeypatch.chdir(ROOT)
     status, errors = status_and_errors(run_task.main, flags)
@@ -706,29 +1123,91 @@ def misfits(teachers, data, tmp_path_factory) -> dict[str, list[str]]:
     transformers.AutoTokenizer.from_pretrained(teachers["bert"]).save_pretrained(seeing)
     teacher = ["--teacher_name_or_path", str(folder / "rte" / "seed-42")]
     return {
-        "teacher of another task": ["mnli", "bert", *teacher, "| was fine-tuned for rte, not for mnli"],
+        "teacher of another task": [
+            "mnli",
+            "bert",
+            *teacher,
+            "| was fine-tuned for rte, not for mnli",
+        ],
         "teacher with another tokenizer": ["rte", "roberta", *teacher, "| different tokenizers"],
-        "teacher without training": ["rte", "bert", *teacher, "--do_eval", "| teaches in training only"],
-        "teacher without a head": ["sst2", "bert", "--teacher_name_or_path", str(teachers["bert"]), "| fine-tuned for this"],
-        "teacher with other classes": ["mnli", "bert", "--teacher_name_or_path", str(teachers["bert"]), "| has 2 classes"],
+        "teacher without training": [
+            "rte",
+            "bert",
+            *teacher,
+            "--do_eval",
+            "| teaches in training only",
+        ],
+        "teacher without a head": [
+            "sst2",
+            "bert",
+            "--teacher_name_or_path",
+            str(teachers["bert"]),
+            "| fine-tuned for this",
+        ],
+        "teacher with other classes": [
+            "mnli",
+            "bert",
+            "--teacher_name_or_path",
+            str(teachers["bert"]),
+            "| has 2 classes",
+        ],
         "model without a head": ["sst2", "bert", "--do_eval", "| fine-tuned for this very task"],
-        "model without a tokenizer": ["sst2", str(bare), "| has neither tokenizer.json nor vocab.txt"],
+        "model without a tokenizer": [
+            "sst2",
+            str(bare),
+            "| has neither tokenizer.json nor vocab.txt",
+        ],
         "masked model for wikitext": ["wikitext", "roberta", "| is a masked model"],
-        "masked model with a causal head": ["wikitext", str(seeing), "| sees the tokens that it is to predict"],
-        "longer than the model takes": ["sst2", "bert", "--max_seq_length", "65", "| takes at most 64"],
-        "unknown language": ["xnli", "bert", "--languages", "de", "nl", "| --languages nl: the scored set has ar, bg"],
-        "half precision without a GPU": ["sst2", "bert", "--fp16", "--no_cuda", "| --fp16: needs a GPU"],
+        "masked model with a causal head": [
+            "wikitext",
+            str(seeing),
+            "| sees the tokens that it is to predict",
+        ],
+        "longer than the model takes": [
+            "sst2",
+            "bert",
+            "--max_seq_length",
+            "65",
+            "| takes at most 64",
+        ],
+        "unknown language": [
+            "xnli",
+            "bert",
+            "--languages",
+            "de",
+            "nl",
+            "| --languages nl: the scored set has ar, bg",
+        ],
+        "half precision without a GPU": [
+            "sst2",
+            "bert",
+            "--fp16",
+            "--no_cuda",
+            "| --fp16: needs a GPU",
+        ],
     }
 
 
-MISFITS = ["teacher of another task", "teacher with another tokenizer", "teacher without training", "teacher without a head",
-           "teacher with other classes", "model without a head", "model without a tokenizer", "masked model for wikitext",
-           "masked model with a causal head", "longer than the model takes", "unknown language",
-           "half precision without a GPU"]  # fmt: skip
+MISFITS = [
+    "teacher of another task",
+    "teacher with another tokenizer",
+    "teacher without training",
+    "teacher without a head",
+    "teacher with other classes",
+    "model without a head",
+    "model without a tokenizer",
+    "masked model for wikitext",
+    "masked model with a causal head",
+    "longer than the model takes",
+    "unknown language",
+    "half precision without a GPU",
+]
 
 
 @pytest.mark.parametrize("case", MISFITS)
-def test_what_does_not_fit_together_is_refused_in_one_line(case, misfits, teachers, data, tmp_path, status_and_errors):
+def test_what_does_not_fit_together_is_refused_in_one_line(
+    case, misfits, teachers, data, tmp_path, status_and_errors
+):
     task, model, *flags, words = misfits[case]
     places = {**teachers, model: teachers.get(model, model)}
     arguments = flags_of(task, places, data / task, tmp_path / "out", *flags, kind=model)
@@ -737,15 +1216,28 @@ def test_what_does_not_fit_together_is_refused_in_one_line(case, misfits, teache
     assert not (tmp_path / "out" / "scores.json").exists()
 
 
-def test_earlier_seeds_are_replaced_when_asked_and_never_what_is_read(teachers, data, tmp_path, status_and_errors):
+def test_earlier_seeds_are_replaced_when_asked_and_never_what_is_read(
+    teachers, data, tmp_path, status_and_errors
+):
     output = tmp_path / "out"
-    run("sst2", teachers["bert"], data / "sst2", output, "--seeds", "1", "2", "--save_models", "all")
+    run(
+        "sst2", teachers["bert"], data / "sst2", output, "--seeds", "1", "2", "--save_models", "all"
+    )
     kept = sorted(output.rglob("*"))
     refused = [
         ([], f"--output_dir {output}: is not empty"),
-        (["--overwrite_output_dir", "--gradient_accumulation_steps", "9"], "an epoch has 1 micro-batches, too few"),
-        (["--overwrite_output_dir", "--model_name_or_path", str(output / "seed-1")], "--model_name_or_path, which is read"),
-        (["--overwrite_output_dir", "--teacher_name_or_path", str(output / "seed-2")], "--teacher_name_or_path, which is read"),
+        (
+            ["--overwrite_output_dir", "--gradient_accumulation_steps", "9"],
+            "an epoch has 1 micro-batches, too few",
+        ),
+        (
+            ["--overwrite_output_dir", "--model_name_or_path", str(output / "seed-1")],
+            "--model_name_or_path, which is read",
+        ),
+        (
+            ["--overwrite_output_dir", "--teacher_name_or_path", str(output / "seed-2")],
+            "--teacher_name_or_path, which is read",
+        ),
         (["--overwrite_output_dir", "--data_dir", str(output)], "--data_dir, which is read"),
     ]
     for more, words in refused:
@@ -760,9 +1252,15 @@ def test_earlier_seeds_are_replaced_when_asked_and_never_what_is_read(teachers, 
 def test_labels_that_a_model_does_not_know_are_named(teachers, data, tmp_path, status_and_errors):
     run("ner", teachers["bert"], data / "ner", tmp_path / "model", "--save_models", "all")
     folder = edited(data, "ner", tmp_path, "NER-de-test.tsv", "B-PER", "B-ZZZ")
-    flags = flags_of("ner", {"bert": tmp_path / "model" / "seed-42"}, folder, tmp_path / "out", "--do_eval")
+    flags = flags_of(
+        "ner", {"bert": tmp_path / "model" / "seed-42"}, folder, tmp_path / "out", "--do_eval"
+    )
     status, errors = status_and_errors(run_task.main, flags)
-    assert status == 2 and len(errors) == 1 and "has no class for the files' B-ZZZ, only B-LOCderiv, B-PER" in errors[0]
+    assert (
+        status == 2
+        and len(errors) == 1
+        and "has no class for the files' B-ZZZ, only B-LOCderiv, B-PER" in errors[0]
+    )
 
 
 def test_another_process_says_nothing_and_is_not_the_first_to_fail(monkeypatch, status_and_errors):
@@ -770,22 +1268,38 @@ def test_another_process_says_nothing_and_is_not_the_first_to_fail(monkeypatch, 
     for rank, least_s in (("0", 0), ("1", 0.3)):
         monkeypatch.setenv("RANK", rank)
         started = time.monotonic()
-        assert status_and_errors(run_task.main, ["--task", "sst2", "--model_name_or_path", "x"])[0] == 2
+        assert (
+            status_and_errors(run_task.main, ["--task", "sst2", "--model_name_or_path", "x"])[0]
+            == 2
+        )
         assert time.monotonic() - started >= least_s
         assert utils.logger.isEnabledFor(logging.WARNING) == (rank == "0")
 
 
 def test_a_text_without_words_is_refused(teachers, tmp_path, status_and_errors):
     (tmp_path / "wiki.test.raw").write_text(" \n" * 100)
-    flags = flags_of("wikitext", teachers, tmp_path, tmp_path / "out", "--do_eval", "--max_seq_length", "8", kind="gpt2")
+    flags = flags_of(
+        "wikitext",
+        teachers,
+        tmp_path,
+        tmp_path / "out",
+        "--do_eval",
+        "--max_seq_length",
+        "8",
+        kind="gpt2",
+    )
     status, errors = status_and_errors(run_task.main, flags)
-    assert status == 2 and errors == [f"{tmp_path / 'wiki.test.raw'}: holds no word; take another copy"]
+    assert status == 2 and errors == [
+        f"{tmp_path / 'wiki.test.raw'}: holds no word; take another copy"
+    ]
 
 
 @pytest.mark.parametrize("encoding, likely", [("utf-16", "utf-16"), ("latin-1", "latin-1")])
 def test_a_file_of_another_encoding_is_told_which_to_name(encoding, likely, tmp_path):
     (tmp_path / "dev.tsv").write_bytes("sentence\tlabel\nbä\t1\n".encode(encoding))
-    with pytest.raises(InputError, match=f"dev.tsv:[12]: is not utf-8 .*; name its --encoding, such as {likely}"):
+    with pytest.raises(
+        InputError, match=f"dev.tsv:[12]: is not utf-8 .*; name its --encoding, such as {likely}"
+    ):
         read("sst2", tmp_path / "dev.tsv")
     assert read("sst2", tmp_path / "dev.tsv", encoding=encoding)[0].texts == ("bä",)
 
@@ -798,31 +1312,59 @@ def test_a_text_shorter_than_a_block_is_refused(teachers, tmp_path, status_and_e
 
 
 def test_a_missing_file_and_two_that_fit_are_named(teachers, data, tmp_path, status_and_errors):
-    status, errors = status_and_errors(run_task.main, flags_of("sst2", teachers, tmp_path, tmp_path / "out"))
+    status, errors = status_and_errors(
+        run_task.main, flags_of("sst2", teachers, tmp_path, tmp_path / "out")
+    )
     assert status == 2 and "has no file train.tsv" in errors[0] and "--do_eval" in errors[0]
     for name in ("a.train", "b.train"):
         (tmp_path / name).write_text(conll(1), encoding="latin-1")
-    status, errors = status_and_errors(run_task.main, flags_of("ner", teachers, tmp_path, tmp_path / "out"))
+    status, errors = status_and_errors(
+        run_task.main, flags_of("ner", teachers, tmp_path, tmp_path / "out")
+    )
     assert status == 2 and "a.train, b.train all fit" in errors[0]
 
 
 def test_the_hub_out_of_reach_is_one_line(teachers, tmp_path, status_and_errors, monkeypatch):
     monkeypatch.setattr(datasets.config, "HF_HUB_OFFLINE", True)
-    flags = ["--task", "mrpc", "--model_name_or_path", str(teachers["bert"]), "--output_dir", str(tmp_path / "out")]
+    flags = [
+        "--task",
+        "mrpc",
+        "--model_name_or_path",
+        str(teachers["bert"]),
+        "--output_dir",
+        str(tmp_path / "out"),
+    ]
     status, errors = status_and_errors(run_task.main, flags)
-    assert status == 2 and len(errors) == 1 and "nyu-mll/glue" in errors[0] and "--data_dir" in errors[0]
+    assert (
+        status == 2
+        and len(errors) == 1
+        and "nyu-mll/glue" in errors[0]
+        and "--data_dir" in errors[0]
+    )
 
 
-@pytest.mark.parametrize("change, words", [
-    (lambda rows: rows[:-1], ["no prediction for dev-8", "0 others"]),
-    (lambda rows: [*rows, ["dev-99", "0"]], [":9", "dev-99 is not one of", "dev-2"]),
-    (lambda rows: [*rows, rows[0]], [":9", "there twice"]),
-    (lambda rows: [["dev-2", "yes"], *rows[1:]], [":2", "unknown label 'yes'"]),
-    (lambda rows: [["dev-2"], *rows[1:]], [":2", "with a tab between"]),
-])  # fmt: skip
-def test_predictions_that_are_not_the_sets_are_refused(change, words, data, tmp_path, status_and_errors):
+@pytest.mark.parametrize(
+    "change, words",
+    [
+        (lambda rows: rows[:-1], ["no prediction for dev-8", "0 others"]),
+        (lambda rows: [*rows, ["dev-99", "0"]], [":9", "dev-99 is not one of", "dev-2"]),
+        (lambda rows: [*rows, rows[0]], [":9", "there twice"]),
+        (lambda rows: [["dev-2", "yes"], *rows[1:]], [":2", "unknown label 'yes'"]),
+        (lambda rows: [["dev-2"], *rows[1:]], [":2", "with a tab between"]),
+    ],
+)
+def test_predictions_that_are_not_the_sets_are_refused(
+    change, words, data, tmp_path, status_and_errors
+):
     rows = [[f"dev-{row}", "0"] for row in range(2, 9)]
     (tmp_path / "p.tsv").write_text(tsv([["id", "prediction"], *change(rows)]))
-    flags = ["--task", "sst2", "--data_dir", str(data / "sst2"), "--score_predictions", str(tmp_path / "p.tsv")]
+    flags = [
+        "--task",
+        "sst2",
+        "--data_dir",
+        str(data / "sst2"),
+        "--score_predictions",
+        str(tmp_path / "p.tsv"),
+    ]
     status, errors = status_and_errors(run_task.main, flags)
     assert status == 2 and len(errors) == 1 and all(word in errors[0] for word in words), errors

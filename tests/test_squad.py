@@ -1,4 +1,6 @@
-"""SQuAD: files, windows, decoding, metric, and the program that fine-tunes with or without a teacher."""
+"""SQuAD: files, windows, decoding, metric, and the program that fine-tunes with or without a
+teacher.
+"""
 
 import dataclasses
 import json
@@ -14,33 +16,58 @@ import pytest
 import torch
 import transformers
 from conftest import run_process
-from stand_ins import LAYERS, POSITIONS, ROOT, STUDENT_LAYERS, WIDTH, student_config_of, vocab_size_of
+from stand_ins import (
+    LAYERS,
+    POSITIONS,
+    ROOT,
+    STUDENT_LAYERS,
+    WIDTH,
+    student_config_of,
+    vocab_size_of,
+)
 
 import run_squad_w_distillation as program
 import squad_spans
 from squad import Question, read_questions, score_answer, score_predictions
-from squad_spans import Limits, Rules, Window, decode, is_max_context, make_windows, window_spans, window_starts
+from squad_spans import (
+    Limits,
+    Rules,
+    Window,
+    decode,
+    is_max_context,
+    make_windows,
+    window_spans,
+    window_starts,
+)
 from utils import InputError
 
 LIMITS = Limits(max_seq_length=48, doc_stride=10, max_query_length=8)
 SIZES = ["--max_seq_length", "48", "--doc_stride", "10", "--max_query_length", "8"]
 PROGRAM = ROOT / "scripts" / "run_squad_w_distillation.py"
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Files and models made on the spot
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def made_file(lines: list[str], num: int, seed: int, impossible_every: int = 0) -> dict:
-    """Make SQuAD's JSON: two questions about each context, of the words before the answer; some without an answer."""
+    """Make SQuAD's JSON: two questions about each context, of the words before the answer; some
+    without an answer.
+    """
     rng, paragraphs = random.Random(seed), []
     for line in lines[:num]:
         words, qas = line.split(), []
         for _ in range(2):
             at, length = rng.randrange(2, len(words) - 1), rng.randint(1, 2)
             answer, start = " ".join(words[at : at + length]), len(" ".join(words[:at])) + 1
-            qas.append({"id": f"q{len(paragraphs)}-{len(qas)}", "question": f"{words[at - 2]} {words[at - 1]}?",
-                        "answers": [{"text": answer, "answer_start": start}], "is_impossible": False})  # fmt: skip
+            qas.append(
+                {
+                    "id": f"q{len(paragraphs)}-{len(qas)}",
+                    "question": f"{words[at - 2]} {words[at - 1]}?",
+                    "answers": [{"text": answer, "answer_start": start}],
+                    "is_impossible": False,
+                }
+            )
         if impossible_every and len(paragraphs) % impossible_every == 0:
             qas[0] |= {"answers": [], "is_impossible": True, "plausible_answers": qas[0]["answers"]}
         paragraphs.append({"context": line, "qas": qas})
@@ -56,30 +83,49 @@ def write(path: Path, content) -> str:
 def files(tmp_path_factory, lines) -> dict[str, str]:
     """Paths of SQuAD files: v1, v2, and few, a part of v1."""
     folder = tmp_path_factory.mktemp("squad")
-    made = {"v1": made_file(lines, 12, 1), "v2": made_file(lines, 12, 2, impossible_every=2), "few": made_file(lines, 4, 1)}
+    made = {
+        "v1": made_file(lines, 12, 1),
+        "v2": made_file(lines, 12, 2, impossible_every=2),
+        "few": made_file(lines, 4, 1),
+    }
     return {name: write(folder / f"{name}.json", content) for name, content in made.items()}
 
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory, teachers) -> dict[str, Path]:
-    """Folders of models with a random head for answering: bert, roberta (as teachers), distilbert, small-roberta."""
+    """Folders of models with a random head for answering: bert, roberta (as teachers), distilbert,
+    small-roberta.
+    """
     folder = tmp_path_factory.mktemp("answering")
-    return {name: make_answering(name, folder / name, teachers) for name in ("bert", "roberta", "distilbert", "small-roberta")}
+    return {
+        name: make_answering(name, folder / name, teachers)
+        for name in ("bert", "roberta", "distilbert", "small-roberta")
+    }
 
 
 def make_answering(name: str, folder: Path, teachers: dict[str, Path]) -> Path:
     vocabulary = teachers["roberta" if "roberta" in name else "bert"]
     shutil.copytree(vocabulary, folder, ignore=shutil.ignore_patterns("model.safetensors"))
     size, layers = vocab_size_of(vocabulary), STUDENT_LAYERS if "small" in name else LAYERS
-    sizes = {"vocab_size": size, "hidden_size": WIDTH, "num_hidden_layers": layers, "num_attention_heads": 4,
-             "intermediate_size": 64, "initializer_range": 0.2}  # fmt: skip
+    sizes = {
+        "vocab_size": size,
+        "hidden_size": WIDTH,
+        "num_hidden_layers": layers,
+        "num_attention_heads": 4,
+        "intermediate_size": 64,
+        "initializer_range": 0.2,
+    }
     torch.manual_seed(3)
     if name == "distilbert":
-        config = transformers.DistilBertConfig(**student_config_of("bert", size), initializer_range=0.2)
+        config = transformers.DistilBertConfig(
+            **student_config_of("bert", size), initializer_range=0.2
+        )
     elif name == "bert":
         config = transformers.BertConfig(**sizes, max_position_embeddings=POSITIONS)
     else:
-        config = transformers.RobertaConfig(**sizes, max_position_embeddings=POSITIONS + 2, type_vocab_size=1)
+        config = transformers.RobertaConfig(
+            **sizes, max_position_embeddings=POSITIONS + 2, type_vocab_size=1
+        )
     transformers.AutoModelForQuestionAnswering.from_config(config).save_pretrained(folder)
     return folder
 
@@ -90,8 +136,16 @@ def tokenizer_of(folder: Path):
 
 def flags(kind: str, models: dict[str, Path], output: Path, **changes) -> list[str]:
     """List the program's flags; True is a bare flag, None none."""
-    values = {"model_type": kind.removeprefix("small-"), "model_name_or_path": models[kind], "output_dir": output,
-              "learning_rate": 3e-3, "max_steps": 2, "logging_steps": 1000, "no_cuda": True, **changes}  # fmt: skip
+    values = {
+        "model_type": kind.removeprefix("small-"),
+        "model_name_or_path": models[kind],
+        "output_dir": output,
+        "learning_rate": 3e-3,
+        "max_steps": 2,
+        "logging_steps": 1000,
+        "no_cuda": True,
+        **changes,
+    }
     listed = list(SIZES)
     for name, value in values.items():
         if value is not None:
@@ -107,9 +161,9 @@ def read_v1(path: str, for_training: bool = True) -> list[Question]:
     return read_questions(path, "--train_file", with_impossible=False, for_training=for_training)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Windows
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def test_windows_begin_each_stride_further_on_until_the_end_is_seen():
@@ -125,7 +179,9 @@ def test_windows_begin_each_stride_further_on_until_the_end_is_seen():
     for num_tokens in range(0, 40):
         for room in range(1, 14):
             for doc_stride in range(1, 16):
-                assert list(window_starts(num_tokens, room, doc_stride)) == slowly(num_tokens, room, doc_stride)
+                assert list(window_starts(num_tokens, room, doc_stride)) == slowly(
+                    num_tokens, room, doc_stride
+                )
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -141,19 +197,32 @@ def test_windows_are_those_of_the_tokenizers_own_overflow(kind, teachers, files)
         assert len(query) <= LIMITS.max_query_length
         room = LIMITS.max_seq_length - len(query) - theirs.num_special_tokens_to_add(pair=True)
         expected += theirs(
-            space + question.text, space + question.context, truncation="only_second", max_length=LIMITS.max_seq_length,
-            stride=room - LIMITS.doc_stride, return_overflowing_tokens=True,
-        )["input_ids"]  # fmt: skip
+            space + question.text,
+            space + question.context,
+            truncation="only_second",
+            max_length=LIMITS.max_seq_length,
+            stride=room - LIMITS.doc_stride,
+            return_overflowing_tokens=True,
+        )["input_ids"]
     assert [window.ids.tolist() for window in windows] == expected
-    assert len(windows) > len(questions) and max(len(window.ids) for window in windows) == LIMITS.max_seq_length
+    assert (
+        len(windows) > len(questions)
+        and max(len(window.ids) for window in windows) == LIMITS.max_seq_length
+    )
 
 
 def test_a_question_is_cut_before_the_context_is(teachers, files):
     tokenizer = tokenizer_of(teachers["bert"])
-    question = dataclasses.replace(read_v1(files["v1"])[0], text="ba ke li mo nu ra so ti vu ze " * 3)
+    question = dataclasses.replace(
+        read_v1(files["v1"])[0], text="ba ke li mo nu ra so ti vu ze " * 3
+    )
     whole = tokenizer(question.text, add_special_tokens=False)["input_ids"]
     for window in make_windows([question], tokenizer, LIMITS):
-        assert window.ids[1:9].tolist() == whole[:8] and window.ids[9] == tokenizer.sep_token_id and window.context_at == 10
+        assert (
+            window.ids[1:9].tolist() == whole[:8]
+            and window.ids[9] == tokenizer.sep_token_id
+            and window.context_at == 10
+        )
 
 
 def test_a_training_window_points_at_the_answer_or_at_cls(teachers, files):
@@ -166,11 +235,18 @@ def test_a_training_window_points_at_the_answer_or_at_cls(teachers, files):
         question, (start, end) = questions[window.question], window.span
         answer_end = question.answer_start + len(question.answers[0])
         if window.span == (0, 0):
-            assert window.offsets[0, 0] > question.answer_start or window.offsets[-1, 1] < answer_end
+            assert (
+                window.offsets[0, 0] > question.answer_start or window.offsets[-1, 1] < answer_end
+            )
         else:
-            a, b = window.offsets[start - window.context_at, 0], window.offsets[end - window.context_at, 1]
+            a, b = (
+                window.offsets[start - window.context_at, 0],
+                window.offsets[end - window.context_at, 1],
+            )
             assert (a, b) == (question.answer_start, answer_end)
-    assert {window.question for window in windows if window.span != (0, 0)} == set(range(len(questions)))
+    assert {window.question for window in windows if window.span != (0, 0)} == set(
+        range(len(questions))
+    )
 
 
 def test_questions_without_an_answer_train_on_cls(teachers, files):
@@ -182,7 +258,9 @@ def test_questions_without_an_answer_train_on_cls(teachers, files):
 
 def test_items_are_padded_and_typed_as_the_tokenizer_does(teachers, files):
     tokenizer = tokenizer_of(teachers["bert"])
-    question = dataclasses.replace(read_v1(files["v1"])[0], context="ba ke li mo", answers=("ke",), answer_start=3)
+    question = dataclasses.replace(
+        read_v1(files["v1"])[0], context="ba ke li mo", answers=("ke",), answer_start=3
+    )
     dataset = squad_spans.WindowDataset(
         make_windows([question], tokenizer, LIMITS), 48, tokenizer.pad_token_id, with_spans=True
     )
@@ -190,10 +268,16 @@ def test_items_are_padded_and_typed_as_the_tokenizer_does(teachers, files):
     theirs = tokenizer(question.text, question.context, padding="max_length", max_length=48)
     for name in ("input_ids", "attention_mask", "token_type_ids"):
         assert item[name].tolist() == theirs[name]
-    assert tokenizer.decode(item["input_ids"][item["start_positions"] : item["end_positions"] + 1]) == "ke"
+    assert (
+        tokenizer.decode(item["input_ids"][item["start_positions"] : item["end_positions"] + 1])
+        == "ke"
+    )
 
 
-@pytest.mark.parametrize(("num_tokens", "room", "doc_stride"), [(40, 11, 4), (41, 12, 4), (30, 9, 9), (25, 10, 3), (5, 9, 2)])
+@pytest.mark.parametrize(
+    ("num_tokens", "room", "doc_stride"),
+    [(40, 11, 4), (41, 12, 4), (30, 9, 9), (25, 10, 3), (5, 9, 2)],
+)
 def test_max_context_is_that_of_the_slow_definition(num_tokens, room, doc_stride):
     starts = window_starts(num_tokens, room, doc_stride)
     spans = [(first, min(first + room, num_tokens)) for first in starts]
@@ -201,21 +285,24 @@ def test_max_context_is_that_of_the_slow_definition(num_tokens, room, doc_stride
     found, num_ties = is_max_context(windows), 0
     for token in range(num_tokens):
         scores = [
-            min(token - a, b - 1 - token) + 0.01 * (b - a) if a <= token < b else -math.inf for a, b in spans
-        ]  # fmt: skip
+            min(token - a, b - 1 - token) + 0.01 * (b - a) if a <= token < b else -math.inf
+            for a, b in spans
+        ]
         num_ties += scores.count(max(scores)) > 1
         here = [row for row, (a, b) in enumerate(spans) if a <= token < b and found[row][token - a]]
         assert here == [scores.index(max(scores))]
     assert num_ties or (room - doc_stride) % 2 == 0 or len(spans) == 1
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Answers
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def oracle_logits(windows: list[Window], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Set the logits from the gold answers: 9 at the start, 9 at the end, 0 elsewhere; nothing where the window has none."""
+    """Set the logits from the gold answers: 9 at the start, 9 at the end, 0 elsewhere; nothing
+    where the window has none.
+    """
     start, end = np.zeros((2, len(windows), length), dtype=np.float32)
     for row, window in enumerate(windows):
         if window.span != (0, 0):
@@ -229,26 +316,49 @@ def test_a_gold_oracle_scores_100(kind, teachers, files):
     windows = make_windows(questions, tokenizer_of(teachers[kind]), LIMITS)
     answers = decode(questions, windows, *oracle_logits(windows, 48), Rules())
     assert answers.predictions == {question.id: question.answers[0] for question in questions}
-    assert score_predictions(questions, answers.predictions) == {"exact": 100, "f1": 100, "total": 24}
+    assert score_predictions(questions, answers.predictions) == {
+        "exact": 100,
+        "f1": 100,
+        "total": 24,
+    }
 
 
 def test_a_gold_oracle_misses_only_answers_that_are_too_long(teachers, files):
     questions = read_v1(files["v1"])
     tokenizer = tokenizer_of(teachers["bert"])
     windows = make_windows(questions, tokenizer, LIMITS)
-    predictions = decode(questions, windows, *oracle_logits(windows, 48), Rules(max_answer_length=3)).predictions
-    too_long = {q.id for q in questions if len(tokenizer(q.answers[0], add_special_tokens=False)["input_ids"]) > 3}
+    predictions = decode(
+        questions, windows, *oracle_logits(windows, 48), Rules(max_answer_length=3)
+    ).predictions
+    too_long = {
+        q.id
+        for q in questions
+        if len(tokenizer(q.answers[0], add_special_tokens=False)["input_ids"]) > 3
+    }
     assert too_long and {q.id for q in questions if predictions[q.id] != q.answers[0]} == too_long
 
 
 ODDITIES = (
-    "ba  ke\tli\u00a0mo\u202fnu\n\nra e\u0301te\u0301 É🙂👩\u200d👩\u200d👧 so\u200bti 北京市 vu [SEP] ze </s> [CLS] ba\r\nke "
-    "\u3000li \ufeffmo ﬁ ½ ß İ\x00nu (ra), 'so'…ti."
+    "ba  ke\tli\u00a0mo\u202fnu\n\nra e\u0301te\u0301 É🙂👩\u200d👩\u200d👧 so\u200bti 北京市 vu"
+    " [SEP] ze </s> [CLS] ba\r\nke \u3000li \ufeffmo ﬁ ½ ß İ\x00nu (ra), 'so'…ti."
 )
 ODD_ANSWERS = [
-    "ba  ke\tli", "mo\u202fnu\n\nra", "e\u0301te\u0301", "É🙂👩\u200d👩\u200d👧 so", "北京市", "京", "[SEP]", "ze </s>",
-    "ba\r\nke \u3000li", "ﬁ", "½", "ß", "(ra), 'so'", "ti.", ODDITIES[: ODDITIES.index(" vu")],
-]  # fmt: skip
+    "ba  ke\tli",
+    "mo\u202fnu\n\nra",
+    "e\u0301te\u0301",
+    "É🙂👩\u200d👩\u200d👧 so",
+    "北京市",
+    "京",
+    "[SEP]",
+    "ze </s>",
+    "ba\r\nke \u3000li",
+    "ﬁ",
+    "½",
+    "ß",
+    "(ra), 'so'",
+    "ti.",
+    ODDITIES[: ODDITIES.index(" vu")],
+]
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
@@ -256,7 +366,9 @@ ODD_ANSWERS = [
 def test_answers_come_out_of_the_context_as_they_stand_there(kind, answer, teachers):
     question = Question("1", "ba\tke?\n", ODDITIES, (answer,), ODDITIES.index(answer))
     windows = make_windows([question], tokenizer_of(teachers[kind]), Limits(512, 64, 16))
-    answers = decode([question], windows, *oracle_logits(windows, 512), Rules(max_answer_length=200))
+    answers = decode(
+        [question], windows, *oracle_logits(windows, 512), Rules(max_answer_length=200)
+    )
     assert answers.predictions["1"] == answer
 
 
@@ -265,7 +377,11 @@ def test_special_tokens_in_a_text_are_text(teachers):
     for kind in ("bert", "roberta"):
         tokenizer = tokenizer_of(teachers[kind])
         (window,) = make_windows([question], tokenizer, Limits(512, 64, 64))
-        special = [int(i) for i in window.ids if i in tokenizer.all_special_ids and i != tokenizer.unk_token_id]
+        special = [
+            int(i)
+            for i in window.ids
+            if i in tokenizer.all_special_ids and i != tokenizer.unk_token_id
+        ]
         assert len(special) == tokenizer.num_special_tokens_to_add(pair=True)
 
 
@@ -278,11 +394,18 @@ def test_a_context_without_tokens_is_answered_with_nothing(teachers):
 
 
 def slow_answer(question, windows, start_WT, end_WT, rules):
-    """Write out the rule of the decoding: (prediction, texts of the n best, null's score minus the best span's)."""
+    """Write out the rule of the decoding: (prediction, texts of the n best, null's score minus the
+    best span's).
+    """
     found, null = [], math.inf
-    for window, is_max_C, start_T, end_T in zip(windows, is_max_context(windows), start_WT, end_WT, strict=True):
+    for window, is_max_C, start_T, end_T in zip(
+        windows, is_max_context(windows), start_WT, end_WT, strict=True
+    ):
         null = min(null, float(start_T[0] + end_T[0]))
-        tops = [sorted(range(len(t)), key=lambda i, t=t: -t[i])[: rules.n_best_size] for t in (start_T, end_T)]
+        tops = [
+            sorted(range(len(t)), key=lambda i, t=t: -t[i])[: rules.n_best_size]
+            for t in (start_T, end_T)
+        ]
         for s in tops[0]:
             for e in tops[1]:
                 a, b = s - window.context_at, e - window.context_at
@@ -304,15 +427,22 @@ def slow_answer(question, windows, start_WT, end_WT, rules):
     return best if best and odds <= rules.null_score_diff_threshold else "", texts, odds
 
 
-@pytest.mark.parametrize("rules", [Rules(), Rules(5, 4), Rules(20, 30, True), Rules(8, 3, True, -4.0), Rules(3, 2, True, 6.0)])
+@pytest.mark.parametrize(
+    "rules",
+    [Rules(), Rules(5, 4), Rules(20, 30, True), Rules(8, 3, True, -4.0), Rules(3, 2, True, 6.0)],
+)
 def test_decoding_is_that_of_the_slow_definition(rules, teachers, files):
     questions = read_v1(files["v1"])
     windows = make_windows(questions, tokenizer_of(teachers["bert"]), LIMITS)
-    start_WT, end_WT = np.random.default_rng(5).normal(size=(2, len(windows), 48)).astype(np.float32) * 2
+    start_WT, end_WT = (
+        np.random.default_rng(5).normal(size=(2, len(windows), 48)).astype(np.float32) * 2
+    )
     answers = decode(questions, windows, start_WT, end_WT, rules)
     for number, question in enumerate(questions):
         rows = [row for row, window in enumerate(windows) if window.question == number]
-        prediction, texts, odds = slow_answer(question, [windows[r] for r in rows], start_WT[rows], end_WT[rows], rules)
+        prediction, texts, odds = slow_answer(
+            question, [windows[r] for r in rows], start_WT[rows], end_WT[rows], rules
+        )
         assert [entry["text"] for entry in answers.nbest[question.id]] == texts
         assert answers.predictions[question.id] == prediction
         if rules.with_null:
@@ -338,9 +468,9 @@ def test_logits_that_are_not_finite_are_refused(teachers, files):
         decode(questions, windows, *logits, Rules())
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Metric
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.mark.parametrize(
@@ -356,7 +486,9 @@ def test_logits_that_are_not_finite_are_refused(teachers, files):
 )
 def test_answers_are_scored_by_the_best_gold_answer(gold, prediction, exact, f1):
     for with_impossible in (False, True):
-        assert score_answer(Question("1", "q", "c", gold), prediction, with_impossible) == pytest.approx((exact, f1))
+        assert score_answer(
+            Question("1", "q", "c", gold), prediction, with_impossible
+        ) == pytest.approx((exact, f1))
 
 
 @pytest.mark.parametrize(
@@ -375,30 +507,55 @@ def test_v2_counts_the_empty_answer_where_there_is_none(gold, prediction, expect
 
 
 def test_v2_scores_are_also_given_apart():
-    questions = [Question("1", "q", "c", ("a cat",)), Question("2", "q", "c", ("big dog",)), Question("3", "q", "c", ())]
+    questions = [
+        Question("1", "q", "c", ("a cat",)),
+        Question("2", "q", "c", ("big dog",)),
+        Question("3", "q", "c", ()),
+    ]
     scores = score_predictions(questions, {"1": "cat", "2": "dog", "3": "x"}, with_impossible=True)
     third = 100 / 3
-    expected = {"exact": third, "f1": third + 2 * third / 3, "total": 3, "HasAns_exact": 50, "HasAns_f1": 50 + third,
-                "HasAns_total": 2, "NoAns_exact": 0, "NoAns_f1": 0, "NoAns_total": 1}  # fmt: skip
+    expected = {
+        "exact": third,
+        "f1": third + 2 * third / 3,
+        "total": 3,
+        "HasAns_exact": 50,
+        "HasAns_f1": 50 + third,
+        "HasAns_total": 2,
+        "NoAns_exact": 0,
+        "NoAns_f1": 0,
+        "NoAns_total": 1,
+    }
     assert scores == pytest.approx(expected)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Loss, inputs, updates
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def make_trainer(student, teacher, models, files, tmp_path, **changes) -> program.SpanTrainer:
     """Make the program's Trainer for two kinds of models, without running it."""
-    teacher_flags = {"teacher_type": teacher, "teacher_name_or_path": models[teacher]} if teacher else {}
+    teacher_flags = (
+        {"teacher_type": teacher, "teacher_name_or_path": models[teacher]} if teacher else {}
+    )
     args = program.parse(
-        flags(student, models, tmp_path / "run", do_train=True, train_file=files["v1"], **teacher_flags, **changes)
+        flags(
+            student,
+            models,
+            tmp_path / "run",
+            do_train=True,
+            train_file=files["v1"],
+            **teacher_flags,
+            **changes,
+        )
     )
     tokenizer = program.load_tokenizers(args)
     student_model = program.load_student(args, args.model_name_or_path, is_fine_tuned=False)
     windows = program.read_train_windows(args, tokenizer)
     arguments = program.trainer_arguments(args)
-    return program.make_trainer(args, arguments, tokenizer, student_model, program.load_teacher(args), windows)
+    return program.make_trainer(
+        args, arguments, tokenizer, student_model, program.load_teacher(args), windows
+    )
 
 
 def first_batch(trainer, num: int = 5) -> dict[str, torch.Tensor]:
@@ -412,7 +569,10 @@ def logits_of(model, batch, with_types: bool):
 
 
 def cross_entropy_by_hand(logits_BT, positions_B) -> float:
-    rows = [-math.log(math.exp(row[p]) / sum(math.exp(x) for x in row)) for row, p in zip(logits_BT, positions_B, strict=True)]
+    rows = [
+        -math.log(math.exp(row[p]) / sum(math.exp(x) for x in row))
+        for row, p in zip(logits_BT, positions_B, strict=True)
+    ]
     return sum(rows) / len(rows)
 
 
@@ -426,8 +586,12 @@ def kl_by_hand(student_BT, teacher_BT, temperature) -> float:
     return total / len(student_BT) * temperature**2
 
 
-@pytest.mark.parametrize(("alpha_ce", "alpha_squad", "temperature"), [(0.5, 0.5, 2.0), (0.9, 0.25, 3.0)])
-def test_the_loss_is_the_formula_written_out(alpha_ce, alpha_squad, temperature, models, files, tmp_path):
+@pytest.mark.parametrize(
+    ("alpha_ce", "alpha_squad", "temperature"), [(0.5, 0.5, 2.0), (0.9, 0.25, 3.0)]
+)
+def test_the_loss_is_the_formula_written_out(
+    alpha_ce, alpha_squad, temperature, models, files, tmp_path
+):
     weights = {"alpha_ce": alpha_ce, "alpha_squad": alpha_squad, "temperature": temperature}
     trainer = make_trainer("distilbert", "bert", models, files, tmp_path, **weights)
     student, teacher, batch = trainer.model.double(), trainer.teacher.double(), first_batch(trainer)
@@ -461,29 +625,45 @@ def test_without_a_teacher_the_loss_is_that_of_the_labels(models, files, tmp_pat
     assert trainer.compute_loss(trainer.model, batch).item() == pytest.approx(expected, rel=1e-5)
 
 
-@pytest.mark.parametrize(("student", "teacher"), [("distilbert", "bert"), ("bert", "bert"), ("small-roberta", "roberta")])
+@pytest.mark.parametrize(
+    ("student", "teacher"), [("distilbert", "bert"), ("bert", "bert"), ("small-roberta", "roberta")]
+)
 def test_token_types_reach_bert_only(student, teacher, models, files, tmp_path):
     trainer = make_trainer(student, teacher, models, files, tmp_path)
     seen: dict[str, set] = {}
     for role, model in {"student": trainer.model, "teacher": trainer.teacher}.items():
-        model.register_forward_pre_hook(lambda m, a, given, role=role: seen.update({role: set(given)}), with_kwargs=True)
+        model.register_forward_pre_hook(
+            lambda m, a, given, role=role: seen.update({role: set(given)}), with_kwargs=True
+        )
     trainer.compute_loss(trainer.model.train(), first_batch(trainer))
     common, labels = {"input_ids", "attention_mask"}, {"start_positions", "end_positions"}
-    types_of = {kind: {"token_type_ids"} if kind == "bert" else set() for kind in (student, teacher)}
+    types_of = {
+        kind: {"token_type_ids"} if kind == "bert" else set() for kind in (student, teacher)
+    }
     assert seen["student"] == common | labels | types_of[student]
     assert seen["teacher"] == common | types_of[teacher]
-    assert not trainer.teacher.training and not any(p.requires_grad for p in trainer.teacher.parameters())
+    assert not trainer.teacher.training and not any(
+        p.requires_grad for p in trainer.teacher.parameters()
+    )
 
 
-@pytest.mark.parametrize(("batch_size", "accumulation", "epochs"), [(8, 1, 2), (7, 3, 2), (5, 4, 3)])
-def test_updates_are_whole_accumulations_times_epochs(batch_size, accumulation, epochs, models, files, tmp_path):
+@pytest.mark.parametrize(
+    ("batch_size", "accumulation", "epochs"), [(8, 1, 2), (7, 3, 2), (5, 4, 3)]
+)
+def test_updates_are_whole_accumulations_times_epochs(
+    batch_size, accumulation, epochs, models, files, tmp_path
+):
     sizes = {"per_gpu_train_batch_size": batch_size, "gradient_accumulation_steps": accumulation}
-    trainer = make_trainer("distilbert", None, models, files, tmp_path, num_train_epochs=epochs, max_steps=-1, **sizes)
+    trainer = make_trainer(
+        "distilbert", None, models, files, tmp_path, num_train_epochs=epochs, max_steps=-1, **sizes
+    )
     num = len(trainer.train_dataset)
     read: list[int] = []
     whole = type(trainer.train_dataset).__getitem__
     trainer.train_dataset.__class__ = type(
-        "Watched", (type(trainer.train_dataset),), {"__getitem__": lambda self, i: read.append(i) or whole(self, i)}
+        "Watched",
+        (type(trainer.train_dataset),),
+        {"__getitem__": lambda self, i: read.append(i) or whole(self, i)},
     )
     trainer.train()
     updates = math.ceil(num / batch_size) // accumulation
@@ -495,42 +675,88 @@ def test_updates_are_whole_accumulations_times_epochs(batch_size, accumulation, 
     assert read[:an_epoch] != read[an_epoch : 2 * an_epoch]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The program
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="session")
 def learnt(tmp_path_factory, models, files) -> Path:
     """A BERT that has learnt the answers of a few questions by heart, scored on them."""
     output = tmp_path_factory.mktemp("learnt") / "run"
-    changes = {"max_steps": 120, "save_steps": 60, "per_gpu_train_batch_size": 16, "train_file": files["few"]}
-    program.main(flags("bert", models, output, do_train=True, do_eval=True, predict_file=files["few"], **changes))
+    changes = {
+        "max_steps": 120,
+        "save_steps": 60,
+        "per_gpu_train_batch_size": 16,
+        "train_file": files["few"],
+    }
+    program.main(
+        flags(
+            "bert",
+            models,
+            output,
+            do_train=True,
+            do_eval=True,
+            predict_file=files["few"],
+            **changes,
+        )
+    )
     return output
 
 
 def test_a_model_learns_by_heart_and_everything_is_written(learnt, files):
     scores, predictions = read(learnt / "scores.json"), read(learnt / "predictions_.json")
-    assert scores["task"] == "squad" and scores["score"]["exact"] >= 75  # of 8 questions; the head alone, at random: 0
+    assert (
+        scores["task"] == "squad" and scores["score"]["exact"] >= 75
+    )  # of 8 questions; the head alone, at random: 0
     assert scores["runs"][0]["num_examples"] == {"train": 8, "dev": 8}
-    assert list(predictions) == list(read(learnt / "nbest_predictions_.json")) == [q.id for q in read_v1(files["few"])]
+    assert (
+        list(predictions)
+        == list(read(learnt / "nbest_predictions_.json"))
+        == [q.id for q in read_v1(files["few"])]
+    )
     assert not (learnt / "null_odds_.json").exists()
     model = transformers.AutoModelForQuestionAnswering.from_pretrained(learnt)
     assert model.config.model_type == "bert" and tokenizer_of(learnt).cls_token == "[CLS]"
-    for name in ("model.safetensors", "tokenizer.json", "optimizer.pt", "scheduler.pt", "trainer_state.json"):
-        assert (learnt / "checkpoint-60" / name).is_file() and (learnt / "checkpoint-120" / name).is_file()
+    for name in (
+        "model.safetensors",
+        "tokenizer.json",
+        "optimizer.pt",
+        "scheduler.pt",
+        "trainer_state.json",
+    ):
+        assert (learnt / "checkpoint-60" / name).is_file() and (
+            learnt / "checkpoint-120" / name
+        ).is_file()
 
 
 def test_a_file_of_predictions_is_scored_alone(learnt, files, capsys):
-    command = ["--score_predictions", str(learnt / "predictions_.json"), "--predict_file", files["few"]]
+    command = [
+        "--score_predictions",
+        str(learnt / "predictions_.json"),
+        "--predict_file",
+        files["few"],
+    ]
     program.main(command)
     score = read(learnt / "scores.json")["score"]
-    assert capsys.readouterr().out == f"exact match {score['exact']:.2f}, F1 {score['f1']:.2f} (8 questions)\n"
+    assert (
+        capsys.readouterr().out
+        == f"exact match {score['exact']:.2f}, F1 {score['f1']:.2f} (8 questions)\n"
+    )
 
 
 def test_a_trained_model_is_scored_without_training(learnt, models, files, tmp_path):
     model = {"bert": learnt}
-    program.main(flags("bert", model, tmp_path / "run", do_eval=True, eval_all_checkpoints=True, predict_file=files["few"]))
+    program.main(
+        flags(
+            "bert",
+            model,
+            tmp_path / "run",
+            do_eval=True,
+            eval_all_checkpoints=True,
+            predict_file=files["few"],
+        )
+    )
     for name in ("predictions_.json", "nbest_predictions_.json"):
         assert read(tmp_path / "run" / name) == read(learnt / name)
     assert read(tmp_path / "run" / "predictions_120.json") == read(learnt / "predictions_.json")
@@ -539,16 +765,26 @@ def test_a_trained_model_is_scored_without_training(learnt, models, files, tmp_p
 
 
 def test_a_run_goes_on_from_its_checkpoint_as_if_it_had_never_stopped(models, files, tmp_path):
-    changes = {"do_train": True, "train_file": files["v1"], "max_steps": 8, "save_steps": 3, "teacher_type": "bert",
-               "teacher_name_or_path": models["bert"], "per_gpu_train_batch_size": 16}  # fmt: skip
+    changes = {
+        "do_train": True,
+        "train_file": files["v1"],
+        "max_steps": 8,
+        "save_steps": 3,
+        "teacher_type": "bert",
+        "teacher_name_or_path": models["bert"],
+        "per_gpu_train_batch_size": 16,
+    }
     program.main(flags("distilbert", models, tmp_path / "whole", **changes))
     shutil.copytree(tmp_path / "whole" / "checkpoint-3", tmp_path / "again" / "checkpoint-3")
     there = {"distilbert": tmp_path / "again" / "checkpoint-3"}
     program.main(flags("distilbert", there, tmp_path / "again", **changes))
     whole, again = (
-        transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / run).state_dict() for run in ("whole", "again")
+        transformers.AutoModelForQuestionAnswering.from_pretrained(tmp_path / run).state_dict()
+        for run in ("whole", "again")
     )
-    assert whole.keys() == again.keys() and all(torch.equal(whole[name], again[name]) for name in whole)
+    assert whole.keys() == again.keys() and all(
+        torch.equal(whole[name], again[name]) for name in whole
+    )
     assert read(tmp_path / "again" / "checkpoint-8" / "trainer_state.json")["global_step"] == 8
 
 
@@ -559,23 +795,57 @@ def test_a_damaged_checkpoint_is_named(models, files, tmp_path, status_and_error
     for name in ("optimizer.pt", "trainer_state.json"):
         content = (checkpoint / name).read_bytes()
         (checkpoint / name).write_bytes(content[: len(content) // 2])
-        command = flags("distilbert", {"distilbert": checkpoint}, tmp_path / "run", **train | {"max_steps": 4})
+        command = flags(
+            "distilbert", {"distilbert": checkpoint}, tmp_path / "run", **train | {"max_steps": 4}
+        )
         status, errors = status_and_errors(program.main, command)
-        assert status == 2 and len(errors) == 1 and f"{checkpoint}: its {name} can't be read" in errors[0]
+        assert (
+            status == 2
+            and len(errors) == 1
+            and f"{checkpoint}: its {name} can't be read" in errors[0]
+        )
         (checkpoint / name).write_bytes(content)
 
 
 def test_a_distant_student_follows_the_teacher(learnt, models, files, tmp_path):
-    changes = {"teacher_type": "bert", "teacher_name_or_path": learnt, "train_file": files["few"], "max_steps": 60,
-               "per_gpu_train_batch_size": 16, "do_train": True, "alpha_squad": 0.0}  # fmt: skip
-    program.main(flags("distilbert", models, tmp_path / "run", do_eval=True, predict_file=files["few"], **changes))
+    changes = {
+        "teacher_type": "bert",
+        "teacher_name_or_path": learnt,
+        "train_file": files["few"],
+        "max_steps": 60,
+        "per_gpu_train_batch_size": 16,
+        "do_train": True,
+        "alpha_squad": 0.0,
+    }
+    program.main(
+        flags(
+            "distilbert",
+            models,
+            tmp_path / "run",
+            do_eval=True,
+            predict_file=files["few"],
+            **changes,
+        )
+    )
     scores = read(tmp_path / "run" / "scores.json")
-    assert scores["teacher"] == str(learnt) and scores["score"]["exact"] >= 50  # of 8, from the teacher's logits alone
+    assert (
+        scores["teacher"] == str(learnt) and scores["score"]["exact"] >= 50
+    )  # of 8, from the teacher's logits alone
 
 
 def test_roberta_learns_from_roberta(models, files, tmp_path):
-    changes = {"teacher_type": "roberta", "teacher_name_or_path": models["roberta"], "train_file": files["v1"], "save_steps": 1}
-    changes |= {"do_train": True, "do_eval": True, "predict_file": files["v1"], "eval_all_checkpoints": True}
+    changes = {
+        "teacher_type": "roberta",
+        "teacher_name_or_path": models["roberta"],
+        "train_file": files["v1"],
+        "save_steps": 1,
+    }
+    changes |= {
+        "do_train": True,
+        "do_eval": True,
+        "predict_file": files["v1"],
+        "eval_all_checkpoints": True,
+    }
     program.main(flags("small-roberta", models, tmp_path / "run", **changes))
     by_step = {step: read(tmp_path / "run" / f"predictions_{step}.json") for step in ("1", "2", "")}
     assert by_step["2"] == by_step[""] != by_step["1"]
@@ -584,22 +854,51 @@ def test_roberta_learns_from_roberta(models, files, tmp_path):
 
 
 def test_v2_writes_null_odds_and_obeys_the_threshold(models, files, tmp_path, capsys):
-    changes = {"version_2_with_negative": True, "train_file": files["v2"], "predict_file": files["v2"]}
-    program.main(flags("bert", models, tmp_path / "run", do_train=True, do_eval=True, max_steps=30, **changes))
-    odds, scores = read(tmp_path / "run" / "null_odds_.json"), read(tmp_path / "run" / "scores.json")
+    changes = {
+        "version_2_with_negative": True,
+        "train_file": files["v2"],
+        "predict_file": files["v2"],
+    }
+    program.main(
+        flags(
+            "bert", models, tmp_path / "run", do_train=True, do_eval=True, max_steps=30, **changes
+        )
+    )
+    odds, scores = (
+        read(tmp_path / "run" / "null_odds_.json"),
+        read(tmp_path / "run" / "scores.json"),
+    )
     assert scores["task"] == "squad_v2" and "without: exact match" in capsys.readouterr().out
-    assert {"exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1"} == scores["score"].keys()
+    assert {"exact", "f1", "HasAns_exact", "HasAns_f1", "NoAns_exact", "NoAns_f1"} == scores[
+        "score"
+    ].keys()
     threshold = sorted(odds.values())[len(odds) // 2]
     trained = {"bert": tmp_path / "run"}
-    program.main(flags("bert", trained, tmp_path / "again", do_eval=True, null_score_diff_threshold=threshold, **changes))
+    program.main(
+        flags(
+            "bert",
+            trained,
+            tmp_path / "again",
+            do_eval=True,
+            null_score_diff_threshold=threshold,
+            **changes,
+        )
+    )
     predictions = read(tmp_path / "again" / "predictions_.json")
     again = read(tmp_path / "again" / "null_odds_.json")
-    assert again == odds and all((predictions[name] == "") == (odds[name] > threshold) for name in odds)
+    assert again == odds and all(
+        (predictions[name] == "") == (odds[name] > threshold) for name in odds
+    )
     assert 0 < sum(text == "" for text in predictions.values()) < len(odds)
 
 
 def test_evaluation_during_training_scores_the_whole_set(models, files, tmp_path, capsys):
-    changes = {"do_train": True, "evaluate_during_training": True, "logging_steps": 1, "train_file": files["few"]}
+    changes = {
+        "do_train": True,
+        "evaluate_during_training": True,
+        "logging_steps": 1,
+        "train_file": files["few"],
+    }
     program.main(flags("distilbert", models, tmp_path / "run", predict_file=files["v1"], **changes))
     assert capsys.readouterr().out.count("'eval_total': 24") == 2
 
@@ -607,27 +906,54 @@ def test_evaluation_during_training_scores_the_whole_set(models, files, tmp_path
 @pytest.mark.slow
 def test_two_processes_learn_and_answer_each_question_once(learnt, models, files, tmp_path):
     scored = {"do_eval": True, "predict_file": files["v1"], "per_gpu_eval_batch_size": 5}
-    train = {"do_train": True, "train_file": files["v1"], "teacher_type": "bert", "teacher_name_or_path": learnt}
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", 2, PROGRAM]
-    command = flags("distilbert", models, tmp_path / "two", max_steps=12, no_cuda=None, **train, **scored)
+    train = {
+        "do_train": True,
+        "train_file": files["v1"],
+        "teacher_type": "bert",
+        "teacher_name_or_path": learnt,
+    }
+    launch = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--standalone",
+        "--nproc_per_node",
+        2,
+        PROGRAM,
+    ]
+    command = flags(
+        "distilbert", models, tmp_path / "two", max_steps=12, no_cuda=None, **train, **scored
+    )
     two = run_process(*launch, *command, CUDA_VISIBLE_DEVICES="")
     assert two.returncode == 0, two.stderr
     assert two.stdout.count("exact match") == 1 and "(24 questions)" in two.stdout
     program.main(flags("distilbert", {"distilbert": tmp_path / "two"}, tmp_path / "one", **scored))
-    assert read(tmp_path / "two" / "predictions_.json") == read(tmp_path / "one" / "predictions_.json")
-    assert list(read(tmp_path / "two" / "predictions_.json")) == [question.id for question in read_v1(files["v1"])]
+    assert read(tmp_path / "two" / "predictions_.json") == read(
+        tmp_path / "one" / "predictions_.json"
+    )
+    assert list(read(tmp_path / "two" / "predictions_.json")) == [
+        question.id for question in read_v1(files["v1"])
+    ]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 LEAD = "ba ke li mo nu ra"
 
 
 def one_question(**changes) -> dict:
-    entry = {"id": "x1", "question": "ba?", "answers": [{"text": "li", "answer_start": 6}], **changes}
-    paragraph = {"context": LEAD, "qas": [{name: value for name, value in entry.items() if value is not None}]}
+    entry = {
+        "id": "x1",
+        "question": "ba?",
+        "answers": [{"text": "li", "answer_start": 6}],
+        **changes,
+    }
+    paragraph = {
+        "context": LEAD,
+        "qas": [{name: value for name, value in entry.items() if value is not None}],
+    }
     return {"data": [{"paragraphs": [paragraph]}]}
 
 
@@ -643,12 +969,18 @@ WRONG_FILES = {
         one_question(answers=[{"text": "li", "answer_start": 5}]),
         r"id 'x1'.*'li' is not at character 5.*' l'.*--skip_mis",
     ),
-    "negative place": (one_question(answers=[{"text": "li", "answer_start": -11}]), r"'li' is not at character -11"),
+    "negative place": (
+        one_question(answers=[{"text": "li", "answer_start": -11}]),
+        r"'li' is not at character -11",
+    ),
     "no place": (
         one_question(answers=[{"text": "li"}]),
         r"\(id 'x1'\), answer 1: answer_start has to be a whole number, got none",
     ),
-    "place of text": (one_question(answers=[{"text": "li", "answer_start": "6"}]), r"answer_start .* got a str"),
+    "place of text": (
+        one_question(answers=[{"text": "li", "answer_start": "6"}]),
+        r"answer_start .* got a str",
+    ),
     "empty question": (
         one_question(question=" "),
         r"article 1, paragraph 1, question 1 \(id 'x1'\): question is empty; fill it",
@@ -656,15 +988,30 @@ WRONG_FILES = {
     "no question": (one_question(question=None), r"question has to be a text, got none"),
     "no id": (one_question(id=None), r"id has to be a text"),
     "number as id": (one_question(id=7), r"id has to be a text, got a int"),
-    "no context": (edited(context=None), r"article 1, paragraph 1: context has to be a text, got a NoneType"),
+    "no context": (
+        edited(context=None),
+        r"article 1, paragraph 1: context has to be a text, got a NoneType",
+    ),
     "empty context": (edited(context=""), r"context is empty"),
     "surrogate": (edited(context="ba \ud800 li"), r"half a surrogate pair"),
     "no answers": (one_question(answers=[]), r"\(id 'x1'\): has no answers, expected at least one"),
     "no answers at all": (one_question(answers=None), r"answers has to be a list, got none"),
-    "empty answer": (one_question(answers=[{"text": "", "answer_start": 2}]), r"the answer '' is not at"),
-    "impossible": (one_question(answers=[], is_impossible=True), r"is_impossible is true.*add --version_2_with_negative"),
-    "odd impossible": (one_question(is_impossible="no"), r"is_impossible is 'no', expected true or false"),
-    "twice": (edited(qas=one_question()["data"][0]["paragraphs"][0]["qas"] * 2), r"id 'x1' stands twice"),
+    "empty answer": (
+        one_question(answers=[{"text": "", "answer_start": 2}]),
+        r"the answer '' is not at",
+    ),
+    "impossible": (
+        one_question(answers=[], is_impossible=True),
+        r"is_impossible is true.*add --version_2_with_negative",
+    ),
+    "odd impossible": (
+        one_question(is_impossible="no"),
+        r"is_impossible is 'no', expected true or false",
+    ),
+    "twice": (
+        edited(qas=one_question()["data"][0]["paragraphs"][0]["qas"] * 2),
+        r"id 'x1' stands twice",
+    ),
     "no questions": (edited(qas=[]), r"holds no questions"),
     "flat": ([{"id": "x1"}], r"data has to be a list, got none; expected SQuAD's own JSON"),
     "flat data": ({"data": [LEAD]}, r"article 1: paragraphs has to be a list, got none"),
@@ -680,9 +1027,13 @@ def test_a_wrong_training_file_is_named(name, models, tmp_path, status_and_error
     content, message = WRONG_FILES[name]
     path = tmp_path / "train.json"
     path.write_bytes(
-        content if isinstance(content, bytes) else (content if isinstance(content, str) else json.dumps(content)).encode()
+        content
+        if isinstance(content, bytes)
+        else (content if isinstance(content, str) else json.dumps(content)).encode()
     )
-    status, errors = status_and_errors(program.main, flags("bert", models, tmp_path / "run", do_train=True, train_file=path))
+    status, errors = status_and_errors(
+        program.main, flags("bert", models, tmp_path / "run", do_train=True, train_file=path)
+    )
     assert status == 2 and len(errors) == 1 and not (tmp_path / "run").exists()
     assert errors[0].startswith(f"--train_file {path}")
     assert re.search(message, errors[0])
@@ -690,8 +1041,13 @@ def test_a_wrong_training_file_is_named(name, models, tmp_path, status_and_error
 
 def test_misplaced_answers_can_be_left_out(tmp_path):
     misplaced = {"id": "x2", "question": "?", "answers": [{"text": "zz", "answer_start": 1}]}
-    path = write(tmp_path / "train.json", edited(qas=[*one_question()["data"][0]["paragraphs"][0]["qas"], misplaced]))
-    kept = read_questions(path, "--train_file", with_impossible=False, for_training=True, skip_misplaced=True)
+    path = write(
+        tmp_path / "train.json",
+        edited(qas=[*one_question()["data"][0]["paragraphs"][0]["qas"], misplaced]),
+    )
+    kept = read_questions(
+        path, "--train_file", with_impossible=False, for_training=True, skip_misplaced=True
+    )
     assert [question.id for question in kept] == ["x1"]
     assert len(read_v1(path, for_training=False)) == 2
 
@@ -704,39 +1060,79 @@ def test_v2_contradictions_are_named(tmp_path):
 
 WRONG_FLAGS = {
     "nothing to do": ({"do_train": None}, "nothing to do: give --do_train, --do_eval"),
-    "no room": ({"max_seq_length": 11}, "--max_seq_length 11: a question of --max_query_length 8 and 3 .* leave no room"),
+    "no room": (
+        {"max_seq_length": 11},
+        "--max_seq_length 11: a question of --max_query_length 8 and 3 .* leave no room",
+    ),
     "stride": ({"doc_stride": 38}, "--doc_stride 38: .* holds 37 tokens"),
-    "too long": ({"max_seq_length": 65}, "--max_seq_length 65: the student reads 64 tokens at most; lower it"),
-    "teacher without type": ({"teacher_name_or_path": "x"}, "--teacher_name_or_path: comes with --teacher_type"),
-    "type without teacher": ({"teacher_type": "bert"}, "--teacher_type: comes with --teacher_name_or_path"),
+    "too long": (
+        {"max_seq_length": 65},
+        "--max_seq_length 65: the student reads 64 tokens at most; lower it",
+    ),
+    "teacher without type": (
+        {"teacher_name_or_path": "x"},
+        "--teacher_name_or_path: comes with --teacher_type",
+    ),
+    "type without teacher": (
+        {"teacher_type": "bert"},
+        "--teacher_type: comes with --teacher_name_or_path",
+    ),
     "distilbert teacher": ({"teacher_type": "distilbert"}, "invalid choice: 'distilbert'"),
     "no file": ({"train_file": "nowhere.json"}, "--train_file nowhere.json: no such file"),
-    "no named file": ({"train_file": None, "data_dir": "nowhere"}, "--train_file nowhere/train-v1.1.json: no such file"),
-    "no named v2": ({"train_file": None, "data_dir": "no", "version_2_with_negative": True}, "no/train-v2.0.json: no such"),
-    "no model": ({"model_name_or_path": "/nowhere/at/all"}, "--model_name_or_path /nowhere/at/all: neither a local folder"),
+    "no named file": (
+        {"train_file": None, "data_dir": "nowhere"},
+        "--train_file nowhere/train-v1.1.json: no such file",
+    ),
+    "no named v2": (
+        {"train_file": None, "data_dir": "no", "version_2_with_negative": True},
+        "no/train-v2.0.json: no such",
+    ),
+    "no model": (
+        {"model_name_or_path": "/nowhere/at/all"},
+        "--model_name_or_path /nowhere/at/all: neither a local folder",
+    ),
     "batch": ({"per_gpu_train_batch_size": 0}, "--per_gpu_train_batch_size 0: expected 1"),
     "rate": ({"learning_rate": "nan"}, "--learning_rate nan: expected"),
     "steps": ({"max_steps": 0}, "--max_steps 0: expected at least 1"),
     "fp16": ({"fp16": True}, "--fp16: needs a GPU"),
-    "accumulation": ({"gradient_accumulation_steps": 999}, "--gradient_accumulation_steps 999: an epoch has .* lower it"),
-    "all checkpoints": ({"eval_all_checkpoints": True}, "--eval_all_checkpoints: has no effect without --do_eval"),
+    "accumulation": (
+        {"gradient_accumulation_steps": 999},
+        "--gradient_accumulation_steps 999: an epoch has .* lower it",
+    ),
+    "all checkpoints": (
+        {"eval_all_checkpoints": True},
+        "--eval_all_checkpoints: has no effect without --do_eval",
+    ),
     "unknown": ({"per_gpu_batch_size": 3}, "unknown argument --per_gpu_batch_size; did you mean"),
-    "type": ({"model_type": "roberta"}, "holds a .*, which is no roberta tokenizer|expected roberta"),
-}  # fmt: skip
+    "type": (
+        {"model_type": "roberta"},
+        "holds a .*, which is no roberta tokenizer|expected roberta",
+    ),
+}
 
 
 @pytest.mark.parametrize("name", WRONG_FLAGS)
 def test_a_wrong_flag_is_named(name, models, files, tmp_path, status_and_errors):
     changes, message = WRONG_FLAGS[name]
     good = {"do_train": True, "train_file": files["v1"]}
-    status, errors = status_and_errors(program.main, flags("bert", models, tmp_path / "run", **(good | changes)))
+    status, errors = status_and_errors(
+        program.main, flags("bert", models, tmp_path / "run", **(good | changes))
+    )
     assert status == 2 and len(errors) == 1 and not (tmp_path / "run").exists()
     assert re.search(message, errors[0])
 
 
 def test_all_problems_of_arguments_are_said_at_once(models, tmp_path, status_and_errors):
-    changes = {"max_steps": 0, "save_steps": 0, "temperature": 0, "model_type": None, "teacher_type": "bert"}
-    status, errors = status_and_errors(program.main, flags("bert", models, tmp_path / "run", **changes, seed=-1))
+    changes = {
+        "max_steps": 0,
+        "save_steps": 0,
+        "temperature": 0,
+        "model_type": None,
+        "teacher_type": "bert",
+    }
+    status, errors = status_and_errors(
+        program.main, flags("bert", models, tmp_path / "run", **changes, seed=-1)
+    )
     assert status == 2 and len(errors) == 7
     assert any("--model_type: is required" in line for line in errors)
 
@@ -744,49 +1140,85 @@ def test_all_problems_of_arguments_are_said_at_once(models, tmp_path, status_and
 def test_a_teacher_has_to_fit(models, teachers, files, tmp_path, status_and_errors):
     wrong = {
         ("roberta", models["roberta"]): "have different tokenizers",
-        ("bert", teachers["bert"]): "has no fitting weights for qa_outputs.bias and 1 others; expected a model fine-tuned",
+        (
+            "bert",
+            teachers["bert"],
+        ): "has no fitting weights for qa_outputs.bias and 1 others; expected a model fine-tuned",
         ("bert", models["distilbert"]): "is a distilbert model, expected bert",
     }
     for (kind, folder), message in wrong.items():
-        changes = {"teacher_type": kind, "teacher_name_or_path": folder, "do_train": True, "train_file": files["few"]}
-        status, errors = status_and_errors(program.main, flags("bert", models, tmp_path / "run", **changes))
+        changes = {
+            "teacher_type": kind,
+            "teacher_name_or_path": folder,
+            "do_train": True,
+            "train_file": files["few"],
+        }
+        status, errors = status_and_errors(
+            program.main, flags("bert", models, tmp_path / "run", **changes)
+        )
         assert status == 2 and len(errors) == 1 and message in errors[0]
     changes |= {"alpha_ce": 0.0}
-    status, errors = status_and_errors(program.main, flags("bert", models, tmp_path / "run", **changes))
+    status, errors = status_and_errors(
+        program.main, flags("bert", models, tmp_path / "run", **changes)
+    )
     assert status == 2 and "--alpha_ce 0: expected above 0 with a teacher" in errors[0]
 
 
 def test_a_model_without_a_head_is_not_scored(teachers, files, tmp_path, status_and_errors):
     command = flags("bert", teachers, tmp_path / "run", do_eval=True, predict_file=files["few"])
     status, errors = status_and_errors(program.main, command)
-    assert status == 2 and "qa_outputs" in errors[0] and "fine-tuned for this very task" in errors[0]
+    assert (
+        status == 2 and "qa_outputs" in errors[0] and "fine-tuned for this very task" in errors[0]
+    )
 
 
 def test_results_are_not_overwritten_unasked(learnt, models, files, tmp_path, status_and_errors):
     train = {"do_train": True, "train_file": files["few"], "save_steps": 1}
     program.main(flags("distilbert", models, tmp_path / "run", **train))
     before = (tmp_path / "run" / "model.safetensors").read_bytes()
-    status, errors = status_and_errors(program.main, flags("distilbert", models, tmp_path / "run", **train, seed=3))
-    assert status == 2 and "is not empty; go on with --model_name_or_path" in errors[0] and "checkpoint-2" in errors[0]
+    status, errors = status_and_errors(
+        program.main, flags("distilbert", models, tmp_path / "run", **train, seed=3)
+    )
+    assert (
+        status == 2
+        and "is not empty; go on with --model_name_or_path" in errors[0]
+        and "checkpoint-2" in errors[0]
+    )
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
     again = train | {"overwrite_output_dir": True, "seed": 3, "max_steps": 1}
     program.main(flags("distilbert", models, tmp_path / "run", **again))
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
-    assert not (tmp_path / "run" / "checkpoint-2").exists() and (tmp_path / "run" / "checkpoint-1").exists()
+    assert (
+        not (tmp_path / "run" / "checkpoint-2").exists()
+        and (tmp_path / "run" / "checkpoint-1").exists()
+    )
     kept = (tmp_path / "run" / "model.safetensors").read_bytes()
     teacher = {"teacher_type": "bert", "teacher_name_or_path": models["bert"]}
     for kind, output, more, flag in (
         ("distilbert", tmp_path / "run", {}, "--model_name_or_path"),
-        ("bert", models["bert"], teacher | {"model_name_or_path": learnt}, "--teacher_name_or_path"),
+        (
+            "bert",
+            models["bert"],
+            teacher | {"model_name_or_path": learnt},
+            "--teacher_name_or_path",
+        ),
     ):
         places = {"distilbert": tmp_path / "run", "bert": models["bert"]}
-        status, errors = status_and_errors(program.main, flags(kind, places, output, **again | more))
-        assert status == 2 and len(errors) == 1 and f"{flag} {output} is read, and would be replaced" in errors[0]
+        status, errors = status_and_errors(
+            program.main, flags(kind, places, output, **again | more)
+        )
+        assert (
+            status == 2
+            and len(errors) == 1
+            and f"{flag} {output} is read, and would be replaced" in errors[0]
+        )
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == kept
     test = {"do_eval": True, "predict_file": files["few"]}
     trained = {"distilbert": tmp_path / "run"}
     program.main(flags("distilbert", trained, tmp_path / "run", **test))
-    status, errors = status_and_errors(program.main, flags("distilbert", trained, tmp_path / "run", **test))
+    status, errors = status_and_errors(
+        program.main, flags("distilbert", trained, tmp_path / "run", **test)
+    )
     assert status == 2 and "holds predictions already" in errors[0]
 
 
@@ -794,7 +1226,10 @@ def test_predictions_for_other_questions_are_refused(files, tmp_path, status_and
     ids = [question.id for question in read_v1(files["few"])]
     wrong = {
         "unknown": ({name: "x" for name in [*ids, "y9"]}, "a prediction for the unknown id 'y9'"),
-        "missing": ({name: "x" for name in ids[2:]}, f"no prediction for id {ids[0]!r} and 1 others"),
+        "missing": (
+            {name: "x" for name in ids[2:]},
+            f"no prediction for id {ids[0]!r} and 1 others",
+        ),
         "list": (["x"], "holds a list, expected an object"),
         "number": ({name: 1 for name in ids}, f"id {ids[0]!r} has a int, expected the answer"),
         "no json": ("{", "no readable JSON"),
@@ -810,7 +1245,14 @@ def test_predictions_for_other_questions_are_refused(files, tmp_path, status_and
 
 def test_flags_without_a_meaning_are_accepted_with_a_notice(files, tmp_path, capsys):
     predictions = write(tmp_path / "p.json", {q.id: q.answers[0] for q in read_v1(files["few"])})
-    old = ["--overwrite_cache", "--threads=4", "--cache_dir=x", "--verbose_logging", "--local-rank=0", "--fp16_opt_level=O2"]
+    old = [
+        "--overwrite_cache",
+        "--threads=4",
+        "--cache_dir=x",
+        "--verbose_logging",
+        "--local-rank=0",
+        "--fp16_opt_level=O2",
+    ]
     program.main(["--score_predictions", predictions, "--predict_file", files["few"], *old])
     assert capsys.readouterr().err.count("has no effect any more") == 6
 
@@ -818,10 +1260,27 @@ def test_flags_without_a_meaning_are_accepted_with_a_notice(files, tmp_path, cap
 def test_defaults_are_those_of_2019():
     args = program.parse([])
     expected = {
-        "alpha_ce": 0.5, "alpha_squad": 0.5, "temperature": 2.0, "max_seq_length": 384, "doc_stride": 128,
-        "max_query_length": 64, "per_gpu_train_batch_size": 8, "per_gpu_eval_batch_size": 8, "learning_rate": 5e-5,
-        "gradient_accumulation_steps": 1, "weight_decay": 0.0, "adam_epsilon": 1e-8, "max_grad_norm": 1.0,
-        "num_train_epochs": 3.0, "max_steps": -1, "warmup_steps": 0, "n_best_size": 20, "max_answer_length": 30,
-        "null_score_diff_threshold": 0.0, "logging_steps": 50, "save_steps": 50, "seed": 42,
-    }  # fmt: skip
+        "alpha_ce": 0.5,
+        "alpha_squad": 0.5,
+        "temperature": 2.0,
+        "max_seq_length": 384,
+        "doc_stride": 128,
+        "max_query_length": 64,
+        "per_gpu_train_batch_size": 8,
+        "per_gpu_eval_batch_size": 8,
+        "learning_rate": 5e-5,
+        "gradient_accumulation_steps": 1,
+        "weight_decay": 0.0,
+        "adam_epsilon": 1e-8,
+        "max_grad_norm": 1.0,
+        "num_train_epochs": 3.0,
+        "max_steps": -1,
+        "warmup_steps": 0,
+        "n_best_size": 20,
+        "max_answer_length": 30,
+        "null_score_diff_threshold": 0.0,
+        "logging_steps": 50,
+        "save_steps": 50,
+        "seed": 42,
+    }
     assert {name: getattr(args, name) for name in expected} == expected

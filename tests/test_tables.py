@@ -1,4 +1,6 @@
-"""A new objective and a new pair of model types: a row of one table each, and train.py trains with them."""
+"""A new objective and a new pair of model types: a row of one table each, and train.py trains with
+them.
+"""
 
 import argparse
 import sys
@@ -18,9 +20,13 @@ def absolute_error(student_NV, teacher_NV, labels_N, temperature: float) -> torc
 
 
 def test_an_objective_is_one_row_of_one_table(world, tmp_path, monkeypatch):
-    row = losses.Loss(absolute_error, "logits", "distilled", True, 0.0, "absolute error of the logits")
+    row = losses.Loss(
+        absolute_error, "logits", "distilled", True, 0.0, "absolute error of the logits"
+    )
     monkeypatch.setitem(losses.LOSSES, "toy", row)
-    flags = world.flags("bert", tmp_path / "run", max_steps=3, batch_size=6, alpha_toy=0.25, log_interval=2, n_gpu=0)
+    flags = world.flags(
+        "bert", tmp_path / "run", max_steps=3, batch_size=6, alpha_toy=0.25, log_interval=2, n_gpu=0
+    )
     train.main(flags)
     values = {}
     for tag, x, value in logged(tmp_path / "run"):
@@ -30,10 +36,14 @@ def test_an_objective_is_one_row_of_one_table(world, tmp_path, monkeypatch):
     for found in values.values():
         assert found["loss_toy"] > 0
         expected = sum(weight * found[name] for name, weight in weights.items())
-        torch.testing.assert_close(torch.tensor(found["loss"]), torch.tensor(expected), rtol=1e-4, atol=1e-4)
+        torch.testing.assert_close(
+            torch.tensor(found["loss"]), torch.tensor(expected), rtol=1e-4, atol=1e-4
+        )
     assert values
     arguments = argparse.Namespace(student=str(tmp_path / "run"), datasets=None)
-    assert "* 0.25 x absolute error of the logits (`alpha_toy`)" in model_card.training_text(arguments)
+    assert "* 0.25 x absolute error of the logits (`alpha_toy`)" in model_card.training_text(
+        arguments
+    )
 
 
 TOY_PAIR = f"""
@@ -44,7 +54,8 @@ architectures.PAIRS["bert", "bert"] = architectures.Pair()
 import train
 from architectures import extract_student, load_teacher
 teacher, first, *flags = sys.argv[1:]
-utils.save_weights(first, extract_student(load_teacher("bert", teacher), "bert", [0, 3], vocab_transform=True))
+teacher = load_teacher("bert", teacher)
+utils.save_weights(first, extract_student(teacher, "bert", [0, 3], vocab_transform=True))
 utils.run_program(lambda: train.main(flags))
 """
 
@@ -53,9 +64,18 @@ def test_a_pair_is_one_row_of_one_table(world, teachers, tmp_path):
     config = transformers.BertConfig.from_pretrained(teachers["bert"])
     config.num_hidden_layers = 2
     config.to_json_file(tmp_path / "student.json", use_diff=False)
-    changes = {"student_type": "bert", "student_config": tmp_path / "student.json", "n_gpu": 0, "max_steps": 2}
-    flags = world.flags("bert", tmp_path / "run", student_pretrained_weights=tmp_path / "first.pth", **changes)
-    done = run_process(sys.executable, "-c", TOY_PAIR, teachers["bert"], tmp_path / "first.pth", *flags)
+    changes = {
+        "student_type": "bert",
+        "student_config": tmp_path / "student.json",
+        "n_gpu": 0,
+        "max_steps": 2,
+    }
+    flags = world.flags(
+        "bert", tmp_path / "run", student_pretrained_weights=tmp_path / "first.pth", **changes
+    )
+    done = run_process(
+        sys.executable, "-c", TOY_PAIR, teachers["bert"], tmp_path / "first.pth", *flags
+    )
     assert done.returncode == 0, done.stderr
     student = transformers.BertForMaskedLM.from_pretrained(tmp_path / "run")
     assert student.config.num_hidden_layers == 2

@@ -1,4 +1,6 @@
-"""Token files: both formats hold the same; the store's layout, byte by byte; damage is named; nothing is executed."""
+"""Token files: both formats hold the same; the store's layout, byte by byte; damage is named;
+nothing is executed.
+"""
 
 import json
 import math
@@ -17,8 +19,12 @@ from token_files import open_token_file, write_token_counts, writing_tokens
 from utils import InputError
 
 FORMATS = ("pickle", "store")
-TOKENIZER = {"name": "t", "vocab_size": 100, "vocabulary_sha256": "a" * 64,
-             "special_ids": {"start": 1, "end": 2, "pad": 0, "unknown": 3}}  # fmt: skip
+TOKENIZER = {
+    "name": "t",
+    "vocab_size": 100,
+    "vocabulary_sha256": "a" * 64,
+    "special_ids": {"start": 1, "end": 2, "pad": 0, "unknown": 3},
+}
 
 
 def random_sequences(num: int, seed: int = 0, largest: int = 99) -> list[list[int]]:
@@ -26,12 +32,16 @@ def random_sequences(num: int, seed: int = 0, largest: int = 99) -> list[list[in
     return [[1, *rng.choices(range(4, largest + 1), k=rng.randint(1, 60)), 2] for _ in range(num)]
 
 
-def write_tokens(path, file_format: str, sequences, dtype=np.uint16, card=None, pieces: int = 3) -> str:
+def write_tokens(
+    path, file_format: str, sequences, dtype=np.uint16, card=None, pieces: int = 3
+) -> str:
     """Write sequences in several appends; return what --data_file takes."""
     with writing_tokens(str(path), file_format, np.dtype(dtype)) as (writer, written_card):
         for k in range(0, len(sequences), max(len(sequences) // pieces, 1)):
             part = sequences[k : k + max(len(sequences) // pieces, 1)]
-            writer.append(np.concatenate([np.asarray(s) for s in part]), np.array([len(s) for s in part]))
+            writer.append(
+                np.concatenate([np.asarray(s) for s in part]), np.array([len(s) for s in part])
+            )
         written_card |= card or {}
     return str(path)
 
@@ -67,7 +77,9 @@ def test_arrays_are_taken_out_of_a_pickle_without_being_made(protocol, tmp_path)
     else:
         path.write_bytes(pickle.dumps(as_uint16(sequences), protocol=protocol))
     ids_M, lengths_N = token_files._read_sequences(str(path))
-    assert ids_M.dtype == np.uint16 and ids_M.tolist() == [i for sequence in sequences for i in sequence]
+    assert ids_M.dtype == np.uint16 and ids_M.tolist() == [
+        i for sequence in sequences for i in sequence
+    ]
     assert lengths_N.tolist() == list(map(len, sequences))
 
 
@@ -79,11 +91,16 @@ def test_pickles_that_are_no_plain_list_of_arrays_are_read_the_long_way(tmp_path
         path = write_pickle(tmp_path / "data", content)
         assert token_files._read_sequences(path) is None or content is readable[0]
     for content in readable:
-        assert sequences_of(open_token_file(write_pickle(tmp_path / "data", content))) == [[1, 5, 2]] * 2
+        assert (
+            sequences_of(open_token_file(write_pickle(tmp_path / "data", content)))
+            == [[1, 5, 2]] * 2
+        )
 
 
 def test_the_stores_bytes_follow_the_published_layout(tmp_path):
-    """Megatron-LM's indexed dataset, version 1: header, lengths, byte offsets, document index; field by field."""
+    """Megatron-LM's indexed dataset, version 1: header, lengths, byte offsets, document index;
+    field by field.
+    """
     sequences = random_sequences(7)
     write_tokens(tmp_path / "data", "store", sequences)
     index = (tmp_path / "data.idx").read_bytes()
@@ -108,15 +125,25 @@ def test_a_store_of_another_program_is_read_without_a_card(tmp_path, caplog):
     path = write_tokens(tmp_path / "data", "store", random_sequences(5))
     (tmp_path / "data.json").unlink()
     index = (tmp_path / "data.idx").read_bytes()
-    (tmp_path / "data.idx").write_bytes(index + b"\0" * 5)  # the modes that Megatron-LM writes for several modalities
+    (tmp_path / "data.idx").write_bytes(
+        index + b"\0" * 5
+    )  # the modes that Megatron-LM writes for several modalities
     assert sequences_of(open_token_file(path)) == random_sequences(5)
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-@pytest.mark.parametrize("case", load_golden("parity.json")["dataset"], ids=lambda c: f"{c['max_model_input_size']}-{c['mlm']}")
+@pytest.mark.parametrize(
+    "case",
+    load_golden("parity.json")["dataset"],
+    ids=lambda c: f"{c['max_model_input_size']}-{c['mlm']}",
+)
 def test_sequences_from_either_format_equal_the_2019_code(case, file_format, tmp_path):
     ids = case["special_ids"]
-    roles = ("cls_token", "sep_token", "pad_token") if case["mlm"] else ("bos_token", "eos_token", "unk_token")
+    roles = (
+        ("cls_token", "sep_token", "pad_token")
+        if case["mlm"]
+        else ("bos_token", "eos_token", "unk_token")
+    )
     special = SpecialIds(*(ids[role] for role in roles), ids["unk_token"])
     path = write_tokens(tmp_path / "data", file_format, case["input"])
     dataset = LmSeqsDataset(open_token_file(path), special, case["max_model_input_size"])
@@ -129,36 +156,53 @@ def card_for(sequences, many_unknown="list") -> dict:
     flat = [i for sequence in sequences for i in sequence]
     listed = [k for k, s in enumerate(sequences) if s.count(3) >= token_files.MANY_UNKNOWN]
     inside = flat.count(1) + flat.count(2) - 2 * len(sequences)
-    return {"tokenizer": TOKENIZER, "counts": {"largest_id": max(flat), "boundary_ids_inside": inside},
-            "many_unknown": listed if many_unknown == "list" else None}  # fmt: skip
+    return {
+        "tokenizer": TOKENIZER,
+        "counts": {"largest_id": max(flat), "boundary_ids_inside": inside},
+        "many_unknown": listed if many_unknown == "list" else None,
+    }
 
 
 @pytest.mark.parametrize("many_unknown", ["list", "too many to list"])
 @pytest.mark.parametrize("inner_boundaries", [False, True])
 @pytest.mark.parametrize("max_length", [12, 20, 64])
-def test_a_card_spares_a_look_but_changes_nothing(many_unknown, inner_boundaries, max_length, tmp_path):
+def test_a_card_spares_a_look_but_changes_nothing(
+    many_unknown, inner_boundaries, max_length, tmp_path
+):
     rng = random.Random(max_length)
     kinds = [3, *range(4, 40)] + [1, 2] * inner_boundaries
     weights = [30, *[1] * 36] + [2, 2] * inner_boundaries
     sequences = [[1, *rng.choices(kinds, weights, k=rng.randint(1, 90)), 2] for _ in range(400)]
     special = SpecialIds(1, 2, 0, 3)
     datasets = [
-        LmSeqsDataset(open_token_file(write_tokens(tmp_path / name, "store", sequences, card=card)), special, max_length)
+        LmSeqsDataset(
+            open_token_file(write_tokens(tmp_path / name, "store", sequences, card=card)),
+            special,
+            max_length,
+        )
         for name, card in (("with", card_for(sequences, many_unknown)), ("without", None))
     ]
-    assert 0 < len(datasets[0]) < sum(-(-len(s) // (max_length - 2)) for s in sequences), "some are left out"
+    assert 0 < len(datasets[0]) < sum(-(-len(s) // (max_length - 2)) for s in sequences), (
+        "some are left out"
+    )
     for name in ("starts", "lengths", "adds_start", "adds_end"):
         assert np.array_equal(*(getattr(dataset, name) for dataset in datasets)), name
 
 
 def test_a_list_of_sequences_with_many_unknown_ids_is_enough():
-    """The shortest piece that stays has MIN_LENGTH + 1 ids; half of them unknown make MANY_UNKNOWN."""
-    assert math.ceil((token_files.MIN_LENGTH + 1) * token_files.MAX_UNKNOWN_SHARE) == token_files.MANY_UNKNOWN == 6
+    """The shortest piece that stays has MIN_LENGTH + 1 ids; half of them unknown make
+    MANY_UNKNOWN.
+    """
+    assert (
+        math.ceil((token_files.MIN_LENGTH + 1) * token_files.MAX_UNKNOWN_SHARE)
+        == token_files.MANY_UNKNOWN
+        == 6
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Damage
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def read_everything(path: str) -> None:
@@ -170,7 +214,9 @@ def read_everything(path: str) -> None:
 def written(tmp_path, file_format: str, num: int = 3000) -> tuple[str, list]:
     sequences = random_sequences(num)
     path = write_tokens(tmp_path / "data", file_format, sequences, card=card_for(sequences))
-    names = ["data", "data.json"] if file_format == "pickle" else ["data.bin", "data.idx", "data.json"]
+    names = (
+        ["data", "data.json"] if file_format == "pickle" else ["data.bin", "data.idx", "data.json"]
+    )
     return path, [tmp_path / name for name in names]
 
 
@@ -183,7 +229,9 @@ def test_no_flipped_bit_is_trained_on_in_silence(file_format, tmp_path):
         whole = file.read_bytes()
         for _ in range(40):
             place = rng.randrange(len(whole))
-            file.write_bytes(whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :])
+            file.write_bytes(
+                whole[:place] + bytes([whole[place] ^ 1 << rng.randrange(8)]) + whole[place + 1 :]
+            )
             with pytest.raises(InputError, match="data"):
                 read_everything(path)
         file.write_bytes(whole)
@@ -210,7 +258,9 @@ def test_a_damaged_block_is_named_with_its_place(tmp_path):
     whole = bytearray(data.read_bytes())
     whole[2**16 + 5] ^= 1
     data.write_bytes(whole)
-    with pytest.raises(InputError, match=r"data\.bin: bytes 65536 to 131071 differ from their checksum"):
+    with pytest.raises(
+        InputError, match=r"data\.bin: bytes 65536 to 131071 differ from their checksum"
+    ):
         read_everything(path)
 
 
@@ -230,12 +280,30 @@ def test_files_of_two_stores_do_not_go_together(tmp_path):
 
 BAD_STORES = {
     "another magic": (lambda index: b"TNTIDX\0\0\0" + index[9:], "is no index of a store"),
-    "another version": (lambda index: index[:9] + struct.pack("<Q", 2) + index[17:], "is of version 2, expected 1"),
-    "floats": (lambda index: index[:17] + b"\x07" + index[18:], "its dtype code 7 is none of integers"),
-    "another width": (lambda index: index[:17] + b"\x04" + index[18:], "does not follow from those before it"),
-    "no sequences": (lambda index: index[:18] + struct.pack("<QQ", 0, 1) + index[-8:], "0 sequences take"),
-    "an empty sequence": (lambda index: index[:34] + struct.pack("<i", 0) + index[38:], "sequence 0 has length 0"),
-    "huge counts": (lambda index: index[:18] + struct.pack("<QQ", 2**62, 1) + index[34:], "cut off or damaged"),
+    "another version": (
+        lambda index: index[:9] + struct.pack("<Q", 2) + index[17:],
+        "is of version 2, expected 1",
+    ),
+    "floats": (
+        lambda index: index[:17] + b"\x07" + index[18:],
+        "its dtype code 7 is none of integers",
+    ),
+    "another width": (
+        lambda index: index[:17] + b"\x04" + index[18:],
+        "does not follow from those before it",
+    ),
+    "no sequences": (
+        lambda index: index[:18] + struct.pack("<QQ", 0, 1) + index[-8:],
+        "0 sequences take",
+    ),
+    "an empty sequence": (
+        lambda index: index[:34] + struct.pack("<i", 0) + index[38:],
+        "sequence 0 has length 0",
+    ),
+    "huge counts": (
+        lambda index: index[:18] + struct.pack("<QQ", 2**62, 1) + index[34:],
+        "cut off or damaged",
+    ),
 }
 
 
@@ -286,7 +354,10 @@ def test_checksums_that_are_none_are_named(tmp_path):
         (b"{", "is no card of a token file"),
         (b"[]", "is no card of a token file"),
         (b'{"format": "x"}', "has format 'x'"),
-        (b'{"format": "distil-tokens", "version": 2}', "is of version 2, this program reads version 1"),
+        (
+            b'{"format": "distil-tokens", "version": 2}',
+            "is of version 2, this program reads version 1",
+        ),
         (b'{"format": "distil-tokens", "version": 1}', "its checksum is wrong"),
     ],
 )
@@ -301,7 +372,10 @@ def test_a_file_of_another_vocabulary_is_refused_with_both_names(tmp_path):
     sequences = random_sequences(50)
     path = write_tokens(tmp_path / "data", "store", sequences, card=card_for(sequences))
     with pytest.raises(
-        InputError, match=r"made with the tokenizer t \(100 entries.*the vocabulary of the teacher X is another"
+        InputError,
+        match=(
+            r"made with the tokenizer t \(100 entries.*the vocabulary of the teacher X is another"
+        ),
     ):
         LmSeqsDataset.from_file(path, SpecialIds(1, 2, 0, 3), 64, 100, "the teacher X", "b" * 64)
     write_token_counts(tmp_path / "counts", np.ones(100, np.int64), {"tokenizer": TOKENIZER})
@@ -314,7 +388,9 @@ def test_damaged_counts_are_named(tmp_path):
     path = tmp_path / "counts"
     write_token_counts(path, np.arange(100), {})
     whole = path.read_bytes()
-    path.write_bytes(whole.replace(bytes([75, 41]), bytes([75, 40])))  # 41 becomes 40: a pickle as good as before
+    path.write_bytes(
+        whole.replace(bytes([75, 41]), bytes([75, 40]))
+    )  # 41 becomes 40: a pickle as good as before
     with pytest.raises(InputError, match="counts: differs from the checksum"):
         read_token_counts(path, 100, "X")
 
@@ -332,7 +408,10 @@ def test_a_failed_write_leaves_the_old_files(tmp_path):
     for file_format in FORMATS:
         path = write_tokens(tmp_path / file_format, file_format, random_sequences(5))
         before = {file.name: file.read_bytes() for file in tmp_path.iterdir()}
-        with pytest.raises(OSError, match="disk"), writing_tokens(path, file_format, np.dtype(np.uint16)) as (writer, _):
+        with (
+            pytest.raises(OSError, match="disk"),
+            writing_tokens(path, file_format, np.dtype(np.uint16)) as (writer, _),
+        ):
             writer.append(np.arange(5), np.array([5]))
             raise OSError("the disk went away")
         assert {file.name: file.read_bytes() for file in tmp_path.iterdir()} == before

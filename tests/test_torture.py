@@ -1,6 +1,8 @@
-"""The reliability trials of scripts/torture.py, a few of each: the full counts are in benchmarks/RELIABILITY.md.
+"""The reliability trials of scripts/torture.py, a few of each: the full counts are in
+benchmarks/RELIABILITY.md.
 
-By a program of its own: what it forks must not come from a process in which torch's threads have run.
+By a program of its own: what it forks must not come from a process in which torch's threads have
+run.
 """
 
 import json
@@ -17,8 +19,16 @@ import torture
 def outcomes(tmp_path_factory) -> dict[str, dict]:
     """Every row's smoke trials, by one run of the program."""
     folder = tmp_path_factory.mktemp("torture")
-    command = [sys.executable, ROOT / "scripts" / "torture.py", "--smoke", "--state", folder / "state.json"]
-    done = run_process(*command, "--scratch", folder / "scratch", "--output", folder / "table.md", timeout_s=1500)
+    command = [
+        sys.executable,
+        ROOT / "scripts" / "torture.py",
+        "--smoke",
+        "--state",
+        folder / "state.json",
+    ]
+    done = run_process(
+        *command, "--scratch", folder / "scratch", "--output", folder / "table.md", timeout_s=1500
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert (folder / "table.md").read_text(encoding="utf-8").count("| T") >= 15
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
@@ -27,4 +37,6 @@ def outcomes(tmp_path_factory) -> dict[str, dict]:
 @pytest.mark.parametrize("row", [row for row in torture.PLAN if row.smoke], ids=lambda row: row.id)
 def test_faults_do_no_harm(row, outcomes):
     outcome = outcomes[row.id]
-    assert outcome["calls"] == row.smoke and outcome["trials"] >= row.smoke and not outcome["failures"]
+    assert (
+        outcome["calls"] == row.smoke and outcome["trials"] >= row.smoke and not outcome["failures"]
+    )

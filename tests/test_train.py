@@ -1,4 +1,6 @@
-"""train.py: flags and defaults, bad input, the run folder, the schedule, and that all pairs learn."""
+"""train.py: flags and defaults, bad input, the run folder, the schedule, and that all pairs
+learn.
+"""
 
 import dataclasses
 import json
@@ -22,33 +24,96 @@ from losses import LOSSES
 from utils import git_facts
 
 KINDS = ("bert", "roberta", "gpt2")
-NEEDED = ["--dump_path", "new", "--data_file", __file__, "--student_type", "gpt2", "--student_config", __file__,
-          "--teacher_type", "gpt2", "--teacher_name", "t"]  # fmt: skip
+NEEDED = [
+    "--dump_path",
+    "new",
+    "--data_file",
+    __file__,
+    "--student_type",
+    "gpt2",
+    "--student_config",
+    __file__,
+    "--teacher_type",
+    "gpt2",
+    "--teacher_name",
+    "t",
+]
 
 DEFAULTS = {
-    "force": False, "student": None, "trust_remote_code": False, "student_pretrained_weights": None, "temperature": 2.0,
-    "alpha_ce": 0.5, "alpha_mlm": 0.0, "alpha_clm": 0.5, "alpha_mse": 0.0, "alpha_cos": 0.0, "mlm": False,
-    "mlm_mask_prop": 0.15, "fp16": False, "fp16_opt_level": "O1", "local_rank": -1, "log_interval": 500,
-    "word_mask": 0.8, "word_keep": 0.1, "word_rand": 0.1, "mlm_smoothing": 0.7, "token_counts": None,
-    "restrict_ce_to_mask": False, "freeze_pos_embs": False, "freeze_token_type_embds": False, "n_epoch": 3,
-    "batch_size": 5, "group_by_size": True, "gradient_accumulation_steps": 50, "warmup_prop": 0.05, "weight_decay": 0.0,
-    "learning_rate": 5e-4, "adam_epsilon": 1e-6, "max_grad_norm": 5.0, "initializer_range": None, "n_gpu": 1,
-    "seed": 56, "checkpoint_interval": 4000, "eval_data_file": None, "eval_interval": None, "max_steps": None,
-    "max_length": None, "max_tokens": None, "loss_normalization": "micro_batches", "bf16": False,
-    "activation_checkpointing": False, "compile": False, "resume": None, "keep_checkpoints": 3,
+    "force": False,
+    "student": None,
+    "trust_remote_code": False,
+    "student_pretrained_weights": None,
+    "temperature": 2.0,
+    "alpha_ce": 0.5,
+    "alpha_mlm": 0.0,
+    "alpha_clm": 0.5,
+    "alpha_mse": 0.0,
+    "alpha_cos": 0.0,
+    "mlm": False,
+    "mlm_mask_prop": 0.15,
+    "fp16": False,
+    "fp16_opt_level": "O1",
+    "local_rank": -1,
+    "log_interval": 500,
+    "word_mask": 0.8,
+    "word_keep": 0.1,
+    "word_rand": 0.1,
+    "mlm_smoothing": 0.7,
+    "token_counts": None,
+    "restrict_ce_to_mask": False,
+    "freeze_pos_embs": False,
+    "freeze_token_type_embds": False,
+    "n_epoch": 3,
+    "batch_size": 5,
+    "group_by_size": True,
+    "gradient_accumulation_steps": 50,
+    "warmup_prop": 0.05,
+    "weight_decay": 0.0,
+    "learning_rate": 5e-4,
+    "adam_epsilon": 1e-6,
+    "max_grad_norm": 5.0,
+    "initializer_range": None,
+    "n_gpu": 1,
+    "seed": 56,
+    "checkpoint_interval": 4000,
+    "eval_data_file": None,
+    "eval_interval": None,
+    "max_steps": None,
+    "max_length": None,
+    "max_tokens": None,
+    "loss_normalization": "micro_batches",
+    "bf16": False,
+    "activation_checkpointing": False,
+    "compile": False,
+    "resume": None,
+    "keep_checkpoints": 3,
     "distributed_timeout_s": 600,
-}  # fmt: skip
+}
 
 
 def test_flags_and_defaults_are_those_of_2019():
     flags = train.as_flags(train.parse_config(NEEDED))
-    required = {"dump_path", "data_file", "student_type", "student_config", "teacher_type", "teacher_name"}
+    required = {
+        "dump_path",
+        "data_file",
+        "student_type",
+        "student_config",
+        "teacher_type",
+        "teacher_name",
+    }
     assert {name: value for name, value in flags.items() if name not in required} == DEFAULTS
 
 
 def test_every_loss_has_its_flag():
-    arguments = [word for name in LOSSES for word in (f"--alpha_{name}", "0.0" if name in ("mlm",) else "0.25")]
-    assert train.parse_config(NEEDED + arguments).alphas == {name: 0.0 if name == "mlm" else 0.25 for name in LOSSES}
+    arguments = [
+        word
+        for name in LOSSES
+        for word in (f"--alpha_{name}", "0.0" if name in ("mlm",) else "0.25")
+    ]
+    assert train.parse_config(NEEDED + arguments).alphas == {
+        name: 0.0 if name == "mlm" else 0.25 for name in LOSSES
+    }
 
 
 def test_grouping_is_switched_by_either_flag():
@@ -69,34 +134,54 @@ def test_help_names_every_option_once(capsys):
         assert field.name == "alphas" or len(re.findall(rf"\n  --{field.name}\b", text)) == 1
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Bad input: one line a problem, status 2, nothing touched
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 BAD_FLAGS = {
     "mlm without weight": ({"alpha_mlm": 0.0, "alpha_clm": 0.5}, ["--mlm with --alpha_mlm 0.0"]),
-    "weight without mlm": ({"mlm": None}, ["--alpha_mlm 2.0 without --mlm", "--student_type distilbert without --mlm",
-                                           "--teacher_type bert without --mlm"]),
+    "weight without mlm": (
+        {"mlm": None},
+        [
+            "--alpha_mlm 2.0 without --mlm",
+            "--student_type distilbert without --mlm",
+            "--teacher_type bert without --mlm",
+        ],
+    ),
     "max length": ({"max_length": 11}, ["--max_length 11: expected more than 11"]),
     "both language models": ({"alpha_clm": 0.5}, ["--alpha_mlm 2.0 and --alpha_clm 0.5"]),
     "no counts": ({"token_counts": None}, ["--mlm without --token_counts"]),
     "missing counts": ({"token_counts": "nowhere"}, ["--token_counts nowhere: no such file"]),
     "missing data": ({"data_file": "nowhere"}, ["--data_file nowhere: no such file"]),
     "a folder": ({"student_config": "."}, ["--student_config .: is a folder"]),
-    "pair": ({"student_type": "roberta"}, ["--teacher_type bert with --student_type roberta: no such pair"]),
+    "pair": (
+        {"student_type": "roberta"},
+        ["--teacher_type bert with --student_type roberta: no such pair"],
+    ),
     "share": ({"word_mask": 0.7}, ["--word_mask + --word_keep + --word_rand: their sum is 0.9"]),
     "proportion": ({"mlm_mask_prop": 1.5}, ["--mlm_mask_prop 1.5: expected 0 to 1"]),
     "temperature": ({"temperature": 0}, ["--temperature 0.0: expected above 0"]),
     "nan": ({"alpha_ce": "nan"}, ["--alpha_ce nan", "their sum is not above 0"]),
     "negative": ({"alpha_cos": -1.0}, ["--alpha_cos -1.0: expected a finite number, 0 or more"]),
-    "accumulation": ({"gradient_accumulation_steps": 0}, ["--gradient_accumulation_steps 0: expected at least 1"]),
-    "token types": ({"freeze_token_type_embds": True}, ["--freeze_token_type_embds with --student_type distilbert"]),
-    "unknown flag": ({"alpha_cee": 1.0}, ["unknown argument --alpha_cee; did you mean --alpha_ce?"]),
+    "accumulation": (
+        {"gradient_accumulation_steps": 0},
+        ["--gradient_accumulation_steps 0: expected at least 1"],
+    ),
+    "token types": (
+        {"freeze_token_type_embds": True},
+        ["--freeze_token_type_embds with --student_type distilbert"],
+    ),
+    "unknown flag": (
+        {"alpha_cee": 1.0},
+        ["unknown argument --alpha_cee; did you mean --alpha_ce?"],
+    ),
     "no number": ({"batch_size": "many"}, ["argument --batch_size: invalid int value: 'many'"]),
     "no choice": ({"teacher_type": "t5"}, ["argument --teacher_type: invalid choice: 't5'"]),
-    "all at once": ({"alpha_clm": 0.5, "temperature": -1, "n_epoch": 0, "data_file": "nowhere"},
-                    ["--temperature", "--n_epoch", "--alpha_mlm 2.0 and", "--data_file"]),
-}  # fmt: skip
+    "all at once": (
+        {"alpha_clm": 0.5, "temperature": -1, "n_epoch": 0, "data_file": "nowhere"},
+        ["--temperature", "--n_epoch", "--alpha_mlm 2.0 and", "--data_file"],
+    ),
+}
 
 
 @pytest.mark.parametrize("name", BAD_FLAGS)
@@ -121,7 +206,9 @@ def bad_vocabulary(world, tmp):
 
 
 def bad_width(world, tmp):
-    return {"student_config": edit_json(world.config("bert"), tmp / "c.json", dim=40)}, "width is 40, the teacher's is 32"
+    return {
+        "student_config": edit_json(world.config("bert"), tmp / "c.json", dim=40)
+    }, "width is 40, the teacher's is 32"
 
 
 def bad_positions(world, tmp):
@@ -130,26 +217,36 @@ def bad_positions(world, tmp):
 
 
 def bad_heads(world, tmp):
-    return {"student_config": edit_json(world.config("bert"), tmp / "c.json", n_heads=5)}, "--student_config"
+    return {
+        "student_config": edit_json(world.config("bert"), tmp / "c.json", n_heads=5)
+    }, "--student_config"
 
 
 def bad_activation(world, tmp):
-    return {"student_config": edit_json(world.config("bert"), tmp / "c.json", activation="foo")}, "c.json: no model can be made"
+    return {
+        "student_config": edit_json(world.config("bert"), tmp / "c.json", activation="foo")
+    }, "c.json: no model can be made"
 
 
 def bad_layers(world, tmp):
-    return {"student_config": edit_json(world.config("bert"), tmp / "c.json", n_layers=0)}, "c.json: has 0 layers"
+    return {
+        "student_config": edit_json(world.config("bert"), tmp / "c.json", n_layers=0)
+    }, "c.json: has 0 layers"
 
 
 def bad_forward(world, tmp):
-    return {"student_config": edit_json(world.config("bert"), tmp / "c.json", n_heads=-4)}, "c.json: the model fails on"
+    return {
+        "student_config": edit_json(world.config("bert"), tmp / "c.json", n_heads=-4)
+    }, "c.json: the model fails on"
 
 
 def bad_tied_weights(world, tmp):
     state = torch.load(world.first_weights("bert"), weights_only=True)
     state["vocab_projector.weight"] = state["vocab_projector.weight"] + 1
     torch.save(state, tmp / "first.pth")
-    return {"student_pretrained_weights": str(tmp / "first.pth")}, "first.pth: has another value for"
+    return {
+        "student_pretrained_weights": str(tmp / "first.pth")
+    }, "first.pth: has another value for"
 
 
 def bad_teacher_layers(world, tmp):
@@ -165,7 +262,9 @@ def bad_tokenizer_files(world, tmp):
 
 
 def bad_config_type(world, tmp):
-    return {"student_config": edit_json(world.config("bert"), tmp / "c.json", model_type="gpt2")}, "is for a gpt2 model"
+    return {
+        "student_config": edit_json(world.config("bert"), tmp / "c.json", model_type="gpt2")
+    }, "is for a gpt2 model"
 
 
 def bad_config_text(world, tmp):
@@ -179,7 +278,9 @@ def bad_token_id(world, tmp):
 
 
 def bad_boundaries(world, tmp):
-    return {"data_file": write_pickle(tmp / "data.pickle", as_uint16([range(5, 25)]))}, "data.pickle: sequence 0 begins with"
+    return {
+        "data_file": write_pickle(tmp / "data.pickle", as_uint16([range(5, 25)]))
+    }, "data.pickle: sequence 0 begins with"
 
 
 def bad_tokenizer_type(world, tmp):
@@ -187,15 +288,21 @@ def bad_tokenizer_type(world, tmp):
 
 
 def bad_filtered(world, tmp):
-    return {"data_file": write_pickle(tmp / "d.pickle", as_uint16([[2, 7, 3]] * 9))}, "none of its 9 sequences is left"
+    return {
+        "data_file": write_pickle(tmp / "d.pickle", as_uint16([[2, 7, 3]] * 9))
+    }, "none of its 9 sequences is left"
 
 
 def bad_counts_length(world, tmp):
-    return {"token_counts": write_pickle(tmp / "counts.pickle", [1, 2, 3])}, "counts.pickle: has 3 entries, the vocabulary of"
+    return {
+        "token_counts": write_pickle(tmp / "counts.pickle", [1, 2, 3])
+    }, "counts.pickle: has 3 entries, the vocabulary of"
 
 
 def bad_counts_content(world, tmp):
-    return {"token_counts": write_pickle(tmp / "counts.pickle", {"a": 1})}, "expected a list of counts"
+    return {
+        "token_counts": write_pickle(tmp / "counts.pickle", {"a": 1})
+    }, "expected a list of counts"
 
 
 def bad_empty_data(world, tmp):
@@ -217,7 +324,9 @@ def bad_teacher(world, tmp):
 
 
 def bad_first_weights(world, tmp):
-    return {"student_pretrained_weights": world.first_weights("gpt2")}, "has unexpected transformer."
+    return {
+        "student_pretrained_weights": world.first_weights("gpt2")
+    }, "has unexpected transformer."
 
 
 BAD_FILES = [value for name, value in globals().copy().items() if name.startswith("bad_")]
@@ -231,20 +340,31 @@ def test_bad_files_are_named_in_one_line(make, world, tmp_path, status_and_error
     changes, expected = make(world, tmp_path)
     status, errors = status_and_errors(train.main, world.flags("bert", old, force=True, **changes))
     assert status == 2 and any(expected in line for line in errors), errors
-    assert [path.name for path in old.iterdir()] == ["parameters.json"], "the old run must stay where it was"
+    assert [path.name for path in old.iterdir()] == ["parameters.json"], (
+        "the old run must stay where it was"
+    )
     assert not list(tmp_path.glob("run.old*"))
 
 
-def test_a_roberta_student_must_count_positions_as_its_teacher_does(world, tmp_path, status_and_errors):
+def test_a_roberta_student_must_count_positions_as_its_teacher_does(
+    world, tmp_path, status_and_errors
+):
     config = edit_json(world.config("roberta"), tmp_path / "c.json", pad_token_id=0)
-    status, errors = status_and_errors(train.main, world.flags("roberta", tmp_path / "run", student_config=config))
+    status, errors = status_and_errors(
+        train.main, world.flags("roberta", tmp_path / "run", student_config=config)
+    )
     assert status == 2 and "c.json: padding id is 0, the teacher's is 1" in errors[0]
 
 
 def test_an_existing_run_folder_is_refused_without_force(world, tmp_path, status_and_errors):
     (tmp_path / "run").mkdir()
     status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run"))
-    assert status == 2 and len(errors) == 1 and "exists already" in errors[0] and "--force" in errors[0]
+    assert (
+        status == 2
+        and len(errors) == 1
+        and "exists already" in errors[0]
+        and "--force" in errors[0]
+    )
 
 
 @pytest.mark.parametrize("where", ["foreign", "data", "cwd", "file", "link", "below a file"])
@@ -267,7 +387,9 @@ def test_force_never_harms_what_is_no_run(where, world, tmp_path, status_and_err
     elif where == "link":
         (tmp_path / "link").symlink_to(target)
         dump_path = f"{tmp_path / 'link'}/"
-    status, errors = status_and_errors(train.main, world.flags("bert", dump_path, force=True, **changes))
+    status, errors = status_and_errors(
+        train.main, world.flags("bert", dump_path, force=True, **changes)
+    )
     assert status == 2 and len(errors) == 1 and "--dump_path" in errors[0]
     assert (target / "thesis.txt").read_text() == "years of work"
 
@@ -277,12 +399,16 @@ def test_force_moves_an_old_run_aside(world, tmp_path):
     (tmp_path / "run" / "mark").touch()
     train.main(world.flags("bert", tmp_path / "run", max_steps=1, force=True))
     aside = list(tmp_path.glob("run.old-*"))
-    assert len(aside) == 1 and (aside[0] / "mark").exists() and not (tmp_path / "run" / "mark").exists()
+    assert (
+        len(aside) == 1
+        and (aside[0] / "mark").exists()
+        and not (tmp_path / "run" / "mark").exists()
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
@@ -302,7 +428,7 @@ def runs(world, tmp_path_factory) -> dict[str, Path]:
                 checkpoint_interval=50,
                 alpha_mse=0.01,
                 freeze_pos_embs=True,
-            )  # fmt: skip
+            )
         )
     return folders
 
@@ -316,10 +442,25 @@ def scalars(folder: Path) -> dict[str, list]:
 @pytest.mark.parametrize("kind", KINDS)
 def test_the_run_folder_holds_what_2019s_held(kind, runs):
     names = {path.name for path in runs[kind].iterdir()}
-    assert {"parameters.json", "git_log.json", "config.json", "log", "checkpoint.pth", "pytorch_model.bin", "model.safetensors",
-            "model_epoch_0.pth", "model_epoch_1.pth", "model_epoch_2.pth", "tokenizer.json"} <= names  # fmt: skip
+    assert {
+        "parameters.json",
+        "git_log.json",
+        "config.json",
+        "log",
+        "checkpoint.pth",
+        "pytorch_model.bin",
+        "model.safetensors",
+        "model_epoch_0.pth",
+        "model_epoch_1.pth",
+        "model_epoch_2.pth",
+        "tokenizer.json",
+    } <= names
     assert not [name for name in names if name.startswith(".") or name.endswith(".tmp")]
-    assert set(json.loads((runs[kind] / "git_log.json").read_text())) == {"repo_id", "repo_sha", "repo_branch"}
+    assert set(json.loads((runs[kind] / "git_log.json").read_text())) == {
+        "repo_id",
+        "repo_sha",
+        "repo_branch",
+    }
     parameters = json.loads((runs[kind] / "parameters.json").read_text())
     assert parameters["alpha_mse"] == 0.01 and parameters["freeze_pos_embs"] is True
     config = json.loads((runs[kind] / "config.json").read_text())
@@ -328,7 +469,9 @@ def test_the_run_folder_holds_what_2019s_held(kind, runs):
 
 
 def load_auto(kind: str, folder: Path):
-    auto = transformers.AutoModelForCausalLM if kind == "gpt2" else transformers.AutoModelForMaskedLM
+    auto = (
+        transformers.AutoModelForCausalLM if kind == "gpt2" else transformers.AutoModelForMaskedLM
+    )
     model, report = auto.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     return model.eval()
@@ -341,7 +484,11 @@ def test_the_folder_loads_with_equal_logits_and_tokenizer(kind, runs, world, lin
     state = torch.load(runs[kind] / "pytorch_model.bin", weights_only=True)
     plain.load_state_dict(state, strict=True)
     assert not any(name.startswith("module.") for name in state)
-    assert {"bert": "vocab_projector.weight", "roberta": "lm_head.decoder.weight", "gpt2": "lm_head.weight"}[kind] in state
+    assert {
+        "bert": "vocab_projector.weight",
+        "roberta": "lm_head.decoder.weight",
+        "gpt2": "lm_head.weight",
+    }[kind] in state
     tokenizer = transformers.AutoTokenizer.from_pretrained(runs[kind])
     ids = tokenizer(lines[0], return_tensors="pt")["input_ids"][:, :40]
     assert torch.equal(from_folder(ids).logits, plain(ids).logits)
@@ -363,8 +510,17 @@ def test_distillation_brings_every_pair_closer_to_its_teacher(kind, runs):
 def test_tensorboard_has_the_tags_of_2019(kind, runs, world):
     found = scalars(runs[kind])
     own = {"ce", "mse", "cos", "clm" if kind == "gpt2" else "mlm"}
-    expected = {"losses/cum_avg_loss_epoch", "losses/loss", *(f"losses/loss_{name}" for name in own), "learning_rate/lr",
-                "global/memory_usage", "global/speed", "global/tokens_per_s", "global/mfu", "epoch/loss"}  # fmt: skip
+    expected = {
+        "losses/cum_avg_loss_epoch",
+        "losses/loss",
+        *(f"losses/loss_{name}" for name in own),
+        "learning_rate/lr",
+        "global/memory_usage",
+        "global/speed",
+        "global/tokens_per_s",
+        "global/mfu",
+        "epoch/loss",
+    }
     student = load_auto(kind, runs[kind])
     names = {name for name, _ in student.named_parameters()}
     frozen = {name for name in names if "position_embeddings" in name or "wpe" in name}
@@ -373,15 +529,23 @@ def test_tensorboard_has_the_tags_of_2019(kind, runs, world):
     assert set(found) == expected and len(frozen) == 1
     log = EventAccumulator(str(runs[kind] / "log" / "train"))
     log.Reload()
-    assert set(log.Tags()["tensors"]) == {"config/training/text_summary", "config/student/text_summary"}
+    assert set(log.Tags()["tensors"]) == {
+        "config/training/text_summary",
+        "config/student/text_summary",
+    }
     assert [event.step for event in found["epoch/loss"]] == [0, 1, 2]
     steps = [event.step for event in found["losses/loss"]]
-    assert steps[:3] == [20, 40, 60] and all(math.isfinite(e.value) for events in found.values() for e in events)
+    assert steps[:3] == [20, 40, 60] and all(
+        math.isfinite(e.value) for events in found.values() for e in events
+    )
     assert 100 < found["global/memory_usage"][0].value < 1e7
 
 
 def test_frozen_positions_stay_and_the_rest_moves(runs, world):
-    for kind, name in (("bert", "distilbert.embeddings.position_embeddings.weight"), ("gpt2", "transformer.wpe.weight")):
+    for kind, name in (
+        ("bert", "distilbert.embeddings.position_embeddings.weight"),
+        ("gpt2", "transformer.wpe.weight"),
+    ):
         before = torch.load(world.first_weights(kind), weights_only=True)
         after = torch.load(runs[kind] / "pytorch_model.bin", weights_only=True)
         assert torch.equal(before[name], after[name])
@@ -406,21 +570,43 @@ def test_a_run_is_repeated_bit_for_bit(world, tmp_path):
 
 @pytest.mark.parametrize("epochs, accumulation", [(1, 7), (3, 7), (2, 1000)])
 def test_updates_schedule_and_epochs(epochs, accumulation, world, tmp_path, caplog):
-    train.main(world.flags("bert", tmp_path / "run", n_epoch=epochs, gradient_accumulation_steps=accumulation,
-                           log_interval=1, warmup_prop=0.3))  # fmt: skip
+    train.main(
+        world.flags(
+            "bert",
+            tmp_path / "run",
+            n_epoch=epochs,
+            gradient_accumulation_steps=accumulation,
+            log_interval=1,
+            warmup_prop=0.3,
+        )
+    )
     found = scalars(tmp_path / "run")
     batches = 48  # 240 sequences, 5 a batch
     steps = [event.step for event in found["learning_rate/lr"]]
     assert steps == [*range(accumulation, batches * epochs, accumulation), batches * epochs]
     num = batches * epochs // accumulation + 1
     warmup = math.ceil(0.3 * num)
-    expected = [k / warmup if k < warmup else max(num - k, 0) / max(num - warmup, 1) for k in range(1, len(steps) + 1)]
-    assert [e.value for e in found["learning_rate/lr"]] == pytest.approx([5e-4 * x for x in expected], rel=1e-5)
-    assert {path.name for path in (tmp_path / "run").glob("model_epoch*")} == {f"model_epoch_{e}.pth" for e in range(epochs)}
+    expected = [
+        k / warmup if k < warmup else max(num - k, 0) / max(num - warmup, 1)
+        for k in range(1, len(steps) + 1)
+    ]
+    assert [e.value for e in found["learning_rate/lr"]] == pytest.approx(
+        [5e-4 * x for x in expected], rel=1e-5
+    )
+    assert {path.name for path in (tmp_path / "run").glob("model_epoch*")} == {
+        f"model_epoch_{e}.pth" for e in range(epochs)
+    }
 
 
 def test_the_first_update_runs_at_rate_zero(world, tmp_path):
-    train.main(world.flags("bert", tmp_path / "run", max_steps=1, student_pretrained_weights=world.first_weights("bert")))
+    train.main(
+        world.flags(
+            "bert",
+            tmp_path / "run",
+            max_steps=1,
+            student_pretrained_weights=world.first_weights("bert"),
+        )
+    )
     before = torch.load(world.first_weights("bert"), weights_only=True)
     after = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -430,7 +616,9 @@ def test_logged_losses_are_means_since_the_last_log(world, tmp_path):
     train.main(world.flags("bert", tmp_path / "often", max_steps=6, log_interval=2))
     train.main(world.flags("bert", tmp_path / "rarely", max_steps=6, log_interval=6))
     for tag in ("losses/loss", "losses/loss_ce", "losses/loss_mlm"):
-        often, rarely = ([e.value for e in scalars(tmp_path / name)[tag]] for name in ("often", "rarely"))
+        often, rarely = (
+            [e.value for e in scalars(tmp_path / name)[tag]] for name in ("often", "rarely")
+        )
         assert rarely == pytest.approx([sum(often[:3]) / 3, sum(often[3:]) / 3], rel=1e-5)
     epoch = [e.value for e in scalars(tmp_path / "often")["losses/cum_avg_loss_epoch"]]
     losses = [e.value for e in scalars(tmp_path / "often")["losses/loss"]]
@@ -438,7 +626,9 @@ def test_logged_losses_are_means_since_the_last_log(world, tmp_path):
 
 
 def test_few_updates_are_warned_about(world, tmp_path):
-    done = run_process(os.sys.executable, ROOT / "train.py", *world.flags("bert", tmp_path / "run", max_steps=2))
+    done = run_process(
+        os.sys.executable, ROOT / "train.py", *world.flags("bert", tmp_path / "run", max_steps=2)
+    )
     assert done.returncode == 0 and "Only 2 update(s)" in done.stderr
 
 
@@ -467,11 +657,19 @@ def test_a_nan_stops_the_run_with_a_message(where, world, tmp_path, monkeypatch,
     assert end.value.code == train.EXIT_NON_FINITE != 0
     message = capfd.readouterr().err
     assert ("loss_ce became nan" if where == "teacher" else "gradient norm became") in message
-    assert "update 0: " in message and "micro-batch 0" in message and "on rank 0, sequences " in message
+    assert (
+        "update 0: " in message
+        and "micro-batch 0" in message
+        and "on rank 0, sequences " in message
+    )
     if where == "gradient":
         assert re.search("loss_(ce|mlm)'s gradient for vocab_projector.bias", message)
     batches = safetensors.torch.load_file(tmp_path / "run" / "nonfinite-step-0.safetensors")
-    assert set(batches) == {f"{g}/{name}" for g in (0, 1) for name in ("input_ids", "labels", "sequences", "attention_mask")}
+    assert set(batches) == {
+        f"{g}/{name}"
+        for g in (0, 1)
+        for name in ("input_ids", "labels", "sequences", "attention_mask")
+    }
     assert not (tmp_path / "run" / "pytorch_model.bin").exists()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000000"]
 
@@ -482,13 +680,17 @@ def test_a_teacher_that_gives_nan_is_refused_before_training(world, tmp_path, st
     model = transformers.BertForMaskedLM.from_pretrained(teacher)
     model.bert.embeddings.LayerNorm.weight.data.fill_(3e38)
     model.save_pretrained(teacher)
-    status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run", teacher_name=str(teacher)))
+    status, errors = status_and_errors(
+        train.main, world.flags("bert", tmp_path / "run", teacher_name=str(teacher))
+    )
     assert status == 2 and "gives NaN or infinite values before any training" in errors[0]
     assert not (tmp_path / "run").exists()
 
 
 def test_settings_of_another_run_do_not_reach_the_student(world, tmp_path):
-    config = edit_json(world.config("bert"), tmp_path / "c.json", output_hidden_states=True, output_attentions=True)
+    config = edit_json(
+        world.config("bert"), tmp_path / "c.json", output_hidden_states=True, output_attentions=True
+    )
     train.main(world.flags("bert", tmp_path / "run", max_steps=1, student_config=config))
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert not saved.get("output_hidden_states") and not saved.get("output_attentions")
@@ -497,7 +699,9 @@ def test_settings_of_another_run_do_not_reach_the_student(world, tmp_path):
 def test_initializer_range_overrides_the_configuration(world, tmp_path):
     train.main(world.flags("bert", tmp_path / "run", max_steps=1, initializer_range=0.5))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["initializer_range"] == 0.5
-    weights = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)["vocab_transform.weight"]
+    weights = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)[
+        "vocab_transform.weight"
+    ]
     assert weights.std().item() == pytest.approx(0.5, rel=0.1)  # 1024 draws: standard error 2 %
 
 
@@ -510,7 +714,10 @@ def test_max_length_cuts_sequences(world, tmp_path):
 def test_max_steps_of_the_runs_own_length_changes_nothing(world, tmp_path):
     train.main(world.flags("bert", tmp_path / "epochs", n_epoch=1, gradient_accumulation_steps=8))
     train.main(world.flags("bert", tmp_path / "steps", max_steps=6, gradient_accumulation_steps=8))
-    one, two = (torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True) for name in ("epochs", "steps"))
+    one, two = (
+        torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True)
+        for name in ("epochs", "steps")
+    )
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -530,36 +737,72 @@ def test_a_cased_bare_vocabulary_stays_cased_through_a_run(world, tmp_path, text
     vocabulary = json.loads((teacher / "tokenizer.json").read_text())["model"]["vocab"]
     for path in teacher.iterdir():
         path.unlink()
-    (teacher / "vocab.txt").write_text("\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf-8")
+    (teacher / "vocab.txt").write_text(
+        "\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf-8"
+    )
     make_model("bert", len(vocabulary)).save_pretrained(teacher)
-    binarized_data.main(["--file_path", str(text_file), "--tokenizer_name", str(teacher), "--dump_file", str(tmp_path / "d")])
+    binarized_data.main(
+        [
+            "--file_path",
+            str(text_file),
+            "--tokenizer_name",
+            str(teacher),
+            "--dump_file",
+            str(tmp_path / "d"),
+        ]
+    )
     counts = write_pickle(tmp_path / "counts.pickle", [1] * len(vocabulary))
     config = edit_json(world.config("bert"), tmp_path / "c.json", vocab_size=len(vocabulary))
-    train.main(world.flags("bert", tmp_path / "run", max_steps=1, teacher_name=str(teacher), student_config=config,
-                           data_file=str(tmp_path / "d.cased.pickle"), token_counts=counts))  # fmt: skip
+    train.main(
+        world.flags(
+            "bert",
+            tmp_path / "run",
+            max_steps=1,
+            teacher_name=str(teacher),
+            student_config=config,
+            data_file=str(tmp_path / "d.cased.pickle"),
+            token_counts=counts,
+        )
+    )
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
     assert tokenizer.encode("Da") != tokenizer.encode("da")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The token store
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @pytest.fixture(scope="module")
 def store(world, text_file, tmp_path_factory) -> str:
     """The data of the BERT pair as a store, and the prefix that names it."""
     folder = tmp_path_factory.mktemp("store")
-    binarized_data.main(["--file_path", str(text_file), "--tokenizer_name", str(world.teachers["bert"]), "--dump_file",
-                         str(folder / "data"), "--format", "store"])  # fmt: skip
+    binarized_data.main(
+        [
+            "--file_path",
+            str(text_file),
+            "--tokenizer_name",
+            str(world.teachers["bert"]),
+            "--dump_file",
+            str(folder / "data"),
+            "--format",
+            "store",
+        ]
+    )
     return str(folder / "data.tiny-bert")
 
 
 def test_a_run_from_the_store_is_the_run_from_the_pickle(world, store, tmp_path):
-    for name, data_file in (("pickle", world.data("bert")), ("store", store), ("named_by_bin", f"{store}.bin")):
+    for name, data_file in (
+        ("pickle", world.data("bert")),
+        ("store", store),
+        ("named_by_bin", f"{store}.bin"),
+    ):
         train.main(world.flags("bert", tmp_path / name, data_file=data_file, max_steps=4))
     names = ("pickle", "store", "named_by_bin")
-    states = [torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True) for name in names]
+    states = [
+        torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True) for name in names
+    ]
     assert all(torch.equal(states[0][key], state[key]) for state in states for key in states[0])
 
 
@@ -580,7 +823,9 @@ def test_damage_found_while_training_stops_the_run(world, store, tmp_path, statu
         if suffix == ".bin":
             content[3000] ^= 1
         Path(f"{damaged}{suffix}").write_bytes(content)
-    status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run", data_file=damaged))
+    status, errors = status_and_errors(
+        train.main, world.flags("bert", tmp_path / "run", data_file=damaged)
+    )
     assert status == 2 and len(errors) == 1 and "data.tiny-bert.bin: bytes 0 to" in errors[0]
 
 
@@ -595,12 +840,19 @@ def test_data_of_another_vocabulary_is_refused_by_name(world, store, tmp_path, s
     (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
     flags = world.flags("bert", tmp_path / "run", teacher_name=teacher, data_file=store)
     status, errors = status_and_errors(train.main, flags)
-    assert status == 2 and "was made with the tokenizer" in errors[0] and "other-bert is another" in errors[0]
+    assert (
+        status == 2
+        and "was made with the tokenizer" in errors[0]
+        and "other-bert is another" in errors[0]
+    )
 
 
 BAD_STORE_FLAGS = {
     "budget": ({"max_tokens": 20}, "--max_tokens 20: the longest sequence has"),
-    "budget without groups": ({"max_tokens": 300, "no-group_by_size": True}, "--max_tokens with --no-group_by_size"),
+    "budget without groups": (
+        {"max_tokens": 300, "no-group_by_size": True},
+        "--max_tokens with --no-group_by_size",
+    ),
     "no budget": ({"max_tokens": 0}, "--max_tokens 0: expected at least 1"),
     "no store": ({"data_file": "/nowhere/data"}, "--data_file /nowhere/data: no such file"),
     "half a store": ({"data_file": "{tmp}/half"}, "half.bin: no such file"),
@@ -611,15 +863,18 @@ BAD_STORE_FLAGS = {
 def test_bad_data_flags_are_one_line(name, world, store, tmp_path, status_and_errors):
     shutil.copy(f"{store}.idx", tmp_path / "half.idx")
     changes, expected = BAD_STORE_FLAGS[name]
-    changes = {key: value.format(tmp=tmp_path) if isinstance(value, str) else value for key, value in changes.items()}
+    changes = {
+        key: value.format(tmp=tmp_path) if isinstance(value, str) else value
+        for key, value in changes.items()
+    }
     status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run", **changes))
     assert status == 2 and len(errors) == 1 and expected in errors[0], errors
     assert not (tmp_path / "run").exists()
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Precision, normalization, memory
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def losses_of(folder: Path) -> list[float]:
@@ -641,37 +896,72 @@ def test_bfloat16_follows_the_loss_curve_of_float32(world, tmp_path):
     assert max(abs(x - y) / x for x, y in zip(exact, rounded, strict=True)) < 0.03
 
 
-@pytest.mark.parametrize("flags", [{"activation_checkpointing": True}, {"loss_normalization": "tokens"}])
+@pytest.mark.parametrize(
+    "flags", [{"activation_checkpointing": True}, {"loss_normalization": "tokens"}]
+)
 @pytest.mark.parametrize("kind", KINDS)
 def test_other_ways_through_the_step_train(flags, kind, world, tmp_path):
     train.main(world.flags(kind, tmp_path / "run", max_steps=2, **flags))
-    assert all(torch.isfinite(tensor).all() for tensor in torch.load(tmp_path / "run" / "pytorch_model.bin").values())
+    assert all(
+        torch.isfinite(tensor).all()
+        for tensor in torch.load(tmp_path / "run" / "pytorch_model.bin").values()
+    )
 
 
 def test_by_tokens_how_an_update_is_cut_up_changes_nothing_but_the_masks(world, tmp_path):
-    """A causal model has no masks, and these students no dropout: 8 sequences at a time or 2, the weights are the same."""
-    config = json.loads(Path(world.config("gpt2")).read_text()) | {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    """A causal model has no masks, and these students no dropout: 8 sequences at a time or 2, the
+    weights are the same.
+    """
+    config = json.loads(Path(world.config("gpt2")).read_text()) | {
+        "resid_pdrop": 0.0,
+        "embd_pdrop": 0.0,
+        "attn_pdrop": 0.0,
+    }
     (tmp_path / "student.json").write_text(json.dumps(config))
     # Without groups the first 4 updates hold the same sequences, however they are cut up.
-    flags = {"student_config": tmp_path / "student.json", "no-group_by_size": True, "max_steps": 4,
-             "loss_normalization": "tokens", "warmup_prop": 0.0}  # fmt: skip
+    flags = {
+        "student_config": tmp_path / "student.json",
+        "no-group_by_size": True,
+        "max_steps": 4,
+        "loss_normalization": "tokens",
+        "warmup_prop": 0.0,
+    }
     for name, size, accumulation in (("whole", 8, 1), ("parts", 2, 4)):
-        train.main(world.flags("gpt2", tmp_path / name, batch_size=size, gradient_accumulation_steps=accumulation, **flags))
-    whole, parts = (torch.load(tmp_path / name / "pytorch_model.bin") for name in ("whole", "parts"))
+        train.main(
+            world.flags(
+                "gpt2",
+                tmp_path / name,
+                batch_size=size,
+                gradient_accumulation_steps=accumulation,
+                **flags,
+            )
+        )
+    whole, parts = (
+        torch.load(tmp_path / name / "pytorch_model.bin") for name in ("whole", "parts")
+    )
     for name in whole:
-        torch.testing.assert_close(whole[name], parts[name], rtol=0, atol=2e-5)  # AdamW enlarges rounding: lr 5e-4 an update
+        torch.testing.assert_close(
+            whole[name], parts[name], rtol=0, atol=2e-5
+        )  # AdamW enlarges rounding: lr 5e-4 an update
 
 
 def test_two_precisions_at_once_are_refused(world, tmp_path, status_and_errors):
-    status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run", bf16=True, fp16=True))
+    status, errors = status_and_errors(
+        train.main, world.flags("bert", tmp_path / "run", bf16=True, fp16=True)
+    )
     assert status == 2 and errors == ["--bf16 and --fp16: two precisions; leave one of them out"]
 
 
-def test_out_of_memory_names_the_micro_batch_and_the_flags(world, tmp_path, status_and_errors, monkeypatch):
+def test_out_of_memory_names_the_micro_batch_and_the_flags(
+    world, tmp_path, status_and_errors, monkeypatch
+):
     def fail(*_arguments, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
     monkeypatch.setattr(train.Distiller, "begin_step", fail)
     status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run"))
     assert status == 2 and len(errors) == 1
-    assert re.match(r"out of memory in a micro-batch of 5 x \d+ = \d+ padded tokens; lower --max_tokens", errors[0])
+    assert re.match(
+        r"out of memory in a micro-batch of 5 x \d+ = \d+ padded tokens; lower --max_tokens",
+        errors[0],
+    )

@@ -1,6 +1,8 @@
-"""Trials of files: damaged ones (T5), which must not be read in silence, and mutated ones (T20), which must not crash.
+"""Trials of files: damaged ones (T5), which must not be read in silence, and mutated ones (T20),
+which must not crash.
 
-Also what these and the trials of torture_programs.py and torture_malicious.py share: programs in forked processes.
+Also what these and the trials of torture_programs.py and torture_malicious.py share: programs in
+forked processes.
 """
 
 import contextlib
@@ -45,14 +47,16 @@ from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
 from token_files import open_token_file, write_card
 from utils import InputError, json_digest, keyed_seed, logger, one_line
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Programs in processes of their own
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a child ended. status: as its parent gets it, negative for a signal, None where it hung; text: what it printed."""
+    """How a child ended. status: as its parent gets it, negative for a signal, None where it hung;
+    text: what it printed.
+    """
 
     status: int | None
     text: str
@@ -60,7 +64,9 @@ class Ended:
     @property
     def errors(self) -> list[str]:
         """List what the program itself said was wrong."""
-        return [line.split(": error: ", 1)[1] for line in self.text.splitlines() if ": error: " in line]
+        return [
+            line.split(": error: ", 1)[1] for line in self.text.splitlines() if ": error: " in line
+        ]
 
     @property
     def is_clean(self) -> bool:
@@ -72,7 +78,9 @@ class Ended:
 
 
 def start_child(action: Callable[[], None], log: Path) -> int:
-    """Call a program's main in a forked process, its output in `log`, a user who says yes to everything at its keyboard."""
+    """Call a program's main in a forked process, its output in `log`, a user who says yes to
+    everything at its keyboard.
+    """
 
     def prepare() -> None:
         keyboard = log.with_name("keyboard")
@@ -99,11 +107,33 @@ def quietly(main: Callable, *arguments: object) -> None:
     logger.handlers.clear()
 
 
-def binarize(world: World, kind: str, text: Path, prefix: Path, file_format: str, tokenizer: Path | None = None, *more) -> Path:
+def binarize(
+    world: World,
+    kind: str,
+    text: Path,
+    prefix: Path,
+    file_format: str,
+    tokenizer: Path | None = None,
+    *more,
+) -> Path:
     """Make a token file; return what --data_file takes."""
     tokenizer = tokenizer or world.teachers[kind]
-    quietly(binarized_data.main, "--file_path", text, "--tokenizer_type", kind, "--tokenizer_name", tokenizer,
-            "--dump_file", prefix, "--format", file_format, "--num_workers", 1, *more)  # fmt: skip
+    quietly(
+        binarized_data.main,
+        "--file_path",
+        text,
+        "--tokenizer_type",
+        kind,
+        "--tokenizer_name",
+        tokenizer,
+        "--dump_file",
+        prefix,
+        "--format",
+        file_format,
+        "--num_workers",
+        1,
+        *more,
+    )
     path = prefix.with_name(f"{prefix.name}.{tokenizer.name}")
     return path if file_format == "store" else path.with_name(f"{path.name}.pickle")
 
@@ -114,9 +144,9 @@ def write_text(path: Path, num_lines: int, seed: int) -> Path:
     return path
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Reading all of a file as training does
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -133,23 +163,34 @@ class Reader:
         """Make a reader with the world's teacher of a kind."""
         tokenizer = load_tokenizer(kind, str(world.teachers[kind]), "")
         size = max(tokenizer.get_vocab().values()) + 1
-        return cls(kind, SpecialIds(**special_ids(kind, tokenizer)), size, vocabulary_fingerprint(tokenizer))
+        return cls(
+            kind,
+            SpecialIds(**special_ids(kind, tokenizer)),
+            size,
+            vocabulary_fingerprint(tokenizer),
+        )
 
     def tokens(self, path: Path) -> str:
         """Read every sequence of a token file."""
-        dataset = LmSeqsDataset.from_file(path, self.special, 64, self.vocab_size, "the teacher", self.vocabulary)
+        dataset = LmSeqsDataset.from_file(
+            path, self.special, 64, self.vocab_size, "the teacher", self.vocabulary
+        )
         token_ids_BT, lengths_B = dataset.collate(np.arange(len(dataset)))
         return digest(token_ids_BT.numpy().tobytes() + lengths_B.numpy().tobytes())
 
     def counts(self, path: Path) -> str:
         """Read token counts."""
-        return digest(read_token_counts(path, self.vocab_size, "the teacher", self.vocabulary).tobytes())
+        return digest(
+            read_token_counts(path, self.vocab_size, "the teacher", self.vocabulary).tobytes()
+        )
 
 
 def read_checkpoint(path: Path) -> str:
     """Read everything that a checkpoint holds."""
     found = checkpointing.read(path)
-    contents = [checkpointing.content_digest(found.tensors(name)) for name in ("student", "optimizer")]
+    contents = [
+        checkpointing.content_digest(found.tensors(name)) for name in ("student", "optimizer")
+    ]
     return digest(json.dumps([found.step, found.state, *contents], sort_keys=True).encode())
 
 
@@ -159,16 +200,24 @@ def digest(content: bytes) -> str:
 
 
 def write_checkpoint(folder: Path, student: Mapping[str, torch.Tensor], step: int = 2) -> Path:
-    """Write a checkpoint of a size that is fast to read: some of a student's weights, with moments."""
+    """Write a checkpoint of a size that is fast to read: some of a student's weights, with
+    moments.
+    """
     names = sorted(student)[:8]
-    moments = {f"{name}/{kind}": torch.rand_like(student[name].float()) for name in names for kind in ("exp_avg", "exp_avg_sq")}
+    moments = {
+        f"{name}/{kind}": torch.rand_like(student[name].float())
+        for name in names
+        for kind in ("exp_avg", "exp_avg_sq")
+    }
     tensors = {"student": {name: student[name] for name in names}, "optimizer": moments}
-    return checkpointing.write(folder, step, tensors, {"flags": {"seed": 1}, "position": 3.5, "names": names}, keep=3)
+    return checkpointing.write(
+        folder, step, tensors, {"flags": {"seed": 1}, "position": 3.5, "names": names}, keep=3
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T5: damage
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def flip(content: bytes, other: bytes, rng) -> bytes:
@@ -201,7 +250,9 @@ def swap_blocks(content: bytes, other: bytes, rng) -> bytes:
     first, second = sorted(rng.sample(range(len(content) // size), 2))
     blocks = [content[k * size : (k + 1) * size] for k in (first, second)]
     between = content[(first + 1) * size : second * size]
-    return content[: first * size] + blocks[1] + between + blocks[0] + content[(second + 1) * size :]
+    return (
+        content[: first * size] + blocks[1] + between + blocks[0] + content[(second + 1) * size :]
+    )
 
 
 DAMAGES: dict[str, Callable[[bytes, bytes, Any], bytes]] = {
@@ -219,7 +270,9 @@ DAMAGES: dict[str, Callable[[bytes, bytes, Any], bytes]] = {
 
 @dataclasses.dataclass
 class Subject:
-    """Files that are read together. others: those of another run, under the same names; read: digests their content."""
+    """Files that are read together. others: those of another run, under the same names; read:
+    digests their content.
+    """
 
     files: list[Path]
     others: list[Path]
@@ -227,7 +280,9 @@ class Subject:
 
 
 def make_subjects(bench) -> Iterator[Subject]:
-    """Make a token file in both formats, counts and a checkpoint, each with its like of another run."""
+    """Make a token file in both formats, counts and a checkpoint, each with its like of another
+    run.
+    """
     mine, other = bench.folder / "mine", bench.folder / "other"
     kind = bench.rng.choice(["bert", "roberta"])
     reader = Reader.of(bench.world, kind)
@@ -235,15 +290,23 @@ def make_subjects(bench) -> Iterator[Subject]:
         folder.mkdir()
         text = write_text(folder / "text.txt", 150, 1000 * bench.number + seed)
         counts = folder / "counts.pickle"
-        pickled = binarize(bench.world, kind, text, folder / "data", "pickle", None, "--token_counts_dump", counts)
+        pickled = binarize(
+            bench.world, kind, text, folder / "data", "pickle", None, "--token_counts_dump", counts
+        )
         store = binarize(bench.world, kind, text, folder / "data", "store")
         weights = {f"layer.{k}": torch.randn(40, 32) for k in range(8)}
         checkpoint = write_checkpoint(folder / "checkpoints", weights)
     readings = {
         functools.partial(reader.tokens, mine / pickled.name): [pickled, f"{pickled}.json"],
-        functools.partial(reader.tokens, mine / store.name): [f"{store}.bin", f"{store}.idx", f"{store}.json"],
+        functools.partial(reader.tokens, mine / store.name): [
+            f"{store}.bin",
+            f"{store}.idx",
+            f"{store}.json",
+        ],
         functools.partial(reader.counts, mine / counts.name): [counts, f"{counts}.json"],
-        functools.partial(read_checkpoint, mine / checkpoint.relative_to(other)): sorted(checkpoint.iterdir()),
+        functools.partial(read_checkpoint, mine / checkpoint.relative_to(other)): sorted(
+            checkpoint.iterdir()
+        ),
     }
     for read, paths in readings.items():
         others = [Path(path) for path in paths]
@@ -251,7 +314,9 @@ def make_subjects(bench) -> Iterator[Subject]:
 
 
 def damaged(bench) -> None:
-    """T5: damage a file; what is read of it must be an error that names it, or what was there before."""
+    """T5: damage a file; what is read of it must be an error that names it, or what was there
+    before.
+    """
     for subject in make_subjects(bench):
         expected = subject.read()
         for file, other in zip(subject.files, subject.others, strict=True):
@@ -283,12 +348,16 @@ def put(path: Path, content: bytes) -> None:
 
 
 def judge(bench, subject: Subject, file: Path, kind: str, expected: str) -> None:
-    """Read a damaged subject, and record whether the damage was silent, or told without the file's name."""
+    """Read a damaged subject, and record whether the damage was silent, or told without the file's
+    name.
+    """
     try:
         found = subject.read()
     except InputError as error:
         # Of two files that do not fit, neither is known to be the wrong one.
-        names = [path.name for path in subject.files] if kind == "another run's file" else [file.name]
+        names = (
+            [path.name for path in subject.files] if kind == "another run's file" else [file.name]
+        )
         if not any(name in str(error) for name in names):
             bench.fail(f"{file.name}, {kind}: the message does not name it: {error}")
         return
@@ -299,16 +368,34 @@ def judge(bench, subject: Subject, file: Path, kind: str, expected: str) -> None
         bench.note("harmless: read as before (white space of JSON)")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T20: mutation
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 NUM_MUTANTS = 500  # a call
 SLOW_S, HUNG_S = 1.0, 10.0
 MAX_BYTES = 2**30
 OUT_OF_MEMORY = re.compile("MemoryError|allocate|not enough memory|out of memory", re.IGNORECASE)
 FIELDS = [b"\0", b"\xff", b"\x7f", b"\x80", b"\1"]
-ODD_VALUES = [0, -1, 1, 2**31, 2**63, 10**30, 1e308, "", "x", None, True, [], {}, [[]], {"a": []}, "0" * 300, float("nan")]
+ODD_VALUES = [
+    0,
+    -1,
+    1,
+    2**31,
+    2**63,
+    10**30,
+    1e308,
+    "",
+    "x",
+    None,
+    True,
+    [],
+    {},
+    [[]],
+    {"a": []},
+    "0" * 300,
+    float("nan"),
+]
 
 
 def edit_bytes(content: bytearray, rng) -> None:
@@ -391,7 +478,9 @@ def mutate_json(content: bytes, rng) -> bytes:
 
 @dataclasses.dataclass
 class Target:
-    """A file to be mutated. read: what opens it; mutate, settle: how it is changed, and what puts its checksums right."""
+    """A file to be mutated. read: what opens it; mutate, settle: how it is changed, and what puts
+    its checksums right.
+    """
 
     name: str
     path: Path
@@ -419,32 +508,46 @@ def pickle_targets(folder: Path, store: Path, reader: Reader) -> Iterator[Target
     sequences = np.split(np.array(tokens.ids_M), np.cumsum(tokens.lengths_N)[:-1])
     counts = np.bincount(tokens.ids_M, minlength=reader.vocab_size)
     for protocol in (2, 4, 5):
-        for content, read in ((sequences, reader.tokens), (counts.tolist(), reader.counts), (counts, reader.counts)):
+        for content, read in (
+            (sequences, reader.tokens),
+            (counts.tolist(), reader.counts),
+            (counts, reader.counts),
+        ):
             path = folder / f"{read.__name__}.{type(content).__name__}.{protocol}.pickle"
             path.write_bytes(pickle.dumps(content, protocol))
             yield Target(path.name, path, functools.partial(read, path))
 
 
 def store_targets(folder: Path, store: Path, reader: Reader) -> Iterator[Target]:
-    """Copy a store: without a card, with one, and with one whose own checksum is right whatever it says."""
+    """Copy a store: without a card, with one, and with one whose own checksum is right whatever it
+    says.
+    """
     for name, suffix, change, settle in (
-        ("bare", "bin", mutate, None), ("bare", "idx", mutate, None), ("carded", "idx", mutate, None),
-        ("carded", "bin", mutate, None), ("carded", "json", mutate, None), ("settled", "json", mutate_json, settle_card),
-    ):  # fmt: skip
+        ("bare", "bin", mutate, None),
+        ("bare", "idx", mutate, None),
+        ("carded", "idx", mutate, None),
+        ("carded", "bin", mutate, None),
+        ("carded", "json", mutate, None),
+        ("settled", "json", mutate_json, settle_card),
+    ):
         place = folder / f"{name}-{suffix}"
         place.mkdir()
         for part in ("bin", "idx") if name == "bare" else ("bin", "idx", "json"):
             shutil.copy(f"{store}.{part}", place / f"data.{part}")
         path = place / f"data.{suffix}"
         read = functools.partial(reader.tokens, place / "data")
-        yield Target(f"{name} {suffix}", path, read, change, settle and functools.partial(settle, path))
+        yield Target(
+            f"{name} {suffix}", path, read, change, settle and functools.partial(settle, path)
+        )
 
 
 def settle_card(path: Path) -> None:
     """Give a card the checksum of what it says now."""
     card = json.loads(path.read_bytes())
     card.pop("card_sha256", None)
-    write_card(path, {key: value for key, value in card.items() if key not in ("format", "version")})
+    write_card(
+        path, {key: value for key, value in card.items() if key not in ("format", "version")}
+    )
 
 
 def weight_targets(folder: Path, world: World) -> Iterator[Target]:
@@ -458,11 +561,15 @@ def weight_targets(folder: Path, world: World) -> Iterator[Target]:
     safetensors.torch.save_file(plain, folder / "first.safetensors")
     for name in ("first.pth", "first.old.pth", "first.safetensors"):
         path = folder / name
-        yield Target(name, path, functools.partial(load_student_weights, student, "distilbert", str(path)))
+        yield Target(
+            name, path, functools.partial(load_student_weights, student, "distilbert", str(path))
+        )
     for change in (mutate, mutate_json):
         path = folder / f"config.{change.__name__}.json"
         shutil.copy(world.config("bert"), path)
-        yield Target(path.name, path, functools.partial(read_student_config, "distilbert", str(path)), change)
+        yield Target(
+            path.name, path, functools.partial(read_student_config, "distilbert", str(path)), change
+        )
 
 
 def checkpoint_targets(folder: Path, world: World) -> Iterator[Target]:
@@ -476,7 +583,13 @@ def checkpoint_targets(folder: Path, world: World) -> Iterator[Target]:
             is_json = name.endswith(".json") and settle
             read = functools.partial(read_checkpoint, place)
             change = mutate_json if is_json else mutate
-            yield Target(f"{name} {bool(settle)}", place / name, read, change, settle and functools.partial(settle, place))
+            yield Target(
+                f"{name} {bool(settle)}",
+                place / name,
+                read,
+                change,
+                settle and functools.partial(settle, place),
+            )
 
 
 def settle_manifest(folder: Path) -> None:
@@ -487,12 +600,17 @@ def settle_manifest(folder: Path) -> None:
     files = manifest.get("files")
     for name, row in files.items() if isinstance(files, dict) else ():
         if isinstance(row, dict) and (folder / name).is_file():
-            row |= {"bytes": (folder / name).stat().st_size, "sha256": digest((folder / name).read_bytes())}
+            row |= {
+                "bytes": (folder / name).stat().st_size,
+                "sha256": digest((folder / name).read_bytes()),
+            }
     path.write_text(json.dumps({**manifest, "manifest_sha256": json_digest(manifest)}))
 
 
 def mutated(bench) -> None:
-    """T20: open mutated files in a child, which may refuse them, but neither crash, hang, nor fill the memory."""
+    """T20: open mutated files in a child, which may refuse them, but neither crash, hang, nor fill
+    the memory.
+    """
     logger.disabled = True
     targets, seed = make_targets(bench), bench.rng.getrandbits(32)
     for target in targets:
@@ -502,16 +620,23 @@ def mutated(bench) -> None:
     while first < NUM_MUTANTS:
         progress[:] = PROGRESS.pack(first, time.monotonic())
         log = bench.folder / f"log-{first}"
-        status = watch(start_child(functools.partial(read_mutants, targets, seed, first, progress), log), progress)
+        status = watch(
+            start_child(functools.partial(read_mutants, targets, seed, first, progress), log),
+            progress,
+        )
         for line in log.read_text(errors="replace").splitlines():
             if line.startswith("FAILED "):
                 bench.fail(line.removeprefix("FAILED "))
         if status == 0:
             break
         number = PROGRESS.unpack(progress)[0]
-        name, how = targets[number % len(targets)].name, "hung" if status is None else f"ended with status {status}"
+        name, how = (
+            targets[number % len(targets)].name,
+            "hung" if status is None else f"ended with status {status}",
+        )
         bench.fail(
-            f"mutant {number} of {name}: the process {how} ({one_line(ValueError(log.read_text(errors='replace')[-200:]))})"
+            f"mutant {number} of {name}: the process {how}"
+            f" ({one_line(ValueError(log.read_text(errors='replace')[-200:]))})"
         )
         first = number + 1
     bench.count(NUM_MUTANTS)
@@ -557,7 +682,8 @@ def problem_of(target: Target, content: bytes, rng) -> str | None:
     problem = problem_of_reading(target.read)
     if problem != ASKS_FOR_TOO_MUCH:
         return problem
-    # Python asks for room for as many bytes as a file says will come: that is nothing as long as none come.
+    # Python asks for room for as many bytes as a file says will come: that is nothing as long as
+    # none come.
     with more_address_space():
         problem = problem_of_reading(target.read)
     return None if problem == ASKS_FOR_TOO_MUCH else problem
@@ -576,7 +702,9 @@ def more_address_space() -> Iterator[None]:
 
 
 def problem_of_reading(read: Callable[[], Any]) -> str | None:
-    """Open a file: an InputError within a second is right, and so is none; anything else is said."""
+    """Open a file: an InputError within a second is right, and so is none; anything else is
+    said.
+    """
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     problem = None
     try:
@@ -585,7 +713,10 @@ def problem_of_reading(read: Callable[[], Any]) -> str | None:
         problem = ASKS_FOR_TOO_MUCH if OUT_OF_MEMORY.search(str(error)) else None
     except BaseException as error:
         where = traceback.extract_tb(error.__traceback__)[-1]
-        return f"{type(error).__name__}: {one_line(error)} ({Path(where.filename).name}:{where.lineno})"
+        return (
+            f"{type(error).__name__}: {one_line(error)}"
+            f" ({Path(where.filename).name}:{where.lineno})"
+        )
     elapsed_s = time.monotonic() - started
     grown = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) * 1024
     if grown > MAX_BYTES or elapsed_s > SLOW_S:

@@ -1,7 +1,9 @@
-"""Trials of what users give: data of any size, targets of --force, corpora, arguments and environments.
+"""Trials of what users give: data of any size, targets of --force, corpora, arguments and
+environments.
 
-Called by scripts/torture.py (T14, T21, T22, T24). What could do harm runs in a forked process whose every attempt to
-make, change or remove a file outside the trial's own folder ends it and is reported.
+Called by scripts/torture.py (T14, T21, T22, T24). What could do harm runs in a forked process whose
+every attempt to make, change or remove a file outside the trial's own folder ends it and is
+reported.
 """
 
 import contextlib
@@ -49,16 +51,25 @@ LIMIT_S = 10  # a program that takes longer has hung
 MAX_FAILURES = 5  # of one call; more say no more
 
 
-def generate(bench, num: int, strategy: st.SearchStrategy, check: Callable, *, shrinks: bool = False) -> None:
-    """Call check(value) for `num` values. Failed assertions are recorded; with `shrinks` the first ends it, made small."""
+def generate(
+    bench, num: int, strategy: st.SearchStrategy, check: Callable, *, shrinks: bool = False
+) -> None:
+    """Call check(value) for `num` values. Failed assertions are recorded; with `shrinks` the first
+    ends it, made small.
+    """
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(bench.folder / "hypothesis")
     phases = [hypothesis.Phase.generate, *[hypothesis.Phase.shrink] * shrinks]
 
     @hypothesis.seed(bench.rng.getrandbits(64))
     @hypothesis.settings(
-        max_examples=num, database=None, deadline=None, derandomize=False, phases=phases, report_multiple_bugs=False,
+        max_examples=num,
+        database=None,
+        deadline=None,
+        derandomize=False,
+        phases=phases,
+        report_multiple_bugs=False,
         suppress_health_check=list(hypothesis.HealthCheck),
-    )  # fmt: skip
+    )
     @hypothesis.given(strategy)
     def example(value):
         bench.count(1)
@@ -76,20 +87,42 @@ def generate(bench, num: int, strategy: st.SearchStrategy, check: Callable, *, s
         bench.fail(f"{error} -- {one_line(' '.join(getattr(error, '__notes__', [])), 600)}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Programs in forked processes
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-LIBRARIES_CACHE = os.path.expanduser("~/.cache/huggingface")  # where datasets keeps the tables that it has read
+LIBRARIES_CACHE = os.path.expanduser(
+    "~/.cache/huggingface"
+)  # where datasets keeps the tables that it has read
 GUARDED = 99  # status of a process that the guard has ended
-CHANGES = {"os.rename": (0, 1), "os.remove": (0,), "os.rmdir": (0,), "os.mkdir": (0,), "os.link": (1,), "os.symlink": (1,),
-           "os.truncate": (0,), "os.chmod": (0,), "shutil.rmtree": (0,), "open": (0,)}  # fmt: skip
-FOLDER_DESCRIPTOR = {"os.rename": (2, 3), "os.remove": (1,), "os.rmdir": (1,), "os.mkdir": (2,), "os.link": (2, 3),
-                     "os.symlink": (2,), "os.chmod": (2,), "shutil.rmtree": (1,)}  # fmt: skip
+CHANGES = {
+    "os.rename": (0, 1),
+    "os.remove": (0,),
+    "os.rmdir": (0,),
+    "os.mkdir": (0,),
+    "os.link": (1,),
+    "os.symlink": (1,),
+    "os.truncate": (0,),
+    "os.chmod": (0,),
+    "shutil.rmtree": (0,),
+    "open": (0,),
+}
+FOLDER_DESCRIPTOR = {
+    "os.rename": (2, 3),
+    "os.remove": (1,),
+    "os.rmdir": (1,),
+    "os.mkdir": (2,),
+    "os.link": (2, 3),
+    "os.symlink": (2,),
+    "os.chmod": (2,),
+    "shutil.rmtree": (1,),
+}
 
 
 def keep_inside(folder: Path) -> None:
-    """End this process, from now on, at any attempt to make, change or remove a file outside `folder`."""
+    """End this process, from now on, at any attempt to make, change or remove a file outside
+    `folder`.
+    """
     folder = os.path.realpath(folder)
 
     def look(event: str, arguments: tuple) -> None:
@@ -105,28 +138,44 @@ def keep_inside(folder: Path) -> None:
 
 
 def changed_places(event: str, arguments: tuple) -> list[str]:
-    """List the absolute names that an audited call would change, the links on the way to them resolved."""
-    if event == "open" and not (arguments[2] or 0) & (os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC):
+    """List the absolute names that an audited call would change, the links on the way to them
+    resolved.
+    """
+    if event == "open" and not (arguments[2] or 0) & (
+        os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
+    ):
         return []
     descriptors = [arguments[k] for k in FOLDER_DESCRIPTOR.get(event, ()) if k < len(arguments)]
     places = []
     for number, index in enumerate(CHANGES.get(event, ())):
         if isinstance(path := arguments[index], str | bytes | os.PathLike):
             in_folder = descriptors[min(number, len(descriptors) - 1)] if descriptors else None
-            base = os.getcwd() if in_folder in (None, -1) else os.readlink(f"/proc/self/fd/{in_folder}")
+            base = (
+                os.getcwd()
+                if in_folder in (None, -1)
+                else os.readlink(f"/proc/self/fd/{in_folder}")
+            )
             places.append(place_of(os.path.join(base, os.fsdecode(path))))
     return places
 
 
 def place_of(path: str) -> str:
-    """Resolve the folder that a name stands in; the name itself only where a slash at its end asks for it."""
+    """Resolve the folder that a name stands in; the name itself only where a slash at its end asks
+    for it.
+    """
     head, tail = os.path.split(path)
-    return os.path.realpath(path) if tail in ("", ".", "..") else os.path.join(os.path.realpath(head), tail)
+    return (
+        os.path.realpath(path)
+        if tail in ("", ".", "..")
+        else os.path.join(os.path.realpath(head), tail)
+    )
 
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """What became of a program: its exit status (None: hung, negative: the signal), and what it printed."""
+    """What became of a program: its exit status (None: hung, negative: the signal), and what it
+    printed.
+    """
 
     status: int | None
     printed: str
@@ -142,9 +191,15 @@ class Ended:
 
 
 def run_forked(
-    main: Callable, argv: Sequence[str], folder: Path, *, cwd: Path, environment: Mapping[str, str] | None = None,
-    prepare: Callable[[], None] = lambda: None, encoding: str = "utf-8",
-) -> Ended:  # fmt: skip
+    main: Callable,
+    argv: Sequence[str],
+    folder: Path,
+    *,
+    cwd: Path,
+    environment: Mapping[str, str] | None = None,
+    prepare: Callable[[], None] = lambda: None,
+    encoding: str = "utf-8",
+) -> Ended:
     """Run a program's main in a process of its own, which may change files in `folder` only."""
     with tempfile.TemporaryFile(dir=folder) as output:
 
@@ -198,14 +253,16 @@ def check_ended(ended: Ended) -> None:
         assert behind == ended.errors, f"an error of several lines; {ended.last_lines()}"
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T14: the plan of micro-batches
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class PlanCase:
-    """A run's data and how it is divided. room: max_tokens above the longest sequence's length; None: no max_tokens."""
+    """A run's data and how it is divided. room: max_tokens above the longest sequence's length;
+    None: no max_tokens.
+    """
 
     num_sequences: int
     length_bounds: tuple[int, int]
@@ -222,17 +279,30 @@ class PlanCase:
 
     def lengths(self) -> np.ndarray:
         low, high = sorted(self.length_bounds)
-        return np.random.default_rng(self.seed).integers(low, high + 1, self.num_sequences).astype(np.int32)
+        return (
+            np.random.default_rng(self.seed)
+            .integers(low, high + 1, self.num_sequences)
+            .astype(np.int32)
+        )
 
     def max_tokens(self) -> int | None:
-        return None if self.room is None or not self.is_grouped else int(self.lengths().max()) + self.room
+        return (
+            None
+            if self.room is None or not self.is_grouped
+            else int(self.lengths().max()) + self.room
+        )
 
     def sampler(self) -> GroupedBatchSampler:
         """Make the sampler anew, as every process and every resumed run does."""
         lengths = self.lengths()
         max_length = int(lengths.max()) + self.spare_length
         return GroupedBatchSampler(
-            lengths, self.batch_size, max_length, group_by_size=self.is_grouped, seed=self.seed, max_tokens=self.max_tokens()
+            lengths,
+            self.batch_size,
+            max_length,
+            group_by_size=self.is_grouped,
+            seed=self.seed,
+            max_tokens=self.max_tokens(),
         )
 
     def num_micro_batches(self) -> int:
@@ -240,15 +310,26 @@ class PlanCase:
         return num * self.num_epochs + self.num_more % num
 
     def updates(self, rank: int, world_size: int, accumulation: int) -> list[Update]:
-        return list(self.sampler().updates(self.num_micro_batches(), accumulation, rank, world_size))
+        return list(
+            self.sampler().updates(self.num_micro_batches(), accumulation, rank, world_size)
+        )
 
 
 PLAN_CASES = st.builds(
-    PlanCase, num_sequences=st.integers(1, 400), length_bounds=st.tuples(*[st.integers(12, 64)] * 2),
-    spare_length=st.sampled_from([0, 1, 2, 3, 448]), batch_size=st.integers(1, 17), is_grouped=st.booleans(),
-    room=st.none() | st.integers(0, 1000), seed=st.integers(0, 2**40), accumulation=st.integers(1, 5),
-    world_size=st.integers(1, 4), num_epochs=st.integers(1, 3), num_more=st.integers(0, 400), position=st.integers(0, 1200),
-)  # fmt: skip
+    PlanCase,
+    num_sequences=st.integers(1, 400),
+    length_bounds=st.tuples(*[st.integers(12, 64)] * 2),
+    spare_length=st.sampled_from([0, 1, 2, 3, 448]),
+    batch_size=st.integers(1, 17),
+    is_grouped=st.booleans(),
+    room=st.none() | st.integers(0, 1000),
+    seed=st.integers(0, 2**40),
+    accumulation=st.integers(1, 5),
+    world_size=st.integers(1, 4),
+    num_epochs=st.integers(1, 3),
+    num_more=st.integers(0, 400),
+    position=st.integers(0, 1200),
+)
 
 
 def plans(bench) -> None:
@@ -258,13 +339,17 @@ def plans(bench) -> None:
 
 def check_plan(case: PlanCase) -> None:
     """Assert all that a plan promises."""
-    of_rank = [case.updates(rank, case.world_size, case.accumulation) for rank in range(case.world_size)]
+    of_rank = [
+        case.updates(rank, case.world_size, case.accumulation) for rank in range(case.world_size)
+    ]
     planned = [batch for update in of_rank[0] for batch in update.planned]
     check_batches(case, planned)
     check_epochs(case, planned)
     check_shares(case, of_rank)
     alone = case.updates(0, 1, case.accumulation * case.world_size)
-    assert keys_of(alone) == keys_of(of_rank[0]), "one rank at A x W plans other updates than W ranks at A"
+    assert keys_of(alone) == keys_of(of_rank[0]), (
+        "one rank at A x W plans other updates than W ranks at A"
+    )
     check_resumed(case, of_rank)
 
 
@@ -279,16 +364,24 @@ def keys_of(updates: Sequence[Update], name: str = "planned") -> list[list[tuple
 def check_batches(case: PlanCase, planned: list) -> None:
     """Assert that micro-batches are numbered in order, of the right size and within the budget."""
     lengths, num = case.lengths(), len(case.sampler())
-    assert [batch.number for batch in planned] == list(range(case.num_micro_batches())), "numbers are not 0, 1, .."
-    assert [batch.epoch for batch in planned] == [number // num for number in range(len(planned))], "wrong epochs"
+    assert [batch.number for batch in planned] == list(range(case.num_micro_batches())), (
+        "numbers are not 0, 1, .."
+    )
+    assert [batch.epoch for batch in planned] == [
+        number // num for number in range(len(planned))
+    ], "wrong epochs"
     sizes = [len(batch.sequences) for batch in planned]
     assert min(sizes) > 0, "an empty micro-batch"
     if case.max_tokens() is None:
         assert max(sizes) <= case.batch_size, "a micro-batch of more than batch_size"
-        assert num == math.ceil(case.num_sequences / case.batch_size), f"{num} micro-batches an epoch"
+        assert num == math.ceil(case.num_sequences / case.batch_size), (
+            f"{num} micro-batches an epoch"
+        )
     else:
         padded = [len(batch.sequences) * int(lengths[batch.sequences].max()) for batch in planned]
-        assert max(padded) <= case.max_tokens(), f"{max(padded)} padded tokens, more than {case.max_tokens()}"
+        assert max(padded) <= case.max_tokens(), (
+            f"{max(padded)} padded tokens, more than {case.max_tokens()}"
+        )
 
 
 def check_epochs(case: PlanCase, planned: list) -> None:
@@ -296,42 +389,67 @@ def check_epochs(case: PlanCase, planned: list) -> None:
     orders = []
     for epoch in range(case.num_epochs):
         order = np.concatenate([batch.sequences for batch in planned if batch.epoch == epoch])
-        assert sorted(order.tolist()) == list(range(case.num_sequences)), f"epoch {epoch} is not every sequence once"
+        assert sorted(order.tolist()) == list(range(case.num_sequences)), (
+            f"epoch {epoch} is not every sequence once"
+        )
         orders.append(order.tolist())
-    broken_off = [sequence for batch in planned if batch.epoch == case.num_epochs for sequence in batch.sequences.tolist()]
-    assert len(set(broken_off)) == len(broken_off), "a sequence twice in an epoch that was broken off"
+    broken_off = [
+        sequence
+        for batch in planned
+        if batch.epoch == case.num_epochs
+        for sequence in batch.sequences.tolist()
+    ]
+    assert len(set(broken_off)) == len(broken_off), (
+        "a sequence twice in an epoch that was broken off"
+    )
     if num_orders_log(case) > math.log(1e12):  # else chance alone may give one twice
         assert len({tuple(order) for order in orders}) == len(orders), "two epochs have one order"
 
 
 def num_orders_log(case: PlanCase) -> float:
-    """Bound from below, by its logarithm, the number of orders that a plan tells apart: those inside each group."""
+    """Bound from below, by its logarithm, the number of orders that a plan tells apart: those
+    inside each group.
+    """
     groups = (case.lengths() + 1) // 4 if case.is_grouped else np.zeros(case.num_sequences, int)
     return sum(math.lgamma(count + 1) for count in np.bincount(groups).tolist())
 
 
 def check_shares(case: PlanCase, of_rank: list[list[Update]]) -> None:
-    """Assert that ranks plan alike, and that their shares are the update, without overlap and of like number."""
-    assert all(keys_of(updates) == keys_of(of_rank[0]) for updates in of_rank), "ranks plan different updates"
+    """Assert that ranks plan alike, and that their shares are the update, without overlap and of
+    like number.
+    """
+    assert all(keys_of(updates) == keys_of(of_rank[0]) for updates in of_rank), (
+        "ranks plan different updates"
+    )
     for shares in zip(*of_rank, strict=True):
         numbers = [batch.number for update in shares for batch in update.mine]
-        assert sorted(numbers) == [batch.number for batch in shares[0].planned], "the shares are not the update, each once"
+        assert sorted(numbers) == [batch.number for batch in shares[0].planned], (
+            "the shares are not the update, each once"
+        )
         counts = [len(update.mine) for update in shares]
         assert max(counts) - min(counts) <= 1, f"shares of {counts} micro-batches"
     whole = case.accumulation * case.world_size
-    assert all(len(update.planned) == whole for update in of_rank[0][:-1]), "an update before the last is not whole"
+    assert all(len(update.planned) == whole for update in of_rank[0][:-1]), (
+        "an update before the last is not whole"
+    )
 
 
 def check_resumed(case: PlanCase, of_rank: list[list[Update]]) -> None:
-    """Assert that a run resumed at an update goes on as the uninterrupted one did, on every rank."""
+    """Assert that a run resumed at an update goes on as the uninterrupted one did, on every
+    rank.
+    """
     position = case.position % len(of_rank[0])
     first = of_rank[0][position].planned[0]
     place = first.number % len(case.sampler())
-    assert key_of(first)[2] == tuple(case.sampler().epoch_batches(first.epoch)[place].tolist()), "another batch after resume"
+    assert key_of(first)[2] == tuple(case.sampler().epoch_batches(first.epoch)[place].tolist()), (
+        "another batch after resume"
+    )
     for rank, updates in enumerate(of_rank):
         resumed = resumed_updates(case, rank, position, first.number)
         for name in ("planned", "mine"):
-            assert keys_of(resumed, name) == keys_of(updates[position:], name), f"after resume others are {name}"
+            assert keys_of(resumed, name) == keys_of(updates[position:], name), (
+                f"after resume others are {name}"
+            )
 
 
 def resumed_updates(case: PlanCase, rank: int, position: int, number: int) -> list[Update]:
@@ -343,9 +461,9 @@ def resumed_updates(case: PlanCase, rank: int, position: int, number: int) -> li
     return list(sampler.updates(*arguments))[position:]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T21: --force
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 REFUSED, MOVED, MADE, KEPT = "refused", "moved aside", "made", "nothing lost"
 OLD = re.compile(r"\.old-\d{8}-\d{6}(-\d+)?")
@@ -369,11 +487,18 @@ class Arena:
 
     def train(self, name: str, **changes) -> Ended:
         """Train for one update into a folder."""
-        flags = self.world.flags("bert", name, max_steps=1, gradient_accumulation_steps=1, batch_size=4, **changes)
+        flags = self.world.flags(
+            "bert", name, max_steps=1, gradient_accumulation_steps=1, batch_size=4, **changes
+        )
         environment = {"HOME": str(self.home), "TMPDIR": str(self.folder / "tmp")}
         return run_forked(
-            train.main, flags, self.folder, cwd=self.cwd, environment=environment, prepare=self.prepare
-        )  # fmt: skip
+            train.main,
+            flags,
+            self.folder,
+            cwd=self.cwd,
+            environment=environment,
+            prepare=self.prepare,
+        )
 
     def foreign(self, name: str, *files: str) -> str:
         """Make a folder of a user's files."""
@@ -392,7 +517,9 @@ class Arena:
         return str(self.folder / name)
 
     def holding(self, flag: str, path: str, through: str = "") -> str:
-        """Make a run's folder with a copy of an input in it, which is given by its flag; through: by way of a link."""
+        """Make a run's folder with a copy of an input in it, which is given by its flag; through:
+        by way of a link.
+        """
         folder = self.run("holding")
         self.movable.clear()
         place = Path(folder) / Path(path).name
@@ -409,9 +536,20 @@ class Arena:
         """Make a run's folder with a store in it, which is given by its prefix and a suffix."""
         folder = self.run("holding")
         self.movable.clear()
-        argv = ["--file_path", str(self.world.text), "--tokenizer_name", str(self.world.teachers["bert"]), "--num_workers", "1"]
-        ended = run_forked(binarized_data.main, [*argv, "--format", "store", "--dump_file", f"{folder}/data"], self.folder,
-                           cwd=self.cwd)  # fmt: skip
+        argv = [
+            "--file_path",
+            str(self.world.text),
+            "--tokenizer_name",
+            str(self.world.teachers["bert"]),
+            "--num_workers",
+            "1",
+        ]
+        ended = run_forked(
+            binarized_data.main,
+            [*argv, "--format", "store", "--dump_file", f"{folder}/data"],
+            self.folder,
+            cwd=self.cwd,
+        )
         assert ended.status == 0, ended.last_lines()
         self.changes["data_file"] = f"{folder}/data.tiny-bert{suffix}"
         return folder
@@ -425,7 +563,9 @@ class Arena:
         return str(self.folder / name)
 
     def around(self, spelling: str) -> str:
-        """Make a run's folder that is reached over a link and "..", where the name without both is a user's folder."""
+        """Make a run's folder that is reached over a link and "..", where the name without both is
+        a user's folder.
+        """
         self.foreign("run")
         self.run("elsewhere/run")
         self.link("link", self.foreign("elsewhere/place"))
@@ -465,7 +605,9 @@ def drop_privileges() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What --force is pointed at. ends: how that is to end; make: (arena, spelling) -> --dump_path."""
+    """What --force is pointed at. ends: how that is to end; make: (arena, spelling) ->
+    --dump_path.
+    """
 
     ends: str
     make: Callable[[Arena, str], str]
@@ -477,7 +619,9 @@ TARGETS = [
     Target(MADE, lambda a, s: s, ("~", "~/")),  # no shell expands it here: a folder of that name
     Target(REFUSED, lambda a, s: a.at_home(a.run("user", "letter.txt")) + s, ("", "/")),
     Target(REFUSED, lambda a, s: a.standing_in(a.run("run"), s), (".", "./", "../run")),
-    Target(REFUSED, lambda a, s: a.standing_in(a.run("run") + "/log", s), ("..", "../", "../../run")),
+    Target(
+        REFUSED, lambda a, s: a.standing_in(a.run("run") + "/log", s), ("..", "../", "../../run")
+    ),
     Target(REFUSED, lambda a, s: str(ROOT) + s, ("", "/")),
     Target(REFUSED, lambda a, s: str(ROOT.parent) + s, ("", "/")),
     Target(REFUSED, lambda a, s: a.link("link", a.foreign("foreign")) + s, ("", "/", "//", "/.")),
@@ -485,14 +629,36 @@ TARGETS = [
     Target(MOVED, lambda a, s: a.around(s), ("run", "run/", "place/../run")),
     Target(REFUSED, lambda a, s: a.link("link", str(a.folder / "nowhere")) + s, ("", "/")),
     Target(REFUSED, lambda a, s: a.foreign("foreign") + s, ("", "/")),
-    Target(KEPT, lambda a, s: a.foreign("foreign", *s.split()),
-           ("checkpoint.pth", "parameters.json", "checkpoint.pth .lock", "checkpoints/step-3", "log", "config.json")),
+    Target(
+        KEPT,
+        lambda a, s: a.foreign("foreign", *s.split()),
+        (
+            "checkpoint.pth",
+            "parameters.json",
+            "checkpoint.pth .lock",
+            "checkpoints/step-3",
+            "log",
+            "config.json",
+        ),
+    ),
     Target(REFUSED, lambda a, s: a.holding("data_file", a.world.data("bert"), s), ("", "link")),
     Target(REFUSED, lambda a, s: a.holding_store(s), ("", ".bin", ".idx", ".json")),
-    Target(REFUSED, lambda a, s: a.holding("student_config", a.world.config("bert"), s), ("", "link")),
-    Target(REFUSED, lambda a, s: a.holding("token_counts", a.world.counts("bert"), s), ("", "link")),
-    Target(REFUSED, lambda a, s: a.holding("student_pretrained_weights", a.world.first_weights("bert"), s), ("", "link")),
-    Target(REFUSED, lambda a, s: a.holding("teacher_name", str(a.world.teachers["bert"]), s), ("", "link")),
+    Target(
+        REFUSED, lambda a, s: a.holding("student_config", a.world.config("bert"), s), ("", "link")
+    ),
+    Target(
+        REFUSED, lambda a, s: a.holding("token_counts", a.world.counts("bert"), s), ("", "link")
+    ),
+    Target(
+        REFUSED,
+        lambda a, s: a.holding("student_pretrained_weights", a.world.first_weights("bert"), s),
+        ("", "link"),
+    ),
+    Target(
+        REFUSED,
+        lambda a, s: a.holding("teacher_name", str(a.world.teachers["bert"]), s),
+        ("", "link"),
+    ),
     Target(REFUSED, lambda a, s: str(Path(a.run("runs/run")).parent) + s, ("", "/")),
     Target(REFUSED, lambda a, s: a.file("file") + s, ("", "/")),
     Target(MOVED, lambda a, s: a.empty("empty") + s, ("", "/")),
@@ -500,15 +666,25 @@ TARGETS = [
     Target(KEPT, lambda a, s: a.run("run", "letter.txt") + s, ("", "/")),
     Target(REFUSED, lambda a, s: a.in_read_only("run") + s, ("", "/", "/deeper/../../new")),
     Target(REFUSED, lambda a, s: s, ("/tmp", "/tmp/", "/usr", "/etc")),
-    Target(REFUSED, lambda a, s: s, ("/proc", "/proc/self/cwd", "/dev", "/dev/null", "/dev/null/run", "/sys")),
+    Target(
+        REFUSED,
+        lambda a, s: s,
+        ("/proc", "/proc/self/cwd", "/dev", "/dev/null", "/dev/null/run", "/sys"),
+    ),
     Target(REFUSED, lambda a, s: s, ("", "a\0b", "\0")),
     Target(REFUSED, lambda a, s: s, ("x" * 300, "x/" * 3000, f"new/{'x' * 300}")),
-    Target(REFUSED, lambda a, s: s + Path(a.foreign("foreign")).name, ("../work/../", "../home/../work/photos/../../")),
-]  # fmt: skip
+    Target(
+        REFUSED,
+        lambda a, s: s + Path(a.foreign("foreign")).name,
+        ("../work/../", "../home/../work/photos/../../"),
+    ),
+]
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """List all that is below a folder: relative name -> what it is, a file by its SHA-256, a link by its target."""
+    """List all that is below a folder: relative name -> what it is, a file by its SHA-256, a link
+    by its target.
+    """
     found = {}
     for place, folders, files in os.walk(folder):
         for path in (os.path.join(place, name) for name in folders + files):
@@ -521,13 +697,21 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def content_of(path: Path) -> str:
-    """Return a file's SHA-256; of a run's lock, which the next run writes anew, only that it is one."""
+    """Return a file's SHA-256; of a run's lock, which the next run writes anew, only that it is
+    one.
+    """
     content = path.read_bytes()
-    return "lock" if path.name == ".lock" and b'"pid"' in content else hashlib.sha256(content).hexdigest()
+    return (
+        "lock"
+        if path.name == ".lock" and b'"pid"' in content
+        else hashlib.sha256(content).hexdigest()
+    )
 
 
 def forced(bench) -> None:
-    """T21: point --force at a target, in every spelling of it, and look what became of the files around."""
+    """T21: point --force at a target, in every spelling of it, and look what became of the files
+    around.
+    """
     target = TARGETS[bench.number % len(TARGETS)]
     for number, spelling in enumerate(target.spellings):
         bench.count(1)
@@ -538,19 +722,33 @@ def forced(bench) -> None:
         before = snapshot(folder)
         ended = arena.train(name, force=True, **arena.changes)
         for problem in harm(target.ends, arena.movable, before, snapshot(folder), ended):
-            bench.fail(f"--dump_path {ascii(name)[:200]} (expected: {target.ends}): {problem}; {ended.last_lines()}")
+            bench.fail(
+                f"--dump_path {ascii(name)[:200]} (expected: {target.ends}): {problem};"
+                f" {ended.last_lines()}"
+            )
 
 
-def harm(ends: str, movable: set[str], before: dict[str, str], after: dict[str, str], ended: Ended) -> list[str]:
-    """Say what went wrong: files lost, folders moved that are not a run's, or another end than expected."""
+def harm(
+    ends: str, movable: set[str], before: dict[str, str], after: dict[str, str], ended: Ended
+) -> list[str]:
+    """Say what went wrong: files lost, folders moved that are not a run's, or another end than
+    expected.
+    """
     problems = [f"lost {name}" for name in lost(before, after)[:3]]
     moved = {OLD.sub("", name) for name in after if OLD.search(Path(name).name)}
     problems += [f"moved {name} aside" for name in moved - movable]
     is_new = any(name not in before and what != "folder" for name, what in after.items())
-    is_right = {REFUSED: not moved and not is_new, MADE: is_new and not moved, MOVED: is_new and moved, KEPT: True}
+    is_right = {
+        REFUSED: not moved and not is_new,
+        MADE: is_new and not moved,
+        MOVED: is_new and moved,
+        KEPT: True,
+    }
     if not is_right[ends]:
         problems.append(f"moved {sorted(moved)}, {'some' if is_new else 'no'} new files")
-    if ended.status not in {REFUSED: (2,), KEPT: (0, 2)}.get(ends, (0,)) or (ended.status == 2 and len(ended.errors) != 1):
+    if ended.status not in {REFUSED: (2,), KEPT: (0, 2)}.get(ends, (0,)) or (
+        ended.status == 2 and len(ended.errors) != 1
+    ):
         problems.append(f"{len(ended.errors)} error lines")
     return problems
 
@@ -564,25 +762,82 @@ def lost(before: dict[str, str], after: dict[str, str]) -> list[str]:
     return [name for name, what in before.items() if what not in remaining.get(name, ())]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T22: corpora
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 LINE_ENDS = ("\n", "\r\n", "\r")
 FILE_NAMES = ("corpus", "two words", "[1]", "üñï-語", "-x", "%s", "a.b", "#?&")
 ODD_TEXTS = (
-    "", " ", "\t", "\0", "\0" * 20, "\ufeff", "\u2028", "\u0085", "\u00a0", "\u200b", "\u202eabc\u202c", "e\u0301" * 9,
-    "\u0301", "\U0001f469\u200d\U0001f680", "\U0001f1e9", "שלום עולם", "مرحبا", "語" * 40, "ﬀ", "İ", "ß", "\x7f", "\x1b[31m",
-    "\x1c", "\x0b", "\x0c", "\ufffd", "\uffff", "\U0010ffff", "\ue000", "[CLS]", "[SEP] [PAD]", "[MASK]" * 3, "[UNK]", "<s>",
-    "</s><pad>", "<mask>", "<unk>", "<|endoftext|>", "Ġ", "Ġba", "##ba", ";", " ; ", "a" * 300, '"', '""', ",", "\\", "{}",
-)  # fmt: skip
-BAD_BYTES = (b"\xff", b"\xc3", b"\xed\xa0\x80", b"\xf8\x88\x80\x80\x80", b"\xc0\x80", b"\xe2\x82", b"\x80", b"\xf4\x90\x80\x80")
+    "",
+    " ",
+    "\t",
+    "\0",
+    "\0" * 20,
+    "\ufeff",
+    "\u2028",
+    "\u0085",
+    "\u00a0",
+    "\u200b",
+    "\u202eabc\u202c",
+    "e\u0301" * 9,
+    "\u0301",
+    "\U0001f469\u200d\U0001f680",
+    "\U0001f1e9",
+    "שלום עולם",
+    "مرحبا",
+    "語" * 40,
+    "ﬀ",
+    "İ",
+    "ß",
+    "\x7f",
+    "\x1b[31m",
+    "\x1c",
+    "\x0b",
+    "\x0c",
+    "\ufffd",
+    "\uffff",
+    "\U0010ffff",
+    "\ue000",
+    "[CLS]",
+    "[SEP] [PAD]",
+    "[MASK]" * 3,
+    "[UNK]",
+    "<s>",
+    "</s><pad>",
+    "<mask>",
+    "<unk>",
+    "<|endoftext|>",
+    "Ġ",
+    "Ġba",
+    "##ba",
+    ";",
+    " ; ",
+    "a" * 300,
+    '"',
+    '""',
+    ",",
+    "\\",
+    "{}",
+)
+BAD_BYTES = (
+    b"\xff",
+    b"\xc3",
+    b"\xed\xa0\x80",
+    b"\xf8\x88\x80\x80\x80",
+    b"\xc0\x80",
+    b"\xe2\x82",
+    b"\x80",
+    b"\xf4\x90\x80\x80",
+)
 
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A file of text. num_texts: that are not blank, bad_line: the first that is at fault; None: not known, or none."""
+    """A file of text. num_texts: that are not blank, bad_line: the first that is at fault; None:
+    not known, or none.
+    """
 
     name: str
     data: bytes
@@ -594,16 +849,29 @@ class Corpus:
     must_fail: bool = False
 
     def __repr__(self) -> str:
-        what = f"{self.name!r}, {self.kind}, {self.file_format}, --errors {self.errors}, {len(self.data)} bytes"
+        what = (
+            f"{self.name!r}, {self.kind}, {self.file_format}, --errors {self.errors},"
+            f" {len(self.data)} bytes"
+        )
         return f"Corpus({what}: {self.data[:300]!r})"
 
 
 @st.composite
 def texts(draw) -> list[str]:
     """Make texts: plain ones, odd ones, and random characters."""
-    words = st.lists(st.sampled_from(["ba", "ke", "Dafi", "vuze", "limo", *ODD_TEXTS]), max_size=40).map(" ".join)
-    plain = st.lists(st.sampled_from(["ba", "ke", "Dafi", "vuze"]), min_size=15, max_size=90).map(" ".join)
-    one = plain | plain | words | st.sampled_from(ODD_TEXTS) | st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
+    words = st.lists(
+        st.sampled_from(["ba", "ke", "Dafi", "vuze", "limo", *ODD_TEXTS]), max_size=40
+    ).map(" ".join)
+    plain = st.lists(st.sampled_from(["ba", "ke", "Dafi", "vuze"]), min_size=15, max_size=90).map(
+        " ".join
+    )
+    one = (
+        plain
+        | plain
+        | words
+        | st.sampled_from(ODD_TEXTS)
+        | st.text(st.characters(exclude_categories=("Cs",)), max_size=30)
+    )
     return draw(st.lists(one, min_size=draw(st.sampled_from([0, 1, 4])), max_size=12))
 
 
@@ -632,7 +900,9 @@ def recoded(data: bytes) -> bytes:
 
 
 def by_hand(data: bytes, errors: str) -> dict:
-    """Count a file's texts in the plainest way, a line at a time, and find the first that is no UTF-8."""
+    """Count a file's texts in the plainest way, a line at a time, and find the first that is no
+    UTF-8.
+    """
     lines = re.split(rb"\r\n|\n|\r", data.removeprefix(BYTE_ORDER_MARK))
     bad = [number for number, line in enumerate(lines, start=1) if not is_utf8(line)]
     kept = [line for line in lines if errors != "skip" or is_utf8(line)]
@@ -655,25 +925,55 @@ def record_files(draw) -> dict:
     for text in good:
         lines.append(json.dumps({"text": text}, ensure_ascii=draw(st.booleans())).encode())
     found = {"num_texts": sum(bool(text.strip()) for text in good), "bad_line": None}
-    odd = [b"{", b"[]", b"3", b'{"text": 3}', b'{"other": "ba"}', b'{"text": ["ba"]}', b'{"text": "\\ud800"}', b"\xff",
-           b"nul", b"[" * 9000, b'{"text": "\0"}', b'{"text": NaN}', b'"ba"', b'{"text": ' + b"1" * 5000 + b"}"]  # fmt: skip
+    odd = [
+        b"{",
+        b"[]",
+        b"3",
+        b'{"text": 3}',
+        b'{"other": "ba"}',
+        b'{"text": ["ba"]}',
+        b'{"text": "\\ud800"}',
+        b"\xff",
+        b"nul",
+        b"[" * 9000,
+        b'{"text": "\0"}',
+        b'{"text": NaN}',
+        b'"ba"',
+        b'{"text": ' + b"1" * 5000 + b"}",
+    ]
     if draw(st.integers(0, 2)) == 0:
         place = draw(st.integers(0, len(lines)))
         lines.insert(place, draw(st.sampled_from(odd)))
         found["bad_line"] = place + 1
     end = draw(st.sampled_from(LINE_ENDS)).encode()
-    return {"suffix": draw(st.sampled_from([".jsonl", ".ndjson"])), "data": end.join(lines), **found}
+    return {
+        "suffix": draw(st.sampled_from([".jsonl", ".ndjson"])),
+        "data": end.join(lines),
+        **found,
+    }
 
 
 @st.composite
 def table_files(draw) -> dict:
     """Make a .csv or .tsv, whole or cut off; or bytes that only are called so."""
-    suffix, rows, table = draw(st.sampled_from([".csv", ".tsv"])), draw(texts()), io.StringIO(newline="")
+    suffix, rows, table = (
+        draw(st.sampled_from([".csv", ".tsv"])),
+        draw(texts()),
+        io.StringIO(newline=""),
+    )
     if suffix == ".tsv":
-        table.write("".join(f"{text}\t3\n" for text in ["text", *[re.sub(r"[\t\n\r]", " ", text) for text in rows]]))
+        table.write(
+            "".join(
+                f"{text}\t3\n"
+                for text in ["text", *[re.sub(r"[\t\n\r]", " ", text) for text in rows]]
+            )
+        )
     else:
         csv.writer(table).writerows(
-            [["number", draw(st.sampled_from(["text", "text", "Text"]))], *[[1, text] for text in rows]]
+            [
+                ["number", draw(st.sampled_from(["text", "text", "Text"]))],
+                *[[1, text] for text in rows],
+            ]
         )
     data = table.getvalue().encode()
     cut = draw(st.one_of(st.none(), st.none(), st.integers(0, len(data))))
@@ -687,14 +987,25 @@ def json_files(draw) -> dict:
     rows = draw(texts())
     whole = json.dumps([{"text": text} for text in rows], ensure_ascii=draw(st.booleans())).encode()
     if draw(st.booleans()):
-        return {"suffix": ".json", "data": whole, "num_texts": sum(bool(text.strip()) for text in rows)}
-    return {"suffix": ".json", "data": draw(st.sampled_from([whole[:-1], b"", b"[]", b"{}", b"3", b"\xff", b"[3]", b"nul"]))}
+        return {
+            "suffix": ".json",
+            "data": whole,
+            "num_texts": sum(bool(text.strip()) for text in rows),
+        }
+    return {
+        "suffix": ".json",
+        "data": draw(
+            st.sampled_from([whole[:-1], b"", b"[]", b"{}", b"3", b"\xff", b"[3]", b"nul"])
+        ),
+    }
 
 
 @st.composite
 def corpora_cases(draw) -> Corpus:
     """Make a corpus of any kind; some packed by gzip, some of these damaged."""
-    made = draw(st.one_of(*[line_files()] * 5, *[record_files()] * 3, *[table_files()] * 2, json_files()))
+    made = draw(
+        st.one_of(*[line_files()] * 5, *[record_files()] * 3, *[table_files()] * 2, json_files())
+    )
     suffix, data = made.pop("suffix"), made.pop("data")
     must_fail = False
     packing = draw(st.sampled_from(["no"] * 6 + ["gz", "gz", "cut", "false"]))
@@ -706,21 +1017,38 @@ def corpora_cases(draw) -> Corpus:
         must_fail = packing in ("cut", "false")
         made |= {"num_texts": None, "bad_line": None} if must_fail else {}
     # datasets takes a bracket in a packed file's name for a network address, and says so.
-    name = draw(st.sampled_from([name for name in FILE_NAMES if suffix != ".json.gz" or "[" not in name])) + suffix
+    name = (
+        draw(
+            st.sampled_from(
+                [name for name in FILE_NAMES if suffix != ".json.gz" or "[" not in name]
+            )
+        )
+        + suffix
+    )
     kind, file_format = draw(st.sampled_from(KINDS)), draw(st.sampled_from(["pickle", "store"]))
     return Corpus(name, data, kind, file_format, must_fail=must_fail, **made)
 
 
 def long_line(number: int) -> Corpus:
-    """Make a corpus with a line of 10 MB between two others: of words, of one word, of unknown characters."""
+    """Make a corpus with a line of 10 MB between two others: of words, of one word, of unknown
+    characters.
+    """
     word = ("ba ke ", "ba", "語")[number // 10 % 3].encode()
     line = word * (10_000_000 // len(word))
-    return Corpus("long.txt", b"\n".join([b"ba ke", line, b"ba ke"]), KINDS[number // 10 % 3], "store", num_texts=3)
+    return Corpus(
+        "long.txt",
+        b"\n".join([b"ba ke", line, b"ba ke"]),
+        KINDS[number // 10 % 3],
+        "store",
+        num_texts=3,
+    )
 
 
 def corpora(bench) -> None:
     """T22: binarize what may be text, count it, and open it as training does."""
-    opened = {kind: tokenizer_facts(kind, str(folder)) for kind, folder in bench.world.teachers.items()}
+    opened = {
+        kind: tokenizer_facts(kind, str(folder)) for kind, folder in bench.world.teachers.items()
+    }
     numbers = itertools.count()
 
     def check(corpus: Corpus) -> None:
@@ -739,15 +1067,35 @@ def tokenizer_facts(kind: str, name: str) -> dict:
     """Return what training knows of a tokenizer when it opens a token file."""
     tokenizer = load_tokenizer(kind, name, "--teacher_name")
     special = SpecialIds(**special_ids(kind, tokenizer))
-    return {"special": special, "vocab_size": len(tokenizer), "vocabulary": vocabulary_fingerprint(tokenizer)}
+    return {
+        "special": special,
+        "vocab_size": len(tokenizer),
+        "vocabulary": vocabulary_fingerprint(tokenizer),
+    }
 
 
 def check_corpus(corpus: Corpus, folder: Path, teacher: str, facts: dict) -> None:
-    """Assert that a corpus becomes a sound token file, or an error that names it and leaves nothing."""
+    """Assert that a corpus becomes a sound token file, or an error that names it and leaves
+    nothing.
+    """
     path = folder / corpus.name
     path.write_bytes(corpus.data)
-    argv = ["--file_path", str(path), "--tokenizer_type", corpus.kind, "--tokenizer_name", teacher, "--num_workers", "1",
-            "--errors", corpus.errors, "--format", corpus.file_format, "--dump_file", str(folder / "out")]  # fmt: skip
+    argv = [
+        "--file_path",
+        str(path),
+        "--tokenizer_type",
+        corpus.kind,
+        "--tokenizer_name",
+        teacher,
+        "--num_workers",
+        "1",
+        "--errors",
+        corpus.errors,
+        "--format",
+        corpus.file_format,
+        "--dump_file",
+        str(folder / "out"),
+    ]
     ended = run_here(binarized_data.main, argv)
     check_ended(ended)
     if ended.status == 2:
@@ -757,51 +1105,109 @@ def check_corpus(corpus: Corpus, folder: Path, teacher: str, facts: dict) -> Non
     prefix = folder / f"out.{Path(teacher).name}"
     written = f"{prefix}.pickle" if corpus.file_format == "pickle" else str(prefix)
     check_tokens(corpus, written, facts)
-    counted = run_here(token_counts.main, ["--data_file", written, "--token_counts_dump", str(folder / "counts"),
-                                           "--vocab_size", str(facts["vocab_size"])])  # fmt: skip
+    counted = run_here(
+        token_counts.main,
+        [
+            "--data_file",
+            written,
+            "--token_counts_dump",
+            str(folder / "counts"),
+            "--vocab_size",
+            str(facts["vocab_size"]),
+        ],
+    )
     assert counted.status == 0, f"token_counts: {counted.last_lines()}"
 
 
 def check_refused(corpus: Corpus, path: Path, ended: Ended) -> None:
-    """Assert that the error names the file, and the line where one is at fault, and that nothing was left behind."""
-    assert sorted(os.listdir(path.parent)) == [path.name], f"left behind: {sorted(os.listdir(path.parent))}"
-    assert all(str(path) in line for line in ended.errors), f"the file is not named; {ended.last_lines()}"
+    """Assert that the error names the file, and the line where one is at fault, and that nothing
+    was left behind.
+    """
+    assert sorted(os.listdir(path.parent)) == [path.name], (
+        f"left behind: {sorted(os.listdir(path.parent))}"
+    )
+    assert all(str(path) in line for line in ended.errors), (
+        f"the file is not named; {ended.last_lines()}"
+    )
     if corpus.bad_line is not None:
-        assert f"{path}:{corpus.bad_line}:" in ended.errors[0], f"expected line {corpus.bad_line}; {ended.last_lines()}"
+        assert f"{path}:{corpus.bad_line}:" in ended.errors[0], (
+            f"expected line {corpus.bad_line}; {ended.last_lines()}"
+        )
     is_blank = corpus.num_texts == 0 or not corpus.data
     is_known = corpus.num_texts is not None and corpus.bad_line is None and not corpus.must_fail
     assert not is_known or is_blank, f"refused {corpus.num_texts} good texts; {ended.last_lines()}"
 
 
 def check_tokens(corpus: Corpus, written: str, facts: dict) -> None:
-    """Assert that a token file holds the corpus's texts, and that a model's dataset made of it is sound."""
+    """Assert that a token file holds the corpus's texts, and that a model's dataset made of it is
+    sound.
+    """
     tokens = open_token_file(written)
     num = len(tokens.lengths_N)
     assert corpus.num_texts in (None, num), f"{num} sequences of {corpus.num_texts} texts"
-    assert int(tokens.ids_M.max()) < facts["vocab_size"] and int(tokens.ids_M.min()) >= 0, "an id outside the vocabulary"
+    assert int(tokens.ids_M.max()) < facts["vocab_size"] and int(tokens.ids_M.min()) >= 0, (
+        "an id outside the vocabulary"
+    )
     try:
         dataset = LmSeqsDataset.from_file(
-            written, facts["special"], POSITIONS, facts["vocab_size"], "--teacher_name t", facts["vocabulary"]
+            written,
+            facts["special"],
+            POSITIONS,
+            facts["vocab_size"],
+            "--teacher_name t",
+            facts["vocabulary"],
         )
     except InputError as error:
         assert written in str(error) and "\n" not in str(error), f"the file is not named: {error}"
         return
-    assert dataset.lengths.min() > MIN_LENGTH and dataset.lengths.max() <= POSITIONS, "a length outside"
+    assert dataset.lengths.min() > MIN_LENGTH and dataset.lengths.max() <= POSITIONS, (
+        "a length outside"
+    )
     ids_BT, lengths_B = dataset.collate(range(min(len(dataset), 64)))
-    assert int(ids_BT.min()) >= 0 and int(ids_BT.max()) < facts["vocab_size"], "an id outside in a batch"
+    assert int(ids_BT.min()) >= 0 and int(ids_BT.max()) < facts["vocab_size"], (
+        "an id outside in a batch"
+    )
     ends_B = ids_BT[range(len(ids_BT)), lengths_B - 1]
-    assert (ids_BT[:, 0] == facts["special"].start).all() and (ends_B == facts["special"].end).all(), "no boundary tokens"
+    assert (ids_BT[:, 0] == facts["special"].start).all() and (
+        ends_B == facts["special"].end
+    ).all(), "no boundary tokens"
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T24: arguments and environment
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-LAUNCHER_VARIABLES = ("RANK", "LOCAL_RANK", "WORLD_SIZE", "LOCAL_WORLD_SIZE", "GROUP_RANK", "N_GPU_NODE", "N_NODES",
-                      "NODE_RANK", "MASTER_ADDR", "MASTER_PORT", "TORCHELASTIC_RUN_ID", "TORCHELASTIC_RESTART_COUNT",
-                      "TORCHELASTIC_MAX_RESTARTS")  # fmt: skip
-OTHER_VARIABLES = ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES", "HOME", "TMPDIR", "LANG", "LC_ALL", "PYTHONHASHSEED", "COLUMNS",
-                   "LINES", "TERM", "TZ", "USER", "TQDM_MININTERVAL", "TOKENIZERS_PARALLELISM")  # fmt: skip
+LAUNCHER_VARIABLES = (
+    "RANK",
+    "LOCAL_RANK",
+    "WORLD_SIZE",
+    "LOCAL_WORLD_SIZE",
+    "GROUP_RANK",
+    "N_GPU_NODE",
+    "N_NODES",
+    "NODE_RANK",
+    "MASTER_ADDR",
+    "MASTER_PORT",
+    "TORCHELASTIC_RUN_ID",
+    "TORCHELASTIC_RESTART_COUNT",
+    "TORCHELASTIC_MAX_RESTARTS",
+)
+OTHER_VARIABLES = (
+    "OMP_NUM_THREADS",
+    "CUDA_VISIBLE_DEVICES",
+    "HOME",
+    "TMPDIR",
+    "LANG",
+    "LC_ALL",
+    "PYTHONHASHSEED",
+    "COLUMNS",
+    "LINES",
+    "TERM",
+    "TZ",
+    "USER",
+    "TQDM_MININTERVAL",
+    "TOKENIZERS_PARALLELISM",
+)
 NUMBERS = (
     "",
     " ",
@@ -821,69 +1227,275 @@ NUMBERS = (
     "\udcff",
     "a" * 3000,
 )
-ADDRESSES = ("", " ", "127.0.0.1", "localhost", "::1", "127.0.0.1:80", "no such host", "256.1.1.1", "x" * 70, "\udcff", "ü")
+ADDRESSES = (
+    "",
+    " ",
+    "127.0.0.1",
+    "localhost",
+    "::1",
+    "127.0.0.1:80",
+    "no such host",
+    "256.1.1.1",
+    "x" * 70,
+    "\udcff",
+    "ü",
+)
 ODD_NUMBERS = (
-    "nan", "NaN", "inf", "-inf", "1e400", "1e-400", "1e308", "3.5e38", "1e-45", "1e6", "1e3", "-0", "0", "-1", "1", "2", "11",
-    "12", "0.5", "1.5", "0.999999", "1.0000001", "100000", "9" * 30, "9" * 5000, "-" + "9" * 30, "0x10", "1_0", " 1", "1\n",
-    "\u0661", "½",
-)  # fmt: skip
+    "nan",
+    "NaN",
+    "inf",
+    "-inf",
+    "1e400",
+    "1e-400",
+    "1e308",
+    "3.5e38",
+    "1e-45",
+    "1e6",
+    "1e3",
+    "-0",
+    "0",
+    "-1",
+    "1",
+    "2",
+    "11",
+    "12",
+    "0.5",
+    "1.5",
+    "0.999999",
+    "1.0000001",
+    "100000",
+    "9" * 30,
+    "9" * 5000,
+    "-" + "9" * 30,
+    "0x10",
+    "1_0",
+    " 1",
+    "1\n",
+    "\u0661",
+    "½",
+)
 ODD_WORDS = (
-    "", " ", "-", "--", "---", "true", "None", "[]", "%s", "%(default)s", "{0}", "$HOME", "?", "ü", "\u202e", "\U0001f917",
-    "\udcff", "\0", "a\0b", "a\nb", "\r", "\x85", "bert", "gpt2", "roberta", "distilbert", "micro_batches", "tokens", "strict",
-    "pickle", "whole", "auto", "--mlm", "-h", "@file", "a" * 5000,
-)  # fmt: skip
+    "",
+    " ",
+    "-",
+    "--",
+    "---",
+    "true",
+    "None",
+    "[]",
+    "%s",
+    "%(default)s",
+    "{0}",
+    "$HOME",
+    "?",
+    "ü",
+    "\u202e",
+    "\U0001f917",
+    "\udcff",
+    "\0",
+    "a\0b",
+    "a\nb",
+    "\r",
+    "\x85",
+    "bert",
+    "gpt2",
+    "roberta",
+    "distilbert",
+    "micro_batches",
+    "tokens",
+    "strict",
+    "pickle",
+    "whole",
+    "auto",
+    "--mlm",
+    "-h",
+    "@file",
+    "a" * 5000,
+)
 ODD_PATHS = (
-    "..", ".", "/", "~", "*", "[", "a/b", "a/b/c", "a/" * 3000, "x" * 300, "http://localhost/a", "/dev/null", "/dev/zero",
-    "/dev/stdin", "/proc/self/mem", "/etc/passwd", "text.txt", "text.txt/x", "empty", "folder", "folder/", "fifo", "loop",
-    "dangling", "teacher.bert", "teacher.gpt2/", "teacher.roberta/config.json", "teacher.bert/model.safetensors",
-    "data.bert.pickle", "data.gpt2.pickle", "data.roberta.pickle.json", "counts.bert.pickle", "counts.gpt2.pickle",
-    "student.bert.json", "student.gpt2.json", "first.bert.pth", "first.gpt2.pth", "new/deep/er", "ü\udcff", "a\nb", "%s",
-)  # fmt: skip
-ODD_FLAGS = ("--", "-", "-h", "--help", "---x", "--no-force", "--force", "--no_such_flag", "--alpha_", "--mlm=1", "-1", "@file",
-             "", "--\0", "--ü", "--fp16", "--bf16", "--activation_checkpointing", "--no-group_by_size", "--restrict_ce_to_mask",
-             "--freeze_pos_embs", "--freeze_token_type_embds", "--n_gpu=0", "--local-rank=0", "--vocab_transform")  # fmt: skip
-# Long runs and large batches are what the user asks for, not faults: these flags get no large values.
+    "..",
+    ".",
+    "/",
+    "~",
+    "*",
+    "[",
+    "a/b",
+    "a/b/c",
+    "a/" * 3000,
+    "x" * 300,
+    "http://localhost/a",
+    "/dev/null",
+    "/dev/zero",
+    "/dev/stdin",
+    "/proc/self/mem",
+    "/etc/passwd",
+    "text.txt",
+    "text.txt/x",
+    "empty",
+    "folder",
+    "folder/",
+    "fifo",
+    "loop",
+    "dangling",
+    "teacher.bert",
+    "teacher.gpt2/",
+    "teacher.roberta/config.json",
+    "teacher.bert/model.safetensors",
+    "data.bert.pickle",
+    "data.gpt2.pickle",
+    "data.roberta.pickle.json",
+    "counts.bert.pickle",
+    "counts.gpt2.pickle",
+    "student.bert.json",
+    "student.gpt2.json",
+    "first.bert.pth",
+    "first.gpt2.pth",
+    "new/deep/er",
+    "ü\udcff",
+    "a\nb",
+    "%s",
+)
+ODD_FLAGS = (
+    "--",
+    "-",
+    "-h",
+    "--help",
+    "---x",
+    "--no-force",
+    "--force",
+    "--no_such_flag",
+    "--alpha_",
+    "--mlm=1",
+    "-1",
+    "@file",
+    "",
+    "--\0",
+    "--ü",
+    "--fp16",
+    "--bf16",
+    "--activation_checkpointing",
+    "--no-group_by_size",
+    "--restrict_ce_to_mask",
+    "--freeze_pos_embs",
+    "--freeze_token_type_embds",
+    "--n_gpu=0",
+    "--local-rank=0",
+    "--vocab_transform",
+)
+# Long runs and large batches are what the user asks for, not faults: these flags get no large
+# values.
 NOT_LARGE = ("--gradient_accumulation_steps", "--num_lines")
 LAST = ["--max_steps=1"]  # of train.py: whatever came before, it ends at the first update
 
 
 def programs() -> dict[str, tuple[Callable, Callable[[str], list[list[str]]]]]:
     """List the programs: name -> (main, kind -> a command line that works, flag by flag)."""
-    masked = [["--alpha_mlm", "2.0"], ["--alpha_clm", "0"], ["--mlm"], ["--token_counts", "counts.bert.pickle"]]
+    masked = [
+        ["--alpha_mlm", "2.0"],
+        ["--alpha_clm", "0"],
+        ["--mlm"],
+        ["--token_counts", "counts.bert.pickle"],
+    ]
     students = {"bert": "distilbert", "roberta": "roberta", "gpt2": "gpt2"}
 
     def training(kind: str) -> list[list[str]]:
-        own = [["--alpha_clm", "0.5"]] if kind == "gpt2" else [*masked[:-1], ["--token_counts", f"counts.{kind}.pickle"]]
-        return [["--student_type", students[kind]], ["--student_config", f"student.{kind}.json"], ["--teacher_type", kind],
-                ["--teacher_name", f"teacher.{kind}"], ["--data_file", f"data.{kind}.pickle"], ["--dump_path", "run"],
-                ["--student_pretrained_weights", f"first.{kind}.pth"], ["--alpha_ce", "5.0"], ["--alpha_cos", "1.0"], *own,
-                ["--batch_size", "4"], ["--gradient_accumulation_steps", "1"], ["--n_epoch", "1"], ["--seed", "7"],
-                ["--learning_rate", "1e-3"], ["--warmup_prop", "0.1"], ["--temperature", "2"], ["--max_length", "40"],
-                ["--max_tokens", "400"], ["--log_interval", "1"], ["--mlm_smoothing", "0.7"], ["--weight_decay", "0.1"],
-                ["--max_grad_norm", "5"], ["--initializer_range", "0.02"], ["--loss_normalization", "tokens"]]  # fmt: skip
+        own = (
+            [["--alpha_clm", "0.5"]]
+            if kind == "gpt2"
+            else [*masked[:-1], ["--token_counts", f"counts.{kind}.pickle"]]
+        )
+        return [
+            ["--student_type", students[kind]],
+            ["--student_config", f"student.{kind}.json"],
+            ["--teacher_type", kind],
+            ["--teacher_name", f"teacher.{kind}"],
+            ["--data_file", f"data.{kind}.pickle"],
+            ["--dump_path", "run"],
+            ["--student_pretrained_weights", f"first.{kind}.pth"],
+            ["--alpha_ce", "5.0"],
+            ["--alpha_cos", "1.0"],
+            *own,
+            ["--batch_size", "4"],
+            ["--gradient_accumulation_steps", "1"],
+            ["--n_epoch", "1"],
+            ["--seed", "7"],
+            ["--learning_rate", "1e-3"],
+            ["--warmup_prop", "0.1"],
+            ["--temperature", "2"],
+            ["--max_length", "40"],
+            ["--max_tokens", "400"],
+            ["--log_interval", "1"],
+            ["--mlm_smoothing", "0.7"],
+            ["--weight_decay", "0.1"],
+            ["--max_grad_norm", "5"],
+            ["--initializer_range", "0.02"],
+            ["--loss_normalization", "tokens"],
+        ]
 
     def extracting(kind: str) -> list[list[str]]:
-        return [["--model_type", kind], ["--model_name", f"teacher.{kind}"], ["--dump_checkpoint", "weights.pth"],
-                ["--num_layers", "2"]]  # fmt: skip
+        return [
+            ["--model_type", kind],
+            ["--model_name", f"teacher.{kind}"],
+            ["--dump_checkpoint", "weights.pth"],
+            ["--num_layers", "2"],
+        ]
 
     return {
         "train": (train.main, training),
-        "binarized_data": (binarized_data.main, lambda kind: [
-            ["--file_path", "text.txt"], ["--tokenizer_type", kind], ["--tokenizer_name", f"teacher.{kind}"], ["--seed", "3"],
-            ["--dump_file", "out"], ["--format", "store"], ["--num_workers", "1"], ["--errors", "skip"],
-            ["--text_field", "text"], ["--token_counts_dump", "counts"], ["--vocab_size", "400"]]),
-        "token_counts": (token_counts.main, lambda kind: [
-            ["--data_file", f"data.{kind}.pickle"], ["--token_counts_dump", "counts"], ["--vocab_size", "400"]]),
-        "inspect_data": (inspect_data.main, lambda kind: [
-            [f"data.{kind}.pickle"], ["--tokenizer_type", kind], ["--tokenizer_name", f"teacher.{kind}"], ["--top", "3"],
-            ["--num_sequences", "2"], ["--verify"], ["--json", "facts.json"]]),
-        "prepare_text": (prepare_text.main, lambda kind: [
-            ["--file_path", "text.txt"], ["--output", "prepared.txt"], ["--errors", "skip"], ["--documents", "line"],
-            ["--max_chars", "300"], ["--min_chars", "5"], ["--by_language"], ["--sampling_exponent", "0.7"],
-            ["--num_lines", "50"], ["--seed", "3"]]),
+        "binarized_data": (
+            binarized_data.main,
+            lambda kind: [
+                ["--file_path", "text.txt"],
+                ["--tokenizer_type", kind],
+                ["--tokenizer_name", f"teacher.{kind}"],
+                ["--seed", "3"],
+                ["--dump_file", "out"],
+                ["--format", "store"],
+                ["--num_workers", "1"],
+                ["--errors", "skip"],
+                ["--text_field", "text"],
+                ["--token_counts_dump", "counts"],
+                ["--vocab_size", "400"],
+            ],
+        ),
+        "token_counts": (
+            token_counts.main,
+            lambda kind: [
+                ["--data_file", f"data.{kind}.pickle"],
+                ["--token_counts_dump", "counts"],
+                ["--vocab_size", "400"],
+            ],
+        ),
+        "inspect_data": (
+            inspect_data.main,
+            lambda kind: [
+                [f"data.{kind}.pickle"],
+                ["--tokenizer_type", kind],
+                ["--tokenizer_name", f"teacher.{kind}"],
+                ["--top", "3"],
+                ["--num_sequences", "2"],
+                ["--verify"],
+                ["--json", "facts.json"],
+            ],
+        ),
+        "prepare_text": (
+            prepare_text.main,
+            lambda kind: [
+                ["--file_path", "text.txt"],
+                ["--output", "prepared.txt"],
+                ["--errors", "skip"],
+                ["--documents", "line"],
+                ["--max_chars", "300"],
+                ["--min_chars", "5"],
+                ["--by_language"],
+                ["--sampling_exponent", "0.7"],
+                ["--num_lines", "50"],
+                ["--seed", "3"],
+            ],
+        ),
         "extract": (extract.main, lambda kind: extracting("gpt2" if kind == "bert" else kind)),
         "extract_distilbert": (extract_distilbert.main, lambda kind: extracting("bert")),
-    }  # fmt: skip
+    }
 
 
 PROGRAMS = programs()
@@ -891,7 +1503,9 @@ PROGRAMS = programs()
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A program to be started, with its arguments and environment. encoding: of what it prints to."""
+    """A program to be started, with its arguments and environment. encoding: of what it prints
+    to.
+    """
 
     program: str
     argv: list[str]
@@ -901,10 +1515,21 @@ class Command:
 
 def _odd_value(draw, item: list[str]) -> str:
     """Make a value for a flag: mostly of its kind, as a command line that works shows it."""
-    is_number, is_path = re.fullmatch(r"[\d.e-]+", item[-1]), re.search(r"[./]|^(run|out|counts)$", item[-1])
+    is_number, is_path = (
+        re.fullmatch(r"[\d.e-]+", item[-1]),
+        re.search(r"[./]|^(run|out|counts)$", item[-1]),
+    )
     likely = st.sampled_from(ODD_NUMBERS if is_number else ODD_PATHS if is_path else ODD_WORDS)
-    value = draw(likely | likely | likely | st.sampled_from(ODD_WORDS + ODD_NUMBERS + ODD_PATHS) | st.text(max_size=12))
-    return "0" if item[0] in NOT_LARGE and value.strip("-").isdecimal() and len(value) > 2 else value
+    value = draw(
+        likely
+        | likely
+        | likely
+        | st.sampled_from(ODD_WORDS + ODD_NUMBERS + ODD_PATHS)
+        | st.text(max_size=12)
+    )
+    return (
+        "0" if item[0] in NOT_LARGE and value.strip("-").isdecimal() and len(value) > 2 else value
+    )
 
 
 def _drop(draw, words: list[list[str]], k: int) -> None:
@@ -924,20 +1549,36 @@ def _replace_value(draw, words: list[list[str]], k: int) -> None:
 
 
 def _join(draw, words: list[list[str]], k: int) -> None:
-    words[k] = ["=".join([words[k][0], _odd_value(draw, words[k]) if draw(st.booleans()) else words[k][-1]])]
+    words[k] = [
+        "=".join([words[k][0], _odd_value(draw, words[k]) if draw(st.booleans()) else words[k][-1]])
+    ]
 
 
 def _misspell(draw, words: list[list[str]], k: int) -> None:
     flag = words[k][0]
     place = draw(st.integers(0, max(len(flag) - 1, 0)))
-    words[k] = [flag[:place] + draw(st.sampled_from(["", "_", "-", "x", "="])) + flag[place + 1 :], *words[k][1:]]
+    words[k] = [
+        flag[:place] + draw(st.sampled_from(["", "_", "-", "x", "="])) + flag[place + 1 :],
+        *words[k][1:],
+    ]
 
 
 def _insert(draw, words: list[list[str]], k: int) -> None:
     words.insert(k, [draw(st.sampled_from(ODD_FLAGS) | st.sampled_from(ODD_WORDS))])
 
 
-MUTATIONS = (*[_replace_value] * 8, *[_drop] * 2, _repeat, _repeat, _join, _join, _drop_value, _misspell, _insert, _insert)
+MUTATIONS = (
+    *[_replace_value] * 8,
+    *[_drop] * 2,
+    _repeat,
+    _repeat,
+    _join,
+    _join,
+    _drop_value,
+    _misspell,
+    _insert,
+    _insert,
+)
 
 
 @st.composite
@@ -946,14 +1587,24 @@ def environments(draw) -> dict[str, str]:
     found = {}
     if draw(st.integers(0, 3)):
         port = str(draw(st.integers(20_000, 60_000)))
-        found = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    for name in draw(st.lists(st.sampled_from(LAUNCHER_VARIABLES + OTHER_VARIABLES), min_size=1, max_size=4)):
+        found = {
+            "RANK": "0",
+            "LOCAL_RANK": "0",
+            "WORLD_SIZE": "1",
+            "MASTER_ADDR": "127.0.0.1",
+            "MASTER_PORT": port,
+        }
+    for name in draw(
+        st.lists(st.sampled_from(LAUNCHER_VARIABLES + OTHER_VARIABLES), min_size=1, max_size=4)
+    ):
         found[name] = draw(st.sampled_from(ADDRESSES if name == "MASTER_ADDR" else NUMBERS))
     return alone(found)
 
 
 def alone(environment: dict[str, str]) -> dict[str, str]:
-    """Give an environment of several processes an address that does not exist: waiting for the others is no fault."""
+    """Give an environment of several processes an address that does not exist: waiting for the
+    others is no fault.
+    """
     try:
         is_alone = int(environment.get("WORLD_SIZE") or 1) <= 1
     except ValueError:  # no number: an error by itself
@@ -973,7 +1624,9 @@ def commands(draw) -> Command:
             mutate(draw, words, draw(st.integers(0, len(words) - 1)))
     words = draw(st.permutations(words)) if draw(st.integers(0, 4)) == 4 else words
     argv = [word for item in words for word in item] + LAST * (program == "train")
-    return Command(program, argv, environment, draw(st.sampled_from(["utf-8", "utf-8", "ascii", "latin-1"])))
+    return Command(
+        program, argv, environment, draw(st.sampled_from(["utf-8", "utf-8", "ascii", "latin-1"]))
+    )
 
 
 def lay_out(folder: Path, world) -> None:
@@ -1003,9 +1656,17 @@ def arguments(bench) -> None:
         folder = bench.folder / f"{next(numbers)}"
         folder.mkdir()
         lay_out(folder, bench.world)
-        ended = run_forked(PROGRAMS[command.program][0], command.argv, folder, cwd=folder, environment=command.environment,
-                           encoding=command.encoding)  # fmt: skip
-        statuses[f"{command.program} {ended.status}"] = statuses.get(f"{command.program} {ended.status}", 0) + 1
+        ended = run_forked(
+            PROGRAMS[command.program][0],
+            command.argv,
+            folder,
+            cwd=folder,
+            environment=command.environment,
+            encoding=command.encoding,
+        )
+        statuses[f"{command.program} {ended.status}"] = (
+            statuses.get(f"{command.program} {ended.status}", 0) + 1
+        )
         check_ended(ended)
         shutil.rmtree(folder)
 

@@ -1,6 +1,8 @@
-"""Trials of malicious files (T19): 60 of them, each at every place that reads its kind. None may execute anything.
+"""Trials of malicious files (T19): 60 of them, each at every place that reads its kind. None may
+execute anything.
 
-A payload is caught by what it leaves (a file, the canary) and by Python's audit events in the process that reads it.
+A payload is caught by what it leaves (a file, the canary) and by Python's audit events in the
+process that reads it.
 """
 
 import copyreg
@@ -74,7 +76,9 @@ class With(Call):
 
 @dataclasses.dataclass
 class Site:
-    """Where a malicious file is made. kind: of the teacher that it imitates; canary: what a payload would write."""
+    """Where a malicious file is made. kind: of the teacher that it imitates; canary: what a payload
+    would write.
+    """
 
     world: World
     folder: Path
@@ -117,19 +121,23 @@ class Site:
         return folder
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Pickles
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def listed(site: Site, payload: Any, protocol: int = 4) -> Path:
     """Write a list of sequences that holds a payload, too."""
-    return site.write("evil.pickle", pickle.dumps([np.arange(20, dtype=np.uint16), payload], protocol))
+    return site.write(
+        "evil.pickle", pickle.dumps([np.arange(20, dtype=np.uint16), payload], protocol)
+    )
 
 
 def raw(site: Site, *parts: bytes | str) -> Path:
     """Write opcodes."""
-    return site.write("evil.pickle", b"".join(part.encode() if isinstance(part, str) else part for part in parts))
+    return site.write(
+        "evil.pickle", b"".join(part.encode() if isinstance(part, str) else part for part in parts)
+    )
 
 
 def text_of(text: str) -> bytes:
@@ -171,42 +179,65 @@ def partial_by_state(site: Site) -> Call:
 
 NEST = 200_000
 PICKLES: dict[str, Callable[[Site], Path]] = {
-    **{f"os.system, protocol {protocol}": lambda site, p=protocol: listed(site, Call(os.system, site.command), p)
-       for protocol in (0, 2, 5)},
+    **{
+        f"os.system, protocol {protocol}": lambda site, p=protocol: listed(
+            site, Call(os.system, site.command), p
+        )
+        for protocol in (0, 2, 5)
+    },
     "INST": lambda site: raw(site, f"(S'{site.command}'\niposix\nsystem\n."),
     "OBJ": lambda site: raw(site, f"(cposix\nsystem\nS'{site.command}'\no."),
-    "STACK_GLOBAL": lambda site: raw(site, b"\x80\x04\x8c\x05posix\x8c\x06system\x93", text_of(site.command), b"\x85R."),
+    "STACK_GLOBAL": lambda site: raw(
+        site, b"\x80\x04\x8c\x05posix\x8c\x06system\x93", text_of(site.command), b"\x85R."
+    ),
     "memo": lambda site: raw(site, f"cposix\nsystem\np0\n0(lp1\ng0\n(S'{site.command}'\ntRa."),
     "extension registry": extended,
     "persistent id": lambda site: raw(site, b"\x80\x02", text_of(site.command), b"Q."),
     "subprocess": lambda site: listed(site, Call(subprocess.Popen, ["touch", str(site.canary)])),
     "exec": lambda site: listed(site, Call(exec, site.code)),
     "eval": lambda site: listed(site, Call(eval, site.code)),
-    "getattr of __import__": lambda site: listed(site, Call(Call(getattr, Call(__import__, "os"), "system"), site.command)),
-    "attrgetter": lambda site: listed(site, Call(Call(Call(operator.attrgetter, "system"),
-                                                      Call(importlib.import_module, "os")), site.command)),
+    "getattr of __import__": lambda site: listed(
+        site, Call(Call(getattr, Call(__import__, "os"), "system"), site.command)
+    ),
+    "attrgetter": lambda site: listed(
+        site,
+        Call(
+            Call(Call(operator.attrgetter, "system"), Call(importlib.import_module, "os")),
+            site.command,
+        ),
+    ),
     "partial": lambda site: listed(site, Call(functools.partial(os.system, site.command))),
     "state of a partial": lambda site: listed(site, partial_by_state(site)),
-    "numpy.testing.runstring": lambda site: raw(site, b"cnumpy.testing\nrunstring\n(", text_of(site.code), b"}tR."),
+    "numpy.testing.runstring": lambda site: raw(
+        site, b"cnumpy.testing\nrunstring\n(", text_of(site.code), b"}tR."
+    ),
     "numpy.load": lambda site: listed(site, loaded_array(site)),
-    "numpy.memmap": lambda site: listed(site, Call(np.memmap, str(site.canary), "uint8", "w+", 0, (10,))),
+    "numpy.memmap": lambda site: listed(
+        site, Call(np.memmap, str(site.canary), "uint8", "w+", 0, (10,))
+    ),
     "numpy.save": lambda site: listed(site, Call(np.save, str(site.canary), [1])),
-    "array of objects": lambda site: listed(site, np.array([Call(os.system, site.command)], dtype=object)),
-    "forged pointers": lambda site: raw(site, pickle.dumps([Call(np.ndarray, (1,), np.dtype("O"), b"A" * 8)])),
+    "array of objects": lambda site: listed(
+        site, np.array([Call(os.system, site.command)], dtype=object)
+    ),
+    "forged pointers": lambda site: raw(
+        site, pickle.dumps([Call(np.ndarray, (1,), np.dtype("O"), b"A" * 8)])
+    ),
     "forged dtype": lambda site: raw(site, pickle.dumps([forged_state(site)])),
     "pathlib": lambda site: listed(site, Call(pathlib.Path.write_text, site.canary, "x")),
     "open": lambda site: listed(site, Call(open, str(site.canary), "w")),
     "runpy": lambda site: listed(site, Call(runpy.run_path, str(site.module()))),
     "marshal": lambda site: listed(site, marshalled(site)),
     "pydoc.pipepager": lambda site: listed(site, Call(pydoc.pipepager, "x", site.command)),
-    "ctypes": lambda site: listed(site, Call(Call(getattr, Call(ctypes.CDLL, None), "system"), site.command.encode())),
+    "ctypes": lambda site: listed(
+        site, Call(Call(getattr, Call(ctypes.CDLL, None), "system"), site.command.encode())
+    ),
     "tuples as a key": lambda site: raw(site, b"\x80\x02}K\x01", b"\x85" * NEST, b"K\x01s."),
-}  # fmt: skip
+}
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Weights
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def saved(site: Site, content: Any, **options: Any) -> Path:
@@ -243,7 +274,10 @@ def torchscript(site: Site) -> Path:
     with zipfile.ZipFile(site.folder / "whole.pt") as whole, zipfile.ZipFile(path, "w") as archive:
         for name in whole.namelist():
             is_pickle = name.endswith((".pkl", "constants.pkl"))
-            archive.writestr(name, pickle.dumps(Call(os.system, site.command), 2) if is_pickle else whole.read(name))
+            archive.writestr(
+                name,
+                pickle.dumps(Call(os.system, site.command), 2) if is_pickle else whole.read(name),
+            )
     return path
 
 
@@ -262,29 +296,41 @@ def header(site: Site, text: str, size: int | None = None) -> Path:
 
 def tensors(**rows: list[int]) -> str:
     """Describe float tensors by their bytes' range."""
-    return json.dumps({name: {"dtype": "F32", "shape": [2], "data_offsets": span} for name, span in rows.items()})
+    return json.dumps(
+        {name: {"dtype": "F32", "shape": [2], "data_offsets": span} for name, span in rows.items()}
+    )
 
 
 WEIGHTS: dict[str, Callable[[Site], Path]] = {
     "zip": lambda site: saved(site, {"a": Call(os.system, site.command)}),
     "zip, in a tensor": lambda site: saved(site, hooks(site)),
-    "legacy": lambda site: saved(site, {"a": Call(exec, site.code)}, _use_new_zipfile_serialization=False),
+    "legacy": lambda site: saved(
+        site, {"a": Call(exec, site.code)}, _use_new_zipfile_serialization=False
+    ),
     "TorchScript": torchscript,
     "tar": old_tar,
     "overlapping": lambda site: header(site, tensors(a=[0, 8], b=[4, 12])),
     "a huge header": lambda site: header(site, "{}", 2**62),
     "nested header": lambda site: header(site, "{" + '"a":{' * 10**5),
-    "metadata": lambda site: header(site, json.dumps({"__metadata__": {"format": site.code, "a": ["b"]}})),
+    "metadata": lambda site: header(
+        site, json.dumps({"__metadata__": {"format": site.code, "a": ["b"]}})
+    ),
 }
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Folders
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-EVIL_CLASSES = "\n".join(f"class {name}:\n    pass" for name in ("EvilConfig", "EvilModel", "EvilTokenizer"))
-AUTO_MAP = {"AutoConfig": "evil_module.EvilConfig", "AutoModel": "evil_module.EvilModel",
-            "AutoModelForMaskedLM": "evil_module.EvilModel", "AutoModelForCausalLM": "evil_module.EvilModel"}  # fmt: skip
+EVIL_CLASSES = "\n".join(
+    f"class {name}:\n    pass" for name in ("EvilConfig", "EvilModel", "EvilTokenizer")
+)
+AUTO_MAP = {
+    "AutoConfig": "evil_module.EvilConfig",
+    "AutoModel": "evil_module.EvilModel",
+    "AutoModelForMaskedLM": "evil_module.EvilModel",
+    "AutoModelForCausalLM": "evil_module.EvilModel",
+}
 
 
 def with_code(folder: Path, site: Site, name: str = "evil_module.py") -> Path:
@@ -308,7 +354,9 @@ def sharded(site: Site, index: str, target: str) -> Path:
     state = safetensors.torch.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
     torch.save({"a": Call(os.system, site.command)}, (folder / target).resolve())
-    (folder / index).write_text(json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(state, target)}))
+    (folder / index).write_text(
+        json.dumps({"metadata": {"total_size": 1}, "weight_map": dict.fromkeys(state, target)})
+    )
     return folder
 
 
@@ -346,36 +394,53 @@ FOLDERS: dict[str, Callable[[Site], Path]] = {
     "pytorch_model.bin": lambda site: with_pickle(site, site.teacher()),
     "auto_map": lambda site: with_code(site.edited("config.json", auto_map=AUTO_MAP), site),
     "auto_map of an unknown type": lambda site: with_code(
-        site.edited("config.json", auto_map=AUTO_MAP, model_type="evil"), site),
+        site.edited("config.json", auto_map=AUTO_MAP, model_type="evil"), site
+    ),
     "tokenizer's auto_map": lambda site: with_code(
-        site.edited("tokenizer_config.json", tokenizer_class="EvilTokenizer",
-                    auto_map={"AutoTokenizer": ["evil_module.EvilTokenizer", "evil_module.EvilTokenizer"]}), site),
+        site.edited(
+            "tokenizer_config.json",
+            tokenizer_class="EvilTokenizer",
+            auto_map={"AutoTokenizer": ["evil_module.EvilTokenizer", "evil_module.EvilTokenizer"]},
+        ),
+        site,
+    ),
     "custom generate": custom_generate,
     "chat template": templated,
-    "index outside": lambda site: sharded(site, "model.safetensors.index.json", "../evil-outside.safetensors"),
-    "shards": lambda site: sharded(site, "pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"),
+    "index outside": lambda site: sharded(
+        site, "model.safetensors.index.json", "../evil-outside.safetensors"
+    ),
+    "shards": lambda site: sharded(
+        site, "pytorch_model.bin.index.json", "pytorch_model-00001-of-00001.bin"
+    ),
     "_name_or_path": lambda site: elsewhere(site, "config.json", "_name_or_path"),
     "adapter": lambda site: elsewhere(site, "adapter_config.json", "base_model_name_or_path"),
-    "kernel": lambda site: site.edited("config.json", attn_implementation="evil/kernel", use_kernels=True),
+    "kernel": lambda site: site.edited(
+        "config.json", attn_implementation="evil/kernel", use_kernels=True
+    ),
     "link": linked,
-}  # fmt: skip
+}
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Configurations, texts, checkpoints
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def configured(site: Site, **changes: Any) -> Path:
     """Write a student's configuration."""
-    return site.write("evil.json", json.dumps(json.loads(Path(site.world.config("bert")).read_text()) | changes))
+    return site.write(
+        "evil.json", json.dumps(json.loads(Path(site.world.config("bert")).read_text()) | changes)
+    )
 
 
 CONFIGS: dict[str, Callable[[Site], Path]] = {
     "auto_map": lambda site: (
-        with_code(configured(site, auto_map=AUTO_MAP, architectures=["os.system"]).parent, site) / "evil.json"
+        with_code(configured(site, auto_map=AUTO_MAP, architectures=["os.system"]).parent, site)
+        / "evil.json"
     ),
-    "dtype": lambda site: configured(site, dtype="__import__('os')", torch_dtype=f"__import__('os').system({site.command!r})"),
+    "dtype": lambda site: configured(
+        site, dtype="__import__('os')", torch_dtype=f"__import__('os').system({site.command!r})"
+    ),
     "nested": lambda site: site.write("evil.json", '{"a":' * NEST),
 }
 
@@ -387,20 +452,32 @@ def with_script(site: Site) -> Path:
     for name in ("dump.py", "evil_module.py"):
         site.module(f"dump/{name}")
     data_files = f"!!python/object/apply:os.system ['{site.command}']"
-    site.write("dump/README.md", f"---\nconfigs:\n- config_name: default\n  script: dump.py\n  data_files: {data_files}\n---\n")
+    site.write(
+        "dump/README.md",
+        "---\nconfigs:\n- config_name: default\n  script: dump.py\n  data_files:"
+        f" {data_files}\n---\n",
+    )
     rows = [{"text": line} for line in make_lines(30)]
     site.write("dump/dump.json", "\n".join(map(json.dumps, rows)))
-    site.write("dump/dataset_infos.json", json.dumps({"default": {"builder_name": "dump", "script": "dump.py"}}))
+    site.write(
+        "dump/dataset_infos.json",
+        json.dumps({"default": {"builder_name": "dump", "script": "dump.py"}}),
+    )
     return folder
 
 
 def arrow_table(site: Site) -> pyarrow.Table:
     """Make a table whose column is of a type that was once unpickled when it was read."""
     payload = pickle.dumps(Call(os.system, site.command), 2)
-    of_type = {"ARROW:extension:name": "arrow.py_extension_type", "ARROW:extension:metadata": payload}
+    of_type = {
+        "ARROW:extension:name": "arrow.py_extension_type",
+        "ARROW:extension:metadata": payload,
+    }
     field = pyarrow.field("text", pyarrow.string(), metadata=of_type)
     metadata = {
-        "huggingface": json.dumps({"info": {"features": {"text": {"_type": "evil_module.EvilConfig"}}}}),
+        "huggingface": json.dumps(
+            {"info": {"features": {"text": {"_type": "evil_module.EvilConfig"}}}}
+        ),
         "pandas": payload,
     }
     return pyarrow.table([make_lines(30)], pyarrow.schema([field], metadata=metadata))
@@ -415,7 +492,10 @@ def parquet(site: Site) -> Path:
 def arrow(site: Site) -> Path:
     """Write the table as an Arrow stream."""
     table = arrow_table(site)
-    with pyarrow.OSFile(str(site.folder / "evil.arrow"), "wb") as file, pyarrow.ipc.new_stream(file, table.schema) as writer:
+    with (
+        pyarrow.OSFile(str(site.folder / "evil.arrow"), "wb") as file,
+        pyarrow.ipc.new_stream(file, table.schema) as writer,
+    ):
         writer.write_table(table)
     return site.folder / "evil.arrow"
 
@@ -430,7 +510,9 @@ TEXTS: dict[str, Callable[[Site], Path]] = {
 def checkpoint(site: Site, change: Callable[[Path], None]) -> Path:
     """Make a run's folder with one checkpoint, changed, which its manifest admits."""
     run = site.folder / "run"
-    ended = in_child(lambda: train.main(site.world.flags("bert", run, **SHORT)), site.folder / "first-log")
+    ended = in_child(
+        lambda: train.main(site.world.flags("bert", run, **SHORT)), site.folder / "first-log"
+    )
     assert ended.status == 0, ended
     newest, *older = checkpointing.exist(run / "checkpoints")
     for path in older:
@@ -472,9 +554,9 @@ CHECKPOINTS: dict[str, Callable[[Site], Path]] = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Every place that reads a kind of file
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 Entry = tuple[str, Callable[[list[str]], None], list[object]]  # name, program, flags
 
@@ -487,24 +569,54 @@ def training(site: Site, name: str, **changes: Any) -> Entry:
 
 def binarizing(site: Site, text: Path, tokenizer: Path) -> Entry:
     """Binarize a malicious text, or with a malicious tokenizer."""
-    return "binarize", binarized_data.main, ["--file_path", text, "--tokenizer_type", site.kind, "--tokenizer_name", tokenizer,
-                                             "--dump_file", site.folder / "out" / "dump"]  # fmt: skip
+    return (
+        "binarize",
+        binarized_data.main,
+        [
+            "--file_path",
+            text,
+            "--tokenizer_type",
+            site.kind,
+            "--tokenizer_name",
+            tokenizer,
+            "--dump_file",
+            site.folder / "out" / "dump",
+        ],
+    )
 
 
 def of_text(site: Site, path: Path) -> Iterator[Entry]:
     """Read as text."""
     yield binarizing(site, path, site.world.teachers[site.kind])
-    yield "prepare", prepare_text.main, ["--file_path", path, "--output", site.folder / "out" / "text"]
+    yield (
+        "prepare",
+        prepare_text.main,
+        ["--file_path", path, "--output", site.folder / "out" / "text"],
+    )
 
 
 def of_folder(site: Site, folder: Path) -> Iterator[Entry]:
     """Read as a teacher, with its tokenizer."""
     program = extract_distilbert if site.kind == "bert" else extract
     yield training(site, "teacher_name", teacher_name=folder)
-    yield "extract", program.main, ["--model_type", site.kind, "--model_name", folder,
-                                    "--dump_checkpoint", site.folder / "out" / "first.pth"]  # fmt: skip
+    yield (
+        "extract",
+        program.main,
+        [
+            "--model_type",
+            site.kind,
+            "--model_name",
+            folder,
+            "--dump_checkpoint",
+            site.folder / "out" / "first.pth",
+        ],
+    )
     yield binarizing(site, site.world.text, folder)
-    yield "inspect", inspect_data.main, [site.world.data(site.kind), "--tokenizer_type", site.kind, "--tokenizer_name", folder]
+    yield (
+        "inspect",
+        inspect_data.main,
+        [site.world.data(site.kind), "--tokenizer_type", site.kind, "--tokenizer_name", folder],
+    )
 
 
 def of_weights(site: Site, path: Path) -> Iterator[Entry]:
@@ -512,7 +624,10 @@ def of_weights(site: Site, path: Path) -> Iterator[Entry]:
     yield training(site, "student_pretrained_weights", student_pretrained_weights=path)
     folder = site.teacher()
     (folder / "model.safetensors").unlink()
-    shutil.copy(path, folder / ("model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin"))
+    shutil.copy(
+        path,
+        folder / ("model.safetensors" if path.suffix == ".safetensors" else "pytorch_model.bin"),
+    )
     yield from list(of_folder(site, folder))[:2]
 
 
@@ -520,8 +635,13 @@ def of_config(site: Site, path: Path) -> Iterator[Entry]:
     """Read as a student's configuration, and in its teacher's place."""
     yield training(site, "student_config", student_config=path)
     folder = site.teacher()
-    merged = path.read_text() if len(path.read_text()) > 10**5 else json.dumps(
-        json.loads((folder / "config.json").read_text()) | json.loads(path.read_text()))  # fmt: skip
+    merged = (
+        path.read_text()
+        if len(path.read_text()) > 10**5
+        else json.dumps(
+            json.loads((folder / "config.json").read_text()) | json.loads(path.read_text())
+        )
+    )
     (folder / "config.json").write_text(merged)
     yield from of_folder(site, folder)
 
@@ -530,7 +650,11 @@ def of_pickle(site: Site, path: Path) -> Iterator[Entry]:
     """Read as whatever a pickle may be taken for."""
     yield training(site, "data_file", data_file=path)
     yield training(site, "token_counts", token_counts=path)
-    yield "count", token_counts.main, ["--data_file", path, "--token_counts_dump", site.folder / "out" / "counts"]
+    yield (
+        "count",
+        token_counts.main,
+        ["--data_file", path, "--token_counts_dump", site.folder / "out" / "counts"],
+    )
     yield "inspect", inspect_data.main, [path, "--verify"]
     yield "inspect", inspect_data.main, [path]
     yield from of_weights(site, path)
@@ -546,7 +670,9 @@ def of_run(site: Site, run: Path) -> Iterator[Entry]:
         yield f"{name} {mode}", program, flags
 
 
-KINDS: list[tuple[str, dict[str, Callable[[Site], Path]], Callable[[Site, Path], Iterator[Entry]]]] = [
+KINDS: list[
+    tuple[str, dict[str, Callable[[Site], Path]], Callable[[Site, Path], Iterator[Entry]]]
+] = [
     ("pickle", PICKLES, of_pickle),
     ("weights", WEIGHTS, of_weights),
     ("folder", FOLDERS, of_folder),
@@ -554,26 +680,47 @@ KINDS: list[tuple[str, dict[str, Callable[[Site], Path]], Callable[[Site, Path],
     ("text", TEXTS, of_text),
     ("checkpoint", CHECKPOINTS, of_run),
 ]
-CASES = [(f"{kind} {name}", make, entries) for kind, makers, entries in KINDS for name, make in makers.items()]
+CASES = [
+    (f"{kind} {name}", make, entries)
+    for kind, makers, entries in KINDS
+    for name, make in makers.items()
+]
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # The trial
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
-STARTS = {"os.system", "subprocess.Popen", "os.exec", "os.posix_spawn", "os.spawn", "pty.spawn", "compile", "exec", "import"}
+STARTS = {
+    "os.system",
+    "subprocess.Popen",
+    "os.exec",
+    "os.posix_spawn",
+    "os.spawn",
+    "pty.spawn",
+    "compile",
+    "exec",
+    "import",
+}
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def watch(site: Site, places: list[Path]) -> None:
-    """Say, from now on, what this process executes of a malicious file, and what it writes outside `places`."""
+    """Say, from now on, what this process executes of a malicious file, and what it writes outside
+    `places`.
+    """
     allowed = tuple(map(str, [*places, "/dev/"]))
     sys.dont_write_bytecode = True
 
     def on_event(event: str, arguments: tuple) -> None:
         if event == "open":
             path, _, flags = arguments
-            if flags and flags & WRITING and isinstance(path, str) and not os.path.abspath(path).startswith(allowed):
+            if (
+                flags
+                and flags & WRITING
+                and isinstance(path, str)
+                and not os.path.abspath(path).startswith(allowed)
+            ):
                 say("WROTE", event, path)
         elif event in STARTS and "evil" in told(arguments):
             say("EXECUTED", event, told(arguments)[:200])
@@ -589,13 +736,19 @@ def watch(site: Site, places: list[Path]) -> None:
 def told(arguments: tuple) -> str:
     """Put an event's arguments into words; of code, its file and constants."""
     return " ".join(
-        f"{part.co_filename} {part.co_consts} {part.co_names}" if isinstance(part, types.CodeType) else str(part)[:4000]
+        (
+            f"{part.co_filename} {part.co_consts} {part.co_names}"
+            if isinstance(part, types.CodeType)
+            else str(part)[:4000]
+        )
         for part in arguments
     )
 
 
 def malicious(bench) -> None:
-    """T19: read one malicious file at every place that reads its kind. Nothing is executed, and no traceback is shown."""
+    """T19: read one malicious file at every place that reads its kind. Nothing is executed, and no
+    traceback is shown.
+    """
     name, make, entries = CASES[bench.number % len(CASES)]
     kinds = ["bert", "gpt2"] if entries is of_folder else ["bert"]
     for kind in kinds:
@@ -606,7 +759,9 @@ def malicious(bench) -> None:
             bench.count()
 
 
-def attempt(bench, site: Site, where: str, program: Callable[[list[str]], None], flags: list[str]) -> None:
+def attempt(
+    bench, site: Site, where: str, program: Callable[[list[str]], None], flags: list[str]
+) -> None:
     """Run a program that reads a malicious file, in a child."""
     temporary = bench.folder / "tmp"
     temporary.mkdir(exist_ok=True)
@@ -624,6 +779,9 @@ def attempt(bench, site: Site, where: str, program: Callable[[list[str]], None],
         canary.unlink()
         bench.fail(f"{where}: executed, the canary is there ({ended})")
     if ended.status == -signal.SIGSEGV and ENDS_TORCH in where:
-        bench.note(f"{where}: torch's own reader runs out of stack and ends the process; nothing is executed")
+        bench.note(
+            f"{where}: torch's own reader runs out of stack and ends the process; nothing is"
+            " executed"
+        )
     elif not ended.is_clean:
         bench.fail(f"{where}: {ended}")

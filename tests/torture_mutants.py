@@ -1,6 +1,8 @@
-"""Trials of the tests themselves: mistakes that a person could make, planted one at a time into a copy of the program.
+"""Trials of the tests themselves: mistakes that a person could make, planted one at a time into a
+copy of the program.
 
-Called by scripts/torture.py (T18). The mistakes are of the silent kind, made to train on as if nothing were wrong.
+Called by scripts/torture.py (T18). The mistakes are of the silent kind, made to train on as if
+nothing were wrong.
 """
 
 import dataclasses
@@ -20,7 +22,9 @@ CAUGHT = 1  # pytest's status where tests ran and some failed
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """One mistake: what it is, the text of a file that becomes another, and the test that guards it, by its pytest id."""
+    """One mistake: what it is, the text of a file that becomes another, and the test that guards
+    it, by its pytest id.
+    """
 
     what: str
     file: str
@@ -34,105 +38,148 @@ GOES_ON = f"{RESUME}::test_a_stopped_run_goes_on_bit_for_bit[gpt2]"
 
 MISTAKES = [
     Mistake(
-        "every epoch has the order of the first", "grouped_batch_sampler.py",
-        'keyed_numpy_generator(self.seed, epoch, "order")', 'keyed_numpy_generator(self.seed, 0, "order")',
+        "every epoch has the order of the first",
+        "grouped_batch_sampler.py",
+        'keyed_numpy_generator(self.seed, epoch, "order")',
+        'keyed_numpy_generator(self.seed, 0, "order")',
         "tests/test_grouped_batch_sampler.py::test_order_depends_on_seed_and_epoch_alone",
     ),
     Mistake(
-        "the teacher is set to training, dropout on, with the student", "distiller.py",
+        "the teacher is set to training, dropout on, with the student",
+        "distiller.py",
         "        self.model.train()\n",
-        "        for model in filter(None, (self.model, self.teacher)):\n            model.train()\n",
+        "        for model in filter(None, (self.model, self.teacher)):\n           "
+        " model.train()\n",
         f"{STEP}::test_the_step_computes_the_objectives_by_definition[True]",
     ),
     Mistake(
-        "the gradient's norm is measured, not clipped", "distiller.py",
-        "clip_grad_norm_(parameters, self.max_grad_norm)", "clip_grad_norm_(parameters, math.inf)",
+        "the gradient's norm is measured, not clipped",
+        "distiller.py",
+        "clip_grad_norm_(parameters, self.max_grad_norm)",
+        "clip_grad_norm_(parameters, math.inf)",
         f"{STEP}::test_gradients_are_clipped_to_the_norm",
     ),
     Mistake(
-        "token counts are shifted by one id", "scripts/token_counts.py",
-        "np.bincount(chunk, minlength=vocab_size)", "np.bincount(chunk + 1, minlength=vocab_size)[:vocab_size]",
+        "token counts are shifted by one id",
+        "scripts/token_counts.py",
+        "np.bincount(chunk, minlength=vocab_size)",
+        "np.bincount(chunk + 1, minlength=vocab_size)[:vocab_size]",
         "tests/test_scripts.py::test_counts_are_a_list_of_the_vocabularys_length",
     ),
     Mistake(
-        "the first update after a resume has a new optimizer's learning rate", "distiller.py",
-        'group["lr"] = rate', 'group.setdefault("lr", rate)', GOES_ON,
+        "the first update after a resume has a new optimizer's learning rate",
+        "distiller.py",
+        'group["lr"] = rate',
+        'group.setdefault("lr", rate)',
+        GOES_ON,
     ),
     Mistake(
-        "gradients are summed over an update's micro-batches, not averaged", "distiller.py",
-        "share, counts_K = self.world_size / len(numbers), None", "share, counts_K = self.world_size, None",
+        "gradients are summed over an update's micro-batches, not averaged",
+        "distiller.py",
+        "share, counts_K = self.world_size / len(numbers), None",
+        "share, counts_K = self.world_size, None",
         f"{STEP}::test_the_step_computes_the_objectives_by_definition[True]",
     ),
     Mistake(
-        "every micro-batch draws the same masks", "distiller.py",
-        'keyed_seed(self.seed, number, "mask")', 'keyed_seed(self.seed, "mask")',
+        "every micro-batch draws the same masks",
+        "distiller.py",
+        'keyed_seed(self.seed, number, "mask")',
+        'keyed_seed(self.seed, "mask")',
         f"{STEP}::test_masks_depend_on_seed_and_number_alone",
     ),
     Mistake(
-        "special tokens are masked like others", "distiller.py",
-        "    weights_V[list(special_ids)] = 0.0\n", "",
+        "special tokens are masked like others",
+        "distiller.py",
+        "    weights_V[list(special_ids)] = 0.0\n",
+        "",
         f"{STEP}::test_positions_are_drawn_over_the_whole_batch_and_never_from_special_tokens_or_padding",
     ),
     Mistake(
-        "a causal student predicts the token that it reads", "distiller.py",
-        "labels_BT.flatten()[rows_N + 1]", "labels_BT.flatten()[rows_N]",
+        "a causal student predicts the token that it reads",
+        "distiller.py",
+        "labels_BT.flatten()[rows_N + 1]",
+        "labels_BT.flatten()[rows_N]",
         f"{STEP}::test_the_causal_loss_predicts_the_next_token",
     ),
     Mistake(
-        "the temperature's square is missing from the gradient, not from the loss", "losses.py",
-        ".sub_(teacher_NV).mul_(temperature)", ".sub_(teacher_NV).div_(temperature)",
+        "the temperature's square is missing from the gradient, not from the loss",
+        "losses.py",
+        ".sub_(teacher_NV).mul_(temperature)",
+        ".sub_(teacher_NV).div_(temperature)",
         "tests/test_losses.py::test_losses_and_gradients_equal_the_2019_code",
     ),
     Mistake(
-        "the KL divergence is taken from student to teacher", "losses.py",
-        "F.kl_div(student_log_probs_NV, teacher_log_probs_NV,", "F.kl_div(teacher_log_probs_NV, student_log_probs_NV,",
+        "the KL divergence is taken from student to teacher",
+        "losses.py",
+        "F.kl_div(student_log_probs_NV, teacher_log_probs_NV,",
+        "F.kl_div(teacher_log_probs_NV, student_log_probs_NV,",
         "tests/test_losses.py::test_each_objective_equals_a_slow_loop[ce]",
     ),
     Mistake(
-        "a resume forgets the optimizer's moments: they go into a copy", "distiller.py",
-        "self.optimizer.state[parameters[name]][kind] =", "dict(self.optimizer.state[parameters[name]])[kind] =", GOES_ON,
+        "a resume forgets the optimizer's moments: they go into a copy",
+        "distiller.py",
+        "self.optimizer.state[parameters[name]][kind] =",
+        "dict(self.optimizer.state[parameters[name]])[kind] =",
+        GOES_ON,
     ),
     Mistake(
-        "a checkpoint counts the micro-batches before its last update: a resume does that one again", "train.py",
-        "self.micro_batches = update.planned[-1].number + 1", "self.micro_batches = update.planned[0].number", GOES_ON,
+        "a checkpoint counts the micro-batches before its last update: a resume does that one"
+        " again",
+        "train.py",
+        "self.micro_batches = update.planned[-1].number + 1",
+        "self.micro_batches = update.planned[0].number",
+        GOES_ON,
     ),
     Mistake(
-        "a resume leaves in the log what came after the checkpoint: points are there twice", "train.py",
-        "            os.truncate(file, size)\n", "            continue\n",
+        "a resume leaves in the log what came after the checkpoint: points are there twice",
+        "train.py",
+        "            os.truncate(file, size)\n",
+        "            continue\n",
         f"{RESUME}::test_a_run_that_died_goes_on_from_its_last_checkpoint",
     ),
     Mistake(
-        "--freeze_pos_embs is ignored, as in 2019", "architectures.py",
+        "--freeze_pos_embs is ignored, as in 2019",
+        "architectures.py",
         'if positions or getattr(student.config, "sinusoidal_pos_embds", False):',
         'if getattr(student.config, "sinusoidal_pos_embds", False):',
         f"{STEP}::test_frozen_positions_get_no_gradient",
     ),
     Mistake(
-        "layer norms are told by a name that not all have, as in 2019, and decayed", "distiller.py",
-        "is_exempt = id(parameter) in norms or", 'is_exempt = "LayerNorm.weight" in name or',
+        "layer norms are told by a name that not all have, as in 2019, and decayed",
+        "distiller.py",
+        "is_exempt = id(parameter) in norms or",
+        'is_exempt = "LayerNorm.weight" in name or',
         f"{STEP}::test_biases_and_layer_norms_are_not_decayed",
     ),
     Mistake(
-        "DDP's mean over the ranks is not undone", "distiller.py",
-        "share, counts_K = self.world_size / len(numbers), None", "share, counts_K = 1 / len(numbers), None",
+        "DDP's mean over the ranks is not undone",
+        "distiller.py",
+        "share, counts_K = self.world_size / len(numbers), None",
+        "share, counts_K = 1 / len(numbers), None",
         "tests/test_distributed.py::test_two_ranks_have_the_gradient_of_one",
     ),
     Mistake(
-        "the first padding position of a sequence enters the loss", "distiller.py",
-        "torch.arange(padded_length) < lengths_B[:, None]", "torch.arange(padded_length) <= lengths_B[:, None]",
+        "the first padding position of a sequence enters the loss",
+        "distiller.py",
+        "torch.arange(padded_length) < lengths_B[:, None]",
+        "torch.arange(padded_length) <= lengths_B[:, None]",
         f"{STEP}::test_causal_padding_changes_nothing",
     ),
     Mistake(
-        "dropout goes on from whatever state the generator is in", "distiller.py",
-        '        torch.manual_seed(keyed_seed(self.seed, batch.number, "dropout"))\n', "",
+        "dropout goes on from whatever state the generator is in",
+        "distiller.py",
+        '        torch.manual_seed(keyed_seed(self.seed, batch.number, "dropout"))\n',
+        "",
         f"{STEP}::test_dropout_depends_on_seed_and_number_alone",
     ),
     Mistake(
-        "a teacher's layers are counted from 1 on extraction", "architectures.py",
-        "teacher_name.format(layer=teacher_layer)", "teacher_name.format(layer=max(teacher_layer - 1, 0))",
+        "a teacher's layers are counted from 1 on extraction",
+        "architectures.py",
+        "teacher_name.format(layer=teacher_layer)",
+        "teacher_name.format(layer=max(teacher_layer - 1, 0))",
         "tests/test_architectures.py::test_chosen_layers_become_the_students_first[gpt2]",
     ),
-]  # fmt: skip
+]
 
 
 def copy_checkout(target: Path) -> Path:
@@ -140,7 +187,9 @@ def copy_checkout(target: Path) -> Path:
     target.mkdir()
     for path in (path for pattern in COPIED for path in sorted(ROOT.glob(pattern))):
         if path.is_dir():
-            shutil.copytree(path, target / path.name, ignore=shutil.ignore_patterns("__pycache__", ".*"))
+            shutil.copytree(
+                path, target / path.name, ignore=shutil.ignore_patterns("__pycache__", ".*")
+            )
         else:
             shutil.copy(path, target)
     return target
@@ -157,15 +206,24 @@ def plant(mistake: Mistake, checkout: Path) -> bool:
 def run_guard(guard: str, checkout: Path) -> subprocess.CompletedProcess:
     """Run one test of a copy, all its cases, as far as the first that fails."""
     options = ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", str(checkout.parent / "tests")]
-    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {"OMP_NUM_THREADS": "1"}
+    environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
+        "OMP_NUM_THREADS": "1"
+    }
     return subprocess.run(
-        [sys.executable, "-m", "pytest", *options, guard], cwd=checkout, env=environment, timeout=LIMIT_S,
-        stdin=subprocess.DEVNULL, capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "pytest", *options, guard],
+        cwd=checkout,
+        env=environment,
+        timeout=LIMIT_S,
+        stdin=subprocess.DEVNULL,
+        capture_output=True,
+        text=True,
+    )
 
 
 def planted_mistake(bench) -> None:
-    """T18: one mistake, planted, must make a test fail; an error on the way to the test does not count."""
+    """T18: one mistake, planted, must make a test fail; an error on the way to the test does not
+    count.
+    """
     bench.count(1)
     mistake = MISTAKES[bench.number % len(MISTAKES)]
     checkout = copy_checkout(bench.folder / "checkout")
@@ -176,4 +234,7 @@ def planted_mistake(bench) -> None:
     if done.returncode == CAUGHT and failed:
         return bench.note(f"{mistake.what}: caught by {failed[1]}")
     said = (done.stdout + done.stderr).strip().splitlines()[-1:]
-    bench.fail(f"{mistake.what}: not caught by {mistake.guard}: pytest's status is {done.returncode} {said}")
+    bench.fail(
+        f"{mistake.what}: not caught by {mistake.guard}: pytest's status is {done.returncode}"
+        f" {said}"
+    )

@@ -1,4 +1,6 @@
-"""Trials of programs: files that do not belong together (T23), and preprocessing that is killed and run again (T26)."""
+"""Trials of programs: files that do not belong together (T23), and preprocessing that is killed and
+run again (T26).
+"""
 
 import contextlib
 import dataclasses
@@ -18,7 +20,15 @@ import safetensors.torch
 import torch
 from forked import end_of
 from stand_ins import World, make_lines, save_tokenizer, vocab_size_of
-from torture_files import Reader, binarize, digest, in_child, settle_manifest, start_child, write_text
+from torture_files import (
+    Reader,
+    binarize,
+    digest,
+    in_child,
+    settle_manifest,
+    start_child,
+    write_text,
+)
 
 import binarized_data
 import checkpointing
@@ -29,9 +39,9 @@ from architectures import load_tokenizer, vocabulary_fingerprint
 from token_files import read_card, write_card
 from utils import InputError, exit_on_sigterm
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T23: files that do not belong together
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass
@@ -70,7 +80,9 @@ class Mix:
     def data(self, sequences: list) -> None:
         """Train on these sequences, without a card."""
         self.changes["data_file"] = self.folder / "data.pickle"
-        self.changes["data_file"].write_bytes(pickle.dumps([np.array(ids, np.uint16) for ids in sequences]))
+        self.changes["data_file"].write_bytes(
+            pickle.dumps([np.array(ids, np.uint16) for ids in sequences])
+        )
 
     def counts(self, counts: list[int]) -> None:
         """Mask by these counts, without a card."""
@@ -90,7 +102,9 @@ class Mix:
         def change(content: dict) -> None:
             vocabulary = content["model"]["vocab"]
             vocabulary["zzz-unused"] = vocabulary.pop(token)
-            content["added_tokens"] = [entry for entry in content["added_tokens"] if entry["content"] != token]
+            content["added_tokens"] = [
+                entry for entry in content["added_tokens"] if entry["content"] != token
+            ]
             content["post_processor"] = None
 
         self.teacher_json("tokenizer.json", change)
@@ -102,8 +116,18 @@ def of_other_tokenizer(mix: Mix) -> tuple[Path, Path]:
     (mix.folder / "other").mkdir()
     save_tokenizer(mix.kind, mix.folder / "other", text)
     counts = mix.folder / "counts.pickle"
-    more = ("--token_counts_dump", counts, "--vocab_size", max(mix.vocab_size, vocab_size_of(mix.folder / "other")))
-    return binarize(mix.world, mix.kind, text, mix.folder / "data", "pickle", mix.folder / "other", *more), counts
+    more = (
+        "--token_counts_dump",
+        counts,
+        "--vocab_size",
+        max(mix.vocab_size, vocab_size_of(mix.folder / "other")),
+    )
+    return (
+        binarize(
+            mix.world, mix.kind, text, mix.folder / "data", "pickle", mix.folder / "other", *more
+        ),
+        counts,
+    )
 
 
 def data_of_other_tokenizer(mix: Mix) -> None:
@@ -117,7 +141,10 @@ def counts_of_other_tokenizer(mix: Mix) -> None:
     path = counts.with_name("equal.pickle")
     card = read_card(f"{counts}.json", "")
     path.write_bytes(pickle.dumps([1] * mix.vocab_size))
-    write_card(f"{path}.json", {"kind": "counts", "tokenizer": card["tokenizer"], "sha256": digest(path.read_bytes())})
+    write_card(
+        f"{path}.json",
+        {"kind": "counts", "tokenizer": card["tokenizer"], "sha256": digest(path.read_bytes())},
+    )
     mix.changes["token_counts"] = path
 
 
@@ -160,10 +187,17 @@ def fingerprints(*names: str) -> Callable[[Mix], list[str]]:
 FFN, NORM = "distilbert.transformer.layer.1.ffn.lin1.weight", "distilbert.embeddings.LayerNorm.bias"
 SENTENCE = [2, *range(5, 25), 3]
 
-# name -> (how it is made, texts that one line of the message must hold: both values; or what gives them).
+# name -> (how it is made, texts that one line of the message must hold: both values; or what gives
+# them).
 MISMATCHES: dict[str, tuple[Callable[[Mix], None], list[str] | Callable[[Mix], list[str]]]] = {
-    "smaller vocabulary": (lambda mix: mix.config(vocab_size=77), lambda mix: ["77", str(mix.vocab_size)]),
-    "larger vocabulary": (lambda mix: mix.config(vocab_size=9999), lambda mix: ["9999", str(mix.vocab_size)]),
+    "smaller vocabulary": (
+        lambda mix: mix.config(vocab_size=77),
+        lambda mix: ["77", str(mix.vocab_size)],
+    ),
+    "larger vocabulary": (
+        lambda mix: mix.config(vocab_size=9999),
+        lambda mix: ["9999", str(mix.vocab_size)],
+    ),
     "width": (lambda mix: mix.config(dim=40), ["40", "32"]),
     "more positions, gpt2": (lambda mix: mix.config(n_positions=128), ["128", "64"]),
     "padding id, roberta": (lambda mix: mix.config(pad_token_id=0), ["padding id is 0", "is 1"]),
@@ -171,40 +205,89 @@ MISMATCHES: dict[str, tuple[Callable[[Mix], None], list[str] | Callable[[Mix], l
     "negative layers": (lambda mix: mix.config(n_layers=-1), ["-1 layers", "at least 1"]),
     "tied tensors that differ": (
         lambda mix: mix.weights(lambda state: state["vocab_projector.weight"].add_(1)),
-        ["another value for", "vocab_projector.weight (tied to distilbert.embeddings.word_embeddings.weight)"],
+        [
+            "another value for",
+            "vocab_projector.weight (tied to distilbert.embeddings.word_embeddings.weight)",
+        ],
     ),
     "another type of student": (lambda mix: mix.config(model_type="gpt2"), ["gpt2", "distilbert"]),
-    "id beyond the vocabulary": (lambda mix: mix.data([[2, *range(5, 20), 9999, 3]]),
-                                 lambda mix: ["9999", f"0 to {mix.vocab_size - 1}"]),
+    "id beyond the vocabulary": (
+        lambda mix: mix.data([[2, *range(5, 20), 9999, 3]]),
+        lambda mix: ["9999", f"0 to {mix.vocab_size - 1}"],
+    ),
     "another end": (lambda mix: mix.data([[*SENTENCE[:-1], 5]]), ["ends with id 5", "2 and 3"]),
     "another start": (lambda mix: mix.data([[5, *SENTENCE[1:]]]), ["begins with id 5", "2 and 3"]),
-    "data of roberta": (lambda mix: mix.changes.update(data_file=mix.world.data("roberta")), fingerprints("data_file")),
-    "data of roberta without a card": (without_card, lambda mix: ["token id", f"0 to {mix.vocab_size - 1}"]),
+    "data of roberta": (
+        lambda mix: mix.changes.update(data_file=mix.world.data("roberta")),
+        fingerprints("data_file"),
+    ),
+    "data of roberta without a card": (
+        without_card,
+        lambda mix: ["token id", f"0 to {mix.vocab_size - 1}"],
+    ),
     "data of another tokenizer": (data_of_other_tokenizer, fingerprints("data_file")),
-    "fewer counts": (lambda mix: mix.counts([1, 2, 3]), lambda mix: ["3 entries", str(mix.vocab_size)]),
-    "more counts": (lambda mix: mix.counts([1] * 999), lambda mix: ["999 entries", str(mix.vocab_size)]),
+    "fewer counts": (
+        lambda mix: mix.counts([1, 2, 3]),
+        lambda mix: ["3 entries", str(mix.vocab_size)],
+    ),
+    "more counts": (
+        lambda mix: mix.counts([1] * 999),
+        lambda mix: ["999 entries", str(mix.vocab_size)],
+    ),
     "counts of another tokenizer": (counts_of_other_tokenizer, fingerprints("token_counts")),
-    "no [MASK]": (lambda mix: mix.without_token("[MASK]"), ["mask_token [MASK]", "bert vocabulary"]),
+    "no [MASK]": (
+        lambda mix: mix.without_token("[MASK]"),
+        ["mask_token [MASK]", "bert vocabulary"],
+    ),
     "no [CLS]": (lambda mix: mix.without_token("[CLS]"), ["cls_token [CLS]", "bert vocabulary"]),
     "no [PAD]": (lambda mix: mix.without_token("[PAD]"), ["pad_token [PAD]", "bert vocabulary"]),
-    "no <mask>, roberta": (lambda mix: mix.without_token("<mask>"), ["mask_token <mask>", "roberta vocabulary"]),
-    "no <|endoftext|>, gpt2": (lambda mix: mix.without_token("<|endoftext|>"), ["<|endoftext|>", "gpt2 vocabulary"]),
+    "no <mask>, roberta": (
+        lambda mix: mix.without_token("<mask>"),
+        ["mask_token <mask>", "roberta vocabulary"],
+    ),
+    "no <|endoftext|>, gpt2": (
+        lambda mix: mix.without_token("<|endoftext|>"),
+        ["<|endoftext|>", "gpt2 vocabulary"],
+    ),
     "missing tensor": (lambda mix: mix.weights(lambda state: state.pop(FFN)), ["lacks", FFN]),
-    "misshapen tensor": (lambda mix: mix.weights(lambda state: state.update({NORM: torch.zeros(5)})), [NORM, "[5]", "[32]"]),
+    "misshapen tensor": (
+        lambda mix: mix.weights(lambda state: state.update({NORM: torch.zeros(5)})),
+        [NORM, "[5]", "[32]"],
+    ),
     "NaN tensor": (lambda mix: mix.weights(fill(float("nan"))), [NORM, "NaN or infinite"]),
     "infinite tensor": (lambda mix: mix.weights(fill(float("inf"))), [NORM, "NaN or infinite"]),
-    "integers": (lambda mix: mix.weights(lambda state: state.update({NORM: torch.zeros(32, dtype=torch.int64)})),
-                 [NORM, "torch.int64"]),
-    "weights of gpt2": (lambda mix: mix.weights(lambda state: None, "gpt2"), ["unexpected", "transformer."]),
-    "deeper student": (lambda mix: (mix.weights(lambda state: None), mix.config(n_layers=3)), ["lacks", ".layer.2."]),
-    "shallower student": (lambda mix: (mix.weights(lambda state: None), mix.config(n_layers=1)), ["unexpected", ".layer.1."]),
-    "teacher without weights": (lambda mix: (mix.teacher() / "model.safetensors").unlink(), ["teacher", "model.safetensors"]),
-    "teacher with NaN": (change_teacher(lambda state: state["cls.predictions.bias"].fill_(float("nan"))),
-                         ["cls.predictions.bias", "NaN or infinite"]),
-    "teacher of another type": (lambda mix: mix.changes.update(teacher_name=mix.world.teachers["roberta"]),
-                                ["Roberta", "bert"]),
+    "integers": (
+        lambda mix: mix.weights(
+            lambda state: state.update({NORM: torch.zeros(32, dtype=torch.int64)})
+        ),
+        [NORM, "torch.int64"],
+    ),
+    "weights of gpt2": (
+        lambda mix: mix.weights(lambda state: None, "gpt2"),
+        ["unexpected", "transformer."],
+    ),
+    "deeper student": (
+        lambda mix: (mix.weights(lambda state: None), mix.config(n_layers=3)),
+        ["lacks", ".layer.2."],
+    ),
+    "shallower student": (
+        lambda mix: (mix.weights(lambda state: None), mix.config(n_layers=1)),
+        ["unexpected", ".layer.1."],
+    ),
+    "teacher without weights": (
+        lambda mix: (mix.teacher() / "model.safetensors").unlink(),
+        ["teacher", "model.safetensors"],
+    ),
+    "teacher with NaN": (
+        change_teacher(lambda state: state["cls.predictions.bias"].fill_(float("nan"))),
+        ["cls.predictions.bias", "NaN or infinite"],
+    ),
+    "teacher of another type": (
+        lambda mix: mix.changes.update(teacher_name=mix.world.teachers["roberta"]),
+        ["Roberta", "bert"],
+    ),
     # The other six go on from a checkpoint: see RESUMED.
-}  # fmt: skip
+}
 
 
 def of_newer_version(mix: Mix) -> None:
@@ -232,9 +315,15 @@ def other_student(mix: Mix) -> None:
 
 RESUMED: dict[str, tuple[Callable[[Mix], None], list[str] | Callable[[Mix], list[str]]]] = {
     "resumed with another seed": (lambda mix: mix.changes.update(seed=57), ["--seed 57", "56"]),
-    "resumed at another rate": (lambda mix: mix.changes.update(learning_rate=1e-4), ["--learning_rate 0.0001", "0.0005"]),
+    "resumed at another rate": (
+        lambda mix: mix.changes.update(learning_rate=1e-4),
+        ["--learning_rate 0.0001", "0.0005"],
+    ),
     "resumed on other data": (other_data, ["--data_file", "digest", "made with"]),
-    "resumed with another A x W": (lambda mix: mix.changes.update(gradient_accumulation_steps=3), ["3", "made with 2"]),
+    "resumed with another A x W": (
+        lambda mix: mix.changes.update(gradient_accumulation_steps=3),
+        ["3", "made with 2"],
+    ),
     "resumed by an older program": (of_newer_version, ["version 2", "version 1"]),
     "resumed with another student": (other_student, ["[3, 3]", "[200, 32]"]),
 }
@@ -242,7 +331,9 @@ KIND_OF = {"gpt2": "gpt2", "roberta": "roberta"}
 
 
 def mismatched(bench) -> None:
-    """T23: train with what does not belong together: refused before anything is written, both values on one line."""
+    """T23: train with what does not belong together: refused before anything is written, both
+    values on one line.
+    """
     name, (make, expected) = [*MISMATCHES.items(), *RESUMED.items()][bench.number % 40]
     kind = name.rpartition(", ")[2]
     mix = Mix(bench.world, bench.folder, kind if kind in World.STUDENTS else "bert")
@@ -255,7 +346,9 @@ def mismatched(bench) -> None:
             bench.fail(f"{name}: the first run: {made}")
     quietly_made(make, mix)
     before = content_of(run)
-    ended = in_child(lambda: train.main(bench.world.flags(mix.kind, run, **mix.changes)), bench.folder / "log")
+    ended = in_child(
+        lambda: train.main(bench.world.flags(mix.kind, run, **mix.changes)), bench.folder / "log"
+    )
     wanted = expected(mix) if callable(expected) else expected
     if ended.status != 2 or not ended.is_clean:
         bench.fail(f"{name}: {ended}")
@@ -273,12 +366,14 @@ def quietly_made(make: Callable[[Mix], None], mix: Mix) -> None:
 
 def content_of(folder: Path) -> dict[str, str]:
     """Digest every file below a folder."""
-    return {str(path): digest(path.read_bytes()) for path in sorted(folder.rglob("*")) if path.is_file()}
+    return {
+        str(path): digest(path.read_bytes()) for path in sorted(folder.rglob("*")) if path.is_file()
+    }
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T26: preprocessing killed
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
@@ -303,30 +398,64 @@ def binarizing(file_format: str, num_workers: int) -> Job:
     """Make the job of binarized_data.py."""
 
     def flags(site: Site, folder: Path) -> list[object]:
-        return ["--file_path", site.text, "--tokenizer_type", "bert", "--tokenizer_name", site.world.teachers["bert"],
-                "--dump_file", folder / "data", "--format", file_format, "--num_workers", num_workers,
-                "--token_counts_dump", folder / "counts"]  # fmt: skip
+        return [
+            "--file_path",
+            site.text,
+            "--tokenizer_type",
+            "bert",
+            "--tokenizer_name",
+            site.world.teachers["bert"],
+            "--dump_file",
+            folder / "data",
+            "--format",
+            file_format,
+            "--num_workers",
+            num_workers,
+            "--token_counts_dump",
+            folder / "counts",
+        ]
 
     pickled, store = (
         ("data.tiny-bert.pickle", "data.tiny-bert.pickle.json"),
         [f"data.tiny-bert.{s}" for s in ("bin", "idx", "json")],
     )
-    return Job(binarized_data.main, flags, (*(pickled if file_format == "pickle" else store), "counts", "counts.json"))
+    return Job(
+        binarized_data.main,
+        flags,
+        (*(pickled if file_format == "pickle" else store), "counts", "counts.json"),
+    )
 
 
 def preparing(*more: str) -> Job:
     """Make the job of prepare_text.py."""
     return Job(
-        prepare_text.main, lambda site, folder: ["--file_path", site.text, "--output", folder / "text", *more], ("text",)
+        prepare_text.main,
+        lambda site, folder: ["--file_path", site.text, "--output", folder / "text", *more],
+        ("text",),
     )
 
 
 JOBS = [
-    *(binarizing(file_format, num_workers) for file_format in ("pickle", "store") for num_workers in (1, 2)),
-    Job(token_counts.main, lambda site, folder: ["--data_file", site.tokens, "--token_counts_dump", folder / "counts",
-                                                 "--vocab_size", 30522], ("counts", "counts.json")),
-    preparing(), preparing("--num_lines", "20000"),
-]  # fmt: skip
+    *(
+        binarizing(file_format, num_workers)
+        for file_format in ("pickle", "store")
+        for num_workers in (1, 2)
+    ),
+    Job(
+        token_counts.main,
+        lambda site, folder: [
+            "--data_file",
+            site.tokens,
+            "--token_counts_dump",
+            folder / "counts",
+            "--vocab_size",
+            30522,
+        ],
+        ("counts", "counts.json"),
+    ),
+    preparing(),
+    preparing("--num_lines", "20000"),
+]
 SIGNALS = [signal.SIGKILL, signal.SIGKILL, signal.SIGTERM, signal.SIGINT]
 NUM_KILLED = 3  # a call
 
@@ -336,7 +465,11 @@ def preprocessing_killed(bench) -> None:
     job = JOBS[bench.number % len(JOBS)]
     text = make_long_text(bench)
     reader = Reader.of(bench.world, "bert")
-    tokens = binarize(bench.world, "bert", text, bench.folder / "tokens", "store") if job.main is token_counts.main else text
+    tokens = (
+        binarize(bench.world, "bert", text, bench.folder / "tokens", "store")
+        if job.main is token_counts.main
+        else text
+    )
     site = Site(bench.world, text, tokens)
     started = time.monotonic()
     expected = finish(bench, job, site, bench.folder / "reference")
@@ -344,13 +477,18 @@ def preprocessing_killed(bench) -> None:
     for number in range(NUM_KILLED):
         folder = bench.folder / f"killed-{number}"
         has_older = bench.rng.random() < 0.3
-        older = finish(bench, job, site, folder, "--seed", "1") if has_older and job.main is not token_counts.main else {}
+        older = (
+            finish(bench, job, site, folder, "--seed", "1")
+            if has_older and job.main is not token_counts.main
+            else {}
+        )
         how = kill_at_random(bench, job, site, folder, duration_s)
         check_left(bench, job, folder, expected, older, how, reader)
         again = finish(bench, job, site, folder)
         if again != expected:
             bench.fail(
-                f"{how}: run again, it gives other bytes in {sorted(k for k in expected if again.get(k) != expected[k])}"
+                f"{how}: run again, it gives other bytes in"
+                f" {sorted(k for k in expected if again.get(k) != expected[k])}"
             )
         bench.count()
 
@@ -384,7 +522,9 @@ def finish(bench, job: Job, site: Site, folder: Path, *more: str) -> dict[str, b
 
 
 def kill_at_random(bench, job: Job, site: Site, folder: Path, duration_s: float) -> str:
-    """Start a job in a process group of its own, and kill that at a random moment, in half of the cases near the end."""
+    """Start a job in a process group of its own, and kill that at a random moment, in half of the
+    cases near the end.
+    """
     folder.mkdir(exist_ok=True)
     number = bench.rng.choice(SIGNALS)
     share = bench.rng.choice([bench.rng.random(), bench.rng.uniform(0.8, 1.02)])
@@ -404,22 +544,38 @@ def kill_at_random(bench, job: Job, site: Site, folder: Path, duration_s: float)
     text = (bench.folder / "log").read_text(errors="replace")
     if status is None or (number != signal.SIGKILL and "Traceback" in text):
         bench.fail(f"{how}: {text[-400:]}")
-    if number != signal.SIGKILL and (left := [path.name for path in folder.iterdir() if path.name not in job.outputs]):
+    if number != signal.SIGKILL and (
+        left := [path.name for path in folder.iterdir() if path.name not in job.outputs]
+    ):
         bench.fail(f"{how}: left {left}")
-    bench.note(f"ended by {signal.Signals(number).name}: {'before it was done' if status else 'it was done'}")
+    bench.note(
+        f"ended by {signal.Signals(number).name}:"
+        f" {'before it was done' if status else 'it was done'}"
+    )
     return how
 
 
-def check_left(bench, job: Job, folder: Path, expected: dict, older: dict, how: str, reader: Reader) -> None:
-    """Check what a killed program left under final names: each file old or new and whole; together they open or not."""
+def check_left(
+    bench, job: Job, folder: Path, expected: dict, older: dict, how: str, reader: Reader
+) -> None:
+    """Check what a killed program left under final names: each file old or new and whole; together
+    they open or not.
+    """
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
         if path.read_bytes() not in (expected.get(path.name), older.get(path.name)):
             bench.fail(f"{how}: {path.name} is neither the old file nor the new one")
-    wholes = [read_whole(outputs, bench.folder / "whole", reader) for outputs in (expected, older) if outputs]
-    found = read_whole({path.name: path.read_bytes() for path in folder.iterdir() if path.name in expected},
-                       bench.folder / "whole", reader)  # fmt: skip
+    wholes = [
+        read_whole(outputs, bench.folder / "whole", reader)
+        for outputs in (expected, older)
+        if outputs
+    ]
+    found = read_whole(
+        {path.name: path.read_bytes() for path in folder.iterdir() if path.name in expected},
+        bench.folder / "whole",
+        reader,
+    )
     for name, content in found.items():
         if content is not None and content not in [whole.get(name) for whole in wholes]:
             bench.fail(f"{how}: {name} opens as what is neither the old content nor the new")

@@ -1,4 +1,6 @@
-"""Trials under the real launcher, by scripts/torture.py: ranks killed, stopped, gone; launchers killed; two nodes."""
+"""Trials under the real launcher, by scripts/torture.py: ranks killed, stopped, gone; launchers
+killed; two nodes.
+"""
 
 import os
 import re
@@ -23,14 +25,36 @@ class Launcher:
     """torchrun on this machine, with faulty_train.py; bounded waits."""
 
     def __init__(
-        self, bench, flags: list[str], options: list[str], fault: str = "none", slow_s: float = 0.05, name: str = "launcher"
+        self,
+        bench,
+        flags: list[str],
+        options: list[str],
+        fault: str = "none",
+        slow_s: float = 0.05,
+        name: str = "launcher",
     ):
         self.folder, self.log = bench.folder, bench.folder / f"{name}.log"
-        command = [sys.executable, "-m", "torch.distributed.run", *options, FAULTY, bench.folder, fault, slow_s, *flags]
-        clean = {name: value for name, value in os.environ.items() if not name.startswith(("TORCH", "PYTEST"))}
+        command = [
+            sys.executable,
+            "-m",
+            "torch.distributed.run",
+            *options,
+            FAULTY,
+            bench.folder,
+            fault,
+            slow_s,
+            *flags,
+        ]
+        clean = {
+            name: value
+            for name, value in os.environ.items()
+            if not name.startswith(("TORCH", "PYTEST"))
+        }
         clean |= {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "ignore"}
         with open(self.log, "w", encoding="utf-8") as log:
-            self.process = subprocess.Popen([str(word) for word in command], env=clean, stdout=log, stderr=log)
+            self.process = subprocess.Popen(
+                [str(word) for word in command], env=clean, stdout=log, stderr=log
+            )
 
     def rank(self, attempt: int, rank: int, limit_s: float = 90) -> int | None:
         """Wait until a rank trains; return its process id, None where the launcher ended before."""
@@ -41,16 +65,22 @@ class Launcher:
             if self.process.poll() is not None:
                 return None
             time.sleep(0.01)
-        raise TimeoutError(f"rank {rank} does not train in attempt {attempt}: {self.output()[-800:]}")
+        raise TimeoutError(
+            f"rank {rank} does not train in attempt {attempt}: {self.output()[-800:]}"
+        )
 
     def wait(self, limit_s: float) -> tuple[int, float]:
-        """Wait for the launcher: (its status, seconds waited). Ends it, and says so, where it hangs."""
+        """Wait for the launcher: (its status, seconds waited). Ends it, and says so, where it
+        hangs.
+        """
         started = time.monotonic()
         try:
             status = self.process.wait(limit_s)
         except subprocess.TimeoutExpired:
             self.end()
-            raise TimeoutError(f"the launcher hung for {limit_s:g} s: {self.output()[-800:]}") from None
+            raise TimeoutError(
+                f"the launcher hung for {limit_s:g} s: {self.output()[-800:]}"
+            ) from None
         return status, time.monotonic() - started
 
     def end(self) -> None:
@@ -65,21 +95,27 @@ class Launcher:
 
 
 def two_ranks(bench, dump_path: Path, **options) -> Launcher:
-    """Start the run of SHAPE by torchrun on two processes, to be started again up to three times."""
+    """Start the run of SHAPE by torchrun on two processes, to be started again up to three
+    times.
+    """
     force = options.pop("flags", [])
     flags = [*run_flags(bench, SHAPE, dump_path), *force]
-    return Launcher(bench, flags, ["--standalone", "--nproc_per_node=2", "--max-restarts=3"], **options)
+    return Launcher(
+        bench, flags, ["--standalone", "--nproc_per_node=2", "--max-restarts=3"], **options
+    )
 
 
 SHAPE = ("bert", 2, 1)  # 24 updates
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T9, T10: a rank dies
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def killed_rank(bench, flags: tuple[str, ...] = ()) -> None:
-    """T9: kill -9 of a random rank up to three times, or a rank that leaves with status 0; the launcher recovers."""
+    """T9: kill -9 of a random rank up to three times, or a rank that leaves with status 0; the
+    launcher recovers.
+    """
     expected, _ = reference(bench, SHAPE)
     run, exits = bench.folder / "run", bench.number % 4 == 3
     fault = f"exit0:{bench.rng.randrange(2)}:{bench.rng.randint(2, 20)}" if exits else "none"
@@ -93,7 +129,10 @@ def killed_rank(bench, flags: tuple[str, ...] = ()) -> None:
     status, _ = launcher.wait(200)
     bench.note("a rank called os._exit(0)" if exits else f"{num_kills} kills of a rank")
     if status != 0:
-        bench.fail(f"{fault}, {num_kills} kills: the launcher ended with {status}: {launcher.output()[-1500:]}")
+        bench.fail(
+            f"{fault}, {num_kills} kills: the launcher ended with {status}:"
+            f" {launcher.output()[-1500:]}"
+        )
     elif digest(run) != expected:
         bench.fail(f"{fault}, {num_kills} kills: another digest than the undisturbed run's")
     lost = list(bench.folder.glob("run.old-*"))
@@ -106,15 +145,21 @@ def killed_rank_with_force(bench) -> None:
     killed_rank(bench, ("--force",))
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T11: a rank hangs
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def stopped_rank(bench) -> None:
-    """T11: SIGSTOP one rank: the run ends within the timeout and what the launcher waits, and names it."""
+    """T11: SIGSTOP one rank: the run ends within the timeout and what the launcher waits, and names
+    it.
+    """
     rank = bench.number % 2
-    flags = [*run_flags(bench, SHAPE, bench.folder / "run"), "--distributed_timeout_s", str(TIMEOUT_S)]
+    flags = [
+        *run_flags(bench, SHAPE, bench.folder / "run"),
+        "--distributed_timeout_s",
+        str(TIMEOUT_S),
+    ]
     launcher = Launcher(bench, flags, ["--standalone", "--nproc_per_node=2"], slow_s=0.2)
     pid = launcher.rank(0, rank)
     time.sleep(bench.rng.uniform(0, 1))
@@ -123,14 +168,16 @@ def stopped_rank(bench) -> None:
     status, seconds = launcher.wait(bound + 60)
     bench.note(f"rank {rank} stopped: ended after {seconds:.0f} s of at most {bound}")
     if status == 0 or seconds > bound or f"rank {rank} was last heard of" not in launcher.output():
-        bench.fail(f"rank {rank}: status {status} after {seconds:.0f} s: {launcher.output()[-1500:]}")
+        bench.fail(
+            f"rank {rank}: status {status} after {seconds:.0f} s: {launcher.output()[-1500:]}"
+        )
     if checkpointing.newest(bench.folder / "run" / "checkpoints") is None:
         bench.fail("no checkpoint is left")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T8: the launcher is asked to stop
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def terminated_launcher(bench) -> None:
@@ -145,18 +192,21 @@ def terminated_launcher(bench) -> None:
     newest = checkpointing.newest(bench.folder / "run" / "checkpoints")
     if status == 0 or not said or newest.step != int(said[1]):
         bench.fail(
-            f"the launcher ended with {status}; said {said and said[0]}, newest {newest.step}: {launcher.output()[-800:]}"
+            f"the launcher ended with {status}; said {said and said[0]}, newest {newest.step}:"
+            f" {launcher.output()[-800:]}"
         )
     finish(bench, SHAPE, bench.folder / "run", expected, "launcher asked to stop")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T16: two nodes
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def two_nodes(bench) -> None:
-    """T16: two launchers of two processes each on loopback: equal to one of four; or one launcher is killed."""
+    """T16: two launchers of two processes each on loopback: equal to one of four; or one launcher
+    is killed.
+    """
     run, port = bench.folder / "run", open_port()
     flags = [*run_flags(bench, FOUR, run), "--distributed_timeout_s", "20"]
     options = [
@@ -189,7 +239,9 @@ def killed_launcher(bench, run: Path, nodes: list[Launcher]) -> None:
     """Kill one launcher; the other must end, and no process may be left."""
     for rank in range(4):
         nodes[0].rank(0, rank)
-    ranks = [psutil.Process(int((bench.folder / f"training.0.{rank}").read_text())) for rank in range(4)]
+    ranks = [
+        psutil.Process(int((bench.folder / f"training.0.{rank}").read_text())) for rank in range(4)
+    ]
     victim = bench.rng.randrange(2)
     nodes[victim].process.kill()
     nodes[victim].process.wait()
@@ -198,7 +250,8 @@ def killed_launcher(bench, run: Path, nodes: list[Launcher]) -> None:
     left = psutil.wait_procs(ranks, timeout=40)[1]
     if status == 0 or left:
         bench.fail(
-            f"the other launcher ended with {status}; {len(left)} processes are left: {nodes[1 - victim].output()[-800:]}"
+            f"the other launcher ended with {status}; {len(left)} processes are left:"
+            f" {nodes[1 - victim].output()[-800:]}"
         )
     for process in left:
         process.kill()
@@ -206,4 +259,7 @@ def killed_launcher(bench, run: Path, nodes: list[Launcher]) -> None:
     statuses = ranks.wait()
     expected, _ = reference(bench, FOUR)
     if any(statuses) or digest(run) != expected:
-        bench.fail(f"going on after a launcher was killed: {statuses}, or another digest: {ranks.output()[-500:]}")
+        bench.fail(
+            f"going on after a launcher was killed: {statuses}, or another digest:"
+            f" {ranks.output()[-500:]}"
+        )

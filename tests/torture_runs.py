@@ -1,7 +1,8 @@
-"""Trials of whole runs, by scripts/torture.py: killed, asked to stop, given numbers that are not finite, dealt anew.
+"""Trials of whole runs, by scripts/torture.py: killed, asked to stop, given numbers that are not
+finite, dealt anew.
 
-A run is train.main in processes forked from one that has imported everything: a second instead of five. Several ranks are
-as many forks, with a launcher's variables in their environments.
+A run is train.main in processes forked from one that has imported everything: a second instead of
+five. Several ranks are as many forks, with a launcher's variables in their environments.
 """
 
 import contextlib
@@ -27,15 +28,21 @@ import utils
 
 LIMIT_S = 90
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Runs
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Ranks:
     """A run of one process or several, forked; their output goes to LOG.RANK."""
 
-    def __init__(self, argv: Sequence[str], log: Path, world_size: int = 1, before: Callable[[int], None] = lambda rank: None):
+    def __init__(
+        self,
+        argv: Sequence[str],
+        log: Path,
+        world_size: int = 1,
+        before: Callable[[int], None] = lambda rank: None,
+    ):
         """before: called in each process ahead of train.main, with its rank, to plant a fault."""
         self.logs = [log.with_name(f"{log.name}.{rank}") for rank in range(world_size)]
         port = str(open_port())
@@ -64,7 +71,9 @@ class Ranks:
         return None not in self.statuses
 
     def wait(self, limit_s: float = LIMIT_S) -> list[int]:
-        """Wait for all; return their statuses (-N: ended by signal N). Raises TimeoutError, having ended them."""
+        """Wait for all; return their statuses (-N: ended by signal N). Raises TimeoutError, having
+        ended them.
+        """
         deadline = time.monotonic() + limit_s
         while not self.is_over():
             if time.monotonic() > deadline:
@@ -75,11 +84,15 @@ class Ranks:
 
     def output(self) -> str:
         """Return what the processes printed."""
-        return "\n".join(log.read_text(encoding="utf-8", errors="replace") for log in self.logs if log.exists())
+        return "\n".join(
+            log.read_text(encoding="utf-8", errors="replace") for log in self.logs if log.exists()
+        )
 
 
 def become_rank(log: Path, rank: int, world_size: int, port: str) -> None:
-    """Send this process's output to a file, and give it a launcher's variables where it is one of several."""
+    """Send this process's output to a file, and give it a launcher's variables where it is one of
+    several.
+    """
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -87,7 +100,12 @@ def become_rank(log: Path, rank: int, world_size: int, port: str) -> None:
     for name in [name for name in os.environ if name.startswith(("TORCHELASTIC", "PYTEST"))]:
         del os.environ[name]
     if world_size > 1:
-        variables = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": world_size, "LOCAL_WORLD_SIZE": world_size}
+        variables = {
+            "RANK": rank,
+            "LOCAL_RANK": rank,
+            "WORLD_SIZE": world_size,
+            "LOCAL_WORLD_SIZE": world_size,
+        }
         os.environ |= {name: str(value) for name, value in variables.items()}
         os.environ |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
 
@@ -101,9 +119,15 @@ def digest(run: Path) -> str:
     """Hash what a run left: weights under all names, moments, counters, learning rate, log."""
     total = hashlib.sha256()
     newest = checkpointing.newest(run / "checkpoints")
-    state = {name: value for name, value in newest.state.items() if name not in ("log_bytes", "flags")}
+    state = {
+        name: value for name, value in newest.state.items() if name not in ("log_bytes", "flags")
+    }
     total.update(json.dumps([newest.step, state, points(run)], sort_keys=True).encode())
-    files = [newest.path / "student.safetensors", newest.path / "optimizer.safetensors", run / "pytorch_model.bin"]
+    files = [
+        newest.path / "student.safetensors",
+        newest.path / "optimizer.safetensors",
+        run / "pytorch_model.bin",
+    ]
     for path in [*files, run / "model.safetensors", *sorted(run.glob("*.pth"))]:
         total.update(path.read_bytes())
     return total.hexdigest()
@@ -111,7 +135,12 @@ def digest(run: Path) -> str:
 
 # kind, ranks, accumulation; of three or more ranks the order matters in which gradients are summed.
 SHAPES = [("bert", 3, 1), ("gpt2", 3, 2)]
-SHAPES += [(kind, ranks, accumulation) for kind in ("bert", "gpt2") for ranks in (1, 2) for accumulation in (1, 4)]
+SHAPES += [
+    (kind, ranks, accumulation)
+    for kind in ("bert", "gpt2")
+    for ranks in (1, 2)
+    for accumulation in (1, 4)
+]
 MICRO_BATCHES = 48  # of each run, over an epoch's end, with a checkpoint every few updates
 
 
@@ -119,9 +148,13 @@ def run_flags(bench, shape: tuple, dump_path: Path, **changes) -> list[str]:
     """List the flags of a run of one of SHAPES."""
     kind, ranks, accumulation = shape
     flags = {
-        "batch_size": 10, "n_epoch": 2, "gradient_accumulation_steps": accumulation, "log_interval": 4,
-        "checkpoint_interval": 5 if ranks > 1 else 9, "distributed_timeout_s": 60,
-    }  # fmt: skip
+        "batch_size": 10,
+        "n_epoch": 2,
+        "gradient_accumulation_steps": accumulation,
+        "log_interval": 4,
+        "checkpoint_interval": 5 if ranks > 1 else 9,
+        "distributed_timeout_s": 60,
+    }
     return bench.world.flags(kind, dump_path, **flags, **changes)
 
 
@@ -139,7 +172,9 @@ def reference(bench, shape: tuple) -> tuple[str, float]:
 
 def finish(bench, shape: tuple, run: Path, expected: str, what: str) -> None:
     """Go on to the end, and compare with the undisturbed run."""
-    ranks = Ranks([*run_flags(bench, shape, run), "--resume", "auto"], bench.folder / "finish.log", shape[1])
+    ranks = Ranks(
+        [*run_flags(bench, shape, run), "--resume", "auto"], bench.folder / "finish.log", shape[1]
+    )
     statuses = ranks.wait()
     if any(statuses):
         bench.fail(f"{shape} {what}: going on ended with {statuses}: {ranks.output()[-800:]}")
@@ -147,13 +182,15 @@ def finish(bench, shape: tuple, run: Path, expected: str, what: str) -> None:
         bench.fail(f"{shape} {what}: another digest than the undisturbed run's")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T1, T2: killed
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def killed_at_random(bench) -> None:
-    """T1: SIGKILL every process of a run at random moments, start it again each time, compare the end."""
+    """T1: SIGKILL every process of a run at random moments, start it again each time, compare the
+    end.
+    """
     shape, run = SHAPES[bench.number % len(SHAPES)], bench.folder / "run"
     expected, _ = reference(bench, shape)
     num_kills = 0
@@ -172,7 +209,9 @@ def killed_at_random(bench) -> None:
 
 
 def wait_at_random(bench, shape: tuple, counted: "Counted", ranks: Ranks) -> None:
-    """Wait for a moment in one of the next updates; one time in four for one while the run starts."""
+    """Wait for a moment in one of the next updates; one time in four for one while the run
+    starts.
+    """
     if bench.rng.random() < 0.25:
         time.sleep(bench.rng.uniform(0, 0.5))
         return
@@ -226,9 +265,18 @@ class Announced(Pipe):
 
 
 def killed_in_a_save(bench) -> None:
-    """T2: SIGKILL between the first and the last moment of a save; every checkpoint before is there, and loads."""
+    """T2: SIGKILL between the first and the last moment of a save; every checkpoint before is
+    there, and loads.
+    """
     run, announced = bench.folder / "run", Announced()
-    flags = bench.world.flags("bert", run, batch_size=12, max_steps=8, checkpoint_interval=2, gradient_accumulation_steps=2)
+    flags = bench.world.flags(
+        "bert",
+        run,
+        batch_size=12,
+        max_steps=8,
+        checkpoint_interval=2,
+        gradient_accumulation_steps=2,
+    )
     ranks = Ranks(flags, bench.folder / "log", before=announced.plant)
     save = bench.rng.randint(2, 8)  # the first is of update 0
     if not announced.wait_for(b"(", save, ranks):
@@ -241,14 +289,16 @@ def killed_in_a_save(bench) -> None:
     bench.note("inside the save" if is_inside else "just after the save")
     found = checkpointing.newest(run / "checkpoints")
     if found is None or found.step < save - 2 or (not is_inside and found.step < save - 1):
-        bench.fail(f"killed in save {save} (inside: {is_inside}): the newest is {found and found.step}")
+        bench.fail(
+            f"killed in save {save} (inside: {is_inside}): the newest is {found and found.step}"
+        )
     if (run / "checkpoint.pth").exists():
         torch.load(run / "checkpoint.pth", weights_only=True)
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T8: asked to stop
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 class Counted(Pipe):
@@ -272,7 +322,9 @@ class Counted(Pipe):
 
 
 def terminated(bench) -> None:
-    """T8: a signal to one rank, all, during a save, or twice; every tenth call to a real launcher."""
+    """T8: a signal to one rank, all, during a save, or twice; every tenth call to a real
+    launcher.
+    """
     if bench.number % 10 == 9:
         import torture_ranks
 
@@ -282,25 +334,34 @@ def terminated(bench) -> None:
     expected, _ = reference(bench, shape)
     how = ("one rank", "all ranks", "in a save", "twice")[bench.number // len(SHAPES) % 4]
     number = bench.rng.choice([signal.SIGTERM, signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-    {"in a save": stopped_in_a_save, "twice": stopped_twice}.get(how, stopped_in_an_update)(bench, shape, run, how, number)
+    {"in a save": stopped_in_a_save, "twice": stopped_twice}.get(how, stopped_in_an_update)(
+        bench, shape, run, how, number
+    )
     finish(bench, shape, run, expected, f"stopped ({how}, {signal.Signals(number).name})")
 
 
 def wanted_statuses(number: int, shape: tuple, how: str) -> set[int]:
-    """Return what processes may end with: of several, those that did not get Ctrl-C themselves stop as by SIGTERM."""
+    """Return what processes may end with: of several, those that did not get Ctrl-C themselves stop
+    as by SIGTERM.
+    """
     status = 130 if number == signal.SIGINT else 143
     return {status, 143} if how == "one rank" and shape[1] > 1 else {status}
 
 
 def check_stop(bench, shape: tuple, run: Path, how: str, number: int, ranks: Ranks) -> None:
-    """Check statuses, and that the checkpoint is of the update that the run says it stopped after."""
+    """Check statuses, and that the checkpoint is of the update that the run says it stopped
+    after.
+    """
     statuses = ranks.wait()
     if not set(statuses) <= wanted_statuses(number, shape, how):
         bench.fail(f"{shape} {how}: statuses {statuses}: {ranks.output()[-600:]}")
     said = re.search(r"Stopped after update (\d+)", ranks.output())
     newest = checkpointing.newest(run / "checkpoints")
     if not said or newest is None or newest.step != int(said[1]):
-        bench.fail(f"{shape} {how}: said {said and said[0]}, the newest checkpoint is {newest and newest.step}")
+        bench.fail(
+            f"{shape} {how}: said {said and said[0]}, the newest checkpoint is"
+            f" {newest and newest.step}"
+        )
 
 
 def stopped_in_an_update(bench, shape: tuple, run: Path, how: str, number: int) -> None:
@@ -317,7 +378,9 @@ def stopped_in_an_update(bench, shape: tuple, run: Path, how: str, number: int) 
 def stopped_in_a_save(bench, shape: tuple, run: Path, how: str, number: int) -> None:
     """Send the signal while rank 0 saves."""
     announced = Announced()
-    ranks = Ranks(run_flags(bench, shape, run), bench.folder / "stop.log", shape[1], announced.plant)
+    ranks = Ranks(
+        run_flags(bench, shape, run), bench.folder / "stop.log", shape[1], announced.plant
+    )
     announced.wait_for(b"(", 2, ranks)
     time.sleep(bench.rng.uniform(0, 0.01))
     ranks.send(number)
@@ -325,7 +388,9 @@ def stopped_in_a_save(bench, shape: tuple, run: Path, how: str, number: int) -> 
 
 
 def stopped_twice(bench, shape: tuple, run: Path, how: str, number: int) -> None:
-    """Send a second signal more than a second after the first, within a long update: the processes end at once."""
+    """Send a second signal more than a second after the first, within a long update: the processes
+    end at once.
+    """
     counted = Counted(3.0)
     ranks = Ranks(run_flags(bench, shape, run), bench.folder / "stop.log", shape[1], counted.plant)
     counted.wait_for(b".", 1, ranks)
@@ -338,20 +403,29 @@ def stopped_twice(bench, shape: tuple, run: Path, how: str, number: int) -> None
     ranks.send(number)
     statuses = ranks.wait()
     if set(statuses) != wanted_statuses(number, shape, how) or time.monotonic() - sent_at > 1:
-        bench.fail(f"{shape} {how}: statuses {statuses} {time.monotonic() - sent_at:.1f} s after the second signal")
+        bench.fail(
+            f"{shape} {how}: statuses {statuses} {time.monotonic() - sent_at:.1f} s after the"
+            " second signal"
+        )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T12: not finite
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def not_finite(bench) -> None:
-    """T12: NaN or Inf from somewhere, at some update, on some rank; nothing of it is applied or saved."""
+    """T12: NaN or Inf from somewhere, at some update, on some rank; nothing of it is applied or
+    saved.
+    """
     where = ("teacher", "loss", "gradient", "initial weights")[bench.number % 4]
     value = (float("nan"), float("inf"))[bench.number // 4 % 2]
     world_size = 1 + bench.number // 8 % 2
-    run, update, rank = bench.folder / "run", bench.rng.randint(0, 4), bench.rng.randrange(world_size)
+    run, update, rank = (
+        bench.folder / "run",
+        bench.rng.randint(0, 4),
+        bench.rng.randrange(world_size),
+    )
     flags = {"batch_size": 6, "max_steps": 8, "checkpoint_interval": 2, "distributed_timeout_s": 60}
     if where == "initial weights":
         refused_weights(bench, run, value, flags, world_size)
@@ -360,17 +434,26 @@ def not_finite(bench) -> None:
     ranks = Ranks(bench.world.flags("bert", run, **flags), bench.folder / "log", world_size, before)
     statuses, output = ranks.wait(), ranks.output()
     culprit = "on rank " if where == "teacher" else f"on rank {rank}, "
-    expected = (f"update {update}: ", "the update was not applied", culprit, "sequences ", "unchanged")
+    expected = (
+        f"update {update}: ",
+        "the update was not applied",
+        culprit,
+        "sequences ",
+        "unchanged",
+    )
     missing = [text for text in expected if text not in output]
     if set(statuses) != {train.EXIT_NON_FINITE} or missing:
         bench.fail(
-            f"{where} {value}, update {update}, rank {rank} of {world_size}: {statuses}, lacks {missing}: {output[-900:]}"
+            f"{where} {value}, update {update}, rank {rank} of {world_size}: {statuses}, lacks"
+            f" {missing}: {output[-900:]}"
         )
     require_finite_files(bench, run)
 
 
 def require_finite_files(bench, run: Path) -> None:
-    """Check that no file of weights holds anything that is not finite, and that the batch was kept."""
+    """Check that no file of weights holds anything that is not finite, and that the batch was
+    kept.
+    """
     states = {path: torch.load(path, weights_only=True) for path in run.glob("*.pth")}
     states |= {path: load_file(path) for path in run.glob("checkpoints/step-*/*.safetensors")}
     for path, state in states.items():
@@ -381,7 +464,9 @@ def require_finite_files(bench, run: Path) -> None:
 
 
 def poison_step(poison: Callable, update: int) -> None:
-    """Wrap Distiller.begin_step: at one update call `poison` first; say whether weights changed where it raises."""
+    """Wrap Distiller.begin_step: at one update call `poison` first; say whether weights changed
+    where it raises.
+    """
     kept, calls = train.Distiller.begin_step, []
 
     def step(distiller, *arguments, **options):
@@ -392,7 +477,9 @@ def poison_step(poison: Callable, update: int) -> None:
         try:
             return kept(distiller, *arguments, **options)
         except train.NonFiniteError:
-            same = all(torch.equal(a, b) for a, b in zip(before, distiller.model.parameters(), strict=True))
+            same = all(
+                torch.equal(a, b) for a, b in zip(before, distiller.model.parameters(), strict=True)
+            )
             print("unchanged" if same else "CHANGED", file=sys.stderr, flush=True)
             raise
 
@@ -427,7 +514,9 @@ def poison_gradient(bench, update: int, rank: int, value: float) -> Callable[[in
     """Make a gradient NaN or infinite, on one rank; the losses stay as they are."""
 
     def poison(distiller) -> None:
-        distiller.model.student.vocab_projector.bias.register_hook(lambda gradient: gradient * 0 + value)
+        distiller.model.student.vocab_projector.bias.register_hook(
+            lambda gradient: gradient * 0 + value
+        )
 
     return lambda own: poison_step(poison if own == rank else lambda distiller: None, update)
 
@@ -440,20 +529,24 @@ def refused_weights(bench, run: Path, value: float, flags: dict, world_size: int
     state = torch.load(bench.world.first_weights("bert"), weights_only=True)
     state[bench.rng.choice(sorted(state))].view(-1)[0] = value
     torch.save(state, bench.folder / "first.pth")
-    argv = bench.world.flags("bert", run, **flags, student_pretrained_weights=bench.folder / "first.pth")
+    argv = bench.world.flags(
+        "bert", run, **flags, student_pretrained_weights=bench.folder / "first.pth"
+    )
     ranks = Ranks(argv, bench.folder / "log", world_size)
     statuses, output = ranks.wait(), ranks.output()
     if set(statuses) != {2} or run.exists() or "first.pth" not in output or "Traceback" in output:
         bench.fail(f"first weights with {value}: {statuses}: {output[-500:]}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T15: another number of processes
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def other_world_size(bench) -> None:
-    """T15: stop, go on with as many micro-batches an update on another number of ranks; else a refusal."""
+    """T15: stop, go on with as many micro-batches an update on another number of ranks; else a
+    refusal.
+    """
     before, after = ((2, 2), (1, 4)) if bench.number % 2 == 0 else ((1, 4), (2, 2))
     kind = ("bert", "gpt2")[bench.number // 2 % 2]
     for name in ("run", "whole"):
@@ -472,7 +565,12 @@ def other_world_size(bench) -> None:
     refuse_other_product(bench, kind, after)
     argv = [*run_flags(bench, (kind, *after), bench.folder / "run"), "--resume"]
     statuses = (
-        ranks := Ranks(argv, bench.folder / "after.log", after[0], lambda rank: write_down(bench.folder / "run.seen"))
+        ranks := Ranks(
+            argv,
+            bench.folder / "after.log",
+            after[0],
+            lambda rank: write_down(bench.folder / "run.seen"),
+        )
     ).wait()
     if any(statuses):
         bench.fail(f"{kind} {before} -> {after}: {statuses}: {ranks.output()[-500:]}")
@@ -481,14 +579,23 @@ def other_world_size(bench) -> None:
 
 
 def write_down(path: Path) -> None:
-    """Have each micro-batch's number, input, labels and dropout written to a file as it is computed."""
+    """Have each micro-batch's number, input, labels and dropout written to a file as it is
+    computed.
+    """
     kept = train.Distiller._backward
 
     def backward(distiller, batch, *arguments):
         means_K = kept(distiller, batch, *arguments)
         tensors = {"input": batch.input_ids_BT, "labels": batch.labels_BT}
-        line = [batch.number, checkpointing.content_digest(tensors), torch.rand(1).item(), means_K.tolist()]
-        with open(path, "a", encoding="utf-8") as file:  # the number that comes after dropout's tells its stream
+        line = [
+            batch.number,
+            checkpointing.content_digest(tensors),
+            torch.rand(1).item(),
+            means_K.tolist(),
+        ]
+        with open(
+            path, "a", encoding="utf-8"
+        ) as file:  # the number that comes after dropout's tells its stream
             file.write(json.dumps(line) + "\n")
         return means_K
 
@@ -499,7 +606,10 @@ def refuse_other_product(bench, kind: str, shape: tuple) -> None:
     """Check that another number of micro-batches an update is refused in one line with both."""
     argv = [*run_flags(bench, (kind, shape[0], shape[1] + 1), bench.folder / "run"), "--resume"]
     ranks = Ranks(argv, bench.folder / "refused.log", shape[0])
-    statuses, lines = ranks.wait(), [line for line in ranks.output().splitlines() if ": error: " in line]
+    statuses, lines = (
+        ranks.wait(),
+        [line for line in ranks.output().splitlines() if ": error: " in line],
+    )
     expected = rf"{(shape[1] + 1) * shape[0]} micro-batches an update, .* was made with 4"
     if set(statuses) != {2} or not lines or not re.search(expected, lines[0]):
         bench.fail(f"another product was not refused: {statuses} {lines}")
@@ -515,6 +625,9 @@ def compare_worlds(bench, what: str) -> None:
         bench.fail(f"{what}: other micro-batches, masks or dropout")
     pairs = [zip(runs[0][n][2], runs[1][n][2], strict=True) for n in sorted(runs[1])]
     largest = max(abs(a - b) / max(abs(b), 1e-3) for pair in pairs for a, b in pair)
-    bench.note("largest relative difference of a loss: " + (f"below 1e{math.ceil(math.log10(largest))}" if largest else "0"))
+    bench.note(
+        "largest relative difference of a loss: "
+        + (f"below 1e{math.ceil(math.log10(largest))}" if largest else "0")
+    )
     if largest > 1e-5:
         bench.fail(f"{what}: a loss differs by {largest:.1e}")

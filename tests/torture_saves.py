@@ -1,7 +1,8 @@
-"""Trials of saves: each system call fails (T3), their order (T4), damaged checkpoints (T6), a full or read-only disk (T7).
+"""Trials of saves: each system call fails (T3), their order (T4), damaged checkpoints (T6), a full
+or read-only disk (T7).
 
-System calls are listed, and made to fail, by strace. It is attached to a forked process that waits at a gate, so that it
-sees the save and nothing of what came before.
+System calls are listed, and made to fail, by strace. It is attached to a forked process that waits
+at a gate, so that it sees the save and nothing of what came before.
 """
 
 import collections
@@ -38,14 +39,16 @@ TENSORS = {
 }
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # System calls of a forked process
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A system call. paths: of its files, whether it names them or has them open; result: what it returned, if it did."""
+    """A system call. paths: of its files, whether it names them or has them open; result: what it
+    returned, if it did.
+    """
 
     name: str
     arguments: str
@@ -66,7 +69,9 @@ class Call:
         return found + ([folder] if folder else [])
 
 
-PATH = re.compile(r'(?:AT_FDCWD|\d+)<([^>]*)>|"([^"]*)"(\.\.\.)?')  # content is cut to nothing (-s 0), paths never are
+PATH = re.compile(
+    r'(?:AT_FDCWD|\d+)<([^>]*)>|"([^"]*)"(\.\.\.)?'
+)  # content is cut to nothing (-s 0), paths never are
 CALL = re.compile(r"\d+ +(\w+)\((.*)\) += (-?\d+|\?)")
 INTERRUPTED = re.compile(r"(\d+) +(.*) <unfinished \.\.\.>$")
 RESUMED = re.compile(r"(\d+) +<\.\.\. \w+ resumed>(.*)$")
@@ -110,10 +115,14 @@ class Traced:
 
 
 def traced(action: Callable[[], None], folder: Path, *options: str, limit_s: float = 60) -> Traced:
-    """Call a program's main in a forked process, traced with strace's options from a mark on to its end."""
+    """Call a program's main in a forked process, traced with strace's options from a mark on to its
+    end.
+    """
     ready_out, ready_in = os.pipe()
     gate_out, gate_in = os.pipe()
-    pid = start_child(functools.partial(behind_gate, action, ready_in, gate_out, gate_in), folder / "log")
+    pid = start_child(
+        functools.partial(behind_gate, action, ready_in, gate_out, gate_in), folder / "log"
+    )
     try:
         os.close(ready_in)
         os.read(ready_out, 1)
@@ -123,7 +132,10 @@ def traced(action: Callable[[], None], folder: Path, *options: str, limit_s: flo
     finally:
         for descriptor in (ready_out, gate_out, gate_in):
             os.close(descriptor)
-    return Traced(Ended(status, (folder / "log").read_text(errors="replace")), parse((folder / "trace").read_text()))
+    return Traced(
+        Ended(status, (folder / "log").read_text(errors="replace")),
+        parse((folder / "trace").read_text()),
+    )
 
 
 def behind_gate(action: Callable[[], None], ready_in: int, gate_out: int, gate_in: int) -> None:
@@ -142,7 +154,9 @@ def behind_gate(action: Callable[[], None], ready_in: int, gate_out: int, gate_i
 
 @contextlib.contextmanager
 def attached(pid: int, trace: Path, options: Sequence[str]) -> Iterator[None]:
-    """Trace a process, and the threads that it has and makes, until it ends. Raises PermissionError where that may not be."""
+    """Trace a process, and the threads that it has and makes, until it ends. Raises PermissionError
+    where that may not be.
+    """
     command = [STRACE, "-f", "-y", "-s", "0", "-o", str(trace), *options, "-p", str(pid)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
         try:
@@ -174,9 +188,9 @@ def why_not_traced(folder: Path) -> str | None:
     return None
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # Saves to be traced
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 def write(folder: Path, step: int, keep: int = 2) -> None:
@@ -221,7 +235,9 @@ def read_newest(folder: Path) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What is done to which folder. steps: that may be the newest whole one after a fault, the last when all went well."""
+    """What is done to which folder. steps: that may be the newest whole one after a fault, the last
+    when all went well.
+    """
 
     make: Callable[[Path], None]
     act: Callable[[Path], None]
@@ -252,14 +268,16 @@ def quiet() -> None:
     logger.setLevel("CRITICAL")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T3: every system call of a save
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One fault: at the number-th call of a name. how: strace's words for it; is_cleaning: a call of the clean-up."""
+    """One fault: at the number-th call of a name. how: strace's words for it; is_cleaning: a call
+    of the clean-up.
+    """
 
     scene: str
     name: str
@@ -273,9 +291,20 @@ class Point:
 
 
 FAULTS = {"killed": "signal=KILL", "EIO": "error=EIO", "ENOSPC": "error=ENOSPC"}
-# Memory and threads: the C library may end the process where these fail, as long as what is on the disk is safe. How often
-# they are called depends on the heap, so that some of these points may not be reached.
-OF_MEMORY = {"brk", "mmap", "munmap", "mremap", "mprotect", "madvise", "futex", "sched_yield", "rt_sigreturn"}
+# Memory and threads: the C library may end the process where these fail, as long as what is on the
+# disk is safe. How often they are called depends on the heap, so that some of these points may not
+# be reached.
+OF_MEMORY = {
+    "brk",
+    "mmap",
+    "munmap",
+    "mremap",
+    "mprotect",
+    "madvise",
+    "futex",
+    "sched_yield",
+    "rt_sigreturn",
+}
 # Can't return EIO or ENOSPC in reality; must be safe all the same.
 NEVER_SO = {"lseek", "fcntl", "ioctl", "getpid", "gettid"} | OF_MEMORY
 MUST_BE_SAID = {"write", "fsync", "rename", "mkdir"}
@@ -288,7 +317,9 @@ def every() -> int:
 
 
 def system_call_fails(bench) -> None:
-    """T3: at every system call of a save, a kill, EIO, ENOSPC; for a write also that it is lost without an error."""
+    """T3: at every system call of a save, a kill, EIO, ENOSPC; for a write also that it is lost
+    without an error.
+    """
     if reason := why_not_traced(bench.folder):
         bench.note(f"skipped: {reason}")
         return
@@ -296,10 +327,16 @@ def system_call_fails(bench) -> None:
     points = []
     for name, scene in SCENES.items():
         template = place(scene, bench.folder / name)
-        scene.act(place(scene, bench.folder / f"{name}, warm"))  # what a first call sets up is no part of a save
+        scene.act(
+            place(scene, bench.folder / f"{name}, warm")
+        )  # what a first call sets up is no part of a save
         points += points_of(bench, name, template)
     chosen = points[:: every()]
-    for result in in_workers(functools.partial(try_points, bench), [chosen[k::NUM_WORKERS] for k in range(NUM_WORKERS)], bench):
+    for result in in_workers(
+        functools.partial(try_points, bench),
+        [chosen[k::NUM_WORKERS] for k in range(NUM_WORKERS)],
+        bench,
+    ):
         for failure in result["failures"]:
             bench.fail(failure)
         for note in result["notes"]:
@@ -315,14 +352,19 @@ def points_of(bench, name: str, template: Path) -> list[Point]:
         raise RuntimeError(f"{name}, undisturbed: {undisturbed.ended}")
     calls = list(undisturbed.numbered())
     shutil.rmtree(bench.folder / "plain")
-    room = next((k for k, (call, _) in enumerate(calls) if call.name == "statfs"), 0)  # asked for after the clean-up
+    room = next(
+        (k for k, (call, _) in enumerate(calls) if call.name == "statfs"), 0
+    )  # asked for after the clean-up
     points = [
         Point(name, call.name, number, fault, how, k < room)
         for k, (call, number) in enumerate(calls)
         for fault, how in faults_of(call)
     ]
     counts = collections.Counter(point.name for point in points)
-    bench.note(f"{name}: {len(calls)} calls, {len(points)} points: {', '.join(f'{n} {c}' for n, c in counts.most_common())}")
+    bench.note(
+        f"{name}: {len(calls)} calls, {len(points)} points:"
+        f" {', '.join(f'{n} {c}' for n, c in counts.most_common())}"
+    )
     unreal = sum(point.fault in ("EIO", "ENOSPC") and point.name in NEVER_SO for point in points)
     bench.note(f"{name}: {unreal} of its points are errors that such a call never returns")
     return points
@@ -347,8 +389,13 @@ def in_workers(work: Callable[[list], dict], shares: Sequence[list], bench) -> l
     def work_and_tell(share: list, result: Path) -> None:
         result.write_text(json.dumps(work(share)))
 
-    actions = [functools.partial(work_and_tell, *pair) for pair in zip(shares, results, strict=True)]
-    pids = [start_child(action, result.with_suffix(".log")) for action, result in zip(actions, results, strict=True)]
+    actions = [
+        functools.partial(work_and_tell, *pair) for pair in zip(shares, results, strict=True)
+    ]
+    pids = [
+        start_child(action, result.with_suffix(".log"))
+        for action, result in zip(actions, results, strict=True)
+    ]
     for pid, result in zip(pids, results, strict=True):
         if end_of(pid, 800) != 0:
             raise RuntimeError(f"a worker failed: {result.with_suffix('.log').read_text()[-500:]}")
@@ -375,7 +422,10 @@ def try_points(bench, points: Sequence[Point]) -> dict:
 def try_point(point: Point, checkpoints: Path, folder: Path) -> tuple[list[str], str]:
     """Inject one fault; return what is wrong after it, and how the save ended."""
     scene = SCENES[point.scene]
-    options = [f"-etrace={point.name},access", f"-einject={point.name}:{point.how}:when={point.number}"]
+    options = [
+        f"-etrace={point.name},access",
+        f"-einject={point.name}:{point.how}:when={point.number}",
+    ]
     found = traced(functools.partial(scene.act, checkpoints), folder, *options)
     is_hit = found.ended.status == -9 if point.fault == "killed" else found.injected is not None
     if not is_hit:
@@ -405,20 +455,27 @@ def end_problems(point: Point, outcome: str, ended: Ended, folder: Path) -> list
 
 
 def folder_problems(scene: Scene, outcome: str, checkpoints: Path, may_leave: bool) -> list[str]:
-    """Say where the promise is broken: a whole checkpoint at every instant, nothing half-written under its name.
+    """Say where the promise is broken: a whole checkpoint at every instant, nothing half-written
+    under its name.
 
     may_leave: the call that failed was to remove what an earlier save left.
     """
     expected, problems = scene.steps[-1:] if outcome == "done" else scene.steps, []
     if (step := found_step(checkpoints)) not in expected:
-        problems.append(f"{outcome}, and the newest whole checkpoint is {step}, expected one of {expected}")
+        problems.append(
+            f"{outcome}, and the newest whole checkpoint is {step}, expected one of {expected}"
+        )
     for path in checkpointing.exist(checkpoints):
         try:
             checkpointing.read(path)
         except InputError as error:
             if outcome == "done" or int(path.name[5:]) not in scene.damaged:
                 problems.append(f"{outcome}, and there is half a checkpoint: {error}")
-    if outcome in ("done", "refused") and not may_leave and (left := list(checkpoints.parent.rglob("*.tmp"))):
+    if (
+        outcome in ("done", "refused")
+        and not may_leave
+        and (left := list(checkpoints.parent.rglob("*.tmp")))
+    ):
         problems.append(f"{outcome}, and there is {left[0].name}")
     return problems
 
@@ -428,20 +485,26 @@ def again_problems(checkpoints: Path) -> list[str]:
     before = [path.name for path in checkpointing.exist(checkpoints)]
     write(checkpoints, 4)
     names, expected = sorted(os.listdir(checkpoints)), sorted(["step-00000004", *before[:1]])
-    problems = [] if names == expected else [f"after another save there are {names}, expected {expected}"]
-    return problems if found_step(checkpoints) == 4 else [*problems, "another save is not the newest"]
+    problems = (
+        [] if names == expected else [f"after another save there are {names}, expected {expected}"]
+    )
+    return (
+        problems if found_step(checkpoints) == 4 else [*problems, "another save is not the newest"]
+    )
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T4: the order of write, fsync and rename
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 OWN_NAME = re.compile(r"/step-\d{8,}(/|$)")
 FLAGS = {"batch_size": 24, "n_epoch": 2, "log_interval": 4, "checkpoint_interval": 4}
 
 
 class Disk:
-    """What would outlive a power cut, as the system calls tell it, and which of them broke the order."""
+    """What would outlive a power cut, as the system calls tell it, and which of them broke the
+    order.
+    """
 
     def __init__(self, root: Path):
         self.root = root
@@ -460,7 +523,11 @@ class Disk:
 
     def take(self, call: Call) -> None:
         """Take in one call; those that failed, and those elsewhere, changed nothing."""
-        paths = [os.path.relpath(path, self.root) for path in call.paths if is_within(path, str(self.root))]
+        paths = [
+            os.path.relpath(path, self.root)
+            for path in call.paths
+            if is_within(path, str(self.root))
+        ]
         if call.name in self.EFFECTS and paths and call.result is not None and call.result >= 0:
             self.EFFECTS[call.name](self, call, *paths)
 
@@ -493,8 +560,16 @@ class Disk:
             self._check_published(call, old, new)
         if OWN_NAME.search(old):
             self._check_dropped(call, old, new)
-        self.contents = {moved(path, old, new): at for path, at in self.contents.items() if not is_within(path, new)}
-        self.entries = {moved(path, old, new): at for path, at in self.entries.items() if not is_within(path, new)}
+        self.contents = {
+            moved(path, old, new): at
+            for path, at in self.contents.items()
+            if not is_within(path, new)
+        }
+        self.entries = {
+            moved(path, old, new): at
+            for path, at in self.entries.items()
+            if not is_within(path, new)
+        }
         self.written = {moved(path, old, new) for path in self.written if not is_within(path, new)}
         self.entries[new] = call
         self.renamed[new] += 1
@@ -505,24 +580,50 @@ class Disk:
         self._require(not contents, "renamed before its content was flushed", call, *contents)
         entries = [at for path, at in self.entries.items() if is_within(path, old) and path != old]
         self._require(not entries, "renamed before its folder was flushed", call, *entries)
-        above = {path: at for path, at in self.entries.items() if is_within(new, path) and path != new}
-        self._require(not above, "renamed into a folder whose own name was not flushed", call, *above.values())
+        above = {
+            path: at for path, at in self.entries.items() if is_within(new, path) and path != new
+        }
+        self._require(
+            not above, "renamed into a folder whose own name was not flushed", call, *above.values()
+        )
         for path in above:  # said once
             del self.entries[path]
         if OWN_NAME.search(new):
             logs = [at for path, at in self.contents.items() if "/log/" in path]
             self.num_saves += 1
-            self._require(not logs, "a checkpoint is published before the log that it counts was flushed", call, *logs)
+            self._require(
+                not logs,
+                "a checkpoint is published before the log that it counts was flushed",
+                call,
+                *logs,
+            )
 
     def _check_dropped(self, call: Call, old: str, new: str) -> None:
         """An old checkpoint loses its name."""
         del self.renamed[old]
-        self._require(os.path.basename(new).startswith(checkpointing.DISCARDED), "an old checkpoint is not put away", call)
-        others = [at for path, at in self.entries.items() if OWN_NAME.search(path) and not is_within(path, old)]
-        unfinished = {os.path.dirname(path) for path in self.written if f"{checkpointing.UNFINISHED}/" in path}
+        self._require(
+            os.path.basename(new).startswith(checkpointing.DISCARDED),
+            "an old checkpoint is not put away",
+            call,
+        )
+        others = [
+            at
+            for path, at in self.entries.items()
+            if OWN_NAME.search(path) and not is_within(path, old)
+        ]
+        unfinished = {
+            os.path.dirname(path) for path in self.written if f"{checkpointing.UNFINISHED}/" in path
+        }
         is_again = unfinished <= {old + checkpointing.UNFINISHED}  # the new one takes its place
-        self._require(is_again, f"an old checkpoint is put away before {unfinished} has its name", call)
-        self._require(not others, "an old checkpoint is put away before the new one's name was flushed", call, *others)
+        self._require(
+            is_again, f"an old checkpoint is put away before {unfinished} has its name", call
+        )
+        self._require(
+            not others,
+            "an old checkpoint is put away before the new one's name was flushed",
+            call,
+            *others,
+        )
 
     def _remove(self, call: Call, path: str) -> None:
         self._require(not OWN_NAME.search(path), "removed under a checkpoint's own name", call)
@@ -536,16 +637,23 @@ class Disk:
             self._require(is_temporary(path) or is_in_place(path), "never flushed", call)
         for folder in self.root.rglob("step-*"):
             path = os.path.relpath(folder, self.root)
-            self._require(self.renamed[path] == 1, f"{self.renamed[path]} renames gave {path} its name")
+            self._require(
+                self.renamed[path] == 1, f"{self.renamed[path]} renames gave {path} its name"
+            )
             unseen = {f"{path}/{name}" for name in os.listdir(folder)} - self.written
             self._require(not unseen, f"no write was seen of {unseen}")
 
     EFFECTS = {
-        **dict.fromkeys(["write", "pwrite64", "writev", "pwritev", "ftruncate", "sendfile", "copy_file_range"], _write),
-        **dict.fromkeys(["openat", "open", "creat"], _open), **dict.fromkeys(["mkdir", "mkdirat"], _make_folder),
-        **dict.fromkeys(["fsync", "fdatasync"], _flush), **dict.fromkeys(["rename", "renameat", "renameat2"], _rename),
+        **dict.fromkeys(
+            ["write", "pwrite64", "writev", "pwritev", "ftruncate", "sendfile", "copy_file_range"],
+            _write,
+        ),
+        **dict.fromkeys(["openat", "open", "creat"], _open),
+        **dict.fromkeys(["mkdir", "mkdirat"], _make_folder),
+        **dict.fromkeys(["fsync", "fdatasync"], _flush),
+        **dict.fromkeys(["rename", "renameat", "renameat2"], _rename),
         **dict.fromkeys(["unlink", "unlinkat", "rmdir"], _remove),
-    }  # fmt: skip
+    }
 
 
 def is_within(path: str, folder: str) -> bool:
@@ -564,12 +672,16 @@ def is_temporary(path: str) -> bool:
 
 
 def is_in_place(path: str) -> bool:
-    """True for TensorBoard's files, which grow under their own names, their folders, and the lock."""
+    """True for TensorBoard's files, which grow under their own names, their folders, and the
+    lock.
+    """
     return "/log/train/" in f"{path}/" or path.endswith(("/log", f"/{runtime.LOCK}"))
 
 
 def order_of_calls(bench) -> None:
-    """T4: trace saves, and a run that saves; check each call against what must have been flushed before it."""
+    """T4: trace saves, and a run that saves; check each call against what must have been flushed
+    before it.
+    """
     if reason := why_not_traced(bench.folder):
         bench.note(f"skipped: {reason}")
         return
@@ -580,7 +692,9 @@ def order_of_calls(bench) -> None:
         audit(bench, name, functools.partial(scene.act, checkpoints), bench.folder / name)
     kind = bench.rng.choice(["bert", "gpt2", "roberta"])
     (bench.folder / "a run").mkdir()
-    action = training(bench.world.flags(kind, bench.folder / "a run" / "run", **FLAGS, keep_checkpoints=2))
+    action = training(
+        bench.world.flags(kind, bench.folder / "a run" / "run", **FLAGS, keep_checkpoints=2)
+    )
     audit(bench, "a run", action, bench.folder / "a run")
 
 
@@ -597,7 +711,10 @@ def audit(bench, name: str, action: Callable[[], None], root: Path) -> None:
     for violation in disk.violations:
         bench.fail(f"{name}: {violation}")
     bench.count(disk.num_checked)
-    bench.note(f"{name}: {disk.num_saves} save(s), {disk.num_checked} rules checked over {len(found.calls)} calls")
+    bench.note(
+        f"{name}: {disk.num_saves} save(s), {disk.num_checked} rules checked over"
+        f" {len(found.calls)} calls"
+    )
 
 
 def training(flags: list[str]) -> Callable[[], None]:
@@ -610,9 +727,9 @@ def training(flags: list[str]) -> Callable[[], None]:
     return run
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T6: damaged checkpoints
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 KINDS = ("bert", "gpt2", "roberta")
 FINAL = "pytorch_model.bin"
@@ -623,7 +740,10 @@ def reference(bench, kind: str) -> Path:
     made = bench.world.folder / f"undisturbed-{kind}"
     if not made.exists():
         own = bench.folder / "undisturbed"
-        ended = in_child(training(bench.world.flags(kind, own, **FLAGS, keep_checkpoints=50)), bench.folder / "log")
+        ended = in_child(
+            training(bench.world.flags(kind, own, **FLAGS, keep_checkpoints=50)),
+            bench.folder / "log",
+        )
         if ended.status != 0:
             raise RuntimeError(f"undisturbed: {ended}")
         with contextlib.suppress(OSError):  # another call was first
@@ -632,7 +752,9 @@ def reference(bench, kind: str) -> Path:
 
 
 def cut_short(bench, whole: Path, run: Path) -> list[Path]:
-    """Copy a run as if it had died after one of its checkpoints, with three of them left; return these, the newest first."""
+    """Copy a run as if it had died after one of its checkpoints, with three of them left; return
+    these, the newest first.
+    """
     shutil.copytree(whole, run)
     (run / FINAL).unlink()
     found = checkpointing.exist(run / "checkpoints")
@@ -682,7 +804,9 @@ def damage(path: Path, other: Path, rng: random.Random) -> Damage:
         file.write_bytes(content)
     # With another's manifest it is the other files that differ from it.
     is_mixed = kind == "swapped" and file.name == checkpointing.MANIFEST
-    return Damage(f"{path.name}/{file.name} {kind}", path.name if is_mixed else f"{path.name}/{file.name}")
+    return Damage(
+        f"{path.name}/{file.name} {kind}", path.name if is_mixed else f"{path.name}/{file.name}"
+    )
 
 
 def newest_is_damaged(bench) -> None:
@@ -696,12 +820,19 @@ def newest_is_damaged(bench) -> None:
         resume_from_the_one_before(bench, whole, flags, [newest, older[0]], done)
         return
     others = checkpointing.exist(whole / "checkpoints")
-    done = [damage(path, bench.rng.choice([o for o in others if o.name != path.name]), bench.rng) for path in [newest, *older]]
+    done = [
+        damage(path, bench.rng.choice([o for o in others if o.name != path.name]), bench.rng)
+        for path in [newest, *older]
+    ]
     refuse_all(bench, run, flags, done)
 
 
-def resume_from_the_one_before(bench, whole: Path, flags: list[str], paths: list[Path], done: Damage) -> None:
-    """Go on: the damaged checkpoint is named and skipped, and the run ends as if nothing had happened."""
+def resume_from_the_one_before(
+    bench, whole: Path, flags: list[str], paths: list[Path], done: Damage
+) -> None:
+    """Go on: the damaged checkpoint is named and skipped, and the run ends as if nothing had
+    happened.
+    """
     mode = bench.rng.choice([["--resume"], ["--resume", "auto"], ["--force", "--resume"]])
     ended = in_child(training([*flags, *mode]), bench.folder / "log")
     newest, before = paths
@@ -715,22 +846,39 @@ def resume_from_the_one_before(bench, whole: Path, flags: list[str], paths: list
 
 
 def differences(whole: Path, run: Path) -> list[str]:
-    """List what differs from the undisturbed run: the student, and the newest checkpoint's tensors."""
+    """List what differs from the undisturbed run: the student, and the newest checkpoint's
+    tensors.
+    """
     last = checkpointing.exist(whole / "checkpoints")[0].name
     names = [FINAL, *(f"checkpoints/{last}/{name}.safetensors" for name in TENSORS)]
-    return [f"{name} is not the undisturbed run's" for name in names if contents(run).get(name) != contents(whole)[name]]
+    return [
+        f"{name} is not the undisturbed run's"
+        for name in names
+        if contents(run).get(name) != contents(whole)[name]
+    ]
 
 
 def contents(folder: Path) -> dict[str, bytes]:
     """Read all files of a folder."""
-    return {os.path.relpath(path, folder): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+    return {
+        os.path.relpath(path, folder): path.read_bytes()
+        for path in folder.rglob("*")
+        if path.is_file()
+    }
 
 
 def refuse_all(bench, run: Path, flags: list[str], done: list[Damage]) -> None:
-    """Go on where every checkpoint is damaged: refused, all of them named, nothing changed, nothing started anew."""
+    """Go on where every checkpoint is damaged: refused, all of them named, nothing changed, nothing
+    started anew.
+    """
     before = contents(bench.folder)
     what = "; ".join(damage.what for damage in done)
-    for mode in (["--resume"], ["--resume", "auto"], ["--force", "--resume"], ["--force", "--resume", "auto"]):
+    for mode in (
+        ["--resume"],
+        ["--resume", "auto"],
+        ["--force", "--resume"],
+        ["--force", "--resume", "auto"],
+    ):
         ended = in_child(training([*flags, *mode]), bench.folder / "log")
         if ended.status != 2 or not ended.is_clean:
             bench.fail(f"{what}, {mode}: {ended}")
@@ -743,9 +891,9 @@ def refuse_all(bench, run: Path, flags: list[str], done: list[Damage]) -> None:
             bench.fail(f"{what}, {mode}: changed {changed}")
 
 
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 # T7: a full disk, a folder that is read-only
-# --------------------------------------------------------------------------------------------------------------------
+# --------------------------------------------------------------------------------------------------
 
 DISK_BYTES = 6 * 2**20
 CLONE_NEWNS = 0x20000
@@ -753,7 +901,9 @@ CLONE_NEWNS = 0x20000
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """Mount a small disk for this process and its children alone: it is gone with them. Raises OSError where it may not."""
+    """Mount a small disk for this process and its children alone: it is gone with them. Raises
+    OSError where it may not.
+    """
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "no mounts of its own for this process")
     mount("--make-rprivate", "/")
@@ -775,7 +925,9 @@ def mount(*words: object) -> None:
 
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Let nobody write below a folder, not even into what is open there under its name: root minds no permission bits."""
+    """Let nobody write below a folder, not even into what is open there under its name: root minds
+    no permission bits.
+    """
     make_read_only(folder)
     try:
         yield
@@ -790,7 +942,9 @@ def make_read_only(folder: Path) -> None:
 
 
 def disk_full(bench) -> None:
-    """T7: fill a disk of 6 MB by checkpoints; during a run; make it read-only before a run or during one."""
+    """T7: fill a disk of 6 MB by checkpoints; during a run; make it read-only before a run or
+    during one.
+    """
     quiet()
     with contextlib.ExitStack() as stack:
         try:
@@ -810,7 +964,10 @@ def disk_full(bench) -> None:
 def big_tensors(rng: random.Random, num_bytes: int) -> dict[str, dict[str, torch.Tensor]]:
     """Make a state of so many bytes, dealt to two files at random."""
     share = rng.randint(1, num_bytes // 4 - 1)
-    return {"student": {"weight": torch.ones(share)}, "optimizer": {"exp_avg/weight": torch.ones(num_bytes // 4 - share)}}
+    return {
+        "student": {"weight": torch.ones(share)},
+        "optimizer": {"exp_avg/weight": torch.ones(num_bytes // 4 - share)},
+    }
 
 
 @contextlib.contextmanager
@@ -844,14 +1001,19 @@ def no_names(folder: Path, rng: random.Random) -> Iterator[None]:
 
 BYTES = r"a checkpoint takes [\d,]{6,} bytes"
 FULL = {
-    "room asked for": (lambda folder, rng: contextlib.nullcontext(), rf"the disk is full: {BYTES}, [\d,]+ are free"),
+    "room asked for": (
+        lambda folder, rng: contextlib.nullcontext(),
+        rf"the disk is full: {BYTES}, [\d,]+ are free",
+    ),
     "room claimed": (claimed_room, rf"No space left on device: .*step-\d+.* \({BYTES}\)"),
     "no names": (no_names, rf"No space left on device: .*step-\d+.* \({BYTES}\)"),
 }
 
 
 def fill_by_checkpoints(bench, place: Path) -> None:
-    """Write checkpoints until the disk is full; each way to find that out leaves those that were there."""
+    """Write checkpoints until the disk is full; each way to find that out leaves those that were
+    there.
+    """
     folder, size = place / "checkpoints", bench.rng.randrange(400_000, 1_300_000)
     tensors, step = big_tensors(bench.rng, size), 0
     for name, (condition, expected) in FULL.items():
@@ -880,7 +1042,9 @@ def left_by_refusal(folder: Path, step: int) -> list[str]:
     """Say what is wrong with a folder whose last good step was `step`."""
     names = sorted(path.name for path in checkpointing.exist(folder))
     problems = [] if sorted(os.listdir(folder)) == names else [f"left {sorted(os.listdir(folder))}"]
-    problems += [] if names and names[-1] == f"step-{step:08d}" else [f"the last is not {step}: {names}"]
+    problems += (
+        [] if names and names[-1] == f"step-{step:08d}" else [f"the last is not {step}: {names}"]
+    )
     for path in checkpointing.exist(folder):
         try:
             checkpointing.read(path)
@@ -891,10 +1055,16 @@ def left_by_refusal(folder: Path, step: int) -> list[str]:
 
 # Where in a run a disk gets full: (the object, its method, how often a run calls it).
 MOMENTS = [
-    (train.RunFolder, "_begin", 1), (train.RunFolder, "save_checkpoint", 6), (train.RunFolder, "save_epoch", 2),
-    (train.RunFolder, "finish", 1), (train.RunFolder, "_log_bytes", 6), (train.Progress, "log", 5),
-    (train.Distiller, "begin_step", 10), (train.checkpointing, "write", 6), (train, "save_weights", 8),
-]  # fmt: skip
+    (train.RunFolder, "_begin", 1),
+    (train.RunFolder, "save_checkpoint", 6),
+    (train.RunFolder, "save_epoch", 2),
+    (train.RunFolder, "finish", 1),
+    (train.RunFolder, "_log_bytes", 6),
+    (train.Progress, "log", 5),
+    (train.Distiller, "begin_step", 10),
+    (train.checkpointing, "write", 6),
+    (train, "save_weights", 8),
+]
 
 
 def at_a_moment(rng: random.Random, action: Callable[[], None]) -> tuple[Callable[[], None], str]:
@@ -932,10 +1102,18 @@ def fill_in_a_run(bench, place: Path) -> None:
     prepare, moment = at_a_moment(bench.rng, lambda: fill(place.parent, num_left))
     preparations = [prepare, claim_room] if claims else [prepare]
     what = f"{num_left} bytes left at {moment}{', room claimed' if claims else ''}"
-    disturbed_run(bench, place / "run", preparations, what, lambda: (place.parent / "ballast").unlink(missing_ok=True))
+    disturbed_run(
+        bench,
+        place / "run",
+        preparations,
+        what,
+        lambda: (place.parent / "ballast").unlink(missing_ok=True),
+    )
 
 
-def disturbed_run(bench, run: Path, preparations: Sequence, what: str, repair: Callable[[], None]) -> None:
+def disturbed_run(
+    bench, run: Path, preparations: Sequence, what: str, repair: Callable[[], None]
+) -> None:
     """Run what is refused half-way or gets through; repair the cause, go on, and compare."""
     kind = bench.rng.choice(KINDS)
     whole, flags = reference(bench, kind), bench.world.flags(kind, run, **FLAGS, keep_checkpoints=2)
@@ -968,7 +1146,11 @@ def refusal_problems(ended: Ended, run: Path, has_begun: bool) -> list[str]:
         problems.append(f"expected one line that names a path: {ended.errors}")
     elif re.search(r"step-\d{8}", ended.errors[0]) and not re.search(BYTES, ended.errors[0]):
         problems.append(f"the line does not say how many bytes: {ended.errors}")
-    left = [path.name for path in run.rglob("*") if path.name.endswith(".tmp") or path.name.startswith(".export-")]
+    left = [
+        path.name
+        for path in run.rglob("*")
+        if path.name.endswith(".tmp") or path.name.startswith(".export-")
+    ]
     problems += [f"left {left}"] if left else []
     try:
         if found_step(run / "checkpoints") is None and has_begun:
@@ -1040,7 +1222,9 @@ def fill_a_file(bench) -> None:
         checkpointing.write(folder, 2, tensors, {}, 100)
 
     ended = in_child(limited, bench.folder / "log")
-    if ended.status != 2 or not re.search(rf"File too large: .*step-\d+.* \({BYTES}\)", "".join(ended.errors)):
+    if ended.status != 2 or not re.search(
+        rf"File too large: .*step-\d+.* \({BYTES}\)", "".join(ended.errors)
+    ):
         bench.fail(f"no file above {limit} bytes: {ended}")
     for wrong in left_by_refusal(folder, 1):
         bench.fail(f"no file above {limit} bytes: {wrong}")
