@@ -18,220 +18,21 @@ import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 
 import torch
-import transformers
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
-from cpu_kernels import TiedGradient, checkpointing_contexts, faster
-from losses import (
-    IGNORED_LABEL,
-    LOSSES,
-    Projection,
-    Term,
-    at_least_float32,
-    head_losses,
-    projected_losses,
-    rows_per_chunk,
-)
+from distil.data.batches import MicroBatch, Selection, label_of_row, to_device
+from distil.kernels.cpu import TiedGradient, faster
+from distil.kernels.head import Projection, Term, head_losses, projected_losses, rows_per_chunk
+from distil.losses import LOSSES, at_least_float32
+from distil.models.forward import attend_without_masks, last_hidden_state
+from distil.models.heads import Head
 from utils import keyed_seed
 
-Head = Callable[[torch.Tensor], torch.Tensor]
-
-ADAM_BETAS = (0.9, 0.98)
 NORMALIZATIONS = ("micro_batches", "tokens")
 MIN_LOSS_SCALE = (
     2**-10
 )  # the scaler halves its scale at each overflow; below this it will not find one that fits
-
-# --------------------------------------------------------------------------------------------------
-# Batches
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class MicroBatch:
-    """What one forward and backward needs, made on the host.
-
-    attention_mask_BT: 1 on real tokens; None where the model is called without a mask. labels_BT:
-    -100 where nothing is to be predicted. rows: kind of rows (see losses.Loss) -> ascending
-    positions in the flattened (B, T).
-    """
-
-    number: int
-    input_ids_BT: torch.Tensor
-    attention_mask_BT: torch.Tensor | None
-    labels_BT: torch.Tensor
-    rows: Mapping[str, torch.Tensor]
-    num_tokens: int
-    selection: "Selection | None" = None
-
-    @property
-    def is_causal(self) -> bool:
-        """True where the next token is to be predicted, False where masked ones are."""
-        return "next" in self.rows
-
-    @property
-    def is_padded(self) -> bool:
-        """True where a position is no real token."""
-        return self.num_tokens < self.input_ids_BT.numel()
-
-    def pinned(self) -> "MicroBatch":
-        """Return the batch in page-locked memory, from where a GPU copies it while the host goes
-        on.
-        """
-        memo: dict[int, torch.Tensor] = {}
-        return _pinned(self, memo)
-
-
-@dataclasses.dataclass(frozen=True)
-class Selection:
-    """Which rows of a micro-batch the head projects, found on the host.
-
-    rows_N: ascending positions in the flattened (B, T). offsets: objective -> places of its own
-    rows among these; labels: objective -> the ids to be predicted there, or None.
-    """
-
-    rows_N: torch.Tensor
-    offsets: Mapping[str, torch.Tensor]
-    labels: Mapping[str, torch.Tensor | None]
-
-
-def _pinned(value, memo: dict[int, torch.Tensor]):
-    """Copy the tensors in a dataclass or mapping into page-locked memory, one that occurs twice
-    once.
-    """
-    if isinstance(value, torch.Tensor):
-        return memo.setdefault(id(value), value.pin_memory())
-    if dataclasses.is_dataclass(value):
-        return dataclasses.replace(
-            value,
-            **{f.name: _pinned(getattr(value, f.name), memo) for f in dataclasses.fields(value)},
-        )
-    if isinstance(value, Mapping):
-        return {key: _pinned(content, memo) for key, content in value.items()}
-    return value
-
-
-def masking_weights(
-    counts_V: torch.Tensor, smoothing: float, special_ids: Iterable[int]
-) -> torch.Tensor:
-    """Weigh each token id for masking: max(count, 1) ^ -smoothing, 0 for special tokens;
-    float64.
-    """
-    # Differs from the original: always float64. In half precision frequent tokens' weights became
-    # 0.
-    weights_V = counts_V.clamp(min=1).double() ** -smoothing
-    weights_V[list(special_ids)] = 0.0
-    return weights_V
-
-
-def real_positions(lengths_B: torch.Tensor, padded_length: int) -> torch.Tensor:
-    """Mark the real tokens of a padded batch: bool (B, T)."""
-    return torch.arange(padded_length) < lengths_B[:, None]
-
-
-@dataclasses.dataclass(frozen=True)
-class MlmPreparation:
-    """How masked-LM batches are made.
-
-    weights_V: see masking_weights. mask_prop: share of real tokens to be predicted. word_mask,
-    word_keep, word_rand: what becomes of a drawn token: [MASK], itself, or an id uniform over the
-    vocabulary.
-    """
-
-    weights_V: torch.Tensor
-    mask_id: int
-    mask_prop: float
-    word_mask: float
-    word_keep: float
-    word_rand: float
-    restrict_ce_to_mask: bool
-    seed: int
-
-    def __call__(
-        self, number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor
-    ) -> MicroBatch:
-        """Draw ceil(mask_prop x real tokens) positions of the whole batch, without replacement, by
-        weight.
-
-        Never more than there are positions of positive weight. All randomness is keyed by (seed,
-        number).
-        """
-        real_BT = real_positions(lengths_B, token_ids_BT.shape[1])
-        generator = torch.Generator().manual_seed(keyed_seed(self.seed, number, "mask"))
-        drawn_BT = self._draw(token_ids_BT, real_BT, generator)
-        labels_BT = torch.where(drawn_BT, token_ids_BT, IGNORED_LABEL)
-        input_ids_BT = token_ids_BT.clone()
-        input_ids_BT[drawn_BT] = self._replacements(token_ids_BT[drawn_BT], generator)
-        real, masked = _positions(real_BT), _positions(drawn_BT)
-        rows = {
-            "real": real,
-            "masked": masked,
-            "distilled": masked if self.restrict_ce_to_mask else real,
-        }
-        return MicroBatch(number, input_ids_BT, real_BT.long(), labels_BT, rows, len(real))
-
-    def _draw(self, token_ids_BT, real_BT, generator) -> torch.Tensor:
-        weights_BT = self.weights_V[token_ids_BT] * real_BT
-        num_real = int(real_BT.sum())
-        # Differs from the original: capped. 2019 went on to mask [CLS] where nothing of positive
-        # weight was left.
-        num_drawn = min(math.ceil(self.mask_prop * num_real), int((weights_BT > 0).sum()))
-        drawn_BT = torch.zeros_like(real_BT)
-        if num_drawn:
-            places = torch.multinomial(
-                weights_BT.flatten(), num_drawn, replacement=False, generator=generator
-            )
-            drawn_BT.view(-1)[places] = True
-        return drawn_BT
-
-    def _replacements(self, original_N: torch.Tensor, generator) -> torch.Tensor:
-        probabilities = torch.tensor(
-            [self.word_mask, self.word_keep, self.word_rand], dtype=torch.float64
-        )
-        if not len(original_N):
-            return original_N
-        random_N = torch.randint(len(self.weights_V), original_N.shape, generator=generator)
-        fate_N = torch.multinomial(
-            probabilities, len(original_N), replacement=True, generator=generator
-        )
-        choices_3N = torch.stack([torch.full_like(original_N, self.mask_id), original_N, random_N])
-        return choices_3N.gather(0, fate_N[None])[0]
-
-
-def prepare_clm(
-    number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor, with_mask: bool = False
-) -> MicroBatch:
-    """Make a causal-LM batch: the labels are the ids, -100 on padding.
-
-    with_mask: give the model a mask where anything is padded; GPT-2 goes without, for what is
-    padded stands behind.
-    """
-    real_BT = real_positions(lengths_B, token_ids_BT.shape[1])
-    labels_BT = torch.where(real_BT, token_ids_BT, IGNORED_LABEL)
-    next_is_real_BT = torch.zeros_like(real_BT)
-    next_is_real_BT[:, :-1] = real_BT[:, 1:]
-    real = _positions(real_BT)
-    rows = {"real": real, "distilled": real, "next": _positions(next_is_real_BT)}
-    mask_BT = real_BT.long() if with_mask and not real_BT.all() else None
-    return MicroBatch(number, token_ids_BT, mask_BT, labels_BT, rows, len(real))
-
-
-def _positions(selected_BT: torch.Tensor) -> torch.Tensor:
-    return selected_BT.flatten().nonzero()[:, 0]
-
-
-def label_of_row(kind: str, labels_BT: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor | None:
-    """Return the id to be predicted at each row: its own label, the next position's ("next"), or
-    None.
-    """
-    if kind == "masked":
-        return labels_BT.flatten()[rows_N]
-    if kind == "next":
-        return labels_BT.flatten()[rows_N + 1]
-    return None
-
 
 # --------------------------------------------------------------------------------------------------
 # Student, head and losses as one module
@@ -309,7 +110,7 @@ class DistillationModel(nn.Module):
         counts = dict(zip(self.alphas, own if counts_K is None else counts_K, strict=True))
         total, means = self._logit_losses(batch, hidden_ND, teacher_ND, teacher_head, scale, counts)
         for name in self._active("hidden"):
-            loss, rows_N = LOSSES[name], _copied(batch.rows[LOSSES[name].rows], hidden_ND.device)
+            loss, rows_N = LOSSES[name], to_device(batch.rows[LOSSES[name].rows], hidden_ND.device)
             teacher_rows_ND = None if teacher_ND is None else at_least_float32(teacher_ND[rows_N])
             student_rows_ND = at_least_float32(hidden_ND[rows_N])
             mean = (
@@ -337,7 +138,7 @@ class DistillationModel(nn.Module):
         if not names:
             return hidden_ND[:0].sum(), {}
         selection = batch.selection or self.select(batch)
-        selected_N = _copied(selection.rows_N, hidden_ND.device)
+        selected_N = to_device(selection.rows_N, hidden_ND.device)
         terms = [
             self._term(name, selection, scale / counts[name], hidden_ND.device) for name in names
         ]
@@ -383,66 +184,13 @@ class DistillationModel(nn.Module):
         loss, offsets, labels_N = LOSSES[name], selection.offsets[name], selection.labels[name]
         return Term(
             loss.formula,
-            _copied(offsets, device),
+            to_device(offsets, device),
             offsets,
-            None if labels_N is None else _copied(labels_N, device),
+            None if labels_N is None else to_device(labels_N, device),
             self.alphas[name] * scale,
             loss.gradient,
             loss.by_row,
         )
-
-
-def _copied(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to a device without waiting for it; from page-locked memory (see MicroBatch.pinned) the
-    host goes on at once.
-    """
-    return tensor.to(device, non_blocking=True)
-
-
-# Families whose attention reads nothing of a mask but who may be attended to, and takes one of (B,
-# 1, T, T) as it is.
-PLAIN_ATTENTION = {"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra"}
-
-
-def last_hidden_state(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Run a language model without its prediction head: hidden states (B, T, D), for GPT-2 after
-    the final norm.
-
-    No token types are passed, and no mask where nothing is padded.
-    """
-    device = next(model.parameters()).device
-    input_ids_BT = _copied(batch.input_ids_BT, device)
-    options = {"use_cache": False} if batch.is_causal else {}
-    if batch.attention_mask_BT is not None and batch.is_padded:
-        options["attention_mask"] = _attention_mask(
-            model.config, _copied(batch.attention_mask_BT, device)
-        )
-    return model.base_model(input_ids_BT, **options).last_hidden_state
-
-
-def _attention_mask(config, mask_BT: torch.Tensor) -> torch.Tensor:
-    """Return the mask as a model takes it: made ready here where that is known to be the same, (B,
-    1, T, T).
-
-    Of a (B, T) one transformers asks first whether all of it is 1, for which the host waits.
-    """
-    if config.model_type not in PLAIN_ATTENTION or config._attn_implementation != "sdpa":
-        return mask_BT
-    return mask_BT.bool()[:, None, None, :].expand(-1, 1, mask_BT.shape[1], -1)
-
-
-CAUSAL_ATTENTION = "sdpa_causal"  # our name of it; no configuration file has it
-
-
-def attend_without_masks(model: nn.Module) -> None:
-    """Have GPT-2, called without a mask, attend through SDPA's own causal one.
-
-    transformers would look at the positions first, for packed sequences: the host waits for that,
-    and compiled it makes a mask always, with which no fused kernel runs.
-    """
-    if model.config.model_type == "gpt2" and model.config._attn_implementation == "sdpa":
-        transformers.AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
-        model.set_attn_implementation(CAUSAL_ATTENTION)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -701,7 +449,7 @@ class Distiller:
         rows = [LOSSES[name].rows for name in self.model.alphas]
         counts = [sum(len(batch.rows[kind]) for batch in batches) for kind in rows]
         counts_K = torch.tensor(counts, dtype=torch.float64)
-        counts_K = _copied(
+        counts_K = to_device(
             counts_K.pin_memory() if self.device.type == "cuda" else counts_K, self.device
         )
         if self.world_size > 1:
@@ -913,49 +661,3 @@ def _require_same_shapes(
 def _wrap_for_ranks(model: DistillationModel) -> DistributedDataParallel:
     # Buffers are constants (position ids), the same on every rank: no broadcast.
     return DistributedDataParallel(model, forward_sync_buffers=False, gradient_as_bucket_view=True)
-
-
-def recompute_activations(student: nn.Module, compiles: bool = False) -> None:
-    """Save a layer's inputs only, and compute the rest again in backward: as it was computed, see
-    `cpu_kernels`.
-    """
-    contexts = {} if compiles else {"context_fn": checkpointing_contexts}
-    student.activation_checkpointing_enable({"use_reentrant": False, **contexts})
-
-
-def make_moments(optimizer: torch.optim.AdamW) -> None:
-    """Make the moments now, before anything short-lived: made in the first update they would lie
-    scattered among it.
-    """
-    for group in optimizer.param_groups:
-        for parameter in group["params"]:
-            moments = {name: torch.zeros_like(parameter) for name in ("exp_avg", "exp_avg_sq")}
-            step = torch.zeros(
-                (), dtype=torch.float32, device=parameter.device if group["fused"] else "cpu"
-            )
-            optimizer.state[parameter] = {"step": step, **moments}
-
-
-def split_for_weight_decay(model: nn.Module, weight_decay: float) -> list[dict]:
-    """Group the trained parameters: decayed, and not decayed (biases and layer norms). Embeddings
-    are decayed.
-
-    Differs from the original: layer norms are told by their module. 2019 looked for the text
-    "LayerNorm.weight", and so decayed DistilBERT's, GPT-2's and the RoBERTa head's.
-    """
-    norms = {
-        id(parameter)
-        for module in model.modules()
-        if type(module).__name__.endswith("Norm")
-        for parameter in module.parameters(recurse=False)
-    }
-    decayed, kept = [], []
-    for name, parameter in model.named_parameters():
-        if parameter.requires_grad:
-            is_exempt = id(parameter) in norms or name.split(".")[-1] == "bias"
-            (kept if is_exempt else decayed).append(parameter)
-    groups = [
-        {"params": decayed, "weight_decay": weight_decay},
-        {"params": kept, "weight_decay": 0.0},
-    ]
-    return [group for group in groups if group["params"]]

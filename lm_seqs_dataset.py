@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
-from token_files import (
+from distil.data.token_files import (
     MAX_UNKNOWN_SHARE,
     MIN_LENGTH,
     TokenFile,

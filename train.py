@@ -32,50 +32,9 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-import checkpointing
-from architectures import (
-    ARCHITECTURES,
-    AUTO,
-    PAIRS,
-    Architecture,
-    build_student,
-    find_out,
-    freeze_embeddings,
-    head_of,
-    head_parameters,
-    load_config,
-    load_model,
-    load_student_weights,
-    load_teacher,
-    load_tokenizer,
-    max_input_length,
-    prediction_head,
-    quiet_transformers,
-    read_student_config,
-    row_of,
-    size_mismatches,
-    special_ids,
-    vocabulary_difference,
-    vocabulary_fingerprint,
-)
-from checkpointing import Checkpoint
-from distiller import (
-    ADAM_BETAS,
-    NORMALIZATIONS,
-    BegunStep,
-    DistillationModel,
-    Distiller,
-    MicroBatch,
-    MlmPreparation,
-    NonFiniteError,
-    StepReport,
-    make_moments,
-    masking_weights,
-    prepare_clm,
-    recompute_activations,
-    split_for_weight_decay,
-)
-from evaluation import (
+from distil.data.batches import MicroBatch, MlmPreparation, masking_weights, prepare_clm
+from distil.data.token_files import file_digest, token_file_problem
+from distil.evaluation import (
     FixedMasks,
     Reader,
     figures_of,
@@ -84,11 +43,33 @@ from evaluation import (
     passes_over,
     plan_batches,
 )
-from flops import ModelSize, peak_flops, shown_size, update_flops
-from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch, Update
-from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
-from losses import LOSSES
-from runtime import (
+from distil.flops import ModelSize, peak_flops, shown_size, update_flops
+from distil.losses import LOSSES
+from distil.models.architectures import (
+    ARCHITECTURES,
+    AUTO,
+    PAIRS,
+    Architecture,
+    build_student,
+    find_out,
+    freeze_embeddings,
+    load_config,
+    load_model,
+    load_student_weights,
+    load_teacher,
+    load_tokenizer,
+    max_input_length,
+    quiet_transformers,
+    read_student_config,
+    row_of,
+    size_mismatches,
+    special_ids,
+    vocabulary_difference,
+    vocabulary_fingerprint,
+)
+from distil.models.forward import recompute_activations
+from distil.models.heads import head_of, head_parameters, prediction_head
+from distil.system.runtime import (
     EXIT_LOST_RANK,
     LOCK,
     TIMEOUT_S,
@@ -104,7 +85,19 @@ from runtime import (
     start_runtime,
     take_lock,
 )
-from token_files import file_digest, token_file_problem
+from distil.training import checkpointing
+from distil.training.checkpointing import Checkpoint
+from distil.training.optimizer import ADAM_BETAS, make_moments, split_for_weight_decay
+from distiller import (
+    NORMALIZATIONS,
+    BegunStep,
+    DistillationModel,
+    Distiller,
+    NonFiniteError,
+    StepReport,
+)
+from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch, Update
+from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
 from utils import (
     InputError,
     OneLineParser,

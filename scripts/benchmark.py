@@ -35,38 +35,35 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import (
+from distil.data.batches import MicroBatch, MlmPreparation, masking_weights, prepare_clm
+from distil.data.token_files import token_file_problem, write_token_counts, writing_tokens
+from distil.flops import (
+    DTYPES,
+    best_seconds,
+    clock_s,
+    nominal_peak,
+    product_rate,
+    size_of,
+    update_flops,
+)
+from distil.losses import IGNORED_LABEL
+from distil.models.architectures import (
     ARCHITECTURES,
     build_student,
     evenly_spaced_layers,
     extract_student,
     freeze_embeddings,
-    head_parameters,
     max_input_length,
-    prediction_head,
     quiet_transformers,
     read_student_config,
     special_ids,
 )
-from distiller import (
-    ADAM_BETAS,
-    BegunStep,
-    DistillationModel,
-    Distiller,
-    MicroBatch,
-    MlmPreparation,
-    StepReport,
-    make_moments,
-    masking_weights,
-    prepare_clm,
-    split_for_weight_decay,
-)
-from flops import DTYPES, best_seconds, clock_s, nominal_peak, product_rate, size_of, update_flops
+from distil.models.heads import head_parameters, prediction_head
+from distil.system.runtime import check_compiler
+from distil.training.optimizer import ADAM_BETAS, make_moments, split_for_weight_decay
+from distiller import BegunStep, DistillationModel, Distiller, StepReport
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds
-from losses import IGNORED_LABEL
-from runtime import check_compiler
-from token_files import token_file_problem, write_token_counts, writing_tokens
 from utils import (
     InputError,
     OneLineParser,

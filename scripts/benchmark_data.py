@@ -25,11 +25,11 @@ import psutil
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import prose
-from architectures import load_tokenizer, short_name, special_ids, train_word_pieces
-from encoding import Encoding, LineEncoder, WorkerPool, divide_work
-from text_sources import find_sources, read_blocks, texts_of
-from token_files import open_token_file, writing_tokens
+from distil.data import builtin_corpus
+from distil.data.encoding import Encoding, LineEncoder, WorkerPool, divide_work
+from distil.data.text_sources import find_sources, read_blocks, texts_of
+from distil.data.token_files import open_token_file, writing_tokens
+from distil.models.architectures import load_tokenizer, short_name, special_ids, train_word_pieces
 from utils import (
     InputError,
     OneLineParser,
@@ -130,7 +130,11 @@ def make_text(args: argparse.Namespace, folder: Path) -> Path:
             line.strip() for block in blocks for line in texts_of(block, "text", flag="--text")[0]
         )
     else:
-        lines = (line for document in prose.documents() for line in prose.lines(document))
+        lines = (
+            line
+            for document in builtin_corpus.documents()
+            for line in builtin_corpus.lines(document)
+        )
     path.write_text("".join(line + "\n" for line in lines if line), encoding="utf-8")
     return path
 

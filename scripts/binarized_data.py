@@ -23,11 +23,10 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import AUTO, describe_tokenizer, load_tokenizer, short_name, tokenizer_type
-from encoding import Encoding, WorkerPool, divide_work
-from shuffle import Spool, shuffled
-from text_sources import ERRORS, Block, Source, find_sources, read_blocks
-from token_files import (
+from distil.data.encoding import Encoding, WorkerPool, divide_work
+from distil.data.shuffle import Spool, shuffled
+from distil.data.text_sources import ERRORS, Block, Source, find_sources, read_blocks
+from distil.data.token_files import (
     MANY_UNKNOWN,
     MAX_LISTED,
     MIN_LENGTH,
@@ -36,6 +35,13 @@ from token_files import (
     require_counts_output,
     write_token_counts,
     writing_tokens,
+)
+from distil.models.architectures import (
+    AUTO,
+    describe_tokenizer,
+    load_tokenizer,
+    short_name,
+    tokenizer_type,
 )
 from utils import (
     InputError,

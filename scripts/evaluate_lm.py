@@ -25,7 +25,22 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import (
+from distil.data.batches import MicroBatch, MlmPreparation, masking_weights
+from distil.data.encoding import Encoding, LineEncoder
+from distil.data.text_sources import ERRORS, find_sources, read_blocks, texts_of
+from distil.data.token_files import TokenFile, token_file_problem
+from distil.evaluation import (
+    MASK_EVERY,
+    FixedMasks,
+    Passes,
+    figures_of,
+    measure,
+    next_tokens,
+    passes_over,
+    plan_batches,
+    reader_of,
+)
+from distil.models.architectures import (
     Architecture,
     find_out,
     kind_of,
@@ -37,23 +52,8 @@ from architectures import (
     special_ids,
     vocabulary_fingerprint,
 )
-from distiller import MicroBatch, MlmPreparation, masking_weights
-from encoding import Encoding, LineEncoder
-from evaluation import (
-    MASK_EVERY,
-    FixedMasks,
-    Passes,
-    figures_of,
-    measure,
-    next_tokens,
-    passes_over,
-    plan_batches,
-    reader_of,
-)
-from fine_tuning import require_same_vocabulary, write_scores
+from distil.tasks.fine_tuning import require_same_vocabulary, write_scores
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
-from text_sources import ERRORS, find_sources, read_blocks, texts_of
-from token_files import TokenFile, token_file_problem
 from utils import (
     InputError,
     OneLineParser,

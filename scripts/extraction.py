@@ -8,7 +8,7 @@ import logging
 import os
 from collections.abc import Mapping, Sequence
 
-from architectures import (
+from distil.models.architectures import (
     PAIRS,
     evenly_spaced_layers,
     extract_student,
@@ -220,6 +220,6 @@ def make_student(teacher, args: argparse.Namespace, layers: Sequence[int], sourc
         return student_of_pair(
             teacher, args.student_type, layers, getattr(args, "fold_token_types", False)
         )
-    from conventions import student_of_layers
+    from distil.models.conventions import student_of_layers
 
     return student_of_layers(teacher, layers, source)

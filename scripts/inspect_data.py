@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from token_files import (
+from distil.data.token_files import (
     BLOCK_BYTES,
     CHUNK,
     MANY_UNKNOWN,
@@ -314,7 +314,7 @@ def choose_tokenizer(args: argparse.Namespace, card: Mapping[str, Any]) -> tuple
             None,
             "unknown, so ids are not decoded; name it with --tokenizer_type and --tokenizer_name",
         )
-    from architectures import (
+    from distil.models.architectures import (
         load_tokenizer,
         vocabulary_fingerprint,
     )  # transformers takes half a second
@@ -353,7 +353,7 @@ def special_of(card: Mapping[str, Any], kind: str | None, tokenizer) -> dict[str
     """Find the ids by role: the card's, else the tokenizer's, else None."""
     found = section(card, "tokenizer", "special_ids")
     if not found and tokenizer is not None:
-        from architectures import special_ids
+        from distil.models.architectures import special_ids
 
         found = special_ids(kind, tokenizer)
     return {role: found[role] if isinstance(found.get(role), int) else None for role in ROLES}

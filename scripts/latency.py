@@ -29,9 +29,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import load_config, quiet_transformers, short_name
 from benchmark import describe_machine, markdown
-from fine_tuning import inputs_of, load_any_tokenizer, longest_input
+from distil.models.architectures import load_config, quiet_transformers, short_name
+from distil.tasks.fine_tuning import inputs_of, load_any_tokenizer, longest_input
 from utils import (
     InputError,
     OneLineParser,

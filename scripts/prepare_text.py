@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from text_sources import ERRORS, Source, find_sources, read_blocks, texts_of
+from distil.data.text_sources import ERRORS, Source, find_sources, read_blocks, texts_of
 from utils import (
     InputError,
     OneLineParser,

@@ -26,12 +26,13 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import prose
-from architectures import (
+from distil.data import builtin_corpus
+from distil.data.batches import MicroBatch, MlmPreparation, masking_weights, prepare_clm
+from distil.evaluation import evaluate
+from distil.models.architectures import (
     ARCHITECTURES,
     PAIRS,
     build_student,
-    head_of,
     load_config,
     load_model,
     load_student_weights,
@@ -43,8 +44,7 @@ from architectures import (
     special_ids,
     train_word_pieces,
 )
-from distiller import MicroBatch, MlmPreparation, masking_weights, prepare_clm
-from evaluation import evaluate
+from distil.models.heads import head_of
 from grouped_batch_sampler import GroupedBatchSampler
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
 from utils import (
@@ -196,7 +196,7 @@ def make_text(plan: Plan, text: str | None) -> None:
     documents = (
         ([line] for line in user_lines(text))
         if text
-        else (list(prose.lines(d)) for d in prose.documents())
+        else (list(builtin_corpus.lines(d)) for d in builtin_corpus.documents())
     )
     parts: dict[str, list[str]] = {"train": [], "held_out": []}
     for number, document in enumerate(documents):

@@ -30,12 +30,17 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import latency
-import model_card
-from architectures import load_config, quiet_transformers, short_name, vocabulary_fingerprint
 from benchmark import markdown
-from fine_tuning import load_any_tokenizer, longest_input, write_scores
-from tasks import GLUE_TASKS, glue_macro
-from token_files import token_file_problem
+from distil.data.token_files import token_file_problem
+from distil.models.architectures import (
+    load_config,
+    quiet_transformers,
+    short_name,
+    vocabulary_fingerprint,
+)
+from distil.reporting import model_card
+from distil.tasks.fine_tuning import load_any_tokenizer, longest_input, write_scores
+from distil.tasks.tasks import GLUE_TASKS, glue_macro
 from utils import (
     InputError,
     OneLineParser,

@@ -30,8 +30,8 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import load_config, load_tokenizer, max_input_length
-from fine_tuning import (
+from distil.models.architectures import load_config, load_tokenizer, max_input_length
+from distil.tasks.fine_tuning import (
     Trainer,
     load_for_task,
     require_an_update,
@@ -41,8 +41,16 @@ from fine_tuning import (
     training_arguments,
     write_scores,
 )
-from squad import Question, read_predictions, read_questions, score_predictions
-from squad_spans import Answers, Limits, Rules, Window, WindowDataset, decode, make_windows
+from distil.tasks.squad import Question, read_predictions, read_questions, score_predictions
+from distil.tasks.squad_spans import (
+    Answers,
+    Limits,
+    Rules,
+    Window,
+    WindowDataset,
+    decode,
+    make_windows,
+)
 from utils import (
     InputError,
     OneLineParser,

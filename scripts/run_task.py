@@ -27,9 +27,9 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import kind_of, load_config, quiet_transformers
-from conventions import evaluating, is_close, some_ids, without_cache
-from fine_tuning import (
+from distil.models.architectures import kind_of, load_config, quiet_transformers
+from distil.models.conventions import evaluating, is_close, some_ids, without_cache
+from distil.tasks.fine_tuning import (
     IGNORED_LABEL,
     Trainer,
     load_any_tokenizer,
@@ -42,7 +42,7 @@ from fine_tuning import (
     training_arguments,
     write_scores,
 )
-from tasks import (
+from distil.tasks.tasks import (
     TASKS,
     TWO_CLASSES,
     Example,

@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from token_files import (
+from distil.data.token_files import (
     CHUNK,
     TokenFile,
     check_ids_below,

@@ -17,24 +17,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from architectures import (
+from distil.data.batches import MlmPreparation, masking_weights
+from distil.models.architectures import (
     build_student,
-    head_parameters,
     load_tokenizer,
     max_input_length,
-    prediction_head,
     read_student_config,
     special_ids,
 )
-from distiller import (
-    ADAM_BETAS,
-    DistillationModel,
-    Distiller,
-    MlmPreparation,
-    NonFiniteError,
-    masking_weights,
-    split_for_weight_decay,
-)
+from distil.models.heads import head_parameters, prediction_head
+from distil.training.optimizer import ADAM_BETAS, split_for_weight_decay
+from distiller import DistillationModel, Distiller, NonFiniteError
 from grouped_batch_sampler import GroupedBatchSampler
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
 from utils import (

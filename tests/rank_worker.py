@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import train
 import utils
-from runtime import start_runtime
+from distil.system.runtime import start_runtime
 
 build_student, load_teacher = train.build_student, train.load_teacher
 

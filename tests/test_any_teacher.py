@@ -15,13 +15,13 @@ import transformers
 from conftest import run_process
 from stand_ins import ROOT
 
-import architectures
 import binarized_data
 import extract
 import token_counts
 import train
-from distiller import MlmPreparation, prepare_clm
-from evaluation import evaluate
+from distil.data.batches import MlmPreparation, prepare_clm
+from distil.evaluation import evaluate
+from distil.models import architectures, heads
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds
 
 FAMILIES = [(name, True) for name in families.MASKED] + [(name, False) for name in families.CAUSAL]
@@ -99,7 +99,7 @@ def held_out_kl(student_folder: Path, teacher_folder: Path, data: Path, is_maske
         prepare(k, *dataset.collate(part))
         for k, part in enumerate(np.array_split(np.arange(len(dataset)), 12))
     ]
-    heads = [architectures.prediction_head(model) for model in (student, teacher)]
+    heads = [heads.prediction_head(model) for model in (student, teacher)]
     return evaluate(student, heads[0], teacher, heads[1], batches)["kl"]
 
 

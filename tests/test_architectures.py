@@ -15,7 +15,7 @@ import transformers
 from conftest import load_golden, run_process
 from stand_ins import LAYERS, ROOT, make_model, save_tokenizer
 
-from architectures import (
+from distil.models.architectures import (
     ARCHITECTURES,
     build_student,
     evenly_spaced_layers,
@@ -431,7 +431,7 @@ REAL_VOCABULARIES = os.environ.get("DISTIL_VOCABULARIES")
 @pytest.mark.parametrize("name", load_golden("tokens.json")["ids"])
 def test_real_vocabularies_give_the_ids_of_2019(name, tmp_path):
     import binarized_data
-    from token_files import open_token_file
+    from distil.data.token_files import open_token_file
 
     golden = load_golden("tokens.json")
     kind = {"roberta-base": "roberta", "gpt2": "gpt2"}.get(name, "bert")
@@ -464,7 +464,7 @@ def test_real_vocabularies_give_the_ids_of_2019(name, tmp_path):
 
 def test_a_vocabulary_is_the_same_in_every_process(text_file):
     program = (
-        "from architectures import train_word_pieces;"
+        "from distil.models.architectures import train_word_pieces;"
         f" print(sorted(train_word_pieces({str(text_file)!r}, 200).items()))"
     )
     printed = {run_process(sys.executable, "-c", program, cwd=ROOT).stdout for _ in range(3)}

@@ -13,20 +13,14 @@ from stand_ins import make_model
 from test_resume import assert_same_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import checkpointing
-import losses
 import train
-from architectures import head_parameters, prediction_head
-from distiller import (
-    DistillationModel,
-    Distiller,
-    MlmPreparation,
-    NonFiniteError,
-    last_hidden_state,
-    make_moments,
-    masking_weights,
-    prepare_clm,
-)
+from distil import losses
+from distil.data.batches import MlmPreparation, masking_weights, prepare_clm
+from distil.models.forward import last_hidden_state
+from distil.models.heads import head_parameters, prediction_head
+from distil.training import checkpointing
+from distil.training.optimizer import make_moments
+from distiller import DistillationModel, Distiller, NonFiniteError
 
 VOCAB, LENGTHS = 60, [[20, 20], [20, 13], [17, 12]]
 ALPHAS = {
@@ -220,7 +214,7 @@ def test_the_host_asks_the_device_nothing_during_an_update(kind, normalization, 
     them not.
     """
     monkeypatch.setattr(
-        losses, "_compiled", lambda: losses._joined_terms
+        losses, "_compiled", lambda: head._joined_terms
     )  # as it is before it is compiled
     distiller = make_distiller(kind, waits=False, normalization=normalization)
     distiller.has_cpu_kernels, distiller.model.compiles_head = False, head == "joined"

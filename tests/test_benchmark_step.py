@@ -13,7 +13,7 @@ from conftest import run_process
 from stand_ins import ROOT
 
 import benchmark
-from flops import ModelSize
+from distil.flops import ModelSize
 
 FLAGS = ["--size", "tiny", "--device", "cpu", "--updates", "2", "--warmup", "1", "--threads", "1"]
 

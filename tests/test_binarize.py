@@ -23,15 +23,13 @@ from conftest import run_process
 from stand_ins import ROOT, vocab_size_of
 
 import binarized_data
-import encoding
-import shuffle
-import text_sources
 import token_counts
-from architectures import load_tokenizer, special_ids
-from encoding import Encoding, LineEncoder, WorkerPool
-from shuffle import Spool, shuffled
-from text_sources import Source, find_sources, read_blocks, texts_of
-from token_files import open_token_file
+from distil.data import encoding, shuffle, text_sources
+from distil.data.encoding import Encoding, LineEncoder, WorkerPool
+from distil.data.shuffle import Spool, shuffled
+from distil.data.text_sources import Source, find_sources, read_blocks, texts_of
+from distil.data.token_files import open_token_file
+from distil.models.architectures import load_tokenizer, special_ids
 from utils import InputError
 
 TYPES = ("bert", "roberta", "gpt2")

@@ -10,8 +10,8 @@ from pathlib import Path
 import pytest
 import torch
 
-import checkpointing
-from checkpointing import DamagedError
+from distil.training import checkpointing
+from distil.training.checkpointing import DamagedError
 from utils import InputError, json_digest
 
 TENSORS = {

@@ -11,9 +11,10 @@ import torch
 import transformers
 from transformers.models.auto import modeling_auto
 
-import architectures
-import conventions
-from distiller import DistillationModel, MicroBatch, last_hidden_state, prepare_clm
+from distil.data.batches import MicroBatch, prepare_clm
+from distil.models import architectures, conventions
+from distil.models.forward import last_hidden_state
+from distiller import DistillationModel
 from utils import InputError
 
 FAMILIES = [(name, True) for name in families.MASKED] + [(name, False) for name in families.CAUSAL]

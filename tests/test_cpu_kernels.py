@@ -22,18 +22,14 @@ from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils._python_dispatch import TorchDispatchMode
 
-import cpu_kernels
 import distiller
-from architectures import freeze_embeddings, head_parameters, prediction_head
-from cpu_kernels import LANES, TiedGradient, draw_kept, faster
-from distiller import (
-    DistillationModel,
-    Distiller,
-    MlmPreparation,
-    masking_weights,
-    prepare_clm,
-    recompute_activations,
-)
+from distil.data.batches import MlmPreparation, masking_weights, prepare_clm
+from distil.kernels import cpu
+from distil.kernels.cpu import LANES, TiedGradient, draw_kept, faster
+from distil.models.architectures import freeze_embeddings
+from distil.models.forward import recompute_activations
+from distil.models.heads import head_parameters, prediction_head
+from distiller import DistillationModel, Distiller
 
 NOTHING_DROPPED = 1e-7
 # Half precision has 8 bits, and the kernels round in other places than torch's: a few units of the
@@ -164,7 +160,7 @@ def test_draws_differ_and_are_repeated_under_the_same_seed():
 def test_dropout_is_the_plain_formula(shape, dtype, is_cast):
     inputs = random(*shape, dtype=dtype)
     with in_half() if is_cast else contextlib.nullcontext():
-        found = results(lambda x: cpu_kernels.dropout(x, 0.3), inputs)
+        found = results(lambda x: cpu.dropout(x, 0.3), inputs)
     torch.manual_seed(0)
     kept, factor = draw_kept(inputs.shape, 0.3)
     expected = [
@@ -178,7 +174,7 @@ def test_dropout_is_the_plain_formula(shape, dtype, is_cast):
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_dropout_of_nothing_is_torchs(dtype):
     inputs = random(4, 6, dtype=dtype)
-    found = results(lambda x: cpu_kernels.dropout(x, NOTHING_DROPPED), inputs)
+    found = results(lambda x: cpu.dropout(x, NOTHING_DROPPED), inputs)
     assert_same(found, results(lambda x: F.dropout(x, 0.0), inputs))
 
 
@@ -189,13 +185,13 @@ def test_dropout_keeps_the_mean(probability):
     deviation = math.sqrt(
         probability / (1 - probability) * inputs.square().mean().item() / len(inputs)
     )
-    assert abs(cpu_kernels.dropout(inputs, probability).mean() - inputs.mean()) < 6 * deviation
+    assert abs(cpu.dropout(inputs, probability).mean() - inputs.mean()) < 6 * deviation
 
 
 def test_dropouts_gradient_is_that_of_its_value():
     def seeded(x):
         torch.manual_seed(0)
-        return cpu_kernels.dropout(x, 0.4)
+        return cpu.dropout(x, 0.4)
 
     inputs = random(3, 7, dtype=torch.float64).requires_grad_()
     assert torch.autograd.gradcheck(seeded, inputs) and torch.autograd.gradgradcheck(seeded, inputs)
@@ -205,14 +201,14 @@ def test_dropouts_gradient_is_that_of_its_value():
 def test_dropout_leaves_the_rest_to_torch(options):
     inputs = random(4, 5)
     assert_same(
-        *(results(lambda x, f=f: f(x, **options), inputs) for f in (cpu_kernels.dropout, F.dropout))
+        *(results(lambda x, f=f: f(x, **options), inputs) for f in (cpu.dropout, F.dropout))
     )
 
 
 def test_dropout_in_place_is_torchs():
     found, expected = random(4, 5), random(4, 5)
     torch.manual_seed(0)
-    assert cpu_kernels.dropout(found, 0.3, inplace=True) is found
+    assert cpu.dropout(found, 0.3, inplace=True) is found
     torch.manual_seed(0)
     F.dropout(expected, 0.3, inplace=True)
     assert torch.equal(found, expected) and not torch.equal(found, random(4, 5))
@@ -221,7 +217,7 @@ def test_dropout_in_place_is_torchs():
 @pytest.mark.parametrize("probability", [-0.1, 1.1])
 def test_a_probability_that_is_none_is_refused(probability):
     with pytest.raises(ValueError, match="probability"):
-        cpu_kernels.dropout(random(3), probability)
+        cpu.dropout(random(3), probability)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -276,9 +272,7 @@ MASKS = {
 @pytest.mark.parametrize("name", MASKS)
 def test_attention_that_drops_nothing_is_torchs(name, dtype):
     inputs, options = qkv(dtype), MASKS[name]
-    found = results(
-        functools.partial(cpu_kernels.attention, dropout_p=NOTHING_DROPPED, **options), *inputs
-    )
+    found = results(functools.partial(cpu.attention, dropout_p=NOTHING_DROPPED, **options), *inputs)
     expected = results(functools.partial(F.scaled_dot_product_attention, **options), *inputs)
     assert found[0].dtype == dtype and found[0].isfinite().all()
     assert_close(found, expected, dtype)
@@ -289,7 +283,7 @@ def test_attention_under_autocast_is_torchs(name):
     inputs, options = qkv(), MASKS[name]
     with in_half():
         found = results(
-            functools.partial(cpu_kernels.attention, dropout_p=NOTHING_DROPPED, **options), *inputs
+            functools.partial(cpu.attention, dropout_p=NOTHING_DROPPED, **options), *inputs
         )
         expected = results(functools.partial(F.scaled_dot_product_attention, **options), *inputs)
     assert [tensor.dtype for tensor in found] == [tensor.dtype for tensor in expected]
@@ -302,7 +296,7 @@ def test_keys_may_be_fewer_or_more_than_queries(num_keys):
     inputs = qkv(num_keys=num_keys)
     for options in ({}, {"is_causal": True}):
         found = results(
-            functools.partial(cpu_kernels.attention, dropout_p=NOTHING_DROPPED, **options), *inputs
+            functools.partial(cpu.attention, dropout_p=NOTHING_DROPPED, **options), *inputs
         )
         assert_close(
             found,
@@ -341,7 +335,7 @@ def slow_attention(query, key, value, kept, factor, attn_mask=None, is_causal=Fa
 @pytest.mark.parametrize("name", ["none", "partly blind", "additive", "causal", "scale"])
 def test_attention_with_dropout_is_the_slow_formula(name, dtype):
     inputs, options = qkv(dtype), MASKS[name]
-    found = results(functools.partial(cpu_kernels.attention, dropout_p=0.4, **options), *inputs)
+    found = results(functools.partial(cpu.attention, dropout_p=0.4, **options), *inputs)
     torch.manual_seed(0)
     kept, factor = draw_kept(torch.Size([B, H, T, S]), 0.4)
     slow = functools.partial(slow_attention, kept=kept, factor=factor, **options)
@@ -355,7 +349,7 @@ def test_attention_with_dropout_is_the_slow_formula(name, dtype):
 def test_attentions_gradient_is_that_of_its_value(name):
     def seeded(*inputs):
         torch.manual_seed(0)
-        return cpu_kernels.attention(*inputs, dropout_p=0.4, **MASKS[name])
+        return cpu.attention(*inputs, dropout_p=0.4, **MASKS[name])
 
     assert torch.autograd.gradcheck(
         seeded, [tensor.requires_grad_() for tensor in qkv(torch.float64)]
@@ -368,7 +362,7 @@ def test_attention_keeps_the_mean():
     """
     torch.manual_seed(3)
     query, key = random(8, 8, 128, 8), random(8, 8, 128, 8, seed=1)
-    found = cpu_kernels.attention(query, key, torch.ones_like(key), dropout_p=0.1)
+    found = cpu.attention(query, key, torch.ones_like(key), dropout_p=0.1)
     probs = (query @ key.transpose(-2, -1) * 8**-0.5).softmax(-1)
     deviation = math.sqrt(0.1 / 0.9 * probs.square().sum(-1).mean().item() / found[..., 0].numel())
     assert abs(found[..., 0].mean().item() - 1) < 6 * deviation
@@ -376,8 +370,8 @@ def test_attention_keeps_the_mean():
 
 def test_a_second_derivative_is_refused_not_wrong():
     for function, inputs in (
-        (lambda x: cpu_kernels.attention(x, x, x, dropout_p=0.4), random(1, 1, 3, 4)),
-        (lambda x: cpu_kernels.linear(x, random(5, 4)), random(3, 4)),
+        (lambda x: cpu.attention(x, x, x, dropout_p=0.4), random(1, 1, 3, 4)),
+        (lambda x: cpu.linear(x, random(5, 4)), random(3, 4)),
     ):
         (grad,) = torch.autograd.grad(
             function(inputs.requires_grad_()).square().sum(), inputs, create_graph=True
@@ -405,7 +399,7 @@ def test_attention_leaves_the_rest_to_torch(name):
     inputs = [random(*shape, seed=seed) for seed, shape in enumerate(shapes)]
     found, expected = (
         results(functools.partial(function, **options), *inputs)
-        for function in (cpu_kernels.attention, F.scaled_dot_product_attention)
+        for function in (cpu.attention, F.scaled_dot_product_attention)
     )
     assert_same(found, expected)
 
@@ -414,7 +408,7 @@ def test_float64_under_autocast_stays_float64():
     with in_half():
         found, expected = (
             results(functools.partial(function, dropout_p=0.4), *qkv(torch.float64))
-            for function in (cpu_kernels.attention, F.scaled_dot_product_attention)
+            for function in (cpu.attention, F.scaled_dot_product_attention)
         )
     assert found[0].dtype == torch.float64
     assert_same(found, expected)
@@ -430,9 +424,9 @@ def test_float64_under_autocast_stays_float64():
 )
 def test_what_torch_refuses_is_refused(options):
     with pytest.raises(RuntimeError, match="attn_mask"):
-        cpu_kernels.attention(*qkv(), dropout_p=0.4, **options)
+        cpu.attention(*qkv(), dropout_p=0.4, **options)
     with pytest.raises(RuntimeError, match="same dtype"):
-        cpu_kernels.attention(qkv(torch.float64)[0], *qkv()[1:], dropout_p=0.4)
+        cpu.attention(qkv(torch.float64)[0], *qkv()[1:], dropout_p=0.4)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -448,8 +442,8 @@ def is_own(value: torch.Tensor) -> bool:
 @pytest.mark.parametrize("shape", [(1, 6), (9, 6), (2, 5, 6), (2, 3, 1, 6)])
 def test_a_linear_map_is_torchs(shape, has_bias):
     inputs = random(*shape), random(8, 6, seed=1), random(8, seed=2) if has_bias else None
-    assert is_own(cpu_kernels.linear(inputs[0], inputs[1].clone().requires_grad_(), inputs[2]))
-    assert_close(results(cpu_kernels.linear, *inputs), results(F.linear, *inputs), torch.float32)
+    assert is_own(cpu.linear(inputs[0], inputs[1].clone().requires_grad_(), inputs[2]))
+    assert_close(results(cpu.linear, *inputs), results(F.linear, *inputs), torch.float32)
 
 
 def test_a_linear_map_of_tensors_that_lie_otherwise_is_torchs():
@@ -459,15 +453,15 @@ def test_a_linear_map_of_tensors_that_lie_otherwise_is_torchs():
         random(6, 8, seed=1).t(),
         random(16, seed=2)[::2],
     )
-    assert_close(results(cpu_kernels.linear, *views), results(F.linear, *views), torch.float32)
+    assert_close(results(cpu.linear, *views), results(F.linear, *views), torch.float32)
     repeated = random(1, 6).expand(5, 6)
     assert_close(
-        results(cpu_kernels.linear, repeated, views[1]),
+        results(cpu.linear, repeated, views[1]),
         results(F.linear, repeated, views[1]),
         torch.float32,
     )
     grads = []
-    for function in (cpu_kernels.linear, F.linear):
+    for function in (cpu.linear, F.linear):
         leaves = [view.detach().clone().requires_grad_() for view in views]
         function(*leaves).sum().backward()
         grads.append([leaf.grad for leaf in leaves])
@@ -487,7 +481,7 @@ class Products(TorchDispatchMode):
 @pytest.mark.parametrize("frozen", [(), (0,), (1,), (2,), (0, 1), (1, 2), (0, 2)])
 def test_only_what_is_trained_gets_a_gradient_and_costs_a_product(frozen):
     grads = []
-    for function in (cpu_kernels.linear, F.linear):
+    for function in (cpu.linear, F.linear):
         leaves = [random(2, 5, 6), random(8, 6, seed=1), random(8, seed=2)]
         for place, leaf in enumerate(leaves):
             leaf.requires_grad_(place not in frozen)
@@ -496,7 +490,7 @@ def test_only_what_is_trained_gets_a_gradient_and_costs_a_product(frozen):
             value.backward(random(2, 5, 8, seed=99))
         num_products = 1 + sum(place not in frozen for place in (0, 1))
         assert (is_own(value), products.num) == (
-            (True, num_products) if function is cpu_kernels.linear else (False, 0)
+            (True, num_products) if function is cpu.linear else (False, 0)
         )
         assert all((leaf.grad is None) == (place in frozen) for place, leaf in enumerate(leaves))
         grads.append([leaf.grad for leaf in leaves if leaf.grad is not None])
@@ -506,10 +500,10 @@ def test_only_what_is_trained_gets_a_gradient_and_costs_a_product(frozen):
 def test_a_linear_map_without_gradient_is_torchs():
     inputs = random(2, 5, 6), random(8, 6, seed=1).requires_grad_(), random(8, seed=2)
     with torch.no_grad():
-        found, expected = cpu_kernels.linear(*inputs), F.linear(*inputs)
+        found, expected = cpu.linear(*inputs), F.linear(*inputs)
     assert not found.requires_grad
     torch.testing.assert_close(found, expected)
-    frozen = cpu_kernels.linear(inputs[0], inputs[1].detach())
+    frozen = cpu.linear(inputs[0], inputs[1].detach())
     assert not frozen.requires_grad
     torch.testing.assert_close(frozen, F.linear(inputs[0], inputs[1].detach()))
 
@@ -521,16 +515,16 @@ def test_other_precisions_are_left_to_torch(dtype):
         random(8, 6, seed=1, dtype=dtype),
         random(8, seed=2, dtype=dtype),
     )
-    assert not is_own(cpu_kernels.linear(*(tensor.clone().requires_grad_() for tensor in inputs)))
-    assert_same(results(cpu_kernels.linear, *inputs), results(F.linear, *inputs))
+    assert not is_own(cpu.linear(*(tensor.clone().requires_grad_() for tensor in inputs)))
+    assert_same(results(cpu.linear, *inputs), results(F.linear, *inputs))
 
 
 def test_autocast_is_left_to_torch():
     inputs = random(5, 6), random(8, 6, seed=1), random(8, seed=2)
     with in_half():
         found = (
-            results(cpu_kernels.linear, *inputs),
-            results(lambda x, w, b: cpu_kernels.addmm(b, x, w.t()), *inputs),
+            results(cpu.linear, *inputs),
+            results(lambda x, w, b: cpu.addmm(b, x, w.t()), *inputs),
         )
         expected = (
             results(F.linear, *inputs),
@@ -555,14 +549,14 @@ def test_autocast_is_left_to_torch():
 )
 def test_empty_and_odd_shapes_are_left_to_torch(shapes):
     inputs = [random(*shape, seed=seed) for seed, shape in enumerate(shapes)]
-    assert_same(results(cpu_kernels.linear, *inputs), results(F.linear, *inputs))
+    assert_same(results(cpu.linear, *inputs), results(F.linear, *inputs))
 
 
 def test_widths_that_do_not_match_are_told_by_torch():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        cpu_kernels.linear(random(2, 3), random(4, 5))
+        cpu.linear(random(2, 3), random(4, 5))
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
-        cpu_kernels.addmm(random(4), random(2, 3), random(5, 4))
+        cpu.addmm(random(4), random(2, 3), random(5, 4))
 
 
 def test_gpt2s_linear_maps_are_torchs():
@@ -591,7 +585,7 @@ def test_other_sums_of_products_are_left_to_torch(shape, options):
     inputs = random(*shape), random(5, 6, seed=1), random(6, 8, seed=2)
     found, expected = (
         results(functools.partial(function, **options), *inputs)
-        for function in (cpu_kernels.addmm, torch.addmm)
+        for function in (cpu.addmm, torch.addmm)
     )
     if shape == (8,) and not options:
         assert_close(found, expected, torch.float32)
@@ -601,7 +595,7 @@ def test_other_sums_of_products_are_left_to_torch(shape, options):
 
 def test_a_sum_of_products_can_have_its_place():
     out, inputs = torch.empty(5, 8), (random(8), random(5, 6, seed=1), random(6, 8, seed=2))
-    assert cpu_kernels.addmm(*inputs, out=out) is out
+    assert cpu.addmm(*inputs, out=out) is out
     assert torch.equal(out, torch.addmm(*inputs))
 
 

@@ -9,27 +9,13 @@ import pytest
 import torch
 from stand_ins import make_model
 
-from architectures import (
-    build_student,
-    freeze_embeddings,
-    head_of,
-    head_parameters,
-    prediction_head,
-    read_student_config,
-)
-from distiller import (
-    NORMALIZATIONS,
-    DistillationModel,
-    Distiller,
-    MlmPreparation,
-    NonFiniteError,
-    last_hidden_state,
-    masking_weights,
-    prepare_clm,
-    recompute_activations,
-    split_for_weight_decay,
-)
-from evaluation import evaluate
+from distil.data.batches import MlmPreparation, masking_weights, prepare_clm
+from distil.evaluation import evaluate
+from distil.models.architectures import build_student, freeze_embeddings, read_student_config
+from distil.models.forward import last_hidden_state, recompute_activations
+from distil.models.heads import head_of, head_parameters, prediction_head
+from distil.training.optimizer import split_for_weight_decay
+from distiller import NORMALIZATIONS, DistillationModel, Distiller, NonFiniteError
 
 VOCAB, MASK_ID, SPECIAL_IDS = 60, 4, [0, 1, 2, 3, 4]
 

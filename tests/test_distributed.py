@@ -13,7 +13,7 @@ from conftest import run_process
 from stand_ins import ROOT, open_port, student_config_of, vocab_size_of
 
 import utils
-from runtime import choose_device, read_launcher
+from distil.system.runtime import choose_device, read_launcher
 from utils import InputError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]

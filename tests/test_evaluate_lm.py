@@ -24,12 +24,10 @@ from stand_ins import ROOT, is_text, logged, make_lines, vocab_size_of
 from test_resume import dying_at
 
 import binarized_data
-import checkpointing
 import evaluate_lm
-import evaluation
 import train
-from architectures import ARCHITECTURES, load_tokenizer, special_ids
-from evaluation import (
+from distil import evaluation
+from distil.evaluation import (
     FixedMasks,
     Reader,
     figures_of,
@@ -39,8 +37,10 @@ from evaluation import (
     plan_batches,
     reader_of,
 )
+from distil.kernels.head import rows_per_chunk
+from distil.models.architectures import ARCHITECTURES, load_tokenizer, special_ids
+from distil.training import checkpointing
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds
-from losses import rows_per_chunk
 
 KINDS = ("bert", "roberta", "gpt2")
 

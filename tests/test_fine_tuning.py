@@ -13,7 +13,7 @@ import torch
 import transformers
 from families import tiny_config
 
-import fine_tuning
+from distil.tasks import fine_tuning
 from utils import InputError
 
 TEMPERATURE = 2.0

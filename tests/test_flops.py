@@ -11,8 +11,8 @@ import torch
 import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
-import flops
-from flops import ModelSize
+from distil import flops
+from distil.flops import ModelSize
 
 FAMILIES = [
     *((name, True) for name in families.MASKED),

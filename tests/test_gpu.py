@@ -8,7 +8,7 @@ import torch
 from conftest import run_process
 from stand_ins import ROOT
 
-import checkpointing
+from distil.training import checkpointing
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")]
 LAUNCHERS = {
@@ -48,7 +48,7 @@ def test_a_gpu_trains_as_the_cpu_does(launcher, kind, world, tmp_path):
 
 
 def test_batches_are_copied_from_pinned_memory():
-    from distiller import prepare_clm
+    from distil.data.batches import prepare_clm
 
     batch = prepare_clm(0, torch.arange(20).reshape(2, 10), torch.tensor([10, 7])).pinned()
     tensors = [batch.input_ids_BT, batch.labels_BT, *batch.rows.values()]

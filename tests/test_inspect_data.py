@@ -18,8 +18,14 @@ from stand_ins import ROOT, vocab_size_of
 import binarized_data
 import inspect_data
 import lm_seqs_dataset
-from architectures import load_tokenizer, special_ids, vocabulary_fingerprint
-from token_files import MANY_UNKNOWN, open_token_file, read_card, write_card, writing_tokens
+from distil.data.token_files import (
+    MANY_UNKNOWN,
+    open_token_file,
+    read_card,
+    write_card,
+    writing_tokens,
+)
+from distil.models.architectures import load_tokenizer, special_ids, vocabulary_fingerprint
 
 FORMATS = ("store", "pickle")
 START, END, PAD, UNKNOWN, VOCAB_SIZE = 2, 3, 0, 1, 150

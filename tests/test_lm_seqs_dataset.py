@@ -10,8 +10,8 @@ import pytest
 import torch
 from conftest import as_uint16, load_golden, write_pickle
 
+from distil.data.token_files import TokenFile, check_ids_below, open_token_file
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
-from token_files import TokenFile, check_ids_below, open_token_file
 from utils import InputError
 
 SPECIAL = SpecialIds(start=1, end=2, pad=0, unknown=3)

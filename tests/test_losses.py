@@ -8,8 +8,10 @@ import pytest
 import torch
 from conftest import load_golden
 
-import losses
-from losses import LOSSES, Projection, Term, head_losses, projected_losses, weighted_sums
+from distil import losses
+from distil.kernels import head
+from distil.kernels.head import Projection, Term, head_losses, projected_losses, weighted_sums
+from distil.losses import LOSSES
 
 GOLDEN = load_golden("parity.json")["losses"]
 FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
@@ -300,9 +302,9 @@ def uncompiled(monkeypatch):
 
     def run(*arguments):
         calls.append(1)
-        return losses._joined_terms(*arguments)
+        return head._joined_terms(*arguments)
 
-    monkeypatch.setattr(losses, "_compiled", lambda: run)
+    monkeypatch.setattr(head, "_compiled", lambda: run)
     return calls
 
 
@@ -437,9 +439,9 @@ def test_a_filled_up_vocabulary_changes_nothing():
         [rows, torch.nn.functional.pad(w, (0, 0, 0, 71)), torch.nn.functional.pad(b, (0, 71))]
         for rows, w, b in (student, teacher)
     ]
-    overwrite = functools.partial(losses._overwrite_by_gradient, terms=terms, temperature=2.0)
+    overwrite = functools.partial(head._overwrite_by_gradient, terms=terms, temperature=2.0)
     projections = [Projection(*tensors) for tensors in (student, *filled)]
-    found = losses._walk_chunks(*projections, overwrite, len(terms), 6, (True, True))
+    found = head._walk_chunks(*projections, overwrite, len(terms), 6, (True, True))
     expected = run_head(student, teacher, terms, torch.float64, "plain")
     for mine, other in zip([found[0], found[1], *found[2]], expected, strict=True):
         torch.testing.assert_close(mine, other, **FLOAT64)

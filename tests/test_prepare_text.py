@@ -18,8 +18,8 @@ from conftest import run_process
 from stand_ins import ROOT
 
 import prepare_text
+from distil.data.text_sources import find_sources, read_blocks, texts_of
 from prepare_text import Corpus, length, lines_of, pack, parts_of, sentence_ends, shares, targets
-from text_sources import find_sources, read_blocks, texts_of
 
 
 def prepare(tmp_path: Path, *paths: object, **flags) -> list[str]:

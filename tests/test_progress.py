@@ -10,8 +10,8 @@ import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import train
+from distil.flops import size_of, update_flops
 from distiller import StepReport
-from flops import size_of, update_flops
 
 PEAK = 1e9
 

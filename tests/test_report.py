@@ -17,10 +17,10 @@ from stand_ins import make_lines, make_model, student_config_of, vocab_size_of
 
 import evaluate_lm
 import latency
-import model_card
 import report
 import utils
-from fine_tuning import write_scores
+from distil.reporting import model_card
+from distil.tasks.fine_tuning import write_scores
 
 TASKS = report.TASKS
 QUICK = ["--batch_sizes", "1", "4", "--passes", "3", "--num_sentences", "4"]

@@ -16,9 +16,9 @@ import pytest
 import torch
 from stand_ins import ROOT, is_text, logged, make_model
 
-import checkpointing
-import runtime
 import train
+from distil.system import runtime
+from distil.training import checkpointing
 from utils import holding_signals
 
 
@@ -267,7 +267,7 @@ def other_teacher(world, tmp_path) -> dict:
 
 
 def other_data(world, tmp_path) -> dict:
-    import token_files
+    from distil.data import token_files
 
     path = str(tmp_path / "other.pickle")
     tokens = token_files.open_token_file(world.data("bert"))

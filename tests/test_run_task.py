@@ -19,12 +19,11 @@ import transformers
 from conftest import run_process
 from stand_ins import POSITIONS, ROOT, make_lines
 
-import fine_tuning
 import run_task
-import tasks
 import utils
-from fine_tuning import IGNORED_LABEL
-from tasks import TASKS, Example, glue_macro
+from distil.tasks import fine_tuning, tasks
+from distil.tasks.fine_tuning import IGNORED_LABEL
+from distil.tasks.tasks import TASKS, Example, glue_macro
 from utils import InputError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]

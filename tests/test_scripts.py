@@ -1,12 +1,8 @@
-"""The preprocessing and extraction programs: files, names, bad input; and how modules may import
-each other.
-"""
+"""The preprocessing and extraction programs: files, names, bad input."""
 
-import ast
 import json
 import pickle
 import shutil
-import subprocess
 import sys
 
 import numpy as np
@@ -19,10 +15,10 @@ import binarized_data
 import extract
 import extract_distilbert
 import token_counts
-from architectures import load_tokenizer
-from encoding import Encoding
+from distil.data.encoding import Encoding
+from distil.data.token_files import open_token_file
+from distil.models.architectures import load_tokenizer
 from lm_seqs_dataset import read_token_counts
-from token_files import open_token_file
 
 TYPES = ("bert", "roberta", "gpt2")
 
@@ -342,45 +338,6 @@ def test_token_files_from_the_program_are_read_back(world):
         assert tokens.lengths_N.sum() == len(tokens.ids_M) and len(tokens.lengths_N) == 240
 
 
-# --------------------------------------------------------------------------------------------------
-# Imports
-# --------------------------------------------------------------------------------------------------
-
-MODULES = {path.stem for path in ROOT.glob("*.py")}
-ALLOWED = {
-    "utils": set(),
-    "runtime": {"utils"},
-    "losses": {"utils"},
-    "cpu_kernels": set(),
-    "flops": {"cpu_kernels"},
-    "architectures": {"utils", "conventions"},
-    "conventions": {"utils"},
-    "token_files": {"utils"},
-    "lm_seqs_dataset": {"utils", "token_files"},
-    "grouped_batch_sampler": {"utils"},
-    "distiller": {"utils", "losses", "cpu_kernels"},
-    "evaluation": {"utils", "losses", "distiller", "architectures"},
-    "checkpointing": {"utils"},
-    "train": MODULES - {"train"},
-}
-
-
-def imported(path) -> set[str]:
-    nodes = list(ast.walk(ast.parse(path.read_text(encoding="utf-8"))))
-    names = {alias.name for node in nodes if isinstance(node, ast.Import) for alias in node.names}
-    return names | {
-        node.module for node in nodes if isinstance(node, ast.ImportFrom) and node.module
-    }
-
-
-def test_imports_point_one_way():
-    assert set(ALLOWED) == MODULES
-    for name, allowed in ALLOWED.items():
-        assert imported(ROOT / f"{name}.py") & MODULES <= allowed, name
-    for path in (ROOT / "scripts").glob("*.py"):
-        assert "train" not in imported(path), path
-
-
 def test_preparing_data_does_without_torch(teachers, text_file, tmp_path):
     """A second to start, and memory for as many processes as there are cores."""
     code = f"""
@@ -395,26 +352,3 @@ assert "torch" not in sys.modules
 """
     done = run_process(sys.executable, "-c", code, cwd=tmp_path, timeout_s=60)
     assert done.returncode == 0, done.stderr
-
-
-def test_importing_a_module_has_no_effect(tmp_path):
-    code = f"""
-import sys, logging, os, random
-sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
-import torch, numpy
-def state():
-    environment = dict(os.environ)
-    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # transformers.Trainer's import sets it
-    seeds = torch.initial_seed(), random.getstate()
-    return seeds, torch.get_num_threads(), environment, sorted(os.listdir())
-before = state()
-for name in {sorted(MODULES | {path.stem for path in (ROOT / "scripts").glob("*.py")})!r}:
-    __import__(name)
-assert before == state()
-assert not logging.getLogger("distil").handlers and not torch.cuda.is_initialized()
-"""
-    done = subprocess.run(
-        [sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120
-    )
-    assert done.returncode == 0, done.stderr
-    assert done.stdout == ""

@@ -27,9 +27,9 @@ from stand_ins import (
 )
 
 import run_squad_w_distillation as program
-import squad_spans
-from squad import Question, read_questions, score_answer, score_predictions
-from squad_spans import (
+from distil.tasks import squad_spans
+from distil.tasks.squad import Question, read_questions, score_answer, score_predictions
+from distil.tasks.squad_spans import (
     Limits,
     Rules,
     Window,

@@ -10,9 +10,9 @@ import transformers
 from conftest import run_process
 from stand_ins import ROOT, logged
 
-import losses
-import model_card
 import train
+from distil import losses
+from distil.reporting import model_card
 
 
 def absolute_error(student_NV, teacher_NV, labels_N, temperature: float) -> torch.Tensor:
@@ -49,10 +49,11 @@ def test_an_objective_is_one_row_of_one_table(world, tmp_path, monkeypatch):
 TOY_PAIR = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
-import architectures, utils
+from distil.models import architectures
+import utils
 architectures.PAIRS["bert", "bert"] = architectures.Pair()
 import train
-from architectures import extract_student, load_teacher
+from distil.models.architectures import extract_student, load_teacher
 teacher, first, *flags = sys.argv[1:]
 teacher = load_teacher("bert", teacher)
 utils.save_weights(first, extract_student(teacher, "bert", [0, 3], vocab_transform=True))

@@ -13,9 +13,9 @@ import numpy as np
 import pytest
 from conftest import as_uint16, load_golden, write_pickle
 
-import token_files
+from distil.data import token_files
+from distil.data.token_files import open_token_file, write_token_counts, writing_tokens
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
-from token_files import open_token_file, write_token_counts, writing_tokens
 from utils import InputError
 
 FORMATS = ("pickle", "store")

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import binarized_data
 import train
-from losses import LOSSES
+from distil.losses import LOSSES
 from utils import git_facts
 
 KINDS = ("bert", "roberta", "gpt2")

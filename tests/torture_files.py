@@ -34,8 +34,8 @@ from forked import end_of, ended, fork_program
 from stand_ins import World, make_lines
 
 import binarized_data
-import checkpointing
-from architectures import (
+from distil.data.token_files import open_token_file, write_card
+from distil.models.architectures import (
     build_student,
     load_student_weights,
     load_tokenizer,
@@ -43,8 +43,8 @@ from architectures import (
     special_ids,
     vocabulary_fingerprint,
 )
+from distil.training import checkpointing
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
-from token_files import open_token_file, write_card
 from utils import InputError, json_digest, keyed_seed, logger, one_line
 
 # --------------------------------------------------------------------------------------------------

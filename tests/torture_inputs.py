@@ -40,10 +40,10 @@ import inspect_data
 import prepare_text
 import token_counts
 import train
-from architectures import load_tokenizer, special_ids, vocabulary_fingerprint
+from distil.data.token_files import MIN_LENGTH, open_token_file
+from distil.models.architectures import load_tokenizer, special_ids, vocabulary_fingerprint
 from grouped_batch_sampler import GroupedBatchSampler, Update
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds
-from token_files import MIN_LENGTH, open_token_file
 from utils import InputError, one_line, run_program
 
 KINDS = ("bert", "roberta", "gpt2")

@@ -42,13 +42,13 @@ from stand_ins import World, make_lines
 from torture_files import in_child, settle_manifest
 
 import binarized_data
-import checkpointing
 import extract
 import extract_distilbert
 import inspect_data
 import prepare_text
 import token_counts
 import train
+from distil.training import checkpointing
 
 LIMIT_S = 30
 ENDS_TORCH = "tuples as a key"  # which torch.load and transformers read by weights_only, too

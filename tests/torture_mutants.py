@@ -103,14 +103,14 @@ MISTAKES = [
     ),
     Mistake(
         "the temperature's square is missing from the gradient, not from the loss",
-        "losses.py",
+        "distil/losses.py",
         ".sub_(teacher_NV).mul_(temperature)",
         ".sub_(teacher_NV).div_(temperature)",
         "tests/test_losses.py::test_losses_and_gradients_equal_the_2019_code",
     ),
     Mistake(
         "the KL divergence is taken from student to teacher",
-        "losses.py",
+        "distil/losses.py",
         "F.kl_div(student_log_probs_NV, teacher_log_probs_NV,",
         "F.kl_div(teacher_log_probs_NV, student_log_probs_NV,",
         "tests/test_losses.py::test_each_objective_equals_a_slow_loop[ce]",
@@ -139,7 +139,7 @@ MISTAKES = [
     ),
     Mistake(
         "--freeze_pos_embs is ignored, as in 2019",
-        "architectures.py",
+        "distil/models/architectures.py",
         'if positions or getattr(student.config, "sinusoidal_pos_embds", False):',
         'if getattr(student.config, "sinusoidal_pos_embds", False):',
         f"{STEP}::test_frozen_positions_get_no_gradient",
@@ -174,7 +174,7 @@ MISTAKES = [
     ),
     Mistake(
         "a teacher's layers are counted from 1 on extraction",
-        "architectures.py",
+        "distil/models/architectures.py",
         "teacher_name.format(layer=teacher_layer)",
         "teacher_name.format(layer=max(teacher_layer - 1, 0))",
         "tests/test_architectures.py::test_chosen_layers_become_the_students_first[gpt2]",

@@ -31,12 +31,12 @@ from torture_files import (
 )
 
 import binarized_data
-import checkpointing
 import prepare_text
 import token_counts
 import train
-from architectures import load_tokenizer, vocabulary_fingerprint
-from token_files import read_card, write_card
+from distil.data.token_files import read_card, write_card
+from distil.models.architectures import load_tokenizer, vocabulary_fingerprint
+from distil.training import checkpointing
 from utils import InputError, exit_on_sigterm
 
 # --------------------------------------------------------------------------------------------------

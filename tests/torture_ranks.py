@@ -14,7 +14,7 @@ import psutil
 from stand_ins import open_port
 from torture_runs import Ranks, digest, finish, reference, run_flags
 
-import checkpointing
+from distil.training import checkpointing
 
 FAULTY = Path(__file__).resolve().parent / "faulty_train.py"
 TIMEOUT_S = 10

@@ -22,9 +22,9 @@ from forked import ended, fork_program
 from safetensors.torch import load_file
 from stand_ins import is_text, logged, open_port
 
-import checkpointing
 import train
 import utils
+from distil.training import checkpointing
 
 LIMIT_S = 90
 

@@ -26,9 +26,9 @@ import torch
 from forked import end_of
 from torture_files import Ended, in_child, start_child
 
-import checkpointing
-import runtime
 import train
+from distil.system import runtime
+from distil.training import checkpointing
 from utils import InputError, logger
 
 STRACE = "/usr/bin/strace"

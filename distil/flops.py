@@ -15,7 +15,7 @@ import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-import cpu_kernels
+from distil.kernels import cpu
 
 # --------------------------------------------------------------------------------------------------
 # What the mathematics needs
@@ -181,7 +181,7 @@ def product_rate(left: torch.Tensor, right: torch.Tensor, limit_s: float = 1.0) 
     """
     ways = [functools.partial(torch.matmul, left, right, out=torch.empty_like(left))]
     if left.device.type == "cpu" and left.dtype == torch.float32:
-        ways.append(functools.partial(cpu_kernels.linear, left, right))
+        ways.append(functools.partial(cpu.linear, left, right))
     return 2 * len(left) ** 3 / min(best_seconds(left.device.type, way, limit_s) for way in ways)
 
 

@@ -22,7 +22,7 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from tokenizers import Tokenizer
 
-from text_sources import BLOCK_BYTES, Block, texts_of
+from distil.data.text_sources import BLOCK_BYTES, Block, texts_of
 from utils import InputError, holding_signals
 
 NEW_PER_TEXT, NEW_PER_BATCH = 50, 5000  # chunks that are encoded in one text, and in one call

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from token_files import is_card
+from distil.data.token_files import is_card
 from utils import InputError, logger, one_line, require_file
 
 BLOCK_BYTES = 2**20

@@ -29,7 +29,8 @@ from typing import Any
 import torch
 import transformers
 
-from architectures import (
+from distil.losses import at_least_float32, kl_divergence, squared_error
+from distil.models.architectures import (
     ARCHITECTURES,
     check_finite,
     find_out,
@@ -41,7 +42,6 @@ from architectures import (
     short_name,
     vocabulary_fingerprint,
 )
-from losses import at_least_float32, kl_divergence, squared_error
 from utils import InputError, git_facts, one_line, setup_logging, write_json
 
 IGNORED_LABEL = -100
@@ -409,7 +409,7 @@ def write_scores(
         "spread": {name: [min(found), max(found)] for name, found in values.items()},
         "runs": [dict(run) for run in runs],
         "flags": dict(flags),
-        "commit": git_facts(Path(__file__).resolve().parent).get("repo_sha"),
+        "commit": git_facts(Path(__file__).resolve().parents[2]).get("repo_sha"),
         "date": f"{datetime.date.today()}",
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }

@@ -21,7 +21,7 @@ from typing import Any
 
 import numpy as np
 
-from architectures import quiet_transformers
+from distil.models.architectures import quiet_transformers
 from utils import InputError, logger, one_line, require_file
 
 README_LANGUAGES = ("en", "es", "zh", "de", "ar", "ur")

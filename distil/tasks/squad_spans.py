@@ -18,7 +18,7 @@ import numpy as np
 import torch
 import transformers
 
-from squad import Question
+from distil.tasks.squad import Question
 from utils import InputError, logger
 
 CLS_POSITION = 0

@@ -11,17 +11,14 @@ import hashlib
 import json
 import os
 import re
-import sys
 from collections.abc import Mapping
 from pathlib import Path
 
 import huggingface_hub
 import transformers
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
-
-from architectures import short_name
-from losses import LOSSES
+from distil.losses import LOSSES
+from distil.models.architectures import short_name
 from utils import atomic_path, logger, one_line, output_problem
 
 SIGNATURE = "<!-- Written by Distil, scripts/report.py. SHA-256 of the rest: {} -->"

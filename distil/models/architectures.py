@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 import hashlib
 import json
 import logging
@@ -174,7 +173,7 @@ def find_out(
     named = ARCHITECTURES.get(config.model_type)
     if named is not None and named.is_masked == is_masked:
         return config.model_type
-    import conventions
+    from distil.models import conventions
 
     skeleton = conventions.skeleton(config, is_masked, source, trust_remote_code)
     parts = conventions.anatomy(skeleton, source)
@@ -751,7 +750,7 @@ def load_model(model_type: str | Architecture, name: str, flag: str) -> torch.nn
         )
     check_finite(model.state_dict(), f"{flag} {name}")
     if not isinstance(model_type, str):
-        import conventions
+        from distil.models import conventions
 
         conventions.check_conventions(model, row.is_masked, f"{flag} {name}")
     return model
@@ -927,53 +926,6 @@ def freeze_embeddings(
         student.get_submodule(architecture.position_embeddings).requires_grad_(False)
     if token_types and architecture.token_type_embeddings:
         student.get_submodule(architecture.token_type_embeddings).requires_grad_(False)
-
-
-@dataclasses.dataclass(frozen=True)
-class PredictionHead:
-    """A model's way from last hidden states to logits: its own layers, then a linear map."""
-
-    transform: Callable[[torch.Tensor], torch.Tensor]
-    projection: torch.nn.Linear
-
-    def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Return logits_NV."""
-        return self.projection(self.transform(hidden_ND))
-
-
-def prediction_head(model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:
-    """Find a model's prediction head: hidden_ND -> logits_NV. Raises InputError where it can't be
-    told from the layers.
-    """
-    row = ARCHITECTURES.get(model.config.model_type)
-    if row is None or type(model).__name__ != row.model_class:
-        import conventions
-
-        return conventions.head(model, f"{type(model).__name__}")
-    return PredictionHead(
-        functools.partial(row.transform, model), model.get_submodule(row.projection)
-    )
-
-
-def head_of(model: torch.nn.Module, hidden_ND: torch.Tensor) -> torch.Tensor:
-    """Project last hidden states to the vocabulary with the model's own prediction head:
-    logits_NV.
-    """
-    return prediction_head(model)(hidden_ND)
-
-
-def head_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
-    """List the parameters that the prediction head reads, the embedding table that it shares
-    included.
-    """
-    of_base = {id(parameter) for parameter in model.base_model.parameters()}
-    own = [parameter for parameter in model.parameters() if id(parameter) not in of_base]
-    output = [
-        parameter
-        for parameter in model.get_output_embeddings().parameters()
-        if id(parameter) in of_base
-    ]
-    return own + output
 
 
 # --------------------------------------------------------------------------------------------------

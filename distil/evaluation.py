@@ -21,9 +21,11 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
-from architectures import prediction_head
-from distiller import Head, MicroBatch, label_of_row, last_hidden_state, prepare_clm, real_positions
-from losses import IGNORED_LABEL, at_least_float32, cosine_distance, rows_per_chunk
+from distil.data.batches import MicroBatch, label_of_row, prepare_clm, real_positions
+from distil.kernels.head import rows_per_chunk
+from distil.losses import IGNORED_LABEL, at_least_float32, cosine_distance
+from distil.models.forward import last_hidden_state
+from distil.models.heads import Head, prediction_head
 
 MASK_EVERY = 7  # about the 15 % of training are masked at once
 EVALUATED_TOKENS = (

@@ -1,0 +1,209 @@
+"""Micro-batches: padding, masks and labels, prepared on the host, keyed by seed and number.
+
+Flow: LmSeqsDataset.collate -> prepare_mlm / prepare_clm -> MicroBatch -> the models.
+
+Source: Sanh et al., 2019, section 3; masking by smoothed counts: Conneau and Lample, 2019 (XLM),
+section 3.2.
+
+Shape suffixes: B sequences, T padded length, N selected positions, V vocabulary.
+"""
+
+import dataclasses
+import math
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from distil.losses import IGNORED_LABEL
+from utils import keyed_seed
+
+
+@dataclasses.dataclass(frozen=True)
+class MicroBatch:
+    """What one forward and backward needs, made on the host.
+
+    attention_mask_BT: 1 on real tokens; None where the model is called without a mask. labels_BT:
+    -100 where nothing is to be predicted. rows: kind of rows (see losses.Loss) -> ascending
+    positions in the flattened (B, T).
+    """
+
+    number: int
+    input_ids_BT: torch.Tensor
+    attention_mask_BT: torch.Tensor | None
+    labels_BT: torch.Tensor
+    rows: Mapping[str, torch.Tensor]
+    num_tokens: int
+    selection: "Selection | None" = None
+
+    @property
+    def is_causal(self) -> bool:
+        """True where the next token is to be predicted, False where masked ones are."""
+        return "next" in self.rows
+
+    @property
+    def is_padded(self) -> bool:
+        """True where a position is no real token."""
+        return self.num_tokens < self.input_ids_BT.numel()
+
+    def pinned(self) -> "MicroBatch":
+        """Return the batch in page-locked memory, from where a GPU copies it while the host goes
+        on.
+        """
+        memo: dict[int, torch.Tensor] = {}
+        return _pinned(self, memo)
+
+
+@dataclasses.dataclass(frozen=True)
+class Selection:
+    """Which rows of a micro-batch the head projects, found on the host.
+
+    rows_N: ascending positions in the flattened (B, T). offsets: objective -> places of its own
+    rows among these; labels: objective -> the ids to be predicted there, or None.
+    """
+
+    rows_N: torch.Tensor
+    offsets: Mapping[str, torch.Tensor]
+    labels: Mapping[str, torch.Tensor | None]
+
+
+def _pinned(value, memo: dict[int, torch.Tensor]):
+    """Copy the tensors in a dataclass or mapping into page-locked memory, one that occurs twice
+    once.
+    """
+    if isinstance(value, torch.Tensor):
+        return memo.setdefault(id(value), value.pin_memory())
+    if dataclasses.is_dataclass(value):
+        return dataclasses.replace(
+            value,
+            **{f.name: _pinned(getattr(value, f.name), memo) for f in dataclasses.fields(value)},
+        )
+    if isinstance(value, Mapping):
+        return {key: _pinned(content, memo) for key, content in value.items()}
+    return value
+
+
+def masking_weights(
+    counts_V: torch.Tensor, smoothing: float, special_ids: Iterable[int]
+) -> torch.Tensor:
+    """Weigh each token id for masking: max(count, 1) ^ -smoothing, 0 for special tokens;
+    float64.
+    """
+    # Differs from the original: always float64. In half precision frequent tokens' weights became
+    # 0.
+    weights_V = counts_V.clamp(min=1).double() ** -smoothing
+    weights_V[list(special_ids)] = 0.0
+    return weights_V
+
+
+def real_positions(lengths_B: torch.Tensor, padded_length: int) -> torch.Tensor:
+    """Mark the real tokens of a padded batch: bool (B, T)."""
+    return torch.arange(padded_length) < lengths_B[:, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class MlmPreparation:
+    """How masked-LM batches are made.
+
+    weights_V: see masking_weights. mask_prop: share of real tokens to be predicted. word_mask,
+    word_keep, word_rand: what becomes of a drawn token: [MASK], itself, or an id uniform over the
+    vocabulary.
+    """
+
+    weights_V: torch.Tensor
+    mask_id: int
+    mask_prop: float
+    word_mask: float
+    word_keep: float
+    word_rand: float
+    restrict_ce_to_mask: bool
+    seed: int
+
+    def __call__(
+        self, number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor
+    ) -> MicroBatch:
+        """Draw ceil(mask_prop x real tokens) positions of the whole batch, without replacement, by
+        weight.
+
+        Never more than there are positions of positive weight. All randomness is keyed by (seed,
+        number).
+        """
+        real_BT = real_positions(lengths_B, token_ids_BT.shape[1])
+        generator = torch.Generator().manual_seed(keyed_seed(self.seed, number, "mask"))
+        drawn_BT = self._draw(token_ids_BT, real_BT, generator)
+        labels_BT = torch.where(drawn_BT, token_ids_BT, IGNORED_LABEL)
+        input_ids_BT = token_ids_BT.clone()
+        input_ids_BT[drawn_BT] = self._replacements(token_ids_BT[drawn_BT], generator)
+        real, masked = _positions(real_BT), _positions(drawn_BT)
+        rows = {
+            "real": real,
+            "masked": masked,
+            "distilled": masked if self.restrict_ce_to_mask else real,
+        }
+        return MicroBatch(number, input_ids_BT, real_BT.long(), labels_BT, rows, len(real))
+
+    def _draw(self, token_ids_BT, real_BT, generator) -> torch.Tensor:
+        weights_BT = self.weights_V[token_ids_BT] * real_BT
+        num_real = int(real_BT.sum())
+        # Differs from the original: capped. 2019 went on to mask [CLS] where nothing of positive
+        # weight was left.
+        num_drawn = min(math.ceil(self.mask_prop * num_real), int((weights_BT > 0).sum()))
+        drawn_BT = torch.zeros_like(real_BT)
+        if num_drawn:
+            places = torch.multinomial(
+                weights_BT.flatten(), num_drawn, replacement=False, generator=generator
+            )
+            drawn_BT.view(-1)[places] = True
+        return drawn_BT
+
+    def _replacements(self, original_N: torch.Tensor, generator) -> torch.Tensor:
+        probabilities = torch.tensor(
+            [self.word_mask, self.word_keep, self.word_rand], dtype=torch.float64
+        )
+        if not len(original_N):
+            return original_N
+        random_N = torch.randint(len(self.weights_V), original_N.shape, generator=generator)
+        fate_N = torch.multinomial(
+            probabilities, len(original_N), replacement=True, generator=generator
+        )
+        choices_3N = torch.stack([torch.full_like(original_N, self.mask_id), original_N, random_N])
+        return choices_3N.gather(0, fate_N[None])[0]
+
+
+def prepare_clm(
+    number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor, with_mask: bool = False
+) -> MicroBatch:
+    """Make a causal-LM batch: the labels are the ids, -100 on padding.
+
+    with_mask: give the model a mask where anything is padded; GPT-2 goes without, for what is
+    padded stands behind.
+    """
+    real_BT = real_positions(lengths_B, token_ids_BT.shape[1])
+    labels_BT = torch.where(real_BT, token_ids_BT, IGNORED_LABEL)
+    next_is_real_BT = torch.zeros_like(real_BT)
+    next_is_real_BT[:, :-1] = real_BT[:, 1:]
+    real = _positions(real_BT)
+    rows = {"real": real, "distilled": real, "next": _positions(next_is_real_BT)}
+    mask_BT = real_BT.long() if with_mask and not real_BT.all() else None
+    return MicroBatch(number, token_ids_BT, mask_BT, labels_BT, rows, len(real))
+
+
+def _positions(selected_BT: torch.Tensor) -> torch.Tensor:
+    return selected_BT.flatten().nonzero()[:, 0]
+
+
+def label_of_row(kind: str, labels_BT: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor | None:
+    """Return the id to be predicted at each row: its own label, the next position's ("next"), or
+    None.
+    """
+    if kind == "masked":
+        return labels_BT.flatten()[rows_N]
+    if kind == "next":
+        return labels_BT.flatten()[rows_N + 1]
+    return None
+
+
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to a device without waiting for it; from page-locked memory (see MicroBatch.pinned) the
+    host goes on at once.
+    """
+    return tensor.to(device, non_blocking=True)

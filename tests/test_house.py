@@ -1,0 +1,205 @@
+"""The rule on the door: which module imports which; how long files, functions and lines may be.
+
+Floors: utils < distil/ < the card's files < train.py < scripts/. Nothing imports upward, and there
+is no circle. Budgets that are not reached yet are listed with a number that may only fall.
+"""
+
+import ast
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from stand_ins import ROOT
+
+CARD = {"distiller", "lm_seqs_dataset", "grouped_batch_sampler"}
+FLOORS = ("utils", "distil", "card", "train", "scripts", "benchmarks")
+WIDTH, FUNCTION_LINES, FMT_SKIPS = 100, 60, 10
+FILE_LINES = {"train.py": 400, "distiller.py": 450}
+README_LINES, README_WORDS = 200, 2000
+TOP_LEVEL = {
+    *("train.py", "distiller.py", "grouped_batch_sampler.py", "lm_seqs_dataset.py", "utils.py"),
+    *("scripts", "training_configs", "requirements.txt", "README.md", "tests"),
+    *("distil", "benchmarks", "docs", ".ci", ".gitignore", ".git-blame-ignore-revs"),
+    *("LICENSE", "CITATION.cff", "CHANGELOG.md", "pyproject.toml"),
+    *("requirements-dev.txt", "requirements-eval.txt"),
+}
+OVER_BUDGET: dict[str, int] = {
+    "distil/data/text_sources.py": 467,
+    "distil/data/token_files.py": 931,
+    "distil/kernels/head.py": 483,
+    "distil/models/architectures.py": 1148,
+    "distil/models/conventions.py": 576,
+    "distil/system/runtime.py": 683,
+    "distil/tasks/tasks.py": 841,
+    "distiller.py": 663,
+    "scripts/benchmark.py": 1527,
+    "scripts/benchmark_data.py": 623,
+    "scripts/binarized_data.py": 481,
+    "scripts/evaluate_lm.py": 536,
+    "scripts/inspect_data.py": 875,
+    "scripts/latency.py": 495,
+    "scripts/prepare_text.py": 654,
+    "scripts/quickstart.py": 665,
+    "scripts/report.py": 1253,
+    "scripts/run_squad_w_distillation.py": 798,
+    "scripts/run_task.py": 1065,
+    "scripts/torture.py": 687,
+    "train.py": 2076,
+    "utils.py": 572,
+    "README.md": 668,
+}
+LONG_FUNCTIONS: dict[str, int] = {
+    "distil/system/runtime.py:_check_launcher": 75,
+    "scripts/benchmark.py:make_parser": 82,
+    "scripts/binarized_data.py:parse": 84,
+    "scripts/evaluate_lm.py:parse": 93,
+    "scripts/extraction.py:make_parser": 63,
+    "scripts/prepare_text.py:parse": 87,
+    "scripts/run_task.py:parse": 100,
+}
+
+
+def tracked(pattern: str) -> list[Path]:
+    """List the checkout's files of a pattern, without the tests."""
+    folders = [ROOT, *(ROOT / name for name in ("distil", "scripts", "benchmarks"))]
+    found = [path for folder in folders[:1] for path in folder.glob(pattern)]
+    return sorted(found + [path for folder in folders[1:] for path in folder.rglob(pattern)])
+
+
+PROGRAMS = tracked("*.py")
+
+
+def name_of(path: Path) -> str:
+    """Name a file as an import does: distil/losses.py is distil.losses, scripts/a.py is a."""
+    parts = path.relative_to(ROOT).with_suffix("").parts
+    return parts[-1] if parts[0] == "scripts" else ".".join(parts)
+
+
+MODULES = {name_of(path): path for path in PROGRAMS if path.name != "__init__.py"}
+
+
+def floor_of(name: str) -> int:
+    """Return the floor of a module, 0 at the bottom."""
+    path = MODULES[name].relative_to(ROOT)
+    room = "card" if name in CARD else path.parts[0] if len(path.parts) > 1 else name
+    return FLOORS.index(room)
+
+
+def imported_by(name: str) -> set[str]:
+    """List the project's modules that a module imports, also inside its functions."""
+    found = set()
+    for node in ast.walk(ast.parse(MODULES[name].read_text(encoding="utf-8"))):
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            found |= {node.module, *(f"{node.module}.{alias.name}" for alias in node.names)}
+    return found & set(MODULES)
+
+
+@pytest.mark.parametrize("name", sorted(MODULES))
+def test_nothing_imports_upward(name):
+    is_script = floor_of(name) == FLOORS.index("scripts")
+    for other in imported_by(name):
+        if is_script and floor_of(other) == FLOORS.index("benchmarks"):
+            continue
+        assert floor_of(other) <= floor_of(name), f"{name} imports {other}"
+        assert not (is_script and other == "train"), f"{name} imports {other}"
+
+
+def test_there_is_no_circle_of_imports():
+    done: set[str] = set()
+
+    def visit(name: str, path: tuple[str, ...]) -> None:
+        assert name not in path, " -> ".join([*path, name])
+        if name not in done:
+            for other in imported_by(name):
+                visit(other, (*path, name))
+            done.add(name)
+
+    for name in MODULES:
+        visit(name, ())
+
+
+@pytest.mark.parametrize("path", PROGRAMS, ids=lambda path: str(path.relative_to(ROOT)))
+def test_a_file_keeps_its_budget(path):
+    name = str(path.relative_to(ROOT))
+    lines = path.read_text(encoding="utf-8").splitlines()
+    budget = FILE_LINES.get(name, 350 if path.parent == ROOT / "scripts" else 450)
+    assert len(lines) <= OVER_BUDGET.get(name, budget), f"{name}: {len(lines)} lines"
+    assert name not in OVER_BUDGET or len(lines) > budget, f"{name}: take it off OVER_BUDGET"
+
+
+def test_the_list_of_files_over_budget_names_files_that_are_there():
+    assert set(OVER_BUDGET) <= {str(path.relative_to(ROOT)) for path in PROGRAMS} | {"README.md"}
+
+
+def long_functions() -> dict[str, int]:
+    """List the functions that are longer than a screen: "file:name" -> lines."""
+    found = {}
+    for path in PROGRAMS:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef):
+                lines = node.end_lineno - node.lineno + 1
+                if lines > FUNCTION_LINES:
+                    found[f"{path.relative_to(ROOT)}:{node.name}"] = lines
+    return found
+
+
+def test_no_function_is_longer_than_a_screen():
+    found = long_functions()
+    longer = {name: n for name, n in found.items() if n > LONG_FUNCTIONS.get(name, FUNCTION_LINES)}
+    assert not longer
+    assert set(LONG_FUNCTIONS) <= set(found), "take those that are not long off LONG_FUNCTIONS"
+
+
+def test_no_line_is_wide_and_the_formatter_is_on():
+    skips = 0
+    for path in [*PROGRAMS, *(ROOT / "tests").rglob("*.py")]:
+        text = path.read_text(encoding="utf-8")
+        wide = [n for n, line in enumerate(text.splitlines(), 1) if len(line) > WIDTH]
+        assert not wide, f"{path}: lines {wide}"
+        assert not re.search(r"#\s*fmt: off", text), path
+        skips += len(re.findall(r"#\s*fmt: skip", text))
+    assert skips <= FMT_SKIPS
+
+
+def test_the_readme_is_one_page():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    assert len(text.splitlines()) <= OVER_BUDGET.get("README.md", README_LINES)
+    assert "README.md" in OVER_BUDGET or len(text.split()) <= README_WORDS
+
+
+def test_the_top_level_holds_the_cards_names_and_small_files():
+    listed = subprocess.run(["git", "ls-files"], cwd=ROOT, capture_output=True, text=True)
+    if listed.returncode != 0:
+        pytest.skip("not a git checkout")
+    assert {name.split("/")[0] for name in listed.stdout.splitlines()} <= TOP_LEVEL
+
+
+def test_packages_hold_nothing_of_their_own():
+    for path in (ROOT / "distil").rglob("__init__.py"):
+        assert path.read_text(encoding="utf-8") == "", path
+
+
+def test_importing_a_module_has_no_effect(tmp_path):
+    program = f"""
+import sys, logging, os, random, importlib
+sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
+import torch, numpy
+def state():
+    environment = dict(os.environ)
+    environment.pop("TORCHINDUCTOR_CACHE_DIR", None)  # transformers.Trainer's import sets it
+    seeds = torch.initial_seed(), random.getstate()
+    return seeds, torch.get_num_threads(), environment, sorted(os.listdir())
+before = state()
+for name in {sorted(MODULES)!r}:
+    importlib.import_module(name)
+assert before == state()
+assert not logging.getLogger("distil").handlers and not torch.cuda.is_initialized()
+"""
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == ""
