@@ -69,22 +69,30 @@ from distil.models.architectures import (
 )
 from distil.models.forward import recompute_activations
 from distil.models.heads import head_of, head_parameters, prediction_head
-from distil.system.runtime import (
-    EXIT_LOST_RANK,
-    LOCK,
+from distil.system.files import (
+    atomic_path,
+    atomic_paths,
+    file_problem,
+    flush_to_disk,
+    make_folder,
+    naming,
+    naming_library_errors,
+    output_problem,
+    save_weights,
+    write_json,
+)
+from distil.system.launch import (
     TIMEOUT_S,
     LostRankError,
     Runtime,
-    StopSignals,
     check_compiler,
-    exit_status,
     is_another_rank,
-    is_restarted,
-    report_lost_ranks,
-    require_unlocked,
     start_runtime,
-    take_lock,
 )
+from distil.system.locks import LOCK, is_restarted, require_unlocked, take_lock
+from distil.system.prefetch import prefetched
+from distil.system.signals import StopSignals, exit_status
+from distil.system.watch import EXIT_LOST_RANK, report_lost_ranks
 from distil.training import checkpointing
 from distil.training.checkpointing import Checkpoint
 from distil.training.optimizer import ADAM_BETAS, make_moments, split_for_weight_decay
@@ -102,25 +110,14 @@ from utils import (
     InputError,
     OneLineParser,
     RankError,
-    atomic_path,
-    atomic_paths,
     bar_options,
-    file_problem,
-    flush_to_disk,
     git_facts,
     keep_freed_memory,
     keyed_seed,
     logger,
-    make_folder,
-    naming,
-    naming_library_errors,
     one_line,
-    output_problem,
-    prefetched,
     run_program,
-    save_weights,
     setup_logging,
-    write_json,
 )
 
 EXIT_NON_FINITE = 1

@@ -59,7 +59,9 @@ from distil.models.architectures import (
     special_ids,
 )
 from distil.models.heads import head_parameters, prediction_head
-from distil.system.runtime import check_compiler
+from distil.system.files import require_output, write_json
+from distil.system.launch import check_compiler
+from distil.system.prefetch import prefetched
 from distil.training.optimizer import ADAM_BETAS, make_moments, split_for_weight_decay
 from distiller import BegunStep, DistillationModel, Distiller, StepReport
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch
@@ -73,11 +75,8 @@ from utils import (
     keyed_seed,
     logger,
     one_line,
-    prefetched,
-    require_output,
     run_program,
     setup_logging,
-    write_json,
 )
 
 ROOT = Path(__file__).resolve().parent.parent

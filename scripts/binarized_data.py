@@ -43,18 +43,9 @@ from distil.models.architectures import (
     short_name,
     tokenizer_type,
 )
-from utils import (
-    InputError,
-    OneLineParser,
-    atomic_path,
-    bar_options,
-    exit_on_sigterm,
-    logger,
-    naming,
-    require_output,
-    run_program,
-    setup_logging,
-)
+from distil.system.files import atomic_path, naming, require_output
+from distil.system.signals import exit_on_sigterm
+from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

@@ -52,16 +52,15 @@ from distil.models.architectures import (
     special_ids,
     vocabulary_fingerprint,
 )
+from distil.system.files import file_problem, output_problem
 from distil.tasks.fine_tuning import require_same_vocabulary, write_scores
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
 from utils import (
     InputError,
     OneLineParser,
     bar_options,
-    file_problem,
     keep_freed_memory,
     logger,
-    output_problem,
     run_program,
     setup_logging,
 )

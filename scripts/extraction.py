@@ -20,16 +20,8 @@ from distil.models.architectures import (
     quiet_transformers,
     student_of_pair,
 )
-from utils import (
-    InputError,
-    OneLineParser,
-    atomic_folder,
-    logger,
-    require_output,
-    save_weights,
-    setup_logging,
-    write_json,
-)
+from distil.system.files import atomic_folder, require_output, save_weights, write_json
+from utils import InputError, OneLineParser, logger, setup_logging
 
 DEFAULT_NUM_LAYERS = 6
 

@@ -31,16 +31,8 @@ from distil.data.token_files import (
     open_token_file,
     store_prefix,
 )
-from utils import (
-    InputError,
-    OneLineParser,
-    bar_options,
-    logger,
-    require_output,
-    run_program,
-    setup_logging,
-    write_json,
-)
+from distil.system.files import require_output, write_json
+from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging
 
 # Where the bins of the histogram begin: at what training removes, and around the limits of BERT
 # (512) and GPT-2 (1024).

@@ -31,18 +31,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmark import describe_machine, markdown
 from distil.models.architectures import load_config, quiet_transformers, short_name
+from distil.system.files import file_problem, output_problem, write_json
 from distil.tasks.fine_tuning import inputs_of, load_any_tokenizer, longest_input
-from utils import (
-    InputError,
-    OneLineParser,
-    file_problem,
-    logger,
-    one_line,
-    output_problem,
-    run_program,
-    setup_logging,
-    write_json,
-)
+from utils import InputError, OneLineParser, logger, one_line, run_program, setup_logging
 
 PADDED_LENGTH = 128
 # The 16 middle values of sixteenths of the lengths of the WikiText test set's 9,313 sentences, in

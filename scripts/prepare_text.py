@@ -29,15 +29,14 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.text_sources import ERRORS, Source, find_sources, read_blocks, texts_of
+from distil.system.files import atomic_path, require_output
+from distil.system.signals import exit_on_sigterm
 from utils import (
     InputError,
     OneLineParser,
-    atomic_path,
     bar_options,
-    exit_on_sigterm,
     keyed_seed,
     logger,
-    require_output,
     run_program,
     setup_logging,
 )

@@ -45,19 +45,10 @@ from distil.models.architectures import (
     train_word_pieces,
 )
 from distil.models.heads import head_of
+from distil.system.files import atomic_path, require_file, require_output, write_json
 from grouped_batch_sampler import GroupedBatchSampler
 from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
-from utils import (
-    InputError,
-    OneLineParser,
-    atomic_path,
-    logger,
-    require_file,
-    require_output,
-    run_program,
-    setup_logging,
-    write_json,
-)
+from utils import InputError, OneLineParser, logger, run_program, setup_logging
 
 ROOT = Path(__file__).resolve().parent.parent
 VOCAB_SIZE = 8000

@@ -39,22 +39,11 @@ from distil.models.architectures import (
     vocabulary_fingerprint,
 )
 from distil.reporting import model_card
+from distil.system.files import atomic_path, file_problem, output_problem, write_json
+from distil.system.signals import exit_on_sigterm
 from distil.tasks.fine_tuning import load_any_tokenizer, longest_input, write_scores
 from distil.tasks.tasks import GLUE_TASKS, glue_macro
-from utils import (
-    InputError,
-    OneLineParser,
-    atomic_path,
-    exit_on_sigterm,
-    file_problem,
-    git_facts,
-    logger,
-    one_line,
-    output_problem,
-    run_program,
-    setup_logging,
-    write_json,
-)
+from utils import InputError, OneLineParser, git_facts, logger, one_line, run_program, setup_logging
 
 SCRIPTS = Path(__file__).resolve().parent
 ROLES = ("teacher", "student", "baseline")

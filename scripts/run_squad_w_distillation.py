@@ -31,6 +31,7 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.models.architectures import load_config, load_tokenizer, max_input_length
+from distil.system.files import file_problem, output_problem, write_json
 from distil.tasks.fine_tuning import (
     Trainer,
     load_for_task,
@@ -51,16 +52,7 @@ from distil.tasks.squad_spans import (
     decode,
     make_windows,
 )
-from utils import (
-    InputError,
-    OneLineParser,
-    file_problem,
-    logger,
-    one_line,
-    output_problem,
-    run_program,
-    write_json,
-)
+from utils import InputError, OneLineParser, logger, one_line, run_program
 
 # Differs from the original: no XLNet, XLM. They have other heads, and no student of theirs can be
 # made here.

@@ -29,6 +29,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.models.architectures import kind_of, load_config, quiet_transformers
 from distil.models.conventions import evaluating, is_close, some_ids, without_cache
+from distil.system.files import atomic_path, file_problem, output_problem, write_json
 from distil.tasks.fine_tuning import (
     IGNORED_LABEL,
     Trainer,
@@ -59,16 +60,7 @@ from distil.tasks.tasks import (
     read_predictions,
     score,
 )
-from utils import (
-    InputError,
-    OneLineParser,
-    atomic_path,
-    file_problem,
-    logger,
-    output_problem,
-    run_program,
-    write_json,
-)
+from utils import InputError, OneLineParser, logger, run_program
 
 MIN_LENGTH = 8  # special tokens of a pair, and some text
 WHAT_TO_SAVE = ("median", "all", "none")

@@ -25,7 +25,8 @@ from distil.data.token_files import (
     require_counts_output,
     write_token_counts,
 )
-from utils import OneLineParser, bar_options, exit_on_sigterm, logger, run_program, setup_logging
+from distil.system.signals import exit_on_sigterm
+from utils import OneLineParser, bar_options, logger, run_program, setup_logging
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

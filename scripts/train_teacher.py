@@ -26,6 +26,7 @@ from distil.models.architectures import (
     special_ids,
 )
 from distil.models.heads import head_parameters, prediction_head
+from distil.system.files import output_problem, write_json
 from distil.training.optimizer import ADAM_BETAS, split_for_weight_decay
 from distiller import DistillationModel, Distiller, NonFiniteError
 from grouped_batch_sampler import GroupedBatchSampler
@@ -36,10 +37,8 @@ from utils import (
     bar_options,
     keyed_seed,
     logger,
-    output_problem,
     run_program,
     setup_logging,
-    write_json,
 )
 
 

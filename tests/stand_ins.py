@@ -1,7 +1,7 @@
 """Stand-ins made on the spot: a text, tokenizers trained on it, tiny teachers of the real classes
 with random weights.
 
-For the tests, and for the trials of scripts/torture.py.
+For the tests, and for the trials of scripts/fault_injection.py.
 """
 
 import json

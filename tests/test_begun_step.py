@@ -9,8 +9,8 @@ import time
 
 import pytest
 import torch
+from runs import assert_same_run
 from stand_ins import make_model
-from test_resume import assert_same_run
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train

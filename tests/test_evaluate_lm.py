@@ -20,8 +20,8 @@ import torch
 import transformers
 from conftest import as_uint16, run_process, write_pickle
 from families import make_teacher
+from runs import dying_at
 from stand_ins import ROOT, is_text, logged, make_lines, vocab_size_of
-from test_resume import dying_at
 
 import binarized_data
 import evaluate_lm

@@ -8,6 +8,7 @@ import ast
 import re
 import subprocess
 import sys
+import unicodedata
 from pathlib import Path
 
 import pytest
@@ -26,32 +27,30 @@ TOP_LEVEL = {
     *("requirements-dev.txt", "requirements-eval.txt"),
 }
 OVER_BUDGET: dict[str, int] = {
-    "distil/data/text_sources.py": 467,
-    "distil/data/token_files.py": 931,
+    "distil/data/text_sources.py": 468,
+    "distil/data/token_files.py": 923,
     "distil/kernels/head.py": 483,
-    "distil/models/architectures.py": 1148,
+    "distil/models/architectures.py": 1149,
     "distil/models/conventions.py": 576,
-    "distil/system/runtime.py": 683,
-    "distil/tasks/tasks.py": 841,
+    "distil/tasks/tasks.py": 842,
     "distiller.py": 663,
-    "scripts/benchmark.py": 1527,
-    "scripts/benchmark_data.py": 623,
-    "scripts/binarized_data.py": 481,
-    "scripts/evaluate_lm.py": 536,
-    "scripts/inspect_data.py": 875,
-    "scripts/latency.py": 495,
-    "scripts/prepare_text.py": 654,
-    "scripts/quickstart.py": 665,
-    "scripts/report.py": 1253,
-    "scripts/run_squad_w_distillation.py": 798,
-    "scripts/run_task.py": 1065,
-    "scripts/torture.py": 687,
-    "train.py": 2076,
-    "utils.py": 572,
+    "scripts/benchmark.py": 1526,
+    "scripts/benchmark_data.py": 616,
+    "scripts/binarized_data.py": 472,
+    "scripts/evaluate_lm.py": 535,
+    "scripts/fault_injection.py": 682,
+    "scripts/inspect_data.py": 867,
+    "scripts/latency.py": 486,
+    "scripts/prepare_text.py": 653,
+    "scripts/quickstart.py": 656,
+    "scripts/report.py": 1242,
+    "scripts/run_squad_w_distillation.py": 790,
+    "scripts/run_task.py": 1057,
+    "train.py": 2073,
     "README.md": 668,
 }
 LONG_FUNCTIONS: dict[str, int] = {
-    "distil/system/runtime.py:_check_launcher": 75,
+    "distil/system/launch.py:_check_launcher": 75,
     "scripts/benchmark.py:make_parser": 82,
     "scripts/binarized_data.py:parse": 84,
     "scripts/evaluate_lm.py:parse": 93,
@@ -154,11 +153,16 @@ def test_no_function_is_longer_than_a_screen():
     assert set(LONG_FUNCTIONS) <= set(found), "take those that are not long off LONG_FUNCTIONS"
 
 
+def columns(line: str) -> int:
+    """Count the columns of a line as the formatter does: combining marks take none."""
+    return sum(unicodedata.category(letter) not in ("Mn", "Me") for letter in line)
+
+
 def test_no_line_is_wide_and_the_formatter_is_on():
     skips = 0
     for path in [*PROGRAMS, *(ROOT / "tests").rglob("*.py")]:
         text = path.read_text(encoding="utf-8")
-        wide = [n for n, line in enumerate(text.splitlines(), 1) if len(line) > WIDTH]
+        wide = [n for n, line in enumerate(text.splitlines(), 1) if columns(line) > WIDTH]
         assert not wide, f"{path}: lines {wide}"
         assert not re.search(r"#\s*fmt: off", text), path
         skips += len(re.findall(r"#\s*fmt: skip", text))

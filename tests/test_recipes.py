@@ -13,8 +13,8 @@ import families
 import pytest
 import transformers
 from conftest import run_process
+from readme import readme_commands
 from stand_ins import ROOT, STUDENT_LAYERS, make_lines, student_config_of, vocab_size_of
-from test_distributed import readme_commands
 
 RECIPES = ROOT / "scripts" / "recipes"
 PROGRAMS = sorted(path.name for path in RECIPES.glob("*.sh") if path.name != "common.sh")

@@ -51,12 +51,13 @@ import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
 from distil.models import architectures
 import utils
+from distil.system import files
 architectures.PAIRS["bert", "bert"] = architectures.Pair()
 import train
 from distil.models.architectures import extract_student, load_teacher
 teacher, first, *flags = sys.argv[1:]
 teacher = load_teacher("bert", teacher)
-utils.save_weights(first, extract_student(teacher, "bert", [0, 3], vocab_transform=True))
+files.save_weights(first, extract_student(teacher, "bert", [0, 3], vocab_transform=True))
 utils.run_program(lambda: train.main(flags))
 """
 

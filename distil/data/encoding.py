@@ -23,7 +23,8 @@ import numpy as np
 from tokenizers import Tokenizer
 
 from distil.data.text_sources import BLOCK_BYTES, Block, texts_of
-from utils import InputError, holding_signals
+from distil.system.signals import holding_signals
+from utils import InputError
 
 NEW_PER_TEXT, NEW_PER_BATCH = 50, 5000  # chunks that are encoded in one text, and in one call
 MAX_CHUNK_CHARS = 32  # a longer chunk hardly comes again: it is not kept

@@ -29,7 +29,7 @@ class Spool:
     def __init__(self, path: Path, dtype: np.dtype):
         self.path, self.dtype = path, np.dtype(dtype)
         self.ids_file, self.lengths_file = (
-            open(path.with_name(f"{path.name}.{kind}"), "wb", BUFFER_BYTES)  # noqa: SIM115 (closed by close)
+            open(path.with_name(f"{path.name}.{kind}"), "wb", BUFFER_BYTES)  # noqa: SIM115
             for kind in ("ids", "lengths")
         )
         self.num_ids = self.num_sequences = 0

@@ -25,7 +25,8 @@ from pathlib import Path
 from typing import BinaryIO
 
 from distil.data.token_files import is_card
-from utils import InputError, logger, one_line, require_file
+from distil.system.files import require_file
+from utils import InputError, logger, one_line
 
 BLOCK_BYTES = 2**20
 MAX_LINE_BYTES = 2**26  # a longer one is no line of text: a binary, or a file without line ends

@@ -32,17 +32,8 @@ from typing import Any, BinaryIO
 
 import numpy as np
 
-from utils import (
-    InputError,
-    RankError,
-    atomic_path,
-    atomic_paths,
-    json_digest,
-    logger,
-    one_line,
-    require_file,
-    require_output,
-)
+from distil.system.files import atomic_path, atomic_paths, json_digest, require_file, require_output
+from utils import InputError, RankError, logger, one_line
 
 CARD_FORMAT, CARD_VERSION = "distil-tokens", 1
 MAGIC, STORE_VERSION = b"MMIDIDX\x00\x00", 1
@@ -570,7 +561,8 @@ def _opcodes(size: int) -> re.Pattern[bytes]:
     """
     index = _at_most(min(size, 2**32 - 1), 4)
     return re.compile(
-        rb"(?s:(?:[()\]}tl012aeNRb\x85-\x89\x93\x94]|[Khq\x80].|[Jj].{4}|M..|r%s|\x95%s|G.{8}|[ILFVSg][^\n]*\n"
+        rb"(?s:(?:[()\]}tl012aeNRb\x85-\x89\x93\x94]|[Khq\x80].|[Jj].{4}"
+        rb"|M..|r%s|\x95%s|G.{8}|[ILFVSg][^\n]*\n"
         rb"|p[0-9]{1,%d}\n|c[^\n]*\n[^\n]*\n){0,4096}+"
         rb"(?:[\x8d\x8e\x96](.{8})|[CU\x8a\x8c](.)|[BXT\x8b](.{4}))?)"
         % (index, _at_most(size, 8), len(str(size)))

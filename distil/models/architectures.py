@@ -26,7 +26,8 @@ import numpy as np
 import tokenizers
 import transformers
 
-from utils import InputError, logger, one_line, require_file
+from distil.system.files import require_file
+from utils import InputError, logger, one_line
 
 if TYPE_CHECKING:
     import torch

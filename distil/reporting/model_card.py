@@ -19,7 +19,8 @@ import transformers
 
 from distil.losses import LOSSES
 from distil.models.architectures import short_name
-from utils import atomic_path, logger, one_line, output_problem
+from distil.system.files import atomic_path, output_problem
+from utils import logger, one_line
 
 SIGNATURE = "<!-- Written by Distil, scripts/report.py. SHA-256 of the rest: {} -->"
 IDENTIFIER = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")

@@ -42,7 +42,8 @@ from distil.models.architectures import (
     short_name,
     vocabulary_fingerprint,
 )
-from utils import InputError, git_facts, one_line, setup_logging, write_json
+from distil.system.files import write_json
+from utils import InputError, git_facts, one_line, setup_logging
 
 IGNORED_LABEL = -100
 

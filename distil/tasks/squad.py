@@ -14,7 +14,8 @@ import warnings
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from utils import InputError, logger, one_line, require_file
+from distil.system.files import require_file
+from utils import InputError, logger, one_line
 
 
 @dataclasses.dataclass(frozen=True)

@@ -22,7 +22,8 @@ from typing import Any
 import numpy as np
 
 from distil.models.architectures import quiet_transformers
-from utils import InputError, logger, one_line, require_file
+from distil.system.files import require_file
+from utils import InputError, logger, one_line
 
 README_LANGUAGES = ("en", "es", "zh", "de", "ar", "ur")
 XNLI_LANGUAGES = (

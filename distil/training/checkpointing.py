@@ -25,16 +25,8 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from utils import (
-    REMEDIES,
-    InputError,
-    flush_to_disk,
-    json_digest,
-    logger,
-    make_folder,
-    naming,
-    one_line,
-)
+from distil.system.files import flush_to_disk, json_digest, make_folder, naming
+from utils import REMEDIES, InputError, logger, one_line
 
 FORMAT, VERSION = "distil-checkpoint", 1
 MANIFEST, STATE = "MANIFEST.json", "state.json"

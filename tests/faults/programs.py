@@ -18,9 +18,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from forked import end_of
-from stand_ins import World, make_lines, save_tokenizer, vocab_size_of
-from torture_files import (
+from faults.files import (
     Reader,
     binarize,
     digest,
@@ -29,6 +27,8 @@ from torture_files import (
     start_child,
     write_text,
 )
+from faults.forked import end_of
+from stand_ins import World, make_lines, save_tokenizer, vocab_size_of
 
 import binarized_data
 import prepare_text
@@ -36,8 +36,9 @@ import token_counts
 import train
 from distil.data.token_files import read_card, write_card
 from distil.models.architectures import load_tokenizer, vocabulary_fingerprint
+from distil.system.signals import exit_on_sigterm
 from distil.training import checkpointing
-from utils import InputError, exit_on_sigterm
+from utils import InputError
 
 # --------------------------------------------------------------------------------------------------
 # T23: files that do not belong together

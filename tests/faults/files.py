@@ -1,7 +1,7 @@
 """Trials of files: damaged ones (T5), which must not be read in silence, and mutated ones (T20),
 which must not crash.
 
-Also what these and the trials of torture_programs.py and torture_malicious.py share: programs in
+Also what these and the trials of faults/programs.py and faults/malicious.py share: programs in
 forked processes.
 """
 
@@ -30,7 +30,7 @@ from typing import Any
 import numpy as np
 import safetensors.torch
 import torch
-from forked import end_of, ended, fork_program
+from faults.forked import end_of, ended, fork_program
 from stand_ins import World, make_lines
 
 import binarized_data
@@ -43,9 +43,10 @@ from distil.models.architectures import (
     special_ids,
     vocabulary_fingerprint,
 )
+from distil.system.files import json_digest
 from distil.training import checkpointing
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
-from utils import InputError, json_digest, keyed_seed, logger, one_line
+from utils import InputError, keyed_seed, logger, one_line
 
 # --------------------------------------------------------------------------------------------------
 # Programs in processes of their own

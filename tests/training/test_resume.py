@@ -14,34 +14,13 @@ from pathlib import Path
 
 import pytest
 import torch
-from stand_ins import ROOT, is_text, logged, make_model
+from runs import assert_same_run, dying_at
+from stand_ins import ROOT, logged, make_model
 
 import train
-from distil.system import runtime
+from distil.system import locks, signals
+from distil.system.signals import holding_signals
 from distil.training import checkpointing
-from utils import holding_signals
-
-
-def assert_same_run(one: Path, two: Path) -> None:
-    """Weights, moments, counters and log are equal, byte by byte."""
-    names = [path.name for path in checkpointing.exist(one / "checkpoints")]
-    assert names and names == [path.name for path in checkpointing.exist(two / "checkpoints")]
-    for name in names:
-        for file in ("student.safetensors", "optimizer.safetensors"):
-            assert (one / "checkpoints" / name / file).read_bytes() == (
-                two / "checkpoints" / name / file
-            ).read_bytes()
-        states = [
-            json.loads((run / "checkpoints" / name / "state.json").read_text())
-            for run in (one, two)
-        ]
-        for state in states:
-            del state["log_bytes"], state["flags"]
-        assert states[0] == states[1]
-    for path in sorted(one.glob("*.pth")) + [one / "pytorch_model.bin", one / "model.safetensors"]:
-        assert path.read_bytes() == (two / path.name).read_bytes(), path.name
-    logs = [[point for point in logged(run) if not is_text(point)] for run in (one, two)]
-    assert logs[0] == logs[1] and len(logs[0]) > 100
 
 
 def stop_after(monkeypatch, num_updates: int, number: int = signal.SIGTERM):
@@ -103,18 +82,6 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(world, tmp_path, monke
     assert_same_run(tmp_path / "whole", tmp_path / "died")
 
 
-def dying_at(function, call: int):
-    calls = []
-
-    def dying(*arguments):
-        calls.append(1)
-        if len(calls) == call:
-            raise KeyboardInterrupt
-        return function(*arguments)
-
-    return dying
-
-
 @pytest.fixture(scope="module")
 def stopped(world, tmp_path_factory) -> Path:
     """A run stopped after two updates of four; copied by each test that goes on from it."""
@@ -138,29 +105,29 @@ def copied(stopped: Path, tmp_path: Path) -> Path:
 )
 def test_signals_end_a_run_with_their_status(number, status, world, tmp_path, monkeypatch, capfd):
     stop_after(monkeypatch, 2, number)
-    before = {n: signal.getsignal(n) for n in runtime.STOPPING}
+    before = {n: signal.getsignal(n) for n in signals.STOPPING}
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run", **SHORT))
     assert end.value.code == status
     assert "Stopped after update 2; go on with --resume." in capfd.readouterr().err
-    assert {n: signal.getsignal(n) for n in runtime.STOPPING} == before
+    assert {n: signal.getsignal(n) for n in signals.STOPPING} == before
     assert not [thread for thread in threading.enumerate() if thread.name in ("signals", "watch")]
 
 
 def test_signals_within_a_second_are_one_and_later_ones_end_at_once(monkeypatch):
     ended = []
-    monkeypatch.setattr(runtime.os, "_exit", ended.append)
-    stop = runtime.StopSignals()
+    monkeypatch.setattr(signals.os, "_exit", ended.append)
+    stop = signals.StopSignals()
     stop.request(signal.SIGINT)
     stop.request(signal.SIGINT)
     assert stop.requested == signal.SIGINT and not ended
-    monkeypatch.setattr(runtime, "SAME_EVENT_S", 0.0)
+    monkeypatch.setattr(signals, "SAME_EVENT_S", 0.0)
     stop.request(signal.SIGTERM)
     assert ended == [143]
 
 
 def test_a_noted_signal_is_noted_once_in_an_atomic_write():
-    with runtime.StopSignals() as stop, holding_signals():
+    with signals.StopSignals() as stop, holding_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         end = time.monotonic() + 10
         while stop.requested is None and time.monotonic() < end:
@@ -343,7 +310,7 @@ def test_damaged_checkpoints_are_skipped_and_never_started_over(
 
 def test_two_runs_do_not_share_a_folder(world, stopped, tmp_path, status_and_errors):
     run = copied(stopped, tmp_path)
-    with runtime.take_lock(run / runtime.LOCK):
+    with locks.take_lock(run / locks.LOCK):
         for more in (["--resume"], ["--force"]):
             status, errors = status_and_errors(
                 train.main, [*world.flags("bert", run, **SHORT), *more]
@@ -379,18 +346,18 @@ def test_nothing_that_is_not_finite_is_saved(world, tmp_path, monkeypatch, capfd
 
 
 def test_a_restart_is_known_by_the_launcher_or_by_its_job_and_count(tmp_path, monkeypatch):
-    lock, again = tmp_path / runtime.LOCK, {"TORCHELASTIC_RESTART_COUNT": "1"}
-    runtime.take_lock(lock).close()
-    assert not runtime.is_restarted(again, lock), "no launcher has been here"
+    lock, again = tmp_path / locks.LOCK, {"TORCHELASTIC_RESTART_COUNT": "1"}
+    locks.take_lock(lock).close()
+    assert not locks.is_restarted(again, lock), "no launcher has been here"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
-    assert not runtime.is_restarted(again, lock), "nor this one"
-    runtime.take_lock(lock).close()
-    assert runtime.is_restarted({}, lock)
+    assert not locks.is_restarted(again, lock), "nor this one"
+    locks.take_lock(lock).close()
+    assert locks.is_restarted({}, lock)
     lock.write_text(lock.read_text().replace('"launcher": "', '"launcher": "elsewhere/'))
-    assert runtime.is_restarted(again, lock) and not runtime.is_restarted({}, lock)
+    assert locks.is_restarted(again, lock) and not locks.is_restarted({}, lock)
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "none")
-    assert not runtime.is_restarted(again, lock)
-    assert not runtime.is_restarted(again, tmp_path / "none")
+    assert not locks.is_restarted(again, lock)
+    assert not locks.is_restarted(again, tmp_path / "none")
 
 
 def test_the_readme_tells_how_to_go_on():

@@ -1,4 +1,4 @@
-"""The reliability trials of scripts/torture.py, a few of each: the full counts are in
+"""The reliability trials of scripts/fault_injection.py, a few of each: the full counts are in
 benchmarks/RELIABILITY.md.
 
 By a program of its own: what it forks must not come from a process in which torch's threads have
@@ -12,16 +12,16 @@ import pytest
 from conftest import run_process
 from stand_ins import ROOT
 
-import torture
+import fault_injection
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, dict]:
     """Every row's smoke trials, by one run of the program."""
-    folder = tmp_path_factory.mktemp("torture")
+    folder = tmp_path_factory.mktemp("faults")
     command = [
         sys.executable,
-        ROOT / "scripts" / "torture.py",
+        ROOT / "scripts" / "fault_injection.py",
         "--smoke",
         "--state",
         folder / "state.json",
@@ -34,7 +34,9 @@ def outcomes(tmp_path_factory) -> dict[str, dict]:
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize("row", [row for row in torture.PLAN if row.smoke], ids=lambda row: row.id)
+@pytest.mark.parametrize(
+    "row", [row for row in fault_injection.PLAN if row.smoke], ids=lambda row: row.id
+)
 def test_faults_do_no_harm(row, outcomes):
     outcome = outcomes[row.id]
     assert (

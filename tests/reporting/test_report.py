@@ -18,8 +18,8 @@ from stand_ins import make_lines, make_model, student_config_of, vocab_size_of
 import evaluate_lm
 import latency
 import report
-import utils
 from distil.reporting import model_card
+from distil.system import files
 from distil.tasks.fine_tuning import write_scores
 
 TASKS = report.TASKS
@@ -73,7 +73,7 @@ def student(tmp_path_factory, teachers) -> Path:
     )
     transformers.DistilBertForMaskedLM(config).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(teachers["bert"]).save_pretrained(folder)
-    utils.write_json(
+    files.write_json(
         folder / "parameters.json",
         {
             "alpha_ce": 5.0,
@@ -84,7 +84,7 @@ def student(tmp_path_factory, teachers) -> Path:
             "note": "a|b",
         },
     )
-    utils.write_json(folder / "git_log.json", {"repo_sha": "0123abc"})
+    files.write_json(folder / "git_log.json", {"repo_sha": "0123abc"})
     return folder
 
 
@@ -1050,7 +1050,7 @@ def test_scores_in_a_wrong_place_or_twice_are_refused(
     misplaced.rename(out / "scores" / "tiny-bert" / "scores.json")
     report.main([*flags, "--scores", given])
     content = json.loads(Path(given).read_text())
-    utils.write_json(given, content | {"score": {"score": 1.0}})
+    files.write_json(given, content | {"score": {"score": 1.0}})
     status, lines = status_and_errors(report.main, [*flags, "--scores", given])
     assert status == 2 and "holds another score; take one of the two away" in lines[0]
 

@@ -11,11 +11,11 @@ from pathlib import Path
 import torch
 from torch.distributed.algorithms.ddp_comm_hooks.default_hooks import allreduce_hook
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
 import utils
-from distil.system.runtime import start_runtime
+from distil.system.launch import start_runtime
 
 build_student, load_teacher = train.build_student, train.load_teacher
 

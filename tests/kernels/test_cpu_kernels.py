@@ -16,7 +16,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from conftest import run_process
-from forked import end_of, fork_program
+from faults.forked import end_of, fork_program
 from stand_ins import ROOT, make_model
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel

@@ -1,5 +1,5 @@
 """Programs in forked processes: a second where a new interpreter that imports torch takes five. For
-the torture trials.
+the fault-injection trials.
 """
 
 import contextlib

@@ -1,9 +1,9 @@
 """Trials of what users give: data of any size, targets of --force, corpora, arguments and
 environments.
 
-Called by scripts/torture.py (T14, T21, T22, T24). What could do harm runs in a forked process whose
-every attempt to make, change or remove a file outside the trial's own folder ends it and is
-reported.
+Called by scripts/fault_injection.py (T14, T21, T22, T24). What could do harm runs in a forked
+process whose every attempt to make, change or remove a file outside the trial's own folder ends it
+and is reported.
 """
 
 import contextlib
@@ -29,7 +29,7 @@ from pathlib import Path
 import huggingface_hub.constants
 import hypothesis
 import numpy as np
-from forked import end_of, fork_program
+from faults.forked import end_of, fork_program
 from hypothesis import strategies as st
 from stand_ins import POSITIONS, ROOT
 
@@ -216,7 +216,8 @@ def _prepare_child(folder, cwd, environment, output: int, encoding: str) -> None
     os.dup2(output, 1)
     os.dup2(output, 2)
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
-    sys.stderr = open(2, "w", encoding=encoding, errors="backslashreplace", closefd=False)  # noqa: SIM115
+    options = {"errors": "backslashreplace", "closefd": False}
+    sys.stderr = open(2, "w", encoding=encoding, **options)  # noqa: SIM115
     huggingface_hub.constants.HF_HUB_OFFLINE = True  # a random name is none to ask the hub for
     tempfile.tempdir = None
     for name in [name for name in os.environ if name in LAUNCHER_VARIABLES]:

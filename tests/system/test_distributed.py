@@ -10,15 +10,16 @@ from pathlib import Path
 import pytest
 import torch
 from conftest import run_process
+from readme import readme_commands
 from stand_ins import ROOT, open_port, student_config_of, vocab_size_of
 
-import utils
-from distil.system.runtime import choose_device, read_launcher
+from distil.system import files
+from distil.system.launch import choose_device, read_launcher
 from utils import InputError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 LAUNCH = [sys.executable, "-W", "ignore", "-m", "torch.distributed.launch", "--nproc_per_node"]
-WORKER = ROOT / "tests" / "rank_worker.py"
+WORKER = ROOT / "tests" / "system" / "rank_worker.py"
 TRAIN = ROOT / "train.py"
 
 
@@ -187,13 +188,6 @@ def test_an_error_of_the_ranks_is_said_once_and_ends_them_all(world, tmp_path):
 # --------------------------------------------------------------------------------------------------
 
 
-def readme_commands() -> dict[str, str]:
-    """Find the README's workflow blocks: those that begin with a comment line `# README: name`."""
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
-    blocks = re.findall(r"```bash\n# (\w+): [^\n]*\n(.*?)```", text, flags=re.S)
-    return dict(blocks)
-
-
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, text_file, teachers) -> Path:
     """A folder that looks like the checkout, with small stand-ins for text, teachers and
@@ -217,7 +211,7 @@ def checkout(tmp_path_factory, text_file, teachers) -> Path:
     for name, kind in names.items():
         shutil.copytree(teachers[kind], folder / name)
         content = student_config_of(kind, vocab_size_of(teachers[kind]))
-        utils.write_json(folder / "training_configs" / f"{configs[kind]}.json", content)
+        files.write_json(folder / "training_configs" / f"{configs[kind]}.json", content)
     return folder
 
 

@@ -1,8 +1,8 @@
 """Trials of the tests themselves: mistakes that a person could make, planted one at a time into a
 copy of the program.
 
-Called by scripts/torture.py (T18). The mistakes are of the silent kind, made to train on as if
-nothing were wrong.
+Called by scripts/fault_injection.py (T18). The mistakes are of the silent kind, made to train on
+as if nothing were wrong.
 """
 
 import dataclasses
@@ -15,7 +15,7 @@ from pathlib import Path
 
 from stand_ins import ROOT
 
-COPIED = ("*.py", "scripts", "tests", "training_configs", "pyproject.toml", "README.md")
+COPIED = ("*.py", "distil", "scripts", "tests", "training_configs", "pyproject.toml", "README.md")
 LIMIT_S = 600
 CAUGHT = 1  # pytest's status where tests ran and some failed
 
@@ -33,7 +33,7 @@ class Mistake:
     guard: str
 
 
-STEP, RESUME = "tests/test_distiller.py", "tests/test_resume.py"
+STEP, RESUME = "tests/test_distiller.py", "tests/training/test_resume.py"
 GOES_ON = f"{RESUME}::test_a_stopped_run_goes_on_bit_for_bit[gpt2]"
 
 MISTAKES = [
@@ -82,21 +82,22 @@ MISTAKES = [
     ),
     Mistake(
         "every micro-batch draws the same masks",
-        "distiller.py",
+        "distil/data/batches.py",
         'keyed_seed(self.seed, number, "mask")',
         'keyed_seed(self.seed, "mask")',
         f"{STEP}::test_masks_depend_on_seed_and_number_alone",
     ),
     Mistake(
         "special tokens are masked like others",
-        "distiller.py",
+        "distil/data/batches.py",
         "    weights_V[list(special_ids)] = 0.0\n",
         "",
-        f"{STEP}::test_positions_are_drawn_over_the_whole_batch_and_never_from_special_tokens_or_padding",
+        f"{STEP}::test_positions_are_drawn_over_the_whole_batch"
+        "_and_never_from_special_tokens_or_padding",
     ),
     Mistake(
         "a causal student predicts the token that it reads",
-        "distiller.py",
+        "distil/data/batches.py",
         "labels_BT.flatten()[rows_N + 1]",
         "labels_BT.flatten()[rows_N]",
         f"{STEP}::test_the_causal_loss_predicts_the_next_token",
@@ -146,7 +147,7 @@ MISTAKES = [
     ),
     Mistake(
         "layer norms are told by a name that not all have, as in 2019, and decayed",
-        "distiller.py",
+        "distil/training/optimizer.py",
         "is_exempt = id(parameter) in norms or",
         'is_exempt = "LayerNorm.weight" in name or',
         f"{STEP}::test_biases_and_layer_norms_are_not_decayed",
@@ -156,11 +157,11 @@ MISTAKES = [
         "distiller.py",
         "share, counts_K = self.world_size / len(numbers), None",
         "share, counts_K = 1 / len(numbers), None",
-        "tests/test_distributed.py::test_two_ranks_have_the_gradient_of_one",
+        "tests/system/test_distributed.py::test_two_ranks_have_the_gradient_of_one",
     ),
     Mistake(
         "the first padding position of a sequence enters the loss",
-        "distiller.py",
+        "distil/data/batches.py",
         "torch.arange(padded_length) < lengths_B[:, None]",
         "torch.arange(padded_length) <= lengths_B[:, None]",
         f"{STEP}::test_causal_padding_changes_nothing",
@@ -177,7 +178,7 @@ MISTAKES = [
         "distil/models/architectures.py",
         "teacher_name.format(layer=teacher_layer)",
         "teacher_name.format(layer=max(teacher_layer - 1, 0))",
-        "tests/test_architectures.py::test_chosen_layers_become_the_students_first[gpt2]",
+        "tests/models/test_architectures.py::test_chosen_layers_become_the_students_first[gpt2]",
     ),
 ]
 

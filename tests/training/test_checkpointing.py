@@ -10,9 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from distil.system.files import json_digest
 from distil.training import checkpointing
 from distil.training.checkpointing import DamagedError
-from utils import InputError, json_digest
+from utils import InputError
 
 TENSORS = {
     "student": {"a": torch.arange(6.0).reshape(2, 3), "b": torch.tensor([1, 2])},

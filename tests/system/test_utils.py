@@ -6,7 +6,8 @@ import time
 
 import pytest
 
-from utils import atomic_path, prefetched
+from distil.system.files import atomic_path
+from distil.system.prefetch import prefetched
 
 
 def num_prefetching() -> int:

@@ -1,5 +1,6 @@
-"""Trials under the real launcher, by scripts/torture.py: ranks killed, stopped, gone; launchers
-killed; two nodes.
+"""Trials under the real launcher: ranks killed, stopped, gone; launchers killed; two nodes.
+
+Called by scripts/fault_injection.py.
 """
 
 import os
@@ -11,8 +12,8 @@ import time
 from pathlib import Path
 
 import psutil
+from faults.runs import Ranks, digest, finish, reference, run_flags
 from stand_ins import open_port
-from torture_runs import Ranks, digest, finish, reference, run_flags
 
 from distil.training import checkpointing
 

@@ -1,5 +1,6 @@
-"""Trials of whole runs, by scripts/torture.py: killed, asked to stop, given numbers that are not
-finite, dealt anew.
+"""Trials of whole runs: killed, asked to stop, given numbers that are not finite, dealt anew.
+
+Called by scripts/fault_injection.py.
 
 A run is train.main in processes forked from one that has imported everything: a second instead of
 five. Several ranks are as many forks, with a launcher's variables in their environments.
@@ -18,12 +19,12 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
-from forked import ended, fork_program
+from faults.forked import ended, fork_program
 from safetensors.torch import load_file
 from stand_ins import is_text, logged, open_port
 
 import train
-import utils
+from distil.system import files
 from distil.training import checkpointing
 
 LIMIT_S = 90
@@ -166,7 +167,7 @@ def reference(bench, shape: tuple) -> tuple[str, float]:
         ranks = Ranks(run_flags(bench, shape, run), bench.folder / "reference.log", shape[1])
         if any(ranks.wait()):
             raise RuntimeError(f"the undisturbed run failed: {ranks.output()[-800:]}")
-        utils.write_json(kept, [digest(run), time.monotonic() - started])
+        files.write_json(kept, [digest(run), time.monotonic() - started])
     return tuple(json.loads(kept.read_text()))
 
 
@@ -326,9 +327,9 @@ def terminated(bench) -> None:
     launcher.
     """
     if bench.number % 10 == 9:
-        import torture_ranks
+        from faults import ranks
 
-        torture_ranks.terminated_launcher(bench)
+        ranks.terminated_launcher(bench)
         return
     shape, run = SHAPES[bench.number % len(SHAPES)], bench.folder / "run"
     expected, _ = reference(bench, shape)

@@ -32,14 +32,8 @@ from tqdm import tqdm
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
 
-from utils import (  # noqa: E402
-    InputError,
-    OneLineParser,
-    atomic_path,
-    keyed_seed,
-    one_line,
-    run_program,
-)
+from distil.system.files import atomic_path  # noqa: E402
+from utils import InputError, OneLineParser, keyed_seed, one_line, run_program  # noqa: E402
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,7 +66,7 @@ PLAN = [
         " causal, accumulation 1 and 4, over an epoch's end",
         "200 of 200 digests and logs equal the undisturbed run's",
         "Composer: 12 planned stops",
-        "torture_runs:killed_at_random",
+        "faults.runs:killed_at_random",
         4,
         200,
         limit_s=300,
@@ -82,7 +76,7 @@ PLAN = [
         "SIGKILL inside a save",
         "1000 of 1000 loadable, never more than one interval lost",
         "the 2019 program: 59 of 100 unreadable",
-        "torture_runs:killed_in_a_save",
+        "faults.runs:killed_in_a_save",
         20,
         1000,
     ),
@@ -91,7 +85,7 @@ PLAN = [
         "every system call of a save: killed, EIO, ENOSPC",
         "all points safe, their number printed",
         "none in the field (RocksDB, SQLite do it)",
-        "torture_saves:system_call_fails",
+        "faults.saves:system_call_fails",
         1,
         1,
         jobs=1,
@@ -103,7 +97,7 @@ PLAN = [
         "order of write, fsync, rename in one save",
         "0 violations",
         "torch's distributed checkpoint: 2",
-        "torture_saves:order_of_calls",
+        "faults.saves:order_of_calls",
         1,
         3,
         jobs=1,
@@ -115,7 +109,7 @@ PLAN = [
         " counts, checkpoint files",
         "0 silent of 6000 and more; the message names the file",
         "850-999 of 1000 silent",
-        "torture_files:damaged",
+        "faults.files:damaged",
         8,
         240,
     ),
@@ -124,7 +118,7 @@ PLAN = [
         "newest of 3 checkpoints damaged; all damaged",
         "100 of 100 resume from the one before; all damaged: exit 2",
         "open request in transformers",
-        "torture_saves:newest_is_damaged",
+        "faults.saves:newest_is_damaged",
         6,
         100,
     ),
@@ -133,7 +127,7 @@ PLAN = [
         "disk full (6 MB tmpfs), read-only folder",
         "old checkpoint intact, error with path, no .tmp left over",
         '"unexpected pos 704 vs 598"',
-        "torture_saves:disk_full",
+        "faults.saves:disk_full",
         2,
         20,
     ),
@@ -142,7 +136,7 @@ PLAN = [
         "SIGTERM to launcher, one rank, all; during a save; twice",
         "100 of 100: agreed step saved, exit 143, resume bit-identical",
         "OLMo: agreed every 25 steps",
-        "torture_runs:terminated",
+        "faults.runs:terminated",
         4,
         100,
         limit_s=300,
@@ -152,7 +146,7 @@ PLAN = [
         "kill -9 of a random rank, up to 3 times, --max-restarts 3; a rank calling os._exit(0)",
         "50 of 50 recovered, 0 hangs, same digest",
         "torchrun's default 9 of 17",
-        "torture_ranks:killed_rank",
+        "faults.ranks:killed_rank",
         1,
         50,
         jobs=1,
@@ -163,7 +157,7 @@ PLAN = [
         "T9 with --force among the arguments",
         "0 checkpoints lost",
         "the 2019 program loses all",
-        "torture_ranks:killed_rank_with_force",
+        "faults.ranks:killed_rank_with_force",
         0,
         10,
         jobs=1,
@@ -174,7 +168,7 @@ PLAN = [
         "one rank stopped (SIGSTOP)",
         "ends non-zero within timeout + 40 s, rank named",
         "30 min",
-        "torture_ranks:stopped_rank",
+        "faults.ranks:stopped_rank",
         0,
         6,
         jobs=3,
@@ -185,7 +179,7 @@ PLAN = [
         "NaN and Inf in teacher logits, one loss term, one rank's gradient, initial weights",
         "100 of 100 stop before the update, exit != 0, weights unchanged, nothing non-finite saved",
         "exit 0",
-        "torture_runs:not_finite",
+        "faults.runs:not_finite",
         6,
         100,
         limit_s=200,
@@ -196,7 +190,7 @@ PLAN = [
         "2000 examples: each sequence once an epoch, no rank waits, other order each epoch, rest"
         " after resume in order",
         "others sort before comparing",
-        "torture_inputs:plans",
+        "faults.inputs:plans",
         1,
         20,
     ),
@@ -205,7 +199,7 @@ PLAN = [
         "world size changed on resume (2 -> 1, 1 -> 2) at equal A x W",
         "same micro-batches, masks and dropout; loss within 1e-5; else a one-line refusal",
         "torchtitan refuses",
-        "torture_runs:other_world_size",
+        "faults.runs:other_world_size",
         1,
         12,
         limit_s=300,
@@ -215,7 +209,7 @@ PLAN = [
         "2 nodes x 2 ranks on loopback; one agent killed",
         "digest = 1 node x 4; survivor ends within the timeout",
         "real clusters only",
-        "torture_ranks:two_nodes",
+        "faults.ranks:two_nodes",
         0,
         4,
         jobs=1,
@@ -226,7 +220,7 @@ PLAN = [
         "20 planted mistakes against the tests that guard them",
         "20 of 20 caught",
         "TrainCheck 18 of 20",
-        "torture_mutants:planted_mistake",
+        "faults.mutants:planted_mistake",
         0,
         20,
         limit_s=900,
@@ -237,7 +231,7 @@ PLAN = [
         "60 malicious files x each entry point",
         "0 executed",
         "4-5 payloads tested",
-        "torture_malicious:malicious",
+        "faults.malicious:malicious",
         3,
         60,
         limit_s=300,
@@ -248,7 +242,7 @@ PLAN = [
         "mutated pickles, stores, checkpoints",
         "100,000: 0 crashes or hangs",
         "safetensors 38.4 M",
-        "torture_files:mutated",
+        "faults.files:mutated",
         2,
         200,
         limit_s=600,
@@ -258,7 +252,7 @@ PLAN = [
         "--force on 30 targets (/, ~, ., link/, a folder holding the data, a foreign folder, ..)",
         "0 foreign files lost",
         "a guard in one project",
-        "torture_inputs:forced",
+        "faults.inputs:forced",
         6,
         30,
         is_sampled=False,
@@ -269,7 +263,7 @@ PLAN = [
         " too short",
         "5000: fine, or exit 2 with file:line; no traceback",
         "traceback",
-        "torture_inputs:corpora",
+        "faults.inputs:corpora",
         1,
         100,
         limit_s=600,
@@ -280,7 +274,7 @@ PLAN = [
         " tokenizer, missing, extra, NaN student weights",
         "40 of 40 refused before the first step, both values named",
         "bare asserts",
-        "torture_programs:mismatched",
+        "faults.programs:mismatched",
         6,
         40,
         is_sampled=False,
@@ -290,7 +284,7 @@ PLAN = [
         "arguments and environment by hypothesis",
         "2000: no traceback, no hang > 10 s",
         "none",
-        "torture_inputs:arguments",
+        "faults.inputs:arguments",
         1,
         40,
         limit_s=600,
@@ -300,7 +294,7 @@ PLAN = [
         "preprocessing killed and rerun",
         "nothing partial under a final name; rerun byte-identical",
         "none",
-        "torture_programs:preprocessing_killed",
+        "faults.programs:preprocessing_killed",
         2,
         100,
         limit_s=300,
@@ -404,7 +398,8 @@ class ForkedCall:
         try:
             os.setsid()
             # Where a call hangs, it and what it forked say where they stand.
-            faulthandler.register(signal.SIGUSR2, open(self.stacks, "a"), all_threads=False)  # noqa: SIM115
+            stacks = open(self.stacks, "a")  # noqa: SIM115
+            faulthandler.register(signal.SIGUSR2, stacks, all_threads=False)
             result = call(self.row, self.number, seed, world, self.folder)
             self.result.write_text(json.dumps(result), encoding="utf-8")
             status = 0
@@ -612,7 +607,7 @@ def make_parser() -> argparse.ArgumentParser:
     parser.add_argument("--seed", type=int, default=56, help="seed of all trials (default: 56)")
     parser.add_argument(
         "--state",
-        default="torture.json",
+        default="fault_injection.json",
         metavar="FILE",
         help="results so far (default: %(default)s)",
     )
@@ -646,7 +641,7 @@ def main(argv: list[str] | None = None) -> None:
     rows = chosen_rows(arguments.only)
     if arguments.scratch:
         Path(arguments.scratch).mkdir(parents=True, exist_ok=True)
-    scratch = Path(tempfile.mkdtemp(prefix="torture-", dir=arguments.scratch))
+    scratch = Path(tempfile.mkdtemp(prefix="faults-", dir=arguments.scratch))
     world = make_world(scratch, rows)
     if arguments.first is not None:
         for row in rows:
@@ -672,7 +667,7 @@ def main(argv: list[str] | None = None) -> None:
 
 def write_report(path: Path, outcomes: dict[str, Outcome]) -> None:
     """Put the table and the details between the marks of a Markdown file, or into a new one."""
-    begin, end = "<!-- table: made by scripts/torture.py -->", "<!-- end of table -->"
+    begin, end = "<!-- table: made by scripts/fault_injection.py -->", "<!-- end of table -->"
     text = (
         path.read_text(encoding="utf-8") if path.exists() else f"# Reliability\n\n{begin}\n{end}\n"
     )

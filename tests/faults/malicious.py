@@ -38,8 +38,8 @@ import pyarrow
 import pyarrow.parquet
 import safetensors.torch
 import torch
+from faults.files import in_child, settle_manifest
 from stand_ins import World, make_lines
-from torture_files import in_child, settle_manifest
 
 import binarized_data
 import extract

@@ -1,4 +1,4 @@
-"""train.py with faults on order, for torture_ranks.py: `faulty_train.py FOLDER FAULT SECONDS
+"""train.py with faults on order, for faults/ranks.py: `faulty_train.py FOLDER FAULT SECONDS
 flags..`.
 
 Every update takes SECONDS more, and each process leaves a file `FOLDER/training.ATTEMPT.RANK` with
@@ -11,7 +11,7 @@ import sys
 import time
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
 
 import train
 import utils

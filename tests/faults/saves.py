@@ -23,11 +23,11 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 
 import torch
-from forked import end_of
-from torture_files import Ended, in_child, start_child
+from faults.files import Ended, in_child, start_child
+from faults.forked import end_of
 
 import train
-from distil.system import runtime
+from distil.system import locks
 from distil.training import checkpointing
 from utils import InputError, logger
 
@@ -675,7 +675,7 @@ def is_in_place(path: str) -> bool:
     """True for TensorBoard's files, which grow under their own names, their folders, and the
     lock.
     """
-    return "/log/train/" in f"{path}/" or path.endswith(("/log", f"/{runtime.LOCK}"))
+    return "/log/train/" in f"{path}/" or path.endswith(("/log", f"/{locks.LOCK}"))
 
 
 def order_of_calls(bench) -> None:

@@ -1,0 +1,241 @@
+"""Files that are complete under their names or not there; outputs checked before anything slow."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from distil.system.signals import holding_signals
+
+if TYPE_CHECKING:
+    import torch
+from utils import InputError
+
+
+def require_file(path: str | os.PathLike, what: str) -> None:
+    """Raise InputError unless `path` is a file that holds something; `what` names the flag it came
+    from.
+    """
+    problem = file_problem(path, what)
+    if problem:
+        raise InputError(problem)
+
+
+def output_problem(
+    path: str, flag: str, inputs: Sequence[str] = (), *, is_folder: bool = False
+) -> str | None:
+    """Say in one line why `path` can't be written, or would overwrite one of the `inputs` or lie in
+    one; None if it can.
+
+    Asked before any work is done, so that none is lost.
+    """
+    if not path or "\0" in path:
+        return f"{flag} {path!r}: expected the name of a {'folder' if is_folder else 'file'}"
+    target = Path(path)
+    if any(len(os.fsencode(part)) > 255 for part in target.parts):
+        return f"{flag} {path[:60]}..: a name of more than 255 bytes; choose a shorter one"
+    if target.is_dir() != is_folder and os.path.lexists(target):
+        return f"{flag} {path}: is {'no' if is_folder else 'a'} folder; choose another name"
+    ancestor = next(p for p in [target.absolute(), *target.absolute().parents] if p.exists())
+    if not is_folder and ancestor == target.absolute():
+        ancestor = target.absolute().parent
+    if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
+        return (
+            f"{flag} {path}: {ancestor} is no folder that this user may write to; choose another"
+            " place"
+        )
+    for name in inputs:
+        if name and os.path.exists(name) and target.resolve().is_relative_to(Path(name).resolve()):
+            return f"{flag} {path}: would overwrite {name}, which is read; choose another name"
+    return None
+
+
+def require_output(
+    path: str, flag: str, inputs: Sequence[str] = (), *, is_folder: bool = False
+) -> None:
+    """Raise InputError where `output_problem` finds one."""
+    problem = output_problem(path, flag, inputs, is_folder=is_folder)
+    if problem:
+        raise InputError(problem)
+
+
+def file_problem(path: str | os.PathLike, what: str) -> str | None:
+    """Say in one line why `path` is no readable, non-empty file; None if it is one."""
+    if os.path.isdir(path):
+        return f"{what} {path}: is a folder, a file is expected; name the file inside it"
+    if not os.path.isfile(path):
+        return f"{what} {path}: no such file; check the path"
+    if os.path.getsize(path) == 0:
+        return f"{what} {path}: the file is empty; make it again"
+    if not os.access(path, os.R_OK):
+        return f"{what} {path}: the file may not be read by this user; change its permissions"
+    return None
+
+
+@contextlib.contextmanager
+def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary path beside `path`; on success flush it to the disk and rename it to
+    `path`.
+
+    A reader sees the old file or the whole new one. On failure the temporary file goes and `path`
+    is as before.
+    """
+    with atomic_paths(path) as (temporary,):
+        yield temporary
+
+
+@contextlib.contextmanager
+def atomic_paths(
+    *paths: str | os.PathLike, stale: Sequence[str | os.PathLike] = ()
+) -> Iterator[list[Path]]:
+    """Do as atomic_path for files that belong together: all are flushed before the first is
+    renamed, in their order.
+
+    stale: old files that would contradict the new ones half-way, removed before the first is
+    renamed. Signals that end the program wait until the last one is.
+    """
+    targets = [Path(path) for path in paths]
+    temporaries: list[Path] = []
+    try:
+        for target in targets:
+            target.parent.mkdir(parents=True, exist_ok=True)
+            descriptor, name = tempfile.mkstemp(
+                prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
+            )
+            os.close(descriptor)
+            temporaries.append(Path(name))
+        with naming(targets[0]):
+            yield temporaries
+            for temporary in temporaries:
+                _give_default_permissions(temporary)
+                flush_to_disk(temporary)
+        with holding_signals():
+            for path in stale:
+                Path(path).unlink(missing_ok=True)
+            for temporary, target in zip(temporaries, targets, strict=True):
+                os.replace(temporary, target)
+            flush_to_disk(targets[0].parent)
+    finally:
+        for temporary in temporaries:
+            temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def naming_library_errors(path: str | os.PathLike) -> Iterator[None]:
+    """Do as `naming`, also for what safetensors and tokenizers, written in Rust, make of a system
+    error.
+    """
+    try:
+        with naming(path):
+            yield
+    except Exception as error:
+        found = re.search(r"\(os error (\d+)\)", str(error))
+        if isinstance(error, OSError) or not found:
+            raise
+        raise OSError(int(found[1]), os.strerror(int(found[1])), os.fspath(path)) from error
+
+
+@contextlib.contextmanager
+def naming(path: str | os.PathLike) -> Iterator[None]:
+    """Put `path` into a system error that names no file: a full disk shows in a write, which knows
+    none.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.filename is None and error.errno is not None:
+            error.filename = os.fspath(path)
+        raise
+
+
+def _give_default_permissions(path: Path) -> None:
+    # mkstemp makes files that only their owner reads; results are to be shared like any other file.
+    umask = os.umask(0)
+    os.umask(umask)
+    os.chmod(path, 0o666 & ~umask)
+
+
+def flush_to_disk(path: str | os.PathLike) -> None:
+    """Have a file, or a folder's entries, written to the disk itself."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder beside `path`, which is new or empty; on success flush its files and
+    rename it to `path`.
+    """
+    target = Path(path)
+    temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
+    temporary.mkdir(parents=True)
+    try:
+        with naming(temporary):
+            yield temporary
+        for file in temporary.iterdir():
+            flush_to_disk(file)
+        with holding_signals():
+            if target.is_dir():
+                target.rmdir()
+            temporary.rename(target)
+            flush_to_disk(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
+def make_folder(path: str | os.PathLike) -> None:
+    """Make a folder, and those above it that are missing; the name of each is flushed to the
+    disk.
+    """
+    folder = Path(path)
+    if not folder.is_dir():
+        make_folder(folder.parent)
+        folder.mkdir()
+        flush_to_disk(folder.parent)
+
+
+def json_digest(content: Any) -> str:
+    """Return the SHA-256 of what JSON can hold, as hexadecimal digits, whatever the order of its
+    keys.
+    """
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
+
+
+def write_json(path: str | os.PathLike, content: Any) -> None:
+    """Write `content` as indented JSON, atomically."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+
+
+def save_weights(path: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]) -> None:
+    """Write a plain state dict (name -> CPU tensor) in torch's format, atomically."""
+    import torch
+
+    on_host: dict[tuple, torch.Tensor] = {}  # a tied tensor is copied, and so written, once
+    plain = {}
+    for name, tensor in state_dict.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        plain[name] = on_host.setdefault(
+            key, tensor.detach().cpu() if key not in on_host else tensor
+        )
+    with (
+        atomic_path(path) as temporary,
+        open(temporary, "wb") as file,
+    ):  # by name, the archive would carry the temporary one
+        try:
+            torch.save(plain, file)
+        except (
+            RuntimeError
+        ) as error:  # of a position in the file, where the system said that the disk is full
+            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None

@@ -1,0 +1,86 @@
+"""The run folder's lock: one run at a time; and whether a launcher started this one again."""
+
+import fcntl
+import json
+import os
+import socket
+from collections.abc import Mapping
+from pathlib import Path
+from typing import TextIO
+
+import psutil
+
+from utils import InputError, logger, one_line
+
+LOCK = "run.lock"
+
+
+def launch_facts() -> dict[str, str | None]:
+    """Name the launcher that started this process, and its job where that has a name; None
+    without.
+    """
+    if "TORCHELASTIC_RUN_ID" not in os.environ:
+        return {"launcher": None, "job": None}
+    launcher, job = psutil.Process(os.getppid()), os.environ["TORCHELASTIC_RUN_ID"]
+    name = f"{socket.gethostname()}/{launcher.pid}/{launcher.create_time()}"
+    return {"launcher": name, "job": None if job in ("", "none") else job}
+
+
+def is_restarted(environment: Mapping[str, str], lock: Path) -> bool:
+    """True where the launcher, or its job on another machine, has run in the folder of this lock
+    before.
+
+    Not by the launcher's count: it says nothing of the folder, which may be an earlier job's; and
+    of several machines' launchers only the one whose process failed counts.
+    """
+    try:
+        then, now = json.loads(lock.read_text(encoding="utf-8")), launch_facts()
+        is_same_launcher = now["launcher"] is not None and then["launcher"] == now["launcher"]
+        is_same_job = now["job"] is not None and then["job"] == now["job"]
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
+    return is_same_launcher or (
+        is_same_job and environment.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
+    )
+
+
+def take_lock(path: Path) -> TextIO:
+    """Lock a run's folder until the file returned is closed, or the process gone. Raises InputError
+    where another has it.
+    """
+    # A link in its place may lead to any file.
+    file = os.fdopen(
+        os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8"
+    )
+    _lock(file, path)
+    file.truncate(0)
+    file.write(
+        json.dumps({"host": socket.gethostname(), "pid": os.getpid(), **launch_facts()}) + "\n"
+    )
+    file.flush()
+    return file
+
+
+def require_unlocked(path: Path) -> None:
+    """Raise InputError where another run has the lock; nothing is written."""
+    if path.is_file():
+        with open(path, encoding="utf-8", errors="replace") as file:
+            _lock(file, path)
+
+
+def _lock(file: TextIO, path: Path) -> None:
+    try:
+        fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError as error:
+        holder = file.read(1000).strip()
+        file.close()
+        raise InputError(
+            f"{path.parent}: another run trains in it ({holder}); end that, or choose another"
+            " folder"
+        ) from error
+    except OSError as error:  # a file system without locks
+        logger.warning(
+            "%s: can't be locked (%s); take care that no two runs share the folder.",
+            path,
+            one_line(error),
+        )

@@ -1,0 +1,124 @@
+"""Signals that end a program: held while files are renamed, or turned into a wish to stop."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import signal
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator
+
+from utils import logger
+
+ENDING_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+
+
+def note_signal(number: int, frame: object) -> None:
+    """Handle a signal by doing nothing: whoever waits on the wake-up descriptor learns of it, and
+    decides.
+    """
+
+
+@contextlib.contextmanager
+def holding_signals() -> Iterator[None]:
+    """Let signals that end the program wait until the end of the block.
+
+    By handlers, not by a mask: a mask is one thread's, and the system gives a signal to any thread.
+    """
+    if threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    caught: list[int] = []
+    ending = [number for number in ENDING_SIGNALS if signal.getsignal(number) is not note_signal]
+    previous = {
+        number: signal.signal(number, lambda got, _: caught.append(got)) for number in ending
+    }
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        if caught:
+            signal.raise_signal(caught[0])
+
+
+def exit_on_sigterm() -> None:
+    """Let SIGTERM, or SIGUSR1, end the program as Ctrl-C does, by way of every clean-up, with
+    status 143.
+    """
+    for number in (signal.SIGTERM, signal.SIGUSR1):
+        signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
+
+
+STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+
+
+SAME_EVENT_S = 1.0
+
+
+class StopSignals:
+    """Note the signals that ask a run to stop at its next update; a second one ends the process at
+    once.
+
+    In a thread that the system wakes: the main one may stand in a collective, where Python's own
+    handlers do not run. Signals within a second are one: a scheduler and a launcher may both pass
+    the same on.
+    """
+
+    def __init__(self) -> None:
+        self.requested: int | None = None
+        self._noted_at = 0.0
+
+    def request(self, number: int) -> None:
+        """Ask for a stop at the next update, as the signal does; the second time end the
+        process.
+        """
+        now = time.monotonic()
+        if self.requested is None:
+            self.requested, self._noted_at = number, now
+            name = signal.Signals(number).name
+            logger.info(
+                "%s: stopping after this update, with a checkpoint; once more to stop at once.",
+                name,
+            )
+        elif now - self._noted_at > SAME_EVENT_S:
+            os._exit(exit_status(number))
+
+    def __enter__(self) -> StopSignals:
+        if threading.current_thread() is not threading.main_thread():
+            self._restore: Callable[[], None] = lambda: None
+            return self
+        read_end, write_end = os.pipe()
+        os.set_blocking(write_end, False)
+        previous = {number: signal.signal(number, note_signal) for number in STOPPING}
+        previous_descriptor = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
+        thread = threading.Thread(target=self._read, args=(read_end,), name="signals", daemon=True)
+        thread.start()
+
+        def restore() -> None:
+            signal.set_wakeup_fd(previous_descriptor)
+            for number, handler in previous.items():
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
+            os.close(write_end)
+            thread.join()
+            os.close(read_end)
+
+        self._restore = restore
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self._restore()
+
+    def _read(self, descriptor: int) -> None:
+        while number := os.read(descriptor, 1):
+            if number[0] in STOPPING:
+                self.request(number[0])
+
+
+def exit_status(number: int) -> int:
+    """Return the status of a process that a signal ended: 143 for SIGTERM and SIGUSR1 (a scheduler
+    starts it again).
+    """
+    return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
