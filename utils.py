@@ -21,6 +21,8 @@ from typing import Any, NoReturn
 
 import numpy as np
 
+VERSION = "1.0.0"  # as in CHANGELOG.md and CITATION.cff
+
 logger = logging.getLogger("distil")
 
 EXIT_INPUT_ERROR = 2
