@@ -18,8 +18,6 @@ import functools
 import itertools
 import json
 import logging
-import os
-import platform
 import statistics
 import subprocess
 import sys
@@ -59,6 +57,8 @@ from distil.models.architectures import (
     special_ids,
 )
 from distil.models.heads import head_parameters, prediction_head
+from distil.reporting.machine import describe_machine
+from distil.reporting.tables import markdown, share, times
 from distil.system.files import require_output, write_json
 from distil.system.launch import check_compiler
 from distil.system.prefetch import prefetched
@@ -1297,48 +1297,6 @@ def add_shares(rows: list[dict], ceilings: dict[str, dict], device_name: str) ->
 # --------------------------------------------------------------------------------------------------
 # The report
 # --------------------------------------------------------------------------------------------------
-
-
-def describe_machine(device: str, threads: int | None) -> dict:
-    """Describe what was measured on."""
-    cpu = Path("/proc/cpuinfo").read_text() if os.path.exists("/proc/cpuinfo") else ""
-    models = [
-        line.split(":", 1)[1].strip() for line in cpu.splitlines() if line.startswith("model name")
-    ]
-    return {
-        "device": torch.cuda.get_device_name() if device == "cuda" else "cpu",
-        "cpu": models[0] if models else platform.machine(),
-        "cores": len(os.sched_getaffinity(0)),
-        "threads": threads or torch.get_num_threads(),
-        "load": os.getloadavg()[0],  # processes that want a core, mean of the last minute
-        **{
-            flag: flag in cpu.split()
-            for flag in ("avx512f", "avx512_bf16", "avx512_fp16", "amx_bf16")
-        },
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "transformers": transformers.__version__,
-    }
-
-
-def markdown(lines: list[list[str]]) -> str:
-    """Lay lines out as a Markdown table; the first is its head."""
-    widths = [max(len(line[k]) for line in lines) for k in range(len(lines[0]))]
-    lines = [lines[0], ["-" * width for width in widths], *lines[1:]]
-    return "\n".join(
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
-
-
-def share(value: float | None) -> str:
-    """Show a share, or that there is none."""
-    return "-" if value is None else f"{value:.1%}"
-
-
-def times(ratio: float | None) -> str:
-    """Show a ratio, or that there is none."""
-    return "-" if ratio is None else f"{ratio:.2f}"
 
 
 def gib(memory: dict[str, int] | None) -> str:

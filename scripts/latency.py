@@ -29,8 +29,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from benchmark import describe_machine, markdown
 from distil.models.architectures import load_config, quiet_transformers, short_name
+from distil.reporting.machine import describe_machine
+from distil.reporting.tables import markdown
 from distil.system.files import file_problem, output_problem, write_json
 from distil.tasks.fine_tuning import inputs_of, load_any_tokenizer, longest_input
 from utils import InputError, OneLineParser, logger, one_line, run_program, setup_logging
@@ -297,9 +298,7 @@ def spread_of(values: Sequence[float]) -> dict[str, float]:
 def summarize(
     seconds: Mapping[str, Sequence[float]], num_batches: int, batch_size: int
 ) -> dict[str, dict]:
-    """Turn passes' seconds into latency (ms a batch), throughput (sentences/s), and the speed-up
-    over the first model.
-    """
+    """Turn seconds into latency (ms a batch), sentences/s, and speed-up over the first model."""
     reference = next(iter(seconds.values()))
     return {
         name: {

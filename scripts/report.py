@@ -30,7 +30,6 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import latency
-from benchmark import markdown
 from distil.data.token_files import token_file_problem
 from distil.models.architectures import (
     load_config,
@@ -39,6 +38,7 @@ from distil.models.architectures import (
     vocabulary_fingerprint,
 )
 from distil.reporting import model_card
+from distil.reporting.tables import markdown
 from distil.system.files import atomic_path, file_problem, output_problem, write_json
 from distil.system.signals import exit_on_sigterm
 from distil.tasks.fine_tuning import load_any_tokenizer, longest_input, write_scores

@@ -2,8 +2,10 @@
 runs; no time is asserted.
 """
 
+import ast
 import dataclasses
 import json
+import re
 import shutil
 
 import numpy as np
@@ -14,6 +16,7 @@ from stand_ins import ROOT
 
 import benchmark
 from distil.flops import ModelSize
+from distil.system.launch import check_compiler
 
 FLAGS = ["--size", "tiny", "--device", "cpu", "--updates", "2", "--warmup", "1", "--threads", "1"]
 
@@ -372,6 +375,16 @@ def test_the_command_lines_of_the_gpu_script_are_right(device, can_compile, tmp_
         args = benchmark.parse([*line, "--device", "cpu"])  # the last one counts
         assert args.compile == can_compile and args.reference != args.end_to_end
         assert args.reference_precision == (["fp32", "bf16"] if args.reference else ["fp32"])
+
+
+def test_what_the_gpu_script_imports_is_there():
+    script = (ROOT / "scripts" / "benchmark_gpu.sh").read_text(encoding="utf-8")
+    lines = re.findall(r"-c '(import [^']*check_compiler[^']*)'", script)
+    assert len(lines) == 1
+    imports = [n for n in ast.walk(ast.parse(lines[0])) if isinstance(n, ast.ImportFrom)]
+    assert [(n.module, n.names[0].name) for n in imports] == [
+        (check_compiler.__module__, check_compiler.__name__)
+    ]
 
 
 @pytest.mark.slow
