@@ -33,7 +33,7 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from distil.data.batches import MicroBatch, MlmPreparation, masking_weights, prepare_clm
-from distil.data.token_files import file_digest, token_file_problem
+from distil.data.token_files import MIN_LENGTH, file_digest, token_file_problem
 from distil.evaluation import (
     FixedMasks,
     Reader,
@@ -105,7 +105,7 @@ from distiller import (
     StepReport,
 )
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch, Update
-from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
+from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
 from utils import (
     InputError,
     OneLineParser,

@@ -34,7 +34,12 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.batches import MicroBatch, MlmPreparation, masking_weights, prepare_clm
-from distil.data.token_files import token_file_problem, write_token_counts, writing_tokens
+from distil.data.token_files import (
+    MIN_LENGTH,
+    token_file_problem,
+    write_token_counts,
+    writing_tokens,
+)
 from distil.flops import (
     DTYPES,
     best_seconds,
@@ -65,7 +70,7 @@ from distil.system.prefetch import prefetched
 from distil.training.optimizer import ADAM_BETAS, make_moments, split_for_weight_decay
 from distiller import BegunStep, DistillationModel, Distiller, StepReport
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch
-from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds
+from lm_seqs_dataset import LmSeqsDataset, SpecialIds
 from utils import (
     InputError,
     OneLineParser,

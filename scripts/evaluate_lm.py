@@ -28,7 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distil.data.batches import MicroBatch, MlmPreparation, masking_weights
 from distil.data.encoding import Encoding, LineEncoder
 from distil.data.text_sources import ERRORS, find_sources, read_blocks, texts_of
-from distil.data.token_files import TokenFile, token_file_problem
+from distil.data.token_files import MIN_LENGTH, TokenFile, token_file_problem
 from distil.evaluation import (
     MASK_EVERY,
     FixedMasks,
@@ -54,7 +54,7 @@ from distil.models.architectures import (
 )
 from distil.system.files import file_problem, output_problem
 from distil.tasks.fine_tuning import require_same_vocabulary, write_scores
-from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
+from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
 from utils import (
     InputError,
     OneLineParser,

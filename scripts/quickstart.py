@@ -28,6 +28,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data import builtin_corpus
 from distil.data.batches import MicroBatch, MlmPreparation, masking_weights, prepare_clm
+from distil.data.token_files import MIN_LENGTH
 from distil.evaluation import evaluate
 from distil.models.architectures import (
     ARCHITECTURES,
@@ -47,7 +48,7 @@ from distil.models.architectures import (
 from distil.models.heads import head_of
 from distil.system.files import atomic_path, require_file, require_output, write_json
 from grouped_batch_sampler import GroupedBatchSampler
-from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
+from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
 from utils import InputError, OneLineParser, logger, run_program, setup_logging
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -42,7 +42,7 @@ from distil.reporting.tables import markdown
 from distil.system.files import atomic_path, file_problem, output_problem, write_json
 from distil.system.signals import exit_on_sigterm
 from distil.tasks.fine_tuning import load_any_tokenizer, longest_input, write_scores
-from distil.tasks.tasks import GLUE_TASKS, glue_macro
+from distil.tasks.tasks import GLUE_TASKS, TASKS, glue_macro
 from utils import InputError, OneLineParser, git_facts, logger, one_line, run_program, setup_logging
 
 SCRIPTS = Path(__file__).resolve().parent
@@ -51,39 +51,6 @@ OURS = {"scores", "report.md", "report.json", "report.png", "measurements.json"}
 FORMAT = "distil report 1"
 
 
-@dataclasses.dataclass(frozen=True)
-class Task:
-    """One row of the table of scores.
-
-    title: as printed, and GLUE's name of the data's folder. metric: what the figure is. figure: its
-    name in scores.json.
-    lower_is_better: a perplexity, not a rate.
-    """
-
-    title: str
-    metric: str
-    figure: str = "score"
-    lower_is_better: bool = False
-
-
-TASKS: dict[str, Task] = {
-    "cola": Task("CoLA", "Matthews correlation"),
-    "mnli": Task("MNLI", "accuracy, mean of matched and mismatched"),
-    "mrpc": Task("MRPC", "(accuracy + F1) / 2"),
-    "qnli": Task("QNLI", "accuracy"),
-    "qqp": Task("QQP", "(accuracy + F1) / 2"),
-    "rte": Task("RTE", "accuracy"),
-    "sst2": Task("SST-2", "accuracy"),
-    "stsb": Task("STS-B", "(Pearson + Spearman) / 2"),
-    "wnli": Task("WNLI", "accuracy"),
-    "squad": Task("SQuAD v1.1", "F1", "f1"),
-    "squad_v2": Task("SQuAD v2.0", "F1", "f1"),
-    "imdb": Task("IMDb", "accuracy"),
-    "xnli": Task("XNLI", "accuracy, mean over languages"),
-    "ner": Task("NER", "F1 of entities"),
-    "wikitext": Task("WikiText", "perplexity a token", lower_is_better=True),
-    "lm": Task("held-out text", "perplexity a token", "perplexity", lower_is_better=True),
-}
 KINDS_OF_LM = ("masked lm", "causal lm")  # as evaluate_lm.py calls its two tasks
 
 
@@ -293,7 +260,7 @@ def run_problems(args: argparse.Namespace, found: Mapping) -> list[str]:
                 f"--data_dir {args.data_dir}: has no folder {task} or {TASKS[task].title}; put the"
                 " task's files there"
             )
-        elif task in SQUAD_FILES:
+        elif TASKS[task].head == "spans":
             problems += filter(
                 None,
                 [file_problem(path, "--data_dir") for path in squad_files(args.data_dir, task)],
@@ -349,9 +316,9 @@ def read_scores(path: str | os.PathLike) -> dict:
     if not runs or not all(map(are_figures, metrics)):
         raise InputError(f"{path}: holds no metrics, or some that are no finite numbers; {remedy}")
     for found in metrics:
-        if TASKS[content["task"]].figure not in found:
+        if TASKS[content["task"]].score_key not in found:
             raise InputError(
-                f"{path}: has {', '.join(found)}; expected {TASKS[content['task']].figure} for"
+                f"{path}: has {', '.join(found)}; expected {TASKS[content['task']].score_key} for"
                 f" {content['task']}; {remedy}"
             )
     return content
@@ -448,15 +415,10 @@ def data_folder(data_dir: str, task: str) -> Path:
     return folder if folder.is_dir() else Path(data_dir, TASKS[task].title)
 
 
-SQUAD_FILES = {
-    "squad": ("train-v1.1.json", "dev-v1.1.json"),
-    "squad_v2": ("train-v2.0.json", "dev-v2.0.json"),
-}
-
-
 def squad_files(data_dir: str, task: str) -> list[Path]:
     """Name SQuAD's two files in the data folder, which keep the names they come with."""
-    return [data_folder(data_dir, task) / name for name in SQUAD_FILES[task]]
+    train, (scored,) = TASKS[task].train, TASKS[task].scored["dev"]
+    return [data_folder(data_dir, task) / part.patterns[0] for part in (train, scored)]
 
 
 def into(folder: Path) -> list[str]:
@@ -750,7 +712,7 @@ def figure_of(task: str, content: Mapping) -> dict:
     """Draw a task's figure out of its scores: {"score", "least", "largest", "num_seeds", "metrics",
     ..}.
     """
-    name = TASKS[task].figure
+    name = TASKS[task].score_key
     of_seeds = [run["metrics"][name] for run in content["runs"]]
     return {
         "score": content["score"][name],
@@ -793,7 +755,7 @@ def compare(task: str, figures: Mapping[str, Mapping]) -> dict:
     row = TASKS[task]
     entry = {
         "title": row.title,
-        "metric": row.metric,
+        "metric": row.metric_title,
         "lower_is_better": row.lower_is_better,
         "models": dict(figures),
     }

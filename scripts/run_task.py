@@ -43,27 +43,16 @@ from distil.tasks.fine_tuning import (
     training_arguments,
     write_scores,
 )
-from distil.tasks.tasks import (
-    TASKS,
-    TWO_CLASSES,
-    Example,
-    Settings,
-    Task,
-    distinct_labels,
-    finite,
-    has_part,
-    num_words,
-    perplexities,
-    prediction_rows,
-    read_hub,
-    read_part,
-    read_predictions,
-    score,
-)
+from distil.tasks.metrics import num_words, perplexities, score
+from distil.tasks.predictions import finite, prediction_rows, read_predictions
+from distil.tasks.readers import distinct_labels, has_part, read_hub, read_part
+from distil.tasks.schema import Example, Settings, Task
+from distil.tasks.tasks import TASKS, TWO_CLASSES
 from utils import InputError, OneLineParser, logger, run_program
 
 MIN_LENGTH = 8  # special tokens of a pair, and some text
 WHAT_TO_SAVE = ("median", "all", "none")
+RUN_HERE = [name for name, task in TASKS.items() if task.read]
 OWN_FILES = ("predictions.tsv", "log.json")
 
 Feature = dict[str, Any]
@@ -78,7 +67,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line; settings that it leaves out are None."""
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     add = parser.add_argument
-    add("--task", required=True, choices=list(TASKS), help="what to fine-tune for")
+    add("--task", required=True, choices=RUN_HERE, help="what to fine-tune for")
     add(
         "--model_name_or_path",
         help="hub name or local folder of the model to fine-tune, or to score",

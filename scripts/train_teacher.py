@@ -18,6 +18,7 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.batches import MlmPreparation, masking_weights
+from distil.data.token_files import MIN_LENGTH
 from distil.models.architectures import (
     build_student,
     load_tokenizer,
@@ -30,7 +31,7 @@ from distil.system.files import output_problem, write_json
 from distil.training.optimizer import ADAM_BETAS, split_for_weight_decay
 from distiller import DistillationModel, Distiller, NonFiniteError
 from grouped_batch_sampler import GroupedBatchSampler
-from lm_seqs_dataset import MIN_LENGTH, LmSeqsDataset, SpecialIds, read_token_counts
+from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
 from utils import (
     InputError,
     OneLineParser,

@@ -20,6 +20,8 @@ import transformers
 from distil.losses import LOSSES
 from distil.models.architectures import short_name
 from distil.system.files import atomic_path, output_problem
+from distil.tasks.metrics import HUB_METRICS
+from distil.tasks.tasks import TASKS
 from utils import logger, one_line
 
 SIGNATURE = "<!-- Written by Distil, scripts/report.py. SHA-256 of the rest: {} -->"
@@ -97,63 +99,14 @@ def digest_of(text: str) -> str:
 # Metadata
 # --------------------------------------------------------------------------------------------------
 
-# task: (kind of task, data set, its name, configuration, split), as the hub has them
-DATASETS: dict[str, tuple[str, str, str, str | None, str]] = {
-    **{
-        task: ("text-classification", "nyu-mll/glue", f"GLUE {title}", task, "validation")
-        for task, title in {
-            "cola": "CoLA",
-            "mnli": "MNLI",
-            "mrpc": "MRPC",
-            "qnli": "QNLI",
-            "qqp": "QQP",
-            "rte": "RTE",
-            "sst2": "SST-2",
-            "stsb": "STS-B",
-            "wnli": "WNLI",
-        }.items()
-    },
-    "squad": ("question-answering", "rajpurkar/squad", "SQuAD v1.1", "plain_text", "validation"),
-    "squad_v2": (
-        "question-answering",
-        "rajpurkar/squad_v2",
-        "SQuAD v2.0",
-        "squad_v2",
-        "validation",
-    ),
-    "imdb": ("text-classification", "stanfordnlp/imdb", "IMDb", "plain_text", "test"),
-    "xnli": (
-        "text-classification",
-        "facebook/xnli",
-        "XNLI, trained in English",
-        "all_languages",
-        "test",
-    ),
-    "ner": ("token-classification", "local", "entities, local files", None, "test"),
-    "wikitext": ("text-generation", "Salesforce/wikitext", "WikiText, raw", None, "test"),
-    "lm": ("text-generation", "local", "held-out text, local file", None, "test"),
+# head of a task's row: the hub's kind of task
+TASK_TYPES = {
+    "classes": "text-classification",
+    "values": "text-classification",
+    "tokens": "token-classification",
+    "next tokens": "text-generation",
+    "spans": "question-answering",
 }
-
-METRICS = {
-    "accuracy": "accuracy",
-    "f1": "f1",
-    "precision": "precision",
-    "recall": "recall",
-    "matthews": "matthews_correlation",
-    "pearson": "pearsonr",
-    "spearman": "spearmanr",
-    "exact": "exact_match",
-    "HasAns_exact": "exact_match",
-    "NoAns_exact": "exact_match",
-    "HasAns_f1": "f1",
-    "NoAns_f1": "f1",
-    "perplexity": "perplexity",
-    "token_perplexity": "perplexity",
-    "word_perplexity": "perplexity",
-    "pseudo_perplexity": "perplexity",
-    "drawn_perplexity": "perplexity",
-}
-GROUPED = ("mnli", "xnli")  # their metrics are accuracies, each under its group's name
 
 # the end of a class's name: (what from_pretrained is called on, the hub's kind of task)
 HEADS = {
@@ -181,32 +134,29 @@ def eval_results(report: Mapping) -> list[huggingface_hub.EvalResult]:
     where it has parts.
     """
     results = []
-    for task, entry in report["quality"].items():
+    for name, entry in report["quality"].items():
         figure = entry["models"].get("student")
-        metrics = {
-            name: value
-            for name, value in (figure["metrics"] if figure else {}).items()
-            if name in METRICS
-        }
-        if figure and task in GROUPED:
-            metrics = {name: value for name, value in figure["metrics"].items() if name != "score"}
-        kind, dataset, title, config, split = DATASETS[task]
-        if figure and figure["kind"] == "masked lm":
-            kind = "fill-mask"
-        for name, value in metrics.items():
+        task, metrics = TASKS[name], figure["metrics"] if figure else {}
+        if task.has_groups:
+            of_group = HUB_METRICS[task.score_metrics[0]]
+            types = {metric: of_group for metric in metrics if metric != "score"}
+        else:
+            types = {metric: HUB_METRICS[metric] for metric in metrics if metric in HUB_METRICS}
+        is_masked = figure and figure["kind"] == "masked lm"
+        for metric, metric_type in types.items():
             results.append(
                 huggingface_hub.EvalResult(
-                    task_type=kind,
-                    dataset_type=dataset,
-                    dataset_name=title,
-                    dataset_config=config,
-                    dataset_split=split,
+                    task_type="fill-mask" if is_masked else TASK_TYPES[task.head],
+                    dataset_type=task.hub.name or "local",
+                    dataset_name=task.hub.card_title,
+                    dataset_config=task.hub.card_config,
+                    dataset_split=task.hub.card_split,
                     dataset_args=(
                         {"num_examples": figure["num_examples"]} if figure["num_examples"] else None
                     ),
-                    metric_type=METRICS.get(name, "accuracy"),
-                    metric_name=metric_name(name),
-                    metric_value=round(value, 4),
+                    metric_type=metric_type,
+                    metric_name=metric_name(metric),
+                    metric_value=round(metrics[metric], 4),
                 )
             )
     return results

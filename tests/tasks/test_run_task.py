@@ -21,9 +21,10 @@ from stand_ins import POSITIONS, ROOT, make_lines
 
 import run_task
 import utils
-from distil.tasks import fine_tuning, tasks
+from distil.tasks import fine_tuning, metrics, predictions, readers, schema, tasks
 from distil.tasks.fine_tuning import IGNORED_LABEL
-from distil.tasks.tasks import TASKS, Example, glue_macro
+from distil.tasks.schema import Example
+from distil.tasks.tasks import TASKS, glue_macro
 from utils import InputError
 
 TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
@@ -667,7 +668,7 @@ def test_a_model_of_mnli_is_scored_on_xnli_and_one_of_mrpc_not_on_cola(
 
 def test_outputs_that_are_no_numbers_are_refused():
     with pytest.raises(InputError, match="lower --learning_rate"):
-        tasks.finite(np.array([0.0, math.nan]), "out")
+        predictions.finite(np.array([0.0, math.nan]), "out")
 
 
 def test_the_order_of_labels_is_the_teachers(teachers, data, tmp_path):
@@ -757,7 +758,7 @@ def test_rows_are_read_as_the_csv_module_reads_them_without_quotes(data):
             wanted = [
                 tuple(row[column] for column in columns.texts)
                 for row in rows
-                if len(row) >= columns.number
+                if len(row) >= columns.least_width
             ]
             assert [example.texts for example in examples] == wanted
             assert any('"' in text for texts in wanted for text in texts)
@@ -846,7 +847,7 @@ def test_rows_of_the_hub_give_the_same_examples_as_the_files(data):
             }
         ),
     )
-    found = tasks.hub_examples(TASKS["xnli"], rows, tasks.HubPart("test", "de", "de"), "x")
+    found = readers.hub_examples(TASKS["xnli"], rows, schema.HubPart("test", "de", "de"), "x")
     assert [(e.texts, e.label, e.group) for e in found] == [
         (("a", "c"), "entailment", "de"),
         (("b", "d"), "contradiction", "de"),
@@ -860,11 +861,11 @@ def test_rows_of_the_hub_give_the_same_examples_as_the_files(data):
             }
         ),
     )
-    (sentence,) = tasks.hub_examples(TASKS["ner"], rows, tasks.HubPart("test"), "x")
+    (sentence,) = readers.hub_examples(TASKS["ner"], rows, schema.HubPart("test"), "x")
     assert (sentence.texts, sentence.label) == (("Fiba", "ke"), ("B-PER", "O"))
     lines = (data / "wikitext" / "wiki.test.raw").read_text().splitlines(keepends=True)
     rows = datasets.Dataset.from_dict({"text": [line if line.strip() else "" for line in lines]})
-    (text,) = tasks.hub_examples(TASKS["wikitext"], rows, tasks.HubPart("test"), "x")
+    (text,) = readers.hub_examples(TASKS["wikitext"], rows, schema.HubPart("test"), "x")
     assert text.texts[0] == "".join(lines)
 
 
@@ -904,26 +905,26 @@ def test_a_macro_score_wants_all_nine_tasks():
 
 def test_metrics_equal_their_formulas():
     gold, found = ["1", "1", "0", "0", "1"], ["1", "0", "0", "1", "1"]  # tp 2, fp 1, fn 1, tn 1
-    assert tasks.accuracy_and_f1(found, gold) == pytest.approx({"accuracy": 60, "f1": 200 / 3})
-    assert tasks.matthews(found, gold)["matthews"] == pytest.approx(
+    assert metrics.accuracy_and_f1(found, gold) == pytest.approx({"accuracy": 60, "f1": 200 / 3})
+    assert metrics.matthews(found, gold)["matthews"] == pytest.approx(
         100 * (2 * 1 - 1 * 1) / math.sqrt(3 * 3 * 2 * 2)
     )
-    values = tasks.correlations([1.0, 2.0, 4.0, 8.0], [1.0, 3.0, 2.0, 5.0])
+    values = metrics.correlations([1.0, 2.0, 4.0, 8.0], [1.0, 3.0, 2.0, 5.0])
     assert values["spearman"] == pytest.approx(100 * (1 - 6 * 2 / (4 * 15)))
     assert values["pearson"] == pytest.approx(100 * 13.75 / math.sqrt(28.75 * 8.75))
 
 
 def test_metrics_of_one_class_or_value_are_zero_not_undefined():
-    assert tasks.matthews(["0", "0"], ["0", "1"]) == {"matthews": 0}
-    assert tasks.accuracy_and_f1(["0", "0"], ["0", "0"]) == {"accuracy": 100, "f1": 0}
-    assert tasks.correlations([1.0, 1.0], [0.0, 5.0]) == {"pearson": 0, "spearman": 0}
-    assert tasks.entities([("O", "O")], [("O", "O")]) == {"f1": 0, "precision": 0, "recall": 0}
+    assert metrics.matthews(["0", "0"], ["0", "1"]) == {"matthews": 0}
+    assert metrics.accuracy_and_f1(["0", "0"], ["0", "0"]) == {"accuracy": 100, "f1": 0}
+    assert metrics.correlations([1.0, 1.0], [0.0, 5.0]) == {"pearson": 0, "spearman": 0}
+    assert metrics.entities([("O", "O")], [("O", "O")]) == {"f1": 0, "precision": 0, "recall": 0}
 
 
 def test_entities_count_whole_in_both_spellings():
     gold = [("I-PER", "I-PER", "O", "I-LOC", "B-LOC")]
-    assert tasks.entities([("B-PER", "I-PER", "O", "B-LOC", "B-LOC")], gold)["f1"] == 100
-    found = tasks.entities(
+    assert metrics.entities([("B-PER", "I-PER", "O", "B-LOC", "B-LOC")], gold)["f1"] == 100
+    found = metrics.entities(
         [("B-PER", "O", "O", "B-LOC", "B-LOC")], gold
     )  # two of three right, three found
     assert found == pytest.approx({"f1": 200 / 3, "precision": 200 / 3, "recall": 200 / 3})
@@ -932,7 +933,7 @@ def test_entities_count_whole_in_both_spellings():
 def test_word_perplexity_is_the_published_conversion():
     """A token perplexity of 16.3 on the WikiText test set is 25.9 by word, 21.1 is 35.0."""
     for by_token, by_word in {16.3: 25.9, 21.1: 35.0}.items():
-        found = tasks.perplexities(math.log(by_token) * 285417, 285417, 286221, 245569)
+        found = metrics.perplexities(math.log(by_token) * 285417, 285417, 286221, 245569)
         assert (
             found["token_perplexity"] == pytest.approx(by_token)
             and round(found["word_perplexity"], 1) == by_word
