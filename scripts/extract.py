@@ -2,13 +2,47 @@
 GPT-2).
 """
 
+import argparse
+import dataclasses
+import logging
+import os
 import sys
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from extraction import Defaults, extract
-from utils import run_program
+from distil.models.architectures import (
+    PAIRS,
+    evenly_spaced_layers,
+    extract_student,
+    find_out,
+    kind_of,
+    load_config,
+    load_teacher,
+    load_tokenizer,
+    quiet_transformers,
+    student_of_pair,
+)
+from distil.system.files import atomic_folder, require_output, save_weights, write_json
+from utils import InputError, OneLineParser, logger, run_program, setup_logging
+
+DEFAULT_NUM_LAYERS = 6
+
+
+@dataclasses.dataclass(frozen=True)
+class Defaults:
+    """The differences between extract.py and extract_distilbert.py.
+
+    student_types: teacher's type -> student's.
+    """
+
+    description: str
+    student_types: Mapping[str, str]
+    model_type: str
+    model_name: str
+    dump_checkpoint: str
+
 
 DEFAULTS = Defaults(
     description=__doc__,
@@ -17,6 +51,197 @@ DEFAULTS = Defaults(
     model_name="roberta-large",
     dump_checkpoint="serialization_dir/tf_roberta_048131723.pth",
 )
+
+
+def make_parser(defaults: Defaults) -> argparse.ArgumentParser:
+    """Make the command line of extract.py or extract_distilbert.py."""
+    parser = OneLineParser(description=defaults.description, allow_abbrev=False)
+    _add_state_dict_flags(parser, defaults)
+    _add_student_flags(parser)
+    return parser
+
+
+def _add_state_dict_flags(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
+    add = parser.add_argument
+    add(
+        "--model_type",
+        default=defaults.model_type,
+        choices=list(defaults.student_types),
+        help="(default: %(default)s)",
+    )
+    add(
+        "--model_name",
+        default=defaults.model_name,
+        help="hub name or folder (default: %(default)s)",
+    )
+    add("--dump_checkpoint", default=defaults.dump_checkpoint, help="output (default: %(default)s)")
+    add(
+        "--vocab_transform",
+        action="store_true",
+        help="take the prediction head's dense layer and norm too",
+    )
+    add(
+        "--num_layers",
+        type=int,
+        help="layers of the student, taken evenly spaced (default: 6, at most half)",
+    )
+    add(
+        "--layers",
+        type=int,
+        nargs="+",
+        help="the teacher's layers to take, in place of --num_layers",
+    )
+    if any(PAIRS[pair].fold_token_types for pair in defaults.student_types.items()):
+        add(
+            "--fold_token_types",
+            action="store_true",
+            help="add token type 0 to every position, which makes the copy exact",
+        )
+
+
+def _add_student_flags(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--teacher",
+        help=(
+            "any masked or causal language model, hub name or folder: makes a whole student in"
+            " --output"
+        ),
+    )
+    add(
+        "--output",
+        help=(
+            "folder that receives the student: configuration, weights, tokenizer, for train.py"
+            " --student"
+        ),
+    )
+    add(
+        "--student_type",
+        choices=sorted({s for t, s in PAIRS if t != s}),
+        help="a student of another type than its --teacher",
+    )
+    add(
+        "--trust_remote_code",
+        action="store_true",
+        help="run Python files that come with the teacher, where it needs them",
+    )
+
+
+def choose_layers(
+    num_teacher_layers: int, num_layers: int | None, layers: Sequence[int] | None
+) -> list[int]:
+    """Choose the teacher's layers by the flags.
+
+    Raises InputError where the teacher has no such layers.
+    """
+    if layers is not None and num_layers is not None:
+        raise InputError("--layers and --num_layers: give one of them")
+    if layers is not None:
+        wrong = [layer for layer in layers if not 0 <= layer < num_teacher_layers]
+        if wrong:
+            raise InputError(
+                f"--layers {wrong[0]}: the teacher has layers 0 to {num_teacher_layers - 1}"
+            )
+        return list(layers)
+    wanted = (
+        num_layers
+        if num_layers is not None
+        else max(min(DEFAULT_NUM_LAYERS, num_teacher_layers // 2), 1)
+    )
+    if not 1 <= wanted <= num_teacher_layers:
+        raise InputError(
+            f"--num_layers {wanted}: expected 1 to {num_teacher_layers}, the teacher's layers"
+        )
+    return evenly_spaced_layers(num_teacher_layers, wanted)
+
+
+def extract(defaults: Defaults, argv: list[str] | None = None) -> None:
+    """Run either program: load the teacher, copy its layers, write the student."""
+    args = make_parser(defaults).parse_args(argv)
+    setup_logging(logging.INFO)
+    if args.teacher is None and args.output is None:
+        write_state_dict(args, defaults)
+    elif args.teacher is None or args.output is None:
+        raise InputError(
+            "--teacher and --output: expected both, or neither (then --model_type, --model_name,"
+            " --dump_checkpoint)"
+        )
+    else:
+        write_student(args)
+
+
+def write_state_dict(args: argparse.Namespace, defaults: Defaults) -> None:
+    """Write the state dict of a student's first weights, as in 2019."""
+    require_output(args.dump_checkpoint, "--dump_checkpoint", [args.model_name])
+    teacher = load_teacher(args.model_type, args.model_name, "--model_name")
+    layers = choose_layers(teacher.config.num_hidden_layers, args.num_layers, args.layers)
+    state = extract_student(
+        teacher,
+        defaults.student_types[args.model_type],
+        layers,
+        vocab_transform=args.vocab_transform,
+        fold_token_types=getattr(args, "fold_token_types", False),
+    )
+    save_weights(args.dump_checkpoint, state)
+    print(
+        f"Took {len(layers)} layers ({' '.join(map(str, layers))}) and {len(state)} tensors.",
+        flush=True,
+    )
+    logger.info("Wrote %s.", args.dump_checkpoint)
+
+
+def write_student(args: argparse.Namespace) -> None:
+    """Write a student's folder, which from_pretrained and train.py --student load.
+
+    Raises InputError.
+    """
+    source = f"--teacher {args.teacher}"
+    require_output(args.output, "--output", [args.teacher], is_folder=True)
+    if os.path.isdir(args.output) and os.listdir(args.output):
+        raise InputError(f"--output {args.output}: holds something already; name a new folder")
+    config = load_config(None, args.teacher, "--teacher", args.trust_remote_code)
+    row = find_out(config, kind_of(config, source), source, args.trust_remote_code)
+    tokenizer = load_tokenizer(row, args.teacher, "--teacher")
+    num_layers = getattr(config, "num_hidden_layers", None)
+    layers = (
+        choose_layers(num_layers, args.num_layers, args.layers)
+        if isinstance(num_layers, int)
+        else []
+    )
+    teacher = load_teacher(row, args.teacher, "--teacher")
+    student = make_student(teacher, args, layers, source)
+    with atomic_folder(args.output) as folder:
+        with quiet_transformers():
+            student.save_pretrained(folder)
+            tokenizer.save_pretrained(folder)
+        save_weights(folder / "first_weights.pth", student.state_dict())
+        write_json(
+            folder / "extraction.json",
+            {"teacher": args.teacher, "layers": layers, "of": num_layers},
+        )
+    parameters = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
+    print(
+        f"Took {len(layers)} of {num_layers} layers ({' '.join(map(str, layers))}):"
+        f" {parameters[0]:,} parameters of {parameters[1]:,}.",
+        flush=True,
+    )
+    logger.info(
+        "Wrote %s: distil it with train.py --student %s --teacher_name %s.",
+        args.output,
+        args.output,
+        args.teacher,
+    )
+
+
+def make_student(teacher, args: argparse.Namespace, layers: Sequence[int], source: str):
+    """Make a student of the teacher's type, or of --student_type, which PAIRS lists for it."""
+    if args.student_type is not None:
+        return student_of_pair(
+            teacher, args.student_type, layers, getattr(args, "fold_token_types", False)
+        )
+    from distil.models.conventions import student_of_layers
+
+    return student_of_layers(teacher, layers, source)
 
 
 def main(argv: list[str] | None = None) -> None:

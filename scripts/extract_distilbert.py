@@ -5,7 +5,7 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from extraction import Defaults, extract
+from extract import Defaults, extract
 from utils import run_program
 
 DEFAULTS = Defaults(

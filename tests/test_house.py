@@ -46,14 +46,13 @@ OVER_BUDGET: dict[str, int] = {
     "scripts/run_squad_w_distillation.py": 790,
     "scripts/run_task.py": 1046,
     "train.py": 2073,
-    "README.md": 668,
+    "README.md": 667,
 }
 LONG_FUNCTIONS: dict[str, int] = {
     "distil/system/launch.py:_check_launcher": 75,
     "scripts/benchmark.py:make_parser": 82,
     "scripts/binarized_data.py:parse": 84,
     "scripts/evaluate_lm.py:parse": 93,
-    "scripts/extraction.py:make_parser": 63,
     "scripts/prepare_text.py:parse": 87,
     "scripts/run_task.py:parse": 100,
 }
