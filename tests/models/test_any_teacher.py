@@ -99,8 +99,8 @@ def held_out_kl(student_folder: Path, teacher_folder: Path, data: Path, is_maske
         prepare(k, *dataset.collate(part))
         for k, part in enumerate(np.array_split(np.arange(len(dataset)), 12))
     ]
-    heads = [heads.prediction_head(model) for model in (student, teacher)]
-    return evaluate(student, heads[0], teacher, heads[1], batches)["kl"]
+    predict = [heads.prediction_head(model) for model in (student, teacher)]
+    return evaluate(student, predict[0], teacher, predict[1], batches)["kl"]
 
 
 @pytest.mark.slow
