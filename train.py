@@ -45,30 +45,27 @@ from distil.evaluation import (
 )
 from distil.flops import ModelSize, peak_flops, shown_size, update_flops
 from distil.losses import LOSSES
-from distil.models.architectures import (
-    ARCHITECTURES,
-    AUTO,
-    PAIRS,
-    Architecture,
+from distil.models.architectures import ARCHITECTURES, AUTO, PAIRS, Architecture, row_of
+from distil.models.checks import size_mismatches
+from distil.models.first_weights import load_student_weights
+from distil.models.forward import recompute_activations
+from distil.models.heads import head_of, head_parameters, prediction_head
+from distil.models.hub import load_config, quiet_transformers
+from distil.models.language_model import (
     build_student,
     find_out,
     freeze_embeddings,
-    load_config,
     load_model,
-    load_student_weights,
     load_teacher,
-    load_tokenizer,
     max_input_length,
-    quiet_transformers,
     read_student_config,
-    row_of,
-    size_mismatches,
+)
+from distil.models.tokenizers import (
+    load_tokenizer,
     special_ids,
     vocabulary_difference,
     vocabulary_fingerprint,
 )
-from distil.models.forward import recompute_activations
-from distil.models.heads import head_of, head_parameters, prediction_head
 from distil.system.files import (
     atomic_path,
     atomic_paths,

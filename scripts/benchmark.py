@@ -50,18 +50,17 @@ from distil.flops import (
     update_flops,
 )
 from distil.losses import IGNORED_LABEL
-from distil.models.architectures import (
-    ARCHITECTURES,
+from distil.models.architectures import ARCHITECTURES
+from distil.models.first_weights import evenly_spaced_layers, extract_student
+from distil.models.heads import head_parameters, prediction_head
+from distil.models.hub import quiet_transformers
+from distil.models.language_model import (
     build_student,
-    evenly_spaced_layers,
-    extract_student,
     freeze_embeddings,
     max_input_length,
-    quiet_transformers,
     read_student_config,
-    special_ids,
 )
-from distil.models.heads import head_parameters, prediction_head
+from distil.models.tokenizers import special_ids
 from distil.reporting.machine import describe_machine
 from distil.reporting.tables import markdown, share, times
 from distil.system.files import require_output, write_json

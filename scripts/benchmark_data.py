@@ -29,7 +29,8 @@ from distil.data import builtin_corpus
 from distil.data.encoding import Encoding, LineEncoder, WorkerPool, divide_work
 from distil.data.text_sources import find_sources, read_blocks, texts_of
 from distil.data.token_files import open_token_file, writing_tokens
-from distil.models.architectures import load_tokenizer, short_name, special_ids, train_word_pieces
+from distil.models.hub import short_name
+from distil.models.tokenizers import load_tokenizer, special_ids, train_word_pieces
 from distil.system.files import require_output, write_json
 from utils import InputError, OneLineParser, logger, run_program, setup_logging
 

@@ -36,13 +36,9 @@ from distil.data.token_files import (
     write_token_counts,
     writing_tokens,
 )
-from distil.models.architectures import (
-    AUTO,
-    describe_tokenizer,
-    load_tokenizer,
-    short_name,
-    tokenizer_type,
-)
+from distil.models.architectures import AUTO
+from distil.models.hub import short_name
+from distil.models.tokenizers import describe_tokenizer, load_tokenizer, tokenizer_type
 from distil.system.files import atomic_path, naming, require_output
 from distil.system.signals import exit_on_sigterm
 from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging

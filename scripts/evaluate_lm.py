@@ -40,18 +40,10 @@ from distil.evaluation import (
     plan_batches,
     reader_of,
 )
-from distil.models.architectures import (
-    Architecture,
-    find_out,
-    kind_of,
-    load_config,
-    load_teacher,
-    load_tokenizer,
-    max_input_length,
-    row_of,
-    special_ids,
-    vocabulary_fingerprint,
-)
+from distil.models.architectures import Architecture, row_of
+from distil.models.hub import load_config
+from distil.models.language_model import find_out, kind_of, load_teacher, max_input_length
+from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
 from distil.system.files import file_problem, output_problem
 from distil.tasks.fine_tuning import require_same_vocabulary, write_scores
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts

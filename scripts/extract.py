@@ -12,18 +12,11 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.models.architectures import (
-    PAIRS,
-    evenly_spaced_layers,
-    extract_student,
-    find_out,
-    kind_of,
-    load_config,
-    load_teacher,
-    load_tokenizer,
-    quiet_transformers,
-    student_of_pair,
-)
+from distil.models.architectures import PAIRS
+from distil.models.first_weights import evenly_spaced_layers, extract_student, student_of_pair
+from distil.models.hub import load_config, quiet_transformers
+from distil.models.language_model import find_out, kind_of, load_teacher
+from distil.models.tokenizers import load_tokenizer
 from distil.system.files import atomic_folder, require_output, save_weights, write_json
 from utils import InputError, OneLineParser, logger, run_program, setup_logging
 
@@ -239,7 +232,7 @@ def make_student(teacher, args: argparse.Namespace, layers: Sequence[int], sourc
         return student_of_pair(
             teacher, args.student_type, layers, getattr(args, "fold_token_types", False)
         )
-    from distil.models.conventions import student_of_layers
+    from distil.models.first_weights import student_of_layers
 
     return student_of_layers(teacher, layers, source)
 

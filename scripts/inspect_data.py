@@ -306,10 +306,10 @@ def choose_tokenizer(args: argparse.Namespace, card: Mapping[str, Any]) -> tuple
             None,
             "unknown, so ids are not decoded; name it with --tokenizer_type and --tokenizer_name",
         )
-    from distil.models.architectures import (
+    from distil.models.tokenizers import (  # transformers takes half a second
         load_tokenizer,
         vocabulary_fingerprint,
-    )  # transformers takes half a second
+    )
 
     lower_case = of_card.get("do_lower_case") if args.do_lower_case is None else args.do_lower_case
     try:
@@ -345,7 +345,7 @@ def special_of(card: Mapping[str, Any], kind: str | None, tokenizer) -> dict[str
     """Find the ids by role: the card's, else the tokenizer's, else None."""
     found = section(card, "tokenizer", "special_ids")
     if not found and tokenizer is not None:
-        from distil.models.architectures import special_ids
+        from distil.models.tokenizers import special_ids
 
         found = special_ids(kind, tokenizer)
     return {role: found[role] if isinstance(found.get(role), int) else None for role in ROLES}

@@ -29,7 +29,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.models.architectures import load_config, quiet_transformers, short_name
+from distil.models.hub import load_config, quiet_transformers, short_name
 from distil.reporting.machine import describe_machine
 from distil.reporting.tables import markdown
 from distil.system.files import file_problem, output_problem, write_json

@@ -30,22 +30,18 @@ from distil.data import builtin_corpus
 from distil.data.batches import MicroBatch, MlmPreparation, masking_weights, prepare_clm
 from distil.data.token_files import MIN_LENGTH
 from distil.evaluation import evaluate
-from distil.models.architectures import (
-    ARCHITECTURES,
-    PAIRS,
+from distil.models.architectures import ARCHITECTURES, PAIRS
+from distil.models.first_weights import load_student_weights
+from distil.models.heads import head_of
+from distil.models.hub import load_config, short_name
+from distil.models.language_model import (
     build_student,
-    load_config,
     load_model,
-    load_student_weights,
     load_teacher,
-    load_tokenizer,
     max_input_length,
     read_student_config,
-    short_name,
-    special_ids,
-    train_word_pieces,
 )
-from distil.models.heads import head_of
+from distil.models.tokenizers import load_tokenizer, special_ids, train_word_pieces
 from distil.system.files import atomic_path, require_file, require_output, write_json
 from grouped_batch_sampler import GroupedBatchSampler
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts

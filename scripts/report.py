@@ -31,12 +31,8 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 import latency
 from distil.data.token_files import token_file_problem
-from distil.models.architectures import (
-    load_config,
-    quiet_transformers,
-    short_name,
-    vocabulary_fingerprint,
-)
+from distil.models.hub import load_config, quiet_transformers, short_name
+from distil.models.tokenizers import vocabulary_fingerprint
 from distil.reporting import model_card
 from distil.reporting.tables import markdown
 from distil.system.files import atomic_path, file_problem, output_problem, write_json

@@ -30,7 +30,9 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.models.architectures import load_config, load_tokenizer, max_input_length
+from distil.models.hub import load_config
+from distil.models.language_model import max_input_length
+from distil.models.tokenizers import load_tokenizer
 from distil.system.files import file_problem, output_problem, write_json
 from distil.tasks.fine_tuning import (
     Trainer,

@@ -27,8 +27,9 @@ from torch.nn.functional import cross_entropy
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.models.architectures import kind_of, load_config, quiet_transformers
-from distil.models.conventions import evaluating, is_close, some_ids, without_cache
+from distil.models.checks import evaluating, is_close, some_ids, without_cache
+from distil.models.hub import load_config, quiet_transformers
+from distil.models.language_model import kind_of
 from distil.system.files import atomic_path, file_problem, output_problem, write_json
 from distil.tasks.fine_tuning import (
     IGNORED_LABEL,

@@ -19,14 +19,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.batches import MlmPreparation, masking_weights
 from distil.data.token_files import MIN_LENGTH
-from distil.models.architectures import (
-    build_student,
-    load_tokenizer,
-    max_input_length,
-    read_student_config,
-    special_ids,
-)
 from distil.models.heads import head_parameters, prediction_head
+from distil.models.language_model import build_student, max_input_length, read_student_config
+from distil.models.tokenizers import load_tokenizer, special_ids
 from distil.system.files import output_problem, write_json
 from distil.training.optimizer import ADAM_BETAS, split_for_weight_decay
 from distiller import DistillationModel, Distiller, NonFiniteError

@@ -18,7 +18,7 @@ from tokenizers import ByteLevelBPETokenizer
 ROOT = Path(__file__).resolve().parent.parent
 sys.path[:0] = [str(ROOT), str(ROOT / "scripts")]
 
-from distil.models.architectures import train_word_pieces  # noqa: E402
+from distil.models.tokenizers import train_word_pieces  # noqa: E402
 
 transformers.logging.set_verbosity_error()
 transformers.logging.disable_progress_bar()

@@ -11,9 +11,9 @@ from stand_ins import make_model
 
 from distil.data.batches import MlmPreparation, masking_weights, prepare_clm
 from distil.evaluation import evaluate
-from distil.models.architectures import build_student, freeze_embeddings, read_student_config
 from distil.models.forward import last_hidden_state, recompute_activations
 from distil.models.heads import head_of, head_parameters, prediction_head
+from distil.models.language_model import build_student, freeze_embeddings, read_student_config
 from distil.training.optimizer import split_for_weight_decay
 from distiller import NORMALIZATIONS, DistillationModel, Distiller, NonFiniteError
 

@@ -38,7 +38,8 @@ from distil.evaluation import (
     reader_of,
 )
 from distil.kernels.head import rows_per_chunk
-from distil.models.architectures import ARCHITECTURES, load_tokenizer, special_ids
+from distil.models.architectures import ARCHITECTURES
+from distil.models.tokenizers import load_tokenizer, special_ids
 from distil.training import checkpointing
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds
 

@@ -17,7 +17,7 @@ import extract_distilbert
 import token_counts
 from distil.data.encoding import Encoding
 from distil.data.token_files import open_token_file
-from distil.models.architectures import load_tokenizer
+from distil.models.tokenizers import load_tokenizer
 from lm_seqs_dataset import read_token_counts
 
 TYPES = ("bert", "roberta", "gpt2")

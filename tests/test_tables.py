@@ -54,7 +54,8 @@ import utils
 from distil.system import files
 architectures.PAIRS["bert", "bert"] = architectures.Pair()
 import train
-from distil.models.architectures import extract_student, load_teacher
+from distil.models.language_model import load_teacher
+from distil.models.first_weights import extract_student
 teacher, first, *flags = sys.argv[1:]
 teacher = load_teacher("bert", teacher)
 files.save_weights(first, extract_student(teacher, "bert", [0, 3], vocab_transform=True))

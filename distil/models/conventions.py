@@ -14,23 +14,19 @@ Shape suffixes: B sequences, T padded length, N positions, V vocabulary, D width
 
 from __future__ import annotations
 
-import contextlib
-import copy
 import dataclasses
-import inspect
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
 import transformers
 from torch import nn
-from transformers.modeling_outputs import BaseModelOutput
 
-from utils import InputError, logger, one_line
+from distil.models.checks import evaluating, is_close, some_ids, without_cache
+from distil.models.heads import head_by_convention
+from utils import InputError, one_line
 
 NUM_LAYERS = "num_hidden_layers"
-CHECK_TOKENS = 12
-TOLERANCE = 1e-4  # relative to the largest logit, float32: other kernels may sum in another order
 
 # --------------------------------------------------------------------------------------------------
 # Configurations with fewer layers
@@ -254,165 +250,8 @@ def _outermost_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# Models with a part replaced
-# --------------------------------------------------------------------------------------------------
-
-
-def replaced(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
-    """Copy a model so that it shares every parameter with the original, but has another part at
-    `path`.
-    """
-    name, _, rest = path.partition(".")
-    copied = copy.copy(model)
-    copied._modules = dict(model._modules)
-    copied._modules[name] = replaced(model._modules[name], rest, part) if rest else part
-    return copied
-
-
-class _Hidden(BaseModelOutput):
-    """A base model's output of which only the last hidden state is there."""
-
-    def __getattr__(self, name: str):
-        if name.startswith("_"):
-            raise AttributeError(name)
-        return None
-
-
-def _passing_on(base: nn.Module) -> nn.Module:
-    """Copy a base model so that it returns the embeddings that it is given as its last hidden
-    state.
-    """
-    stub = copy.copy(base)
-    stub._compiled_call_impl = None  # else a compiled base model goes its own way
-    stub.forward = lambda *unused, inputs_embeds=None, **others: _Hidden(
-        last_hidden_state=inputs_embeds
-    )
-    return stub
-
-
-@dataclasses.dataclass(frozen=True)
-class AnyHead:
-    """A model's way from last hidden states to logits, by the model's own forward: whatever it
-    scales, caps or adds.
-
-    base: path of the part that makes the hidden states. output: path of the linear map at the end,
-    where all else stands before it; then transform and projection exist, which the memory-efficient
-    head needs. None: the way is known as a whole only.
-    """
-
-    model: nn.Module
-    base: str
-    output: str | None = None
-
-    def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        """Return logits_NV."""
-        return self._logits(self.model, hidden_ND)
-
-    def _logits(self, model: nn.Module, hidden_ND: torch.Tensor) -> torch.Tensor:
-        alone = replaced(model, self.base, _passing_on(model.get_submodule(self.base)))
-        return alone(
-            inputs_embeds=hidden_ND[None], return_dict=True, **without_cache(model)
-        ).logits[0]
-
-    def __getattr__(self, name: str):
-        if name in ("transform", "projection") and self.output is not None:
-            return self._transform if name == "transform" else self.model.get_submodule(self.output)
-        raise AttributeError(name)
-
-    def _transform(self, hidden_ND: torch.Tensor) -> torch.Tensor:
-        return self._logits(replaced(self.model, self.output, nn.Identity()), hidden_ND)
-
-
-@torch.no_grad()
-def head(model: nn.Module, source: str) -> AnyHead:
-    """Find a model's head, by comparing with its logits; with transform and projection where the
-    last map comes last.
-
-    Raises InputError where logits are more than a function of the last hidden state.
-    """
-    with evaluating(model):
-        ids_BT = some_ids(model, 1)
-        try:
-            hidden_ND = model.base_model(
-                ids_BT, **without_cache(model.base_model)
-            ).last_hidden_state[0]
-            logits_NV = model(ids_BT, **without_cache(model)).logits[0]
-        except Exception as error:
-            raise InputError(
-                f"{source}: can't be called as a language model ({one_line(error)}); take another"
-            ) from error
-        output = path_of(model, model.get_output_embeddings())
-        for base in dict.fromkeys((model.base_model_prefix, path_of(model, _decoder_of(model)))):
-            for candidate in (AnyHead(model, base, output), AnyHead(model, base)) if base else ():
-                if _gives(candidate, hidden_ND, logits_NV):
-                    return candidate
-    raise InputError(
-        f"{source}: its logits are more than a prediction head on the last hidden state; take"
-        " another model"
-    )
-
-
-def _decoder_of(model: nn.Module) -> nn.Module | None:
-    """Return what a model calls its decoder; some heads go round the base model to it (OPT's)."""
-    try:
-        return model.get_decoder()
-    except Exception:  # not every model has one
-        return None
-
-
-def _gives(head: AnyHead, hidden_ND: torch.Tensor, logits_NV: torch.Tensor) -> bool:
-    try:
-        if not is_close(head(hidden_ND), logits_NV):
-            return False
-        # A cap on logits shows only where they are large.
-        scaled = [hidden_ND * factor for factor in (1, 100, 10000) if head.output is not None]
-        return all(
-            is_close(head.projection(head.transform(one_ND)), head(one_ND)) for one_ND in scaled
-        )
-    except Exception:  # a head that reads the map's weight itself, or does not call this base
-        return False
-
-
-def path_of(model: nn.Module, part: nn.Module | None) -> str | None:
-    """Return the path of a part of a model; None where it is none."""
-    return next((path for path, module in model.named_modules() if path and module is part), None)
-
-
-def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Tell whether two tensors agree but for rounding."""
-    if found.shape != expected.shape:
-        return False
-    return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1e-3))
-
-
-# --------------------------------------------------------------------------------------------------
 # What a model has to show
 # --------------------------------------------------------------------------------------------------
-
-
-def without_cache(model: nn.Module) -> dict[str, Any]:
-    """Return what a model is called with besides ids and mask: no cache of keys and values, where
-    it knows one.
-    """
-    parameters = inspect.signature(model.forward).parameters
-    return (
-        {"use_cache": False}
-        if "use_cache" in parameters or hasattr(model.config, "use_cache")
-        else {}
-    )
-
-
-@contextlib.contextmanager
-def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in evaluation mode for a while."""
-    modes = [model.training for model in models]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model, mode in zip(models, modes, strict=True):
-            model.train(mode)
 
 
 @torch.no_grad()
@@ -421,7 +260,7 @@ def check_conventions(model: nn.Module, is_masked: bool, source: str) -> None:
 
     What is padded must not change the rest, and a causal model must not see what comes.
     """
-    head(model, source)
+    head_by_convention(model, source)
     ids_BT = some_ids(model, 2)
     half = ids_BT.shape[1] // 2
     mask_BT = torch.ones_like(ids_BT)
@@ -445,132 +284,3 @@ def check_conventions(model: nn.Module, is_masked: bool, source: str) -> None:
             f"{source}: it sees the tokens that come, so it is no causal model; add --mlm, or take"
             " another"
         )
-
-
-def some_ids(model: nn.Module, num_sequences: int) -> torch.Tensor:
-    """Draw token ids, (num_sequences, CHECK_TOKENS at most), none of them the padding id, from
-    which some count positions.
-    """
-    config = model.config.get_text_config()
-    length = min(
-        CHECK_TOKENS, (getattr(config, "max_position_embeddings", None) or CHECK_TOKENS) - 2
-    )
-    pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
-    generator = torch.Generator().manual_seed(1)
-    ids_BT = torch.randint(config.vocab_size, (num_sequences, max(length, 2)), generator=generator)
-    ids_BT[ids_BT == pad] = (pad + 1) % config.vocab_size
-    return ids_BT.to(next(model.parameters()).device)
-
-
-# --------------------------------------------------------------------------------------------------
-# Students of some of the teacher's layers
-# --------------------------------------------------------------------------------------------------
-
-
-def student_of_layers(teacher: nn.Module, layers: Sequence[int], source: str) -> nn.Module:
-    """Make a student out of a teacher's layers `layers` -> 0, 1, .., with all that stands outside
-    the layers.
-
-    Compared with the teacher without its other layers. Raises InputError where layers can't be
-    taken so.
-    """
-    lists, num_layers = layer_lists(teacher, source), getattr(teacher.config, NUM_LAYERS, None)
-    if not lists:
-        raise InputError(
-            f"{source}: a {type(teacher).__name__} has no list of layers to choose from (shared or"
-            " nested ones can't be taken apart); write the student's configuration yourself, for"
-            " --student_config"
-        )
-    wrong = [layer for layer in layers if not 0 <= layer < num_layers]
-    if wrong or not layers:
-        raise InputError(
-            f"--layers: {wrong[0] if wrong else 'none'}, but {source} has layers 0 to"
-            f" {num_layers - 1}"
-        )
-    config = config_with_layers(teacher.config, layers, source)
-    config._attn_implementation = teacher.config._attn_implementation
-    try:
-        student = type(teacher)(config)
-    except Exception as error:
-        raise InputError(
-            f"{source}: no model of {len(layers)} layers can be made ({one_line(error)})"
-        ) from error
-    student.to(next(teacher.parameters()).dtype)
-    _copy_layers(teacher, student, lists, layers, source)
-    _check_layers(teacher, student, lists, layers, source)
-    return student
-
-
-def _copy_layers(
-    teacher, student, lists: Sequence[str], layers: Sequence[int], source: str
-) -> None:
-    """Load the teacher's state, layer numbers changed."""
-    own, state = student.state_dict(), {}
-    for name, tensor in teacher.state_dict().items():
-        path = next((path for path in lists if name.startswith(f"{path}.")), None)
-        if path is None:
-            state[name] = tensor
-            continue
-        number, _, rest = name.removeprefix(f"{path}.").partition(".")
-        state |= {
-            f"{path}.{new}.{rest}": tensor for new, old in enumerate(layers) if int(number) == old
-        }
-    outside = [name for name in own if not name.startswith(tuple(f"{path}." for path in lists))]
-    resized = [name for name in outside if name in state and own[name].shape != state[name].shape]
-    state = {name: tensor for name, tensor in state.items() if name not in resized}
-    wrong = sorted(set(own) - set(resized) ^ set(state)) or [
-        n for n in state if own[n].shape != state[n].shape
-    ]
-    if wrong:
-        raise InputError(
-            f"{source}: layers {' '.join(map(str, layers))} can't stand in other places: {wrong[0]}"
-            " differs there; choose layers of one kind, in the teacher's own order of kinds"
-        )
-    # ESM's contact head, which reads the attention of every layer and is no part of the language
-    # model
-    if resized:
-        logger.warning(
-            "%s: %s depends on the number of layers, and starts at random.",
-            source,
-            ", ".join(resized),
-        )
-    student.load_state_dict(state, strict=False)
-
-
-@torch.no_grad()
-def _check_layers(
-    teacher, student, lists: Sequence[str], layers: Sequence[int], source: str
-) -> None:
-    """Raise InputError where the student computes other logits than the teacher without its other
-    layers.
-    """
-    cut = teacher
-    for path in lists:
-        kept = nn.ModuleList(teacher.get_submodule(path)[layer] for layer in layers)
-        cut = replaced(cut, path, kept)
-    _give_config(cut, lists, student.config)
-    ids_BT, options = some_ids(teacher, 1), without_cache(teacher)
-    try:
-        with evaluating(teacher, student, cut):
-            same = is_close(student(ids_BT, **options).logits, cut(ids_BT, **options).logits)
-    except Exception as error:
-        raise InputError(
-            f"{source}: can't be called with fewer layers ({one_line(error)}); take another model"
-        ) from error
-    if not same:
-        raise InputError(
-            f"{source}: layers {' '.join(map(str, layers))} compute something else in the student,"
-            " where they have other numbers; choose layers whose kinds follow each other as in a"
-            " model of that depth"
-        )
-
-
-def _give_config(model: nn.Module, lists: Sequence[str], config) -> None:
-    """Have the copied modules around the layers read the student's configuration."""
-    model.config = config
-    for path in lists:
-        part = model
-        for name in path.split(".")[:-1]:
-            part = part._modules[name]
-            if hasattr(part, "config"):
-                part.config = config

@@ -18,7 +18,7 @@ import huggingface_hub
 import transformers
 
 from distil.losses import LOSSES
-from distil.models.architectures import short_name
+from distil.models.hub import short_name
 from distil.system.files import atomic_path, output_problem
 from distil.tasks.metrics import HUB_METRICS
 from distil.tasks.tasks import TASKS

@@ -30,18 +30,11 @@ import torch
 import transformers
 
 from distil.losses import at_least_float32, kl_divergence, squared_error
-from distil.models.architectures import (
-    ARCHITECTURES,
-    check_finite,
-    find_out,
-    kind_of,
-    load_config,
-    load_tokenizer,
-    quiet_transformers,
-    row_of,
-    short_name,
-    vocabulary_fingerprint,
-)
+from distil.models.architectures import ARCHITECTURES, row_of
+from distil.models.checks import check_finite
+from distil.models.hub import load_config, quiet_transformers, short_name
+from distil.models.language_model import find_out, kind_of
+from distil.models.tokenizers import load_tokenizer, vocabulary_fingerprint
 from distil.system.files import write_json
 from utils import InputError, git_facts, one_line, setup_logging
 

@@ -6,7 +6,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from distil.models.architectures import quiet_transformers
+from distil.models.hub import quiet_transformers
 from distil.system.files import require_file
 from distil.tasks.schema import Columns, Example, HubPart, Part, Task
 from utils import InputError, logger, one_line

@@ -29,7 +29,7 @@ from distil.data.encoding import Encoding, LineEncoder, WorkerPool
 from distil.data.shuffle import Spool, shuffled
 from distil.data.text_sources import Source, find_sources, read_blocks, texts_of
 from distil.data.token_files import open_token_file
-from distil.models.architectures import load_tokenizer, special_ids
+from distil.models.tokenizers import load_tokenizer, special_ids
 from utils import InputError
 
 TYPES = ("bert", "roberta", "gpt2")

@@ -25,7 +25,7 @@ from distil.data.token_files import (
     write_card,
     writing_tokens,
 )
-from distil.models.architectures import load_tokenizer, special_ids, vocabulary_fingerprint
+from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
 
 FORMATS = ("store", "pickle")
 START, END, PAD, UNKNOWN, VOCAB_SIZE = 2, 3, 0, 1, 150

@@ -35,14 +35,9 @@ from stand_ins import World, make_lines
 
 import binarized_data
 from distil.data.token_files import open_token_file, write_card
-from distil.models.architectures import (
-    build_student,
-    load_student_weights,
-    load_tokenizer,
-    read_student_config,
-    special_ids,
-    vocabulary_fingerprint,
-)
+from distil.models.first_weights import load_student_weights
+from distil.models.language_model import build_student, read_student_config
+from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
 from distil.system.files import json_digest
 from distil.training import checkpointing
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts

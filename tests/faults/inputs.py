@@ -41,7 +41,7 @@ import prepare_text
 import token_counts
 import train
 from distil.data.token_files import MIN_LENGTH, open_token_file
-from distil.models.architectures import load_tokenizer, special_ids, vocabulary_fingerprint
+from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
 from grouped_batch_sampler import GroupedBatchSampler, Update
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds
 from utils import InputError, one_line, run_program

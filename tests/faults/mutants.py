@@ -140,7 +140,7 @@ MISTAKES = [
     ),
     Mistake(
         "--freeze_pos_embs is ignored, as in 2019",
-        "distil/models/architectures.py",
+        "distil/models/language_model.py",
         'if positions or getattr(student.config, "sinusoidal_pos_embds", False):',
         'if getattr(student.config, "sinusoidal_pos_embds", False):',
         f"{STEP}::test_frozen_positions_get_no_gradient",
@@ -175,7 +175,7 @@ MISTAKES = [
     ),
     Mistake(
         "a teacher's layers are counted from 1 on extraction",
-        "distil/models/architectures.py",
+        "distil/models/first_weights.py",
         "teacher_name.format(layer=teacher_layer)",
         "teacher_name.format(layer=max(teacher_layer - 1, 0))",
         "tests/models/test_architectures.py::test_chosen_layers_become_the_students_first[gpt2]",

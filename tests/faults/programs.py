@@ -35,7 +35,7 @@ import prepare_text
 import token_counts
 import train
 from distil.data.token_files import read_card, write_card
-from distil.models.architectures import load_tokenizer, vocabulary_fingerprint
+from distil.models.tokenizers import load_tokenizer, vocabulary_fingerprint
 from distil.system.signals import exit_on_sigterm
 from distil.training import checkpointing
 from utils import InputError

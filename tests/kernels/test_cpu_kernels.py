@@ -26,9 +26,9 @@ import distiller
 from distil.data.batches import MlmPreparation, masking_weights, prepare_clm
 from distil.kernels import cpu
 from distil.kernels.cpu import LANES, TiedGradient, draw_kept, faster
-from distil.models.architectures import freeze_embeddings
 from distil.models.forward import recompute_activations
 from distil.models.heads import head_parameters, prediction_head
+from distil.models.language_model import freeze_embeddings
 from distiller import DistillationModel, Distiller
 
 NOTHING_DROPPED = 1e-7

@@ -21,7 +21,7 @@ import token_counts
 import train
 from distil.data.batches import MlmPreparation, prepare_clm
 from distil.evaluation import evaluate
-from distil.models import architectures, heads
+from distil.models import heads, tokenizers
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds
 
 FAMILIES = [(name, True) for name in families.MASKED] + [(name, False) for name in families.CAUSAL]
@@ -85,9 +85,9 @@ def held_out_kl(student_folder: Path, teacher_folder: Path, data: Path, is_maske
         auto_class(is_masked).from_pretrained(folder).eval()
         for folder in (teacher_folder, student_folder)
     )
-    kind = architectures.tokenizer_type("auto", str(teacher_folder))
-    tokenizer = architectures.load_tokenizer(kind, str(teacher_folder), "--teacher")
-    special = SpecialIds(**architectures.special_ids(kind, tokenizer))
+    kind = tokenizers.tokenizer_type("auto", str(teacher_folder))
+    tokenizer = tokenizers.load_tokenizer(kind, str(teacher_folder), "--teacher")
+    special = SpecialIds(**tokenizers.special_ids(kind, tokenizer))
     dataset = LmSeqsDataset.from_file(data, special, 64, teacher.config.vocab_size, "the teacher")
     weights_V = torch.ones(teacher.config.vocab_size)
     prepare = (

@@ -15,19 +15,16 @@ import transformers
 from conftest import load_golden, run_process
 from stand_ins import LAYERS, ROOT, make_model, save_tokenizer
 
-from distil.models.architectures import (
-    ARCHITECTURES,
+from distil.models.architectures import ARCHITECTURES
+from distil.models.first_weights import evenly_spaced_layers, extract_student, load_student_weights
+from distil.models.hub import short_name
+from distil.models.language_model import (
     build_student,
-    evenly_spaced_layers,
-    extract_student,
-    load_student_weights,
     load_teacher,
-    load_tokenizer,
     max_input_length,
     read_student_config,
-    short_name,
-    special_ids,
 )
+from distil.models.tokenizers import load_tokenizer, special_ids
 from utils import InputError
 
 VOCAB = 60

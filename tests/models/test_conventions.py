@@ -12,7 +12,7 @@ import transformers
 from transformers.models.auto import modeling_auto
 
 from distil.data.batches import MicroBatch, prepare_clm
-from distil.models import architectures, conventions
+from distil.models import checks, conventions, first_weights, heads, language_model
 from distil.models.forward import last_hidden_state
 from distiller import DistillationModel
 from utils import InputError
@@ -30,13 +30,13 @@ def ids_of(model, num_sequences: int, length: int, seed: int = 3) -> torch.Tenso
 
 @torch.no_grad()
 def logits_of(model, ids_BT: torch.Tensor) -> torch.Tensor:
-    return model.eval()(ids_BT, **conventions.without_cache(model)).logits
+    return model.eval()(ids_BT, **checks.without_cache(model)).logits
 
 
 @each_family
 def test_all_layers_give_the_teachers_logits(model_type, is_masked):
     teacher = families.tiny_model(model_type, is_masked)
-    student = conventions.student_of_layers(teacher, range(families.NUM_LAYERS), model_type)
+    student = first_weights.student_of_layers(teacher, range(families.NUM_LAYERS), model_type)
     ids_BT = ids_of(teacher, 3, 20)
     assert torch.equal(logits_of(student, ids_BT), logits_of(teacher, ids_BT))
     assert {p.data_ptr() for p in student.parameters()}.isdisjoint(
@@ -50,7 +50,7 @@ def test_half_of_the_layers_compute_what_they_compute_in_the_teacher(model_type,
     next one kept.
     """
     teacher = families.tiny_model(model_type, is_masked)
-    student = conventions.student_of_layers(teacher, [0, 2], model_type)
+    student = first_weights.student_of_layers(teacher, [0, 2], model_type)
     (path,) = conventions.layer_lists(teacher, model_type)
     ids_BT = ids_of(teacher, 2, 20)
     expected = []
@@ -71,10 +71,10 @@ def pass_on(given, options, output):
 @each_family
 def test_the_head_gives_the_models_logits(model_type, is_masked):
     model = families.tiny_model(model_type, is_masked)
-    head, ids_BT = architectures.prediction_head(model), ids_of(model, 2, 12)
+    head, ids_BT = heads.prediction_head(model), ids_of(model, 2, 12)
     with torch.no_grad():
         hidden_BTD = model.base_model(
-            ids_BT, **conventions.without_cache(model.base_model)
+            ids_BT, **checks.without_cache(model.base_model)
         ).last_hidden_state
         logits_NV = logits_of(model, ids_BT).flatten(0, 1)
         torch.testing.assert_close(head(hidden_BTD.flatten(0, 1)), logits_NV, rtol=1e-5, atol=1e-5)
@@ -107,12 +107,12 @@ def test_a_padded_batch_gives_the_losses_of_its_sequences_one_by_one(model_type,
     losses = {"ce": 1.0, "cos": 1.0, **({"mlm": 1.0} if is_masked else {"clm": 1.0})}
     model = DistillationModel(
         student,
-        architectures.prediction_head(student),
-        architectures.head_parameters(student),
+        heads.prediction_head(student),
+        heads.head_parameters(student),
         losses,
         2.0,
     )
-    teacher_head = architectures.prediction_head(teacher)
+    teacher_head = heads.prediction_head(teacher)
 
     def sums(ids_BT, lengths) -> torch.Tensor:
         batch = (
@@ -133,15 +133,13 @@ def test_a_padded_batch_gives_the_losses_of_its_sequences_one_by_one(model_type,
 def test_every_parameter_of_the_language_model_gets_the_models_own_gradient(model_type, is_masked):
     """Through base model and head apart, as the step goes, and through the model's own forward."""
     model = families.tiny_model(model_type, is_masked)
-    head, ids_BT = architectures.prediction_head(model), ids_of(model, 1, 10)
+    head, ids_BT = heads.prediction_head(model), ids_of(model, 1, 10)
     found = []
     for logits in (
         lambda: head(
-            model.base_model(
-                ids_BT, **conventions.without_cache(model.base_model)
-            ).last_hidden_state[0]
+            model.base_model(ids_BT, **checks.without_cache(model.base_model)).last_hidden_state[0]
         ),
-        lambda: model(ids_BT, **conventions.without_cache(model)).logits[0],
+        lambda: model(ids_BT, **checks.without_cache(model)).logits[0],
     ):
         model.zero_grad()
         logits().square().mean().backward()
@@ -173,8 +171,8 @@ def test_deeper_students_of_a_large_teacher():
         6: [0, 5, 9, 14, 18, 23],
         3: [0, 12, 23],
     }.items():
-        layers = architectures.evenly_spaced_layers(24, num_layers)
-        student = conventions.student_of_layers(teacher, layers, "x")
+        layers = first_weights.evenly_spaced_layers(24, num_layers)
+        student = first_weights.student_of_layers(teacher, layers, "x")
         assert layers == expected and len(student.roberta.encoder.layer) == num_layers
         for new, old in enumerate(layers):
             pairs = zip(
@@ -191,7 +189,7 @@ def test_deeper_students_of_a_large_teacher():
 
 
 def found_out(model_type: str, is_masked: bool):
-    return architectures.find_out(
+    return language_model.find_out(
         transformers.AutoConfig.for_model(model_type), is_masked, "--teacher x"
     )
 
@@ -232,7 +230,7 @@ def test_a_model_that_padding_changes_is_refused():
 
 def test_shared_layers_cant_be_taken_apart():
     with pytest.raises(InputError, match="has no list of layers"):
-        conventions.student_of_layers(families.tiny_model("albert", True), [0], "--teacher x")
+        first_weights.student_of_layers(families.tiny_model("albert", True), [0], "--teacher x")
 
 
 def test_layers_of_other_kinds_are_refused():
@@ -242,7 +240,7 @@ def test_layers_of_other_kinds_are_refused():
     model = families.tiny_model("mixtral", False)
     model.model.layers[3].mlp = torch.nn.Linear(32, 32)
     with pytest.raises(InputError, match="can't stand in other places"):
-        conventions.student_of_layers(model, [0, 3], "--teacher x")
+        first_weights.student_of_layers(model, [0, 3], "--teacher x")
 
 
 def test_layers_of_other_sizes_are_refused_where_something_else_depends_on_their_number():
@@ -250,7 +248,7 @@ def test_layers_of_other_sizes_are_refused_where_something_else_depends_on_their
     model = families.tiny_model("esm", True)
     model.esm.encoder.layer[3].intermediate.dense = torch.nn.Linear(32, 40)
     with pytest.raises(InputError, match="can't stand in other places"):
-        conventions.student_of_layers(model, [0, 3], "--teacher x")
+        first_weights.student_of_layers(model, [0, 3], "--teacher x")
 
 
 def test_a_layer_that_knows_its_number_is_refused():
@@ -265,13 +263,13 @@ def test_a_layer_that_knows_its_number_is_refused():
         for parameter in model.parameters():
             parameter.mul_(4 if parameter.dim() > 1 else 1)
     with pytest.raises(InputError, match="compute something else in the student"):
-        conventions.student_of_layers(model, [0, 3], "--teacher x")
+        first_weights.student_of_layers(model, [0, 3], "--teacher x")
 
 
 @pytest.mark.parametrize("layers", [[4], [-1], []])
 def test_layers_that_are_not_there(layers):
     with pytest.raises(InputError, match=r"--layers: .* has layers 0 to 3"):
-        conventions.student_of_layers(families.tiny_model("llama", False), layers, "--teacher x")
+        first_weights.student_of_layers(families.tiny_model("llama", False), layers, "--teacher x")
 
 
 # --------------------------------------------------------------------------------------------------
@@ -315,10 +313,10 @@ def outcome_of(model_type: str, is_masked: bool) -> str:
     except Exception:  # sizes that go together with no tiny one
         return "not built"
     try:
-        row = architectures.find_out(model.config, is_masked, model_type)
+        row = language_model.find_out(model.config, is_masked, model_type)
         conventions.check_conventions(model, is_masked, model_type)
-        student = conventions.student_of_layers(model, [0, families.NUM_LAYERS - 1], model_type)
-        whole = conventions.student_of_layers(model, range(families.NUM_LAYERS), model_type)
+        student = first_weights.student_of_layers(model, [0, families.NUM_LAYERS - 1], model_type)
+        whole = first_weights.student_of_layers(model, range(families.NUM_LAYERS), model_type)
     except InputError as error:
         return (
             "refused"
@@ -327,13 +325,13 @@ def outcome_of(model_type: str, is_masked: bool) -> str:
         )
     ids_BT = ids_of(model, 2, 16)
     pairs = [(logits_of(whole, ids_BT), logits_of(model, ids_BT))]
-    head = architectures.prediction_head(student.eval())
+    head = heads.prediction_head(student.eval())
     with torch.no_grad():
         hidden_BTD = student.base_model(
-            ids_BT, **conventions.without_cache(student.base_model)
+            ids_BT, **checks.without_cache(student.base_model)
         ).last_hidden_state
         pairs.append((head(hidden_BTD.flatten(0, 1)), logits_of(student, ids_BT).flatten(0, 1)))
-    is_right = all(conventions.is_close(a, b) for a, b in pairs) and row.is_masked == is_masked
+    is_right = all(checks.is_close(a, b) for a, b in pairs) and row.is_masked == is_masked
     return "works" if is_right else "wrong"
 
 

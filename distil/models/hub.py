@@ -1,0 +1,123 @@
+"""Configurations and files by hub name or local folder, with one line for what is wrong."""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import huggingface_hub
+import transformers
+
+from utils import InputError, one_line
+
+
+def short_name(name_or_folder: str) -> str:
+    """Return the last component of a hub name or folder: 'dbmdz/bert-base-german-cased/' ->
+    'bert-base-german-cased'.
+    """
+    return Path(os.path.abspath(name_or_folder)).name if name_or_folder else ""
+
+
+def _fetch(name: str, files: Sequence[str], flag: str) -> dict[str, str]:
+    paths: dict[str, str | None] = {}
+    with quiet_transformers():
+        try:
+            for file in files:
+                paths[file] = transformers.utils.cached_file(
+                    name, file, _raise_exceptions_for_missing_entries=False
+                )
+                if not _is_in_hub_cache(
+                    name
+                ):  # without network each file takes its retries: one is enough
+                    raise OSError("the hub did not answer, and nothing of it was downloaded before")
+        except Exception as error:  # no such repository, no access, no network
+            raise InputError(_not_found(flag, name, error)) from error
+    return {file: path for file, path in paths.items() if path is not None}
+
+
+def _is_in_hub_cache(name: str) -> bool:
+    """True where the hub's client has noted anything of a repository, be it that a file is not
+    there.
+    """
+    return os.path.isdir(
+        os.path.join(huggingface_hub.constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
+    )
+
+
+def _not_found(flag: str, name: str, error: Exception) -> str:
+    if os.path.isdir(name):
+        return (
+            f"{flag} {name}: holds no readable config.json of a model ({one_line(error)}); name a"
+            " model's folder"
+        )
+    return (
+        f"{flag} {name}: neither a local folder nor a model that the hub gave ({one_line(error)})"
+    )
+
+
+def _read_json(path: str | None, where: str) -> dict:
+    if path is None:
+        return {}
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise InputError(
+            f"{where}: {Path(path).name} is no readable JSON ({one_line(error)}); take another copy"
+        ) from error
+    if not isinstance(content, dict):
+        raise InputError(
+            f"{where}: {Path(path).name} holds a {type(content).__name__}, expected an object; take"
+            " another copy"
+        )
+    return content
+
+
+@contextlib.contextmanager
+def quiet_transformers() -> Iterator[None]:
+    """Keep transformers' warnings, progress bars and retry messages back: what is wrong is said by
+    us, in one line.
+    """
+    hub_logger = logging.getLogger("huggingface_hub")
+    verbosity, hub_level = transformers.logging.get_verbosity(), hub_logger.level
+    bars = transformers.logging.is_progress_bar_enabled()
+    transformers.logging.set_verbosity(transformers.logging.CRITICAL)
+    transformers.logging.disable_progress_bar()
+    hub_logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        transformers.logging.set_verbosity(verbosity)
+        hub_logger.setLevel(hub_level)
+        if bars:
+            transformers.logging.enable_progress_bar()
+
+
+def load_config(model_type: str | None, name: str, flag: str, trust_remote_code: bool = False):
+    """Load a model's configuration by hub name or folder. Raises InputError where it is not of
+    model_type (None: any).
+
+    trust_remote_code: run Python files that come with the model, where it needs them.
+    """
+    with quiet_transformers():
+        try:  # transformers' default asks the terminal
+            config = transformers.AutoConfig.from_pretrained(
+                name, trust_remote_code=trust_remote_code
+            )
+        except Exception as error:
+            if "trust_remote_code" in str(error):
+                raise InputError(
+                    f"{flag} {name}: needs Python files of its own, which would run with all your"
+                    " rights (remote code); take another model, or pass --trust_remote_code where"
+                    " you trust whoever made it (extract.py, train.py, evaluate_lm.py)"
+                ) from error
+            raise InputError(_not_found(flag, name, error)) from error
+    if model_type is not None and config.model_type != model_type:
+        raise InputError(
+            f"{flag} {name}: is a {config.model_type} model, expected {model_type}; correct the"
+            " type or the name"
+        )
+    return config

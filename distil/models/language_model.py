@@ -1,0 +1,259 @@
+"""Language models: their architecture, resolved once; networks loaded or built."""
+
+import json
+import re
+from pathlib import Path
+
+import torch
+import transformers
+
+from distil.models import conventions
+from distil.models.architectures import ARCHITECTURES, AUTO, Architecture, row_of
+from distil.models.checks import _some, check_finite
+from distil.models.hub import load_config, quiet_transformers
+from distil.system.files import require_file
+from utils import InputError, logger, one_line
+
+
+def find_out(
+    config, is_masked: bool, source: str, trust_remote_code: bool = False
+) -> str | Architecture:
+    """Find the row of a model by its configuration: a named one where there is one of this kind,
+    else by conventions.
+
+    trust_remote_code: see load_config. Raises InputError naming `source` where transformers has no
+    such language model, or it lacks what distillation needs.
+    """
+    named = ARCHITECTURES.get(config.model_type)
+    if named is not None and named.is_masked == is_masked:
+        return config.model_type
+    skeleton = conventions.skeleton(config, is_masked, source, trust_remote_code)
+    parts = conventions.anatomy(skeleton, source)
+    return Architecture(
+        type(skeleton).__name__,
+        type(config).__name__,
+        "AutoTokenizer",
+        (),
+        transform=None,
+        projection=parts.output,
+        layers=f"{parts.layer_lists[0]}." if parts.layer_lists else "",
+        position_embeddings=parts.positions,
+        token_type_embeddings=parts.token_types,
+        reserved_positions=parts.reserved_positions,
+        masked=is_masked,
+        runs_remote_code=trust_remote_code,
+    )
+
+
+def max_input_length(model_type: str | Architecture, tokenizer, config) -> int:
+    """Return the longest sequence, in ids, that both the tokenizer and the teacher's position table
+    admit.
+
+    MAX_LENGTH at the most where neither names an end (models without a position table).
+    """
+    # Differs from the original: not from a table of model names, which fails for any other name.
+    positions = getattr(config, "max_position_embeddings", None) or MAX_LENGTH
+    return int(min(tokenizer.model_max_length, positions - row_of(model_type).reserved_positions))
+
+
+MAX_LENGTH = 2**20
+
+
+def load_model(model_type: str | Architecture, name: str, flag: str) -> torch.nn.Module:
+    """Load a whole language model in float32. Raises InputError where weights are missing or not
+    finite.
+
+    One whose type was found out has to show that it is what distillation takes it for
+    (conventions.check_conventions).
+    """
+    row = row_of(model_type)
+    load_config(
+        model_type if isinstance(model_type, str) else None, name, flag, row.runs_remote_code
+    )
+    with quiet_transformers():
+        try:
+            model, report = _loader(row).from_pretrained(
+                name,
+                dtype=torch.float32,
+                return_dict=True,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=row.runs_remote_code,
+                weights_only=True,
+            )
+        except Exception as error:
+            raise InputError(
+                f"{flag} {name}: its weights could not be loaded ({one_line(error)})"
+            ) from error
+    misfits = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
+    of_a_layer = re.compile(rf"(^|\.){re.escape(row.layers.partition('.')[2] or chr(0))}\d+\.")
+    misfits += [
+        n
+        for n in report["unexpected_keys"]
+        if of_a_layer.search(n) and not re.search(row.obsolete, n)
+    ]
+    if misfits:
+        raise InputError(
+            f"{flag} {name}: {_some(sorted(misfits))} do not fit its config.json; take a whole,"
+            " unedited model"
+        )
+    missing = sorted(
+        set(report["missing_keys"])
+        - set(row.aliases)
+        - _repeated(model, set(report["missing_keys"]))
+    )
+    if missing:
+        raise InputError(
+            f"{flag} {name}: has no weights for {_some(missing)}; a whole {row.model_class} is"
+            " expected, with its head"
+        )
+    check_finite(model.state_dict(), f"{flag} {name}")
+    if not isinstance(model_type, str):
+        conventions.check_conventions(model, row.is_masked, f"{flag} {name}")
+    return model
+
+
+def _loader(row: Architecture):
+    """Return the class that loads a model: by name where transformers has it, else by its
+    configuration.
+    """
+    if row.transform is not None:
+        return getattr(transformers, row.model_class)
+    return transformers.AutoModelForMaskedLM if row.is_masked else transformers.AutoModelForCausalLM
+
+
+def _repeated(model: torch.nn.Module, names: set[str]) -> set[str]:
+    """Return those names under which a tensor stands that also has another name."""
+    others = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name not in names}
+    return {
+        name
+        for name, tensor in model.state_dict().items()
+        if name in names and tensor.data_ptr() in others
+    }
+
+
+def load_teacher(
+    model_type: str | Architecture, name: str, flag: str = "--teacher_name"
+) -> torch.nn.Module:
+    """Load a teacher: evaluation mode, no gradients."""
+    return load_model(model_type, name, flag).eval().requires_grad_(False)
+
+
+# What a run decides for itself, whatever a configuration that was saved by another run says.
+OF_THE_RUN = (
+    "output_attentions",
+    "output_hidden_states",
+    "return_dict",
+    "chunk_size_feed_forward",
+    "quantization_config",
+)
+
+
+def read_student_config(
+    model_type: str,
+    path: str,
+    initializer_range: float | None = None,
+    flag: str = "--student_config",
+):
+    """Read a model's JSON configuration. Raises InputError where it is not one of `model_type`
+    (AUTO: of its own).
+    """
+    require_file(path, flag)
+    try:
+        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
+        if model_type == AUTO:
+            model_type = content.get("model_type", "none")
+        declared = content.pop("model_type", model_type)
+        config_class = type(transformers.AutoConfig.for_model(model_type))
+        unknown = [key for key in content if not hasattr(config_class(), key)]
+        config = config_class(
+            **{key: value for key, value in content.items() if key not in OF_THE_RUN}
+        )
+    except Exception as error:
+        raise InputError(
+            f"{flag} {path}: not a {model_type} configuration ({one_line(error)}); correct it"
+        ) from error
+    if declared != model_type:
+        raise InputError(
+            f"{flag} {path}: is for a {declared} model, expected {model_type}; name another file"
+        )
+    if config.num_hidden_layers < 1:
+        raise InputError(
+            f"{flag} {path}: has {config.num_hidden_layers} layers, expected at least 1; correct it"
+        )
+    if unknown and model_type in ARCHITECTURES:
+        logger.warning(
+            "%s %s: %s mean nothing to a %s model; misspelt?",
+            flag,
+            path,
+            _some(unknown),
+            model_type,
+        )
+    # Differs from the original: 2019 parsed the flag and ignored it.
+    if initializer_range is not None:
+        config.initializer_range = initializer_range
+    if model_type in ARCHITECTURES:
+        config.architectures = [ARCHITECTURES[model_type].model_class]
+    return config
+
+
+def build_student(
+    model_type: str | Architecture, config, source: str = "--student_config"
+) -> torch.nn.Module:
+    """Make a student with random weights. Raises InputError naming `source` where the configuration
+    contradicts itself.
+    """
+    with quiet_transformers():
+        try:
+            row = row_of(model_type)
+            if row.transform is None:
+                return _loader(row).from_config(config, trust_remote_code=row.runs_remote_code)
+            return getattr(transformers, row.model_class)(config)
+        except (
+            Exception
+        ) as error:  # sizes and names of layers that don't exist: each fails in its own way
+            raise InputError(
+                f"{source}: no model can be made of it ({one_line(error)}); correct the JSON"
+            ) from error
+
+
+def freeze_embeddings(
+    student: torch.nn.Module, model_type: str | Architecture, *, positions: bool, token_types: bool
+) -> None:
+    """Stop the gradients of position embeddings (always where they are sinusoidal) and of token
+    types.
+
+    Differs from the original: DistilBERT's positions obey --freeze_pos_embs, which the README
+    passes and 2019 ignored.
+    """
+    architecture = row_of(model_type)
+    if positions and architecture.position_embeddings is None:
+        logger.warning(
+            "--freeze_pos_embs: a %s has no table of positions; nothing to keep.",
+            type(student).__name__,
+        )
+    elif positions or getattr(student.config, "sinusoidal_pos_embds", False):
+        student.get_submodule(architecture.position_embeddings).requires_grad_(False)
+    if token_types and architecture.token_type_embeddings:
+        student.get_submodule(architecture.token_type_embeddings).requires_grad_(False)
+
+
+def kind_of(config, source: str) -> bool:
+    """Tell whether a model is a masked-language model (True) or a causal one, by its configuration.
+
+    By the class that it was saved from; else masked where transformers has both. Raises InputError
+    where it has neither.
+    """
+    kinds = {
+        True: transformers.MODEL_FOR_MASKED_LM_MAPPING,
+        False: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
+    }
+    found = [kind for kind, mapping in kinds.items() if type(config) in mapping]
+    saved = [
+        kind for kind in found if kinds[kind][type(config)].__name__ in (config.architectures or [])
+    ]
+    if not found and not getattr(config, "auto_map", None):
+        raise InputError(
+            f"{source}: is a {config.model_type} model; expected a masked or causal language model"
+        )
+    return (saved or found or ["AutoModelForMaskedLM" in config.auto_map])[0]

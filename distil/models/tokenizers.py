@@ -1,0 +1,317 @@
+"""Tokenizers by hub name or folder, checked; the ids of their roles; vocabularies' fingerprints."""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import tokenizers
+import transformers
+
+from distil.models.architectures import ARCHITECTURES, AUTO, Architecture, row_of
+from distil.models.hub import _fetch, _read_json, quiet_transformers
+from utils import InputError, logger, one_line
+
+MASK_TOKENS = {"[MASK]", "<mask>"}
+
+
+def _called(model_type: str | Architecture) -> str:
+    """Name a model type in a message."""
+    return model_type if isinstance(model_type, str) else model_type.model_class
+
+
+def load_tokenizer(
+    model_type: str | Architecture, name: str, flag: str, do_lower_case: bool | None = None
+):
+    """Load a model type's tokenizer by hub name or folder; check that it is one of that type (AUTO:
+    of any).
+
+    do_lower_case (BERT only): None = what tokenizer_config.json says; without that file, whether
+    the vocabulary has no capitals (transformers 5 would lower-case silently). Raises InputError
+    that names `flag`.
+    """
+    try:
+        return _load_tokenizer(model_type, name, flag, do_lower_case)
+    except InputError:
+        raise
+    except Exception as error:  # what a damaged or foreign file can raise has no end
+        kind = "" if _is_any(model_type) else f"{model_type} "
+        raise InputError(
+            f"{flag} {name}: no {kind}tokenizer could be loaded ({one_line(error)})"
+        ) from error
+
+
+WORD_PIECE_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
+
+
+def train_word_pieces(
+    text_file: str | os.PathLike, vocab_size: int, lowercase: bool = True
+) -> dict[str, int]:
+    """Train a WordPiece vocabulary on a text, the same in every process: token -> id.
+
+    The library numbers the continuing characters ("##a") in the order of a hash table that each
+    process seeds anew, and breaks ties between merges by these numbers: a second training is given
+    them in alphabetical order.
+    """
+    continuing: list[str] = []
+    for _ in range(2):
+        trainer = tokenizers.BertWordPieceTokenizer(lowercase=lowercase)
+        special = [*WORD_PIECE_SPECIALS, *continuing]
+        trainer.train(
+            [str(text_file)], vocab_size=vocab_size, show_progress=False, special_tokens=special
+        )
+        vocabulary = trainer.get_vocab()
+        continuing = sorted(
+            token for token in vocabulary if token.startswith("##") and len(token) == 3
+        )
+    return vocabulary
+
+
+def tokenizer_type(model_type: str, name: str) -> str:
+    """Return a tokenizer's type; for AUTO the named one of the model that lies beside it, where
+    that has one.
+    """
+    if model_type != AUTO:
+        return model_type
+    with quiet_transformers(), contextlib.suppress(Exception):  # a tokenizer may stand alone
+        found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
+        return found if found in ARCHITECTURES else AUTO
+    return AUTO
+
+
+def _is_any(model_type: str | Architecture) -> bool:
+    return model_type not in ARCHITECTURES if isinstance(model_type, str) else True
+
+
+def _load_any_tokenizer(name: str, flag: str, do_lower_case: bool | None, trust_remote_code: bool):
+    """Load a tokenizer of whatever class; it has to be one of the tokenizers library, and to know a
+    sequence's end.
+    """
+    options = {} if do_lower_case is None else {"do_lower_case": do_lower_case}
+    with quiet_transformers():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(
+            name, trust_remote_code=trust_remote_code, **options
+        )
+    if not getattr(tokenizer, "is_fast", False):
+        raise InputError(
+            f"{flag} {name}: its {type(tokenizer).__name__} is none of the tokenizers library;"
+            " convert it"
+        )
+    missing = [
+        role
+        for role, tokens in ROLES.items()
+        if role not in MAY_LACK and _first_token(tokenizer, tokens) is None
+    ]
+    if missing:
+        wanted = "; ".join(f"{role} ({' or '.join(ROLES[role])})" for role in missing)
+        raise InputError(
+            f"{flag} {name}: its tokenizer has no token for {wanted}; add one to its"
+            " tokenizer_config.json"
+        )
+    if _first_token(tokenizer, ROLES["start"]) is None:
+        logger.info(
+            "%s %s: its tokenizer has no cls_token or bos_token: sequences begin without.",
+            flag,
+            name,
+        )
+    return tokenizer
+
+
+# Role -> the tokenizer's attributes that may give its token, the first that is there.
+ROLES = {
+    "start": ("cls_token", "bos_token"),
+    "end": ("sep_token", "eos_token"),
+    "pad": ("pad_token", "eos_token", "unk_token"),
+    "unknown": ("unk_token",),
+}
+
+
+MAY_LACK = {"start", "unknown"}
+
+
+def _first_token(tokenizer, names: Sequence[str]) -> str | None:
+    """Return the first of these special tokens that a tokenizer has, and has in its vocabulary."""
+    vocabulary = tokenizer.get_vocab()
+    return next(
+        (token for name in names if (token := getattr(tokenizer, name, None)) in vocabulary), None
+    )
+
+
+def _load_tokenizer(
+    model_type: str | Architecture, name: str, flag: str, do_lower_case: bool | None
+):
+    if _is_any(model_type):
+        return _load_any_tokenizer(
+            name,
+            flag,
+            do_lower_case,
+            not isinstance(model_type, str) and model_type.runs_remote_code,
+        )
+    architecture = row_of(model_type)
+    files = _tokenizer_files(architecture, name, flag)
+    declared = _read_json(files.get("tokenizer_config.json"), f"{flag} {name}")
+    _check_tokenizer_class(architecture, declared, model_type, name, flag)
+    options = {}
+    if architecture.tokenizer_class == "BertTokenizer":
+        lower_case = do_lower_case
+        if lower_case is None and "do_lower_case" not in declared:
+            lower_case = not _has_capitals(files, f"{flag} {name}")
+        if lower_case is not None:
+            options["do_lower_case"] = lower_case
+    with quiet_transformers():
+        tokenizer_class = getattr(transformers, architecture.tokenizer_class)
+        tokenizer = tokenizer_class.from_pretrained(name, trust_remote_code=False, **options)
+    if not tokenizer.model_max_length > 2:
+        raise InputError(
+            f"{flag} {name}: model_max_length is {tokenizer.model_max_length}, expected above 2;"
+            " correct it"
+        )
+    _check_special_tokens(architecture, tokenizer, files, model_type, name, flag)
+    return tokenizer
+
+
+def _tokenizer_files(architecture: Architecture, name: str, flag: str) -> dict[str, str]:
+    """Find the tokenizer's files: {file name: path}. transformers 5 makes an empty tokenizer where
+    there are none.
+    """
+    wanted = ("tokenizer_config.json", "tokenizer.json", *architecture.vocab_files)
+    if os.path.isdir(name):
+        found = {
+            file: os.path.join(name, file)
+            for file in wanted
+            if os.path.isfile(os.path.join(name, file))
+        }
+    else:
+        found = _fetch(name, wanted, flag)
+    if "tokenizer.json" not in found and any(
+        file not in found for file in architecture.vocab_files
+    ):
+        raise InputError(
+            f"{flag} {name}: has neither tokenizer.json nor"
+            f" {' and '.join(architecture.vocab_files)}; name a {architecture.tokenizer_class}"
+            " tokenizer, or another tokenizer type"
+        )
+    return found
+
+
+def _check_tokenizer_class(
+    architecture: Architecture, declared: dict, model_type: str, name: str, flag: str
+) -> None:
+    kinds = {
+        row.tokenizer_class.removesuffix("Tokenizer"): row.tokenizer_class
+        for row in ARCHITECTURES.values()
+    }
+    declared_class = str(declared.get("tokenizer_class") or "")
+    kind = declared_class.removesuffix("Fast").removesuffix("Tokenizer").removeprefix("Distil")
+    if kinds.get(kind, architecture.tokenizer_class) != architecture.tokenizer_class:
+        raise InputError(
+            f"{flag} {name}: holds a {declared_class}, which is no {model_type} tokenizer; give the"
+            " type that it has"
+        )
+
+
+def _has_capitals(files: Mapping[str, str], where: str) -> bool:
+    if "vocab.txt" in files:
+        tokens = Path(files["vocab.txt"]).read_text(encoding="utf-8").splitlines()
+    else:
+        tokens = _read_json(files["tokenizer.json"], where).get("model", {}).get("vocab", {})
+    return any(token != token.lower() for token in tokens if not token.startswith("["))
+
+
+def _check_special_tokens(
+    architecture: Architecture, tokenizer, files: dict, model_type: str, name: str, flag: str
+) -> None:
+    """transformers adds a missing special token to the vocabulary in silence; such an id means
+    nothing to the model.
+    """
+    known = set(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False))
+    known |= {
+        token["content"]
+        for token in _read_json(files.get("tokenizer.json"), f"{flag} {name}").get(
+            "added_tokens", []
+        )
+    }
+    roles = [architecture.start_token, architecture.end_token, architecture.pad_token]
+    roles += ["mask_token"] if architecture.is_masked else []
+    missing = [
+        f"{role} {getattr(tokenizer, role)}"
+        for role in roles
+        if getattr(tokenizer, role) not in known
+    ]
+    foreign = sorted(MASK_TOKENS & known) if not architecture.is_masked else []
+    if foreign:  # RoBERTa's vocabulary holds GPT-2's boundary token, too
+        raise InputError(
+            f"{flag} {name}: its vocabulary has {foreign[0]}, a masked model's; expected a"
+            f" {model_type} vocabulary"
+        )
+    if missing:
+        raise InputError(
+            f"{flag} {name}: its vocabulary has no {', no '.join(dict.fromkeys(missing))}; "
+            f"expected a {model_type} vocabulary, is the type right?"
+        )
+
+
+def special_ids(model_type: str | Architecture, tokenizer) -> dict[str, int | None]:
+    """Read the ids by role: start and end of a sequence, pad, and unknown (None where the tokenizer
+    has none).
+
+    Of a type that is found out start may be None, too.
+    """
+    if _is_any(model_type):
+        tokens = {role: _first_token(tokenizer, names) for role, names in ROLES.items()}
+        return {
+            role: None if token is None else tokenizer.convert_tokens_to_ids(token)
+            for role, token in tokens.items()
+        }
+    row = row_of(model_type)
+    roles = {
+        "start": row.start_token,
+        "end": row.end_token,
+        "pad": row.pad_token,
+        "unknown": "unk_token",
+    }
+    return {role: getattr(tokenizer, f"{token}_id") for role, token in roles.items()}
+
+
+def vocabulary_fingerprint(tokenizer) -> str:
+    """Return the SHA-256 of the vocabulary, added tokens included: files of one fingerprint mean
+    the same by their ids.
+    """
+    entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
+    return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
+
+
+def vocabulary_difference(own, others) -> str | None:
+    """Say where two tokenizers' vocabularies first differ; None where they are the same."""
+    if vocabulary_fingerprint(own) == vocabulary_fingerprint(others):
+        return None
+    tokens = [
+        {number: token for token, number in tokenizer.get_vocab().items()}
+        for tokenizer in (own, others)
+    ]
+    number = next(
+        n
+        for n in range(max(map(len, tokens)) + max(map(max, tokens)))
+        if tokens[0].get(n) != tokens[1].get(n)
+    )
+    first, second = (repr(found[number]) if number in found else "nothing" for found in tokens)
+    sizes = f"its vocabulary has {len(tokens[0])} tokens, the teacher's {len(tokens[1])}"
+    return f"{sizes}, and id {number} is {first}, there {second}"
+
+
+def describe_tokenizer(
+    model_type: str | Architecture, name: str, tokenizer, do_lower_case: bool | None = None
+) -> dict:
+    """Describe a tokenizer for the card of a token file."""
+    return {
+        "type": _called(model_type),
+        "name": name,
+        "do_lower_case": do_lower_case,
+        "vocab_size": max(tokenizer.get_vocab().values()) + 1,
+        "vocabulary_sha256": vocabulary_fingerprint(tokenizer),
+        "special_ids": special_ids(model_type, tokenizer),
+    }
