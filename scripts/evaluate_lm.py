@@ -45,7 +45,8 @@ from distil.models.hub import load_config
 from distil.models.language_model import find_out, kind_of, load_teacher, max_input_length
 from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
 from distil.system.files import file_problem, output_problem
-from distil.tasks.fine_tuning import require_same_vocabulary, write_scores
+from distil.tasks.loading import require_same_vocabulary
+from distil.tasks.scores import write_scores
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
 from utils import (
     InputError,

@@ -33,7 +33,8 @@ from distil.models.hub import load_config, quiet_transformers, short_name
 from distil.reporting.machine import describe_machine
 from distil.reporting.tables import markdown
 from distil.system.files import file_problem, output_problem, write_json
-from distil.tasks.fine_tuning import inputs_of, load_any_tokenizer, longest_input
+from distil.tasks.fine_tuning import inputs_of
+from distil.tasks.loading import load_any_tokenizer, longest_input
 from utils import InputError, OneLineParser, logger, one_line, run_program, setup_logging
 
 PADDED_LENGTH = 128

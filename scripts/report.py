@@ -37,7 +37,8 @@ from distil.reporting import model_card
 from distil.reporting.tables import markdown
 from distil.system.files import atomic_path, file_problem, output_problem, write_json
 from distil.system.signals import exit_on_sigterm
-from distil.tasks.fine_tuning import load_any_tokenizer, longest_input, write_scores
+from distil.tasks.loading import load_any_tokenizer, longest_input
+from distil.tasks.scores import write_scores
 from distil.tasks.tasks import GLUE_TASKS, TASKS, glue_macro
 from utils import InputError, OneLineParser, git_facts, logger, one_line, run_program, setup_logging
 

@@ -34,16 +34,15 @@ from distil.models.hub import load_config
 from distil.models.language_model import max_input_length
 from distil.models.tokenizers import load_tokenizer
 from distil.system.files import file_problem, output_problem, write_json
+from distil.system.rank_zero import reporting_on_rank_0
 from distil.tasks.fine_tuning import (
     Trainer,
-    load_for_task,
     require_an_update,
-    require_same_vocabulary,
     second_step_problems,
-    spoken_by_rank_0,
     training_arguments,
-    write_scores,
 )
+from distil.tasks.loading import load_for_task, require_same_vocabulary
+from distil.tasks.scores import write_scores
 from distil.tasks.squad import Question, read_predictions, read_questions, score_predictions
 from distil.tasks.squad_spans import (
     Answers,
@@ -725,7 +724,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program: score a file, or read, train, answer, score."""
     if not sys.stderr.isatty():
         transformers.logging.disable_progress_bar()
-    with spoken_by_rank_0():
+    with reporting_on_rank_0():
         args = parse(argv)
         if args.score_predictions:
             score_file(args)

@@ -31,23 +31,25 @@ from distil.models.checks import evaluating, is_close, some_ids, without_cache
 from distil.models.hub import load_config, quiet_transformers
 from distil.models.language_model import kind_of
 from distil.system.files import atomic_path, file_problem, output_problem, write_json
+from distil.system.rank_zero import reporting_on_rank_0
 from distil.tasks.fine_tuning import (
     IGNORED_LABEL,
     Trainer,
+    require_an_update,
+    second_step_problems,
+    training_arguments,
+)
+from distil.tasks.loading import (
     load_any_tokenizer,
     load_for_task,
     longest_input,
-    require_an_update,
     require_same_vocabulary,
-    second_step_problems,
-    spoken_by_rank_0,
-    training_arguments,
-    write_scores,
 )
 from distil.tasks.metrics import num_words, perplexities, score
 from distil.tasks.predictions import finite, prediction_rows, read_predictions
 from distil.tasks.readers import distinct_labels, has_part, read_hub, read_part
 from distil.tasks.schema import Example, Settings, Task
+from distil.tasks.scores import write_scores
 from distil.tasks.tasks import TASKS, TWO_CLASSES
 from utils import InputError, OneLineParser, logger, run_program
 
@@ -1034,7 +1036,7 @@ def run_all(args: argparse.Namespace) -> None:
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program: read, fine-tune, score, write."""
-    with spoken_by_rank_0():
+    with reporting_on_rank_0():
         args = parse(argv)
         check_arguments(args)
         if args.score_predictions:

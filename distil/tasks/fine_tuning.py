@@ -13,30 +13,18 @@ file of its own (scores.json), from which tables are made without running anythi
 Shape suffixes: B examples, T padded length, C classes or vocabulary, N selected positions.
 """
 
-import contextlib
-import datetime
 import inspect
-import logging
 import math
 import os
-import statistics
 import sys
-import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
 import transformers
 
 from distil.losses import at_least_float32, kl_divergence, squared_error
-from distil.models.architectures import ARCHITECTURES, row_of
-from distil.models.checks import check_finite
-from distil.models.hub import load_config, quiet_transformers, short_name
-from distil.models.language_model import find_out, kind_of
-from distil.models.tokenizers import load_tokenizer, vocabulary_fingerprint
-from distil.system.files import write_json
-from utils import InputError, git_facts, one_line, setup_logging
+from utils import InputError
 
 IGNORED_LABEL = -100
 
@@ -195,98 +183,6 @@ def require_an_update(num_examples: int, arguments: transformers.TrainingArgumen
 
 
 # --------------------------------------------------------------------------------------------------
-# Models and tokenizers
-# --------------------------------------------------------------------------------------------------
-
-
-def load_any_tokenizer(name: str, flag: str, do_lower_case: bool | None = None):
-    """Load a model's tokenizer by hub name or folder, checked as in distillation where its type is
-    a known one.
-
-    Raises InputError that names `flag`.
-    """
-    model_type = (
-        load_config(None, name, flag).model_type
-        if os.path.isfile(Path(name, "config.json"))
-        else None
-    )
-    if model_type in ARCHITECTURES:
-        return load_tokenizer(model_type, name, flag, do_lower_case)
-    with quiet_transformers():
-        try:
-            return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except Exception as error:
-            raise InputError(
-                f"{flag} {name}: no tokenizer could be loaded ({one_line(error)}); name a model's"
-                " folder"
-            ) from error
-
-
-def longest_input(config) -> int | None:
-    """Return how many tokens a model's position table admits; None where it has none."""
-    positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:  # XLNet says -1
-        return None
-    try:
-        return positions - row_of(find_out(config, kind_of(config, ""), "")).reserved_positions
-    except InputError:  # no language model that can be looked into
-        return positions
-
-
-def load_for_task(
-    auto_class, name: str, flag: str, *, is_fine_tuned: bool, **options: Any
-) -> torch.nn.Module:
-    """Load a model with a task's head (auto_class: AutoModelForSequenceClassification, ..), in
-    float32.
-
-    is_fine_tuned: the head must be there, too; else a new head is made where the model has another
-    or none, and only the encoder must be whole. options: of the configuration (num_labels,
-    id2label, ..). Raises InputError that names `flag`.
-    """
-    load_config(None, name, flag)
-    with quiet_transformers():
-        try:
-            model, report = auto_class.from_pretrained(
-                name,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                weights_only=True,
-                **options,
-            )
-        except Exception as error:
-            raise InputError(
-                f"{flag} {name}: could not be loaded with a head for the task ({one_line(error)})"
-            ) from error
-    prefix = f"{model.base_model_prefix}."
-    absent = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
-    # A pooler is absent from language models, which have none; it is the head's part that is learnt
-    # anew.
-    of_encoder = [key for key in absent if key.startswith(prefix) and ".pooler." not in key]
-    if wrong := absent if is_fine_tuned else of_encoder:
-        what = "a model fine-tuned for this very task" if is_fine_tuned else "a whole encoder"
-        more = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
-        raise InputError(
-            f"{flag} {name}: has no fitting weights for {wrong[0]}{more}; expected {what}"
-        )
-    check_finite(model.state_dict(), f"{flag} {name}")
-    return model
-
-
-def require_same_vocabulary(
-    student_tokenizer, teacher_tokenizer, student: str, teacher: str
-) -> None:
-    """Raise InputError where the two models don't read the same token ids."""
-    if vocabulary_fingerprint(student_tokenizer) != vocabulary_fingerprint(teacher_tokenizer):
-        raise InputError(
-            f"teacher {teacher} and student {student} have different tokenizers"
-            f" ({len(teacher_tokenizer)} and {len(student_tokenizer)} tokens); logits can be"
-            " compared on the same token ids only: fine-tune a teacher of the student's vocabulary"
-        )
-
-
-# --------------------------------------------------------------------------------------------------
 # The Trainer's arguments
 # --------------------------------------------------------------------------------------------------
 
@@ -349,63 +245,3 @@ def training_arguments(
         disable_tqdm=not sys.stderr.isatty(),
         **options,
     )
-
-
-# Every process finds the same; the launcher ends the others with the first, and process 0 is to say
-# it
-RANK_0_FIRST_S = 3
-
-
-@contextlib.contextmanager
-def spoken_by_rank_0() -> Iterator[None]:
-    """Log on process 0 alone within the block, and let it be the first to say what is wrong with
-    the input.
-    """
-    is_another_rank = os.environ.get("RANK", "0") != "0"
-    setup_logging(logging.ERROR if is_another_rank else logging.INFO)
-    try:
-        yield
-    except InputError:
-        if is_another_rank:
-            time.sleep(RANK_0_FIRST_S)
-        raise
-
-
-# --------------------------------------------------------------------------------------------------
-# Scores
-# --------------------------------------------------------------------------------------------------
-
-
-def write_scores(
-    path: str | os.PathLike,
-    *,
-    task: str,
-    model: str,
-    score: Mapping[str, float] | None = None,
-    runs: Sequence[Mapping[str, Any]],
-    teacher: str | None = None,
-    flags: Mapping[str, Any],
-) -> dict:
-    """Write a run's scores.json, from which report.py makes tables; return its content.
-
-    runs: one entry a seed: {"seed": 42, "metrics": {name: value}, "num_examples": {split: number}}.
-    metrics holds the task's figures, x100 where they are rates. score: medians over the seeds where
-    not given, with "spread": (least, largest).
-    """
-    names = list(runs[0]["metrics"])
-    values = {name: [run["metrics"][name] for run in runs] for name in names}
-    content = {
-        "task": task,
-        "model": model,
-        "model_name": short_name(model),
-        "teacher": teacher,
-        "score": dict(score or {name: statistics.median(found) for name, found in values.items()}),
-        "spread": {name: [min(found), max(found)] for name, found in values.items()},
-        "runs": [dict(run) for run in runs],
-        "flags": dict(flags),
-        "commit": git_facts(Path(__file__).resolve().parents[2]).get("repo_sha"),
-        "date": f"{datetime.date.today()}",
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
-    }
-    write_json(path, content)
-    return content

@@ -20,7 +20,7 @@ import latency
 import report
 from distil.reporting import model_card
 from distil.system import files
-from distil.tasks.fine_tuning import write_scores
+from distil.tasks.scores import write_scores
 
 TASKS = report.TASKS
 QUICK = ["--batch_sizes", "1", "4", "--passes", "3", "--num_sentences", "4"]

@@ -13,7 +13,7 @@ import torch
 import transformers
 from families import tiny_config
 
-from distil.tasks import fine_tuning
+from distil.tasks import fine_tuning, loading, scores
 from utils import InputError
 
 TEMPERATURE = 2.0
@@ -405,7 +405,7 @@ def saved(folder, kind: str, auto_class) -> str:
 
 def test_a_language_model_gets_a_new_head_but_is_no_teacher(tmp_path):
     name = saved(tmp_path / "lm", "bert", transformers.AutoModelForMaskedLM)
-    loaded = fine_tuning.load_for_task(
+    loaded = loading.load_for_task(
         transformers.AutoModelForSequenceClassification,
         name,
         "--model_name_or_path",
@@ -417,7 +417,7 @@ def test_a_language_model_gets_a_new_head_but_is_no_teacher(tmp_path):
         InputError,
         match=r"--teacher .*lm: has no fitting weights for .*expected a model fine-tuned",
     ):
-        fine_tuning.load_for_task(
+        loading.load_for_task(
             transformers.AutoModelForSequenceClassification, name, "--teacher", is_fine_tuned=True
         )
 
@@ -430,7 +430,7 @@ def test_an_encoder_that_lacks_a_part_is_refused(tmp_path):
         InputError,
         match=r"distilbert\.transformer\.layer\.1\..* and 15 others; expected a whole encoder",
     ):
-        fine_tuning.load_for_task(
+        loading.load_for_task(
             transformers.AutoModelForQuestionAnswering, name, "--model", is_fine_tuned=False
         )
 
@@ -448,16 +448,16 @@ def test_an_encoder_that_lacks_a_part_is_refused(tmp_path):
     ],
 )
 def test_positions_that_no_token_uses_do_not_count(family, longest):
-    assert fine_tuning.longest_input(tiny_config(family, 99, pad_token_id=1)) == longest
+    assert loading.longest_input(tiny_config(family, 99, pad_token_id=1)) == longest
 
 
 def test_other_token_ids_are_refused(teachers):
     bert, gpt2 = (
-        fine_tuning.load_any_tokenizer(str(teachers[kind]), "--x") for kind in ("bert", "gpt2")
+        loading.load_any_tokenizer(str(teachers[kind]), "--x") for kind in ("bert", "gpt2")
     )
-    fine_tuning.require_same_vocabulary(bert, bert, "a", "b")
+    loading.require_same_vocabulary(bert, bert, "a", "b")
     with pytest.raises(InputError, match="different tokenizers"):
-        fine_tuning.require_same_vocabulary(bert, gpt2, "a", "b")
+        loading.require_same_vocabulary(bert, gpt2, "a", "b")
 
 
 @pytest.mark.parametrize(
@@ -480,7 +480,7 @@ def test_scores_are_medians_over_the_seeds(tmp_path):
         {"seed": seed, "metrics": {"accuracy": value}, "num_examples": {"dev": 9}}
         for seed, value in enumerate((70.0, 90.0, 80.0))
     ]
-    fine_tuning.write_scores(
+    scores.write_scores(
         tmp_path / "scores.json", task="sst2", model="a/b/", runs=runs, flags={"seeds": [0, 1, 2]}
     )
     content = json.loads((tmp_path / "scores.json").read_text())

@@ -21,7 +21,8 @@ from stand_ins import POSITIONS, ROOT, make_lines
 
 import run_task
 import utils
-from distil.tasks import fine_tuning, metrics, predictions, readers, schema, tasks
+from distil.system import rank_zero
+from distil.tasks import metrics, predictions, readers, schema, tasks
 from distil.tasks.fine_tuning import IGNORED_LABEL
 from distil.tasks.schema import Example
 from distil.tasks.tasks import TASKS, glue_macro
@@ -1264,7 +1265,7 @@ def test_labels_that_a_model_does_not_know_are_named(teachers, data, tmp_path, s
 
 
 def test_another_process_says_nothing_and_is_not_the_first_to_fail(monkeypatch, status_and_errors):
-    monkeypatch.setattr(fine_tuning, "RANK_0_FIRST_S", 0.3)
+    monkeypatch.setattr(rank_zero, "RANK_0_FIRST_S", 0.3)
     for rank, least_s in (("0", 0), ("1", 0.3)):
         monkeypatch.setenv("RANK", rank)
         started = time.monotonic()

@@ -1,0 +1,100 @@
+"""Load models with a task's head, and their tokenizers; check that two of them fit together."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+
+from distil.models.architectures import ARCHITECTURES, row_of
+from distil.models.checks import check_finite
+from distil.models.hub import load_config, quiet_transformers
+from distil.models.language_model import find_out, kind_of
+from distil.models.tokenizers import load_tokenizer, vocabulary_fingerprint
+from utils import InputError, one_line
+
+
+def load_any_tokenizer(name: str, flag: str, do_lower_case: bool | None = None):
+    """Load a model's tokenizer by hub name or folder.
+
+    A model type of ARCHITECTURES gets the checks of distillation. Raises InputError naming `flag`.
+    """
+    model_type = (
+        load_config(None, name, flag).model_type
+        if os.path.isfile(Path(name, "config.json"))
+        else None
+    )
+    if model_type in ARCHITECTURES:
+        return load_tokenizer(model_type, name, flag, do_lower_case)
+    with quiet_transformers():
+        try:
+            return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
+        except Exception as error:
+            raise InputError(
+                f"{flag} {name}: no tokenizer could be loaded ({one_line(error)}); name a model's"
+                " folder"
+            ) from error
+
+
+def longest_input(config) -> int | None:
+    """Return the number of tokens that a model's position table admits; None without a table."""
+    positions = getattr(config, "max_position_embeddings", None)
+    if not isinstance(positions, int) or positions < 1:  # XLNet says -1
+        return None
+    try:
+        return positions - row_of(find_out(config, kind_of(config, ""), "")).reserved_positions
+    except InputError:  # not a language model whose structure can be resolved
+        return positions
+
+
+def load_for_task(
+    auto_class, name: str, flag: str, *, is_fine_tuned: bool, **options: Any
+) -> torch.nn.Module:
+    """Load a model with a task's head, in float32.
+
+    auto_class: AutoModelForSequenceClassification, ... is_fine_tuned: require the head's weights,
+    too; otherwise require the encoder's and initialize the head where it is missing or has another
+    shape. options: values of the configuration (num_labels, id2label, ..). Raises InputError naming
+    `flag`.
+    """
+    load_config(None, name, flag)
+    with quiet_transformers():
+        try:
+            model, report = auto_class.from_pretrained(
+                name,
+                dtype=torch.float32,
+                output_loading_info=True,
+                ignore_mismatched_sizes=True,
+                trust_remote_code=False,
+                weights_only=True,
+                **options,
+            )
+        except Exception as error:
+            raise InputError(
+                f"{flag} {name}: could not be loaded with a head for the task ({one_line(error)})"
+            ) from error
+    prefix = f"{model.base_model_prefix}."
+    absent = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
+    # Language models have no pooler: fine-tuning learns it together with the head.
+    of_encoder = [key for key in absent if key.startswith(prefix) and ".pooler." not in key]
+    if wrong := absent if is_fine_tuned else of_encoder:
+        what = "a model fine-tuned for this very task" if is_fine_tuned else "a whole encoder"
+        more = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
+        raise InputError(
+            f"{flag} {name}: has no fitting weights for {wrong[0]}{more}; expected {what}"
+        )
+    check_finite(model.state_dict(), f"{flag} {name}")
+    return model
+
+
+def require_same_vocabulary(
+    student_tokenizer, teacher_tokenizer, student: str, teacher: str
+) -> None:
+    """Raise InputError unless both tokenizers give the same token ids."""
+    if vocabulary_fingerprint(student_tokenizer) != vocabulary_fingerprint(teacher_tokenizer):
+        raise InputError(
+            f"teacher {teacher} and student {student} have different tokenizers"
+            f" ({len(teacher_tokenizer)} and {len(student_tokenizer)} tokens); logits can be"
+            " compared on the same token ids only: fine-tune a teacher of the student's vocabulary"
+        )
