@@ -13,15 +13,14 @@ from collections.abc import Iterable
 import numpy as np
 import torch
 
+from distil.data.cards import check_vocabulary, read_verified_card
+from distil.data.safe_pickle import read_pickle
 from distil.data.token_files import (
     MAX_UNKNOWN_SHARE,
     MIN_LENGTH,
     TokenFile,
     check_ids_below,
-    check_vocabulary,
     open_token_file,
-    read_checked_card,
-    read_pickle,
 )
 from utils import InputError, logger
 
@@ -60,7 +59,7 @@ def read_token_counts(
             f"{what} {path}: has {len(counts_V)} entries, the vocabulary of {model} has"
             f" {vocab_size}; count again with --vocab_size {vocab_size}"
         )
-    check_vocabulary(read_checked_card(path, what), vocabulary, f"{what} {path}", model)
+    check_vocabulary(read_verified_card(path, what), vocabulary, f"{what} {path}", model)
     return counts_V.astype(np.int64)
 
 

@@ -33,7 +33,8 @@ from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
 from distil.data.batches import MicroBatch, MlmPreparation, masking_weights, prepare_clm
-from distil.data.token_files import MIN_LENGTH, file_digest, token_file_problem
+from distil.data.cards import file_digest
+from distil.data.token_files import MIN_LENGTH, token_file_problem
 from distil.evaluation import (
     FixedMasks,
     Reader,

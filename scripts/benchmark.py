@@ -34,12 +34,8 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.batches import MicroBatch, MlmPreparation, masking_weights, prepare_clm
-from distil.data.token_files import (
-    MIN_LENGTH,
-    token_file_problem,
-    write_token_counts,
-    writing_tokens,
-)
+from distil.data.cards import write_token_counts
+from distil.data.token_files import MIN_LENGTH, token_file_problem, writing_tokens
 from distil.flops import (
     DTYPES,
     best_seconds,

@@ -23,17 +23,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from distil.data.cards import check_vocab_size, require_card_output, write_token_counts
 from distil.data.encoding import Encoding, WorkerPool, divide_work
 from distil.data.shuffle import Spool, shuffled
 from distil.data.text_sources import ERRORS, Block, Source, find_sources, read_blocks
 from distil.data.token_files import (
+    FORMATS,
     MANY_UNKNOWN,
     MAX_LISTED,
     MIN_LENGTH,
-    check_vocab_size,
-    require_card_output,
     require_counts_output,
-    write_token_counts,
     writing_tokens,
 )
 from distil.models.architectures import AUTO
@@ -95,11 +94,9 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--format",
         default="pickle",
-        choices=["pickle", "store"],
-        help=(
-            "pickle: the list of 2019, read into memory; store: mapped into memory, for large"
-            " corpora (default: %(default)s)"
-        ),
+        choices=sorted(FORMATS),
+        help="; ".join(f"{name}: {FORMATS[name].description}" for name in sorted(FORMATS))
+        + " (default: %(default)s)",
     )
     add("--seed", type=int, default=56, help="seed of the shuffle (default: %(default)s)")
     add(
@@ -328,12 +325,8 @@ def plan_outputs(args: argparse.Namespace, sources: list[Source]) -> Outputs:
     # Differs from the original: a folder or owner/name gives its last component to the file's name,
     # not its whole path.
     stem = f"{args.dump_file}.{short_name(args.tokenizer_name)}"
-    path = f"{stem}.pickle" if args.format == "pickle" else stem
-    files = (
-        [path, f"{path}.json"]
-        if args.format == "pickle"
-        else [f"{stem}.bin", f"{stem}.idx", f"{stem}.json"]
-    )
+    path = f"{stem}{FORMATS[args.format].suffix}"
+    files = FORMATS[args.format].files(path)
     report = args.report if args.report != "" else f"{stem}.lengths.png"
     inputs = [source.path for source in sources]
     for file in files[:-1]:

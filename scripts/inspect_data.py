@@ -21,15 +21,16 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from distil.data import store
+from distil.data.store import BLOCK_BYTES
 from distil.data.token_files import (
-    BLOCK_BYTES,
-    CHUNK,
+    CHUNK_IDS,
     MANY_UNKNOWN,
     MAX_LISTED,
     MIN_LENGTH,
     TokenFile,
+    files_of,
     open_token_file,
-    store_prefix,
 )
 from distil.system.files import require_output, write_json
 from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging
@@ -150,8 +151,8 @@ class Survey:
                 lengths = tokens.lengths_N[first : first + CHUNK_SEQUENCES].astype(np.int64)
                 ends = first_id + np.cumsum(lengths)
                 unknown = np.zeros(len(lengths), np.int64)
-                for start in range(first_id, int(ends[-1]), CHUNK):
-                    ids = tokens.ids_M[start : min(start + CHUNK, int(ends[-1]))]
+                for start in range(first_id, int(ends[-1]), CHUNK_IDS):
+                    ids = tokens.ids_M[start : min(start + CHUNK_IDS, int(ends[-1]))]
                     self._take_ids(ids)
                     unknown += self._unknown_by_sequence(ids, start, ends)
                     bar.update(len(ids))
@@ -374,9 +375,7 @@ def decode(tokenizer, ids: Sequence[int]) -> str:
     return "".join(character if character.isprintable() else "\ufffd" for character in text)
 
 
-def contradictions(
-    survey: Survey, tokens: TokenFile, kind: str, vocab_size: int | None
-) -> list[str]:
+def contradictions(survey: Survey, tokens: TokenFile, vocab_size: int | None) -> list[str]:
     """Compare the card with the file: one clause for everything in which they differ."""
     card, special = tokens.card, survey.special
     bounds = {special["start"], special["end"]} - {None}
@@ -395,7 +394,7 @@ def contradictions(
         for name, value in counted.items()
         if counts.get(name, value) != value
     ]
-    for name, value in {"kind": kind, "dtype": tokens.ids_M.dtype.name}.items():
+    for name, value in {"kind": tokens.format, "dtype": tokens.ids_M.dtype.name}.items():
         if card.get(name, value) != value:
             found.append(f"the card says {name} {card[name]}, the file is {value}")
     listed = card.get("many_unknown")
@@ -449,11 +448,9 @@ def verify(tokens: TokenFile, paths: Sequence[str]) -> dict[str, int]:
 
 
 def make_report(
-    survey: Survey, tokens: TokenFile, kind: str, paths: Sequence[str], tokenizer, top: int
+    survey: Survey, tokens: TokenFile, paths: Sequence[str], tokenizer, top: int
 ) -> dict[str, Any]:
-    """Gather what is printed as plain values, ready for JSON. kind: "pickle" or "store"; paths: of
-    its files.
-    """
+    """Gather the report's values, ready for JSON. paths: of the token file's files."""
     vocab_size = section(tokens.card, "tokenizer").get("vocab_size")
     if not isinstance(vocab_size, int):
         vocab_size = None if tokenizer is None else len(tokenizer)
@@ -462,7 +459,7 @@ def make_report(
     ]
     return {
         "path": tokens.path,
-        "format": kind,
+        "format": tokens.format,
         "dtype": tokens.ids_M.dtype.name,
         "files": sizes,
         "bytes": sum(file["bytes"] for file in sizes),
@@ -479,7 +476,7 @@ def make_report(
             _shown_facts(place, place.unknown if survey.has_unknown else None, tokens, tokenizer)
             for place in survey.shown()
         ],
-        "problems": contradictions(survey, tokens, kind, vocab_size),
+        "problems": contradictions(survey, tokens, vocab_size),
     }
 
 
@@ -802,7 +799,7 @@ def check_output(path: str, inputs: Sequence[str]) -> None:
     """
     require_output(path, "--json", inputs)
     names_card = path.endswith(".json") and os.path.isfile(path.removesuffix(".json"))
-    if names_card or store_prefix(path) is not None:
+    if names_card or store.find(path) is not None:
         raise InputError(
             f"--json {path}: is the name of a token file's own file or card; choose another name"
         )
@@ -824,18 +821,10 @@ def main(argv: list[str] | None = None) -> None:
     """
     args = parse(argv)
     setup_logging(logging.INFO)
-    prefix = store_prefix(args.file)
-    paths = (
-        [args.file, f"{args.file}.json"]
-        if prefix is None
-        else [f"{prefix}.bin", f"{prefix}.idx", f"{prefix}.json"]
-    )
+    paths = files_of(args.file)
     if args.json is not None:
         check_output(args.json, paths)
     tokens = open_token_file(args.file, "FILE")
-    paths = (
-        paths if prefix is not None else [tokens.path, f"{tokens.path}.json"]
-    )  # a pickle may be named by its card
     tokenizer, said_of_tokenizer = choose_tokenizer(args, tokens.card)
     verified = {"verified": verify(tokens, paths)} if args.verify else {}
     special = special_of(
@@ -844,10 +833,9 @@ def main(argv: list[str] | None = None) -> None:
     num_shown = min(args.num_sequences, len(tokens.lengths_N))
     sampled = np.linspace(0, len(tokens.lengths_N) - 1, num_shown).round().astype(np.int64)
     survey = Survey(special, sampled).read(tokens)
-    kind = "pickle" if prefix is None else "store"
     report = {
         "tokenizer": said_of_tokenizer,
-        **make_report(survey, tokens, kind, paths, tokenizer, args.top),
+        **make_report(survey, tokens, paths, tokenizer, args.top),
     }
     report |= {} if report["problems"] else verified
     print_lines(as_text(report))

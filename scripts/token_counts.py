@@ -15,15 +15,14 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from distil.data.cards import check_vocab_size, check_vocabulary, write_token_counts
 from distil.data.token_files import (
-    CHUNK,
+    CHUNK_IDS,
     TokenFile,
     check_ids_below,
-    check_vocab_size,
-    check_vocabulary,
+    files_of,
     open_token_file,
     require_counts_output,
-    write_token_counts,
 )
 from distil.system.signals import exit_on_sigterm
 from utils import OneLineParser, bar_options, logger, run_program, setup_logging
@@ -60,8 +59,8 @@ def count_ids(tokens: TokenFile, vocab_size: int, source: str, output: str) -> n
     with tqdm(
         total=len(tokens.ids_M), unit="id", unit_scale=True, desc="count", **bar_options()
     ) as bar:
-        for start in range(0, len(tokens.ids_M), CHUNK):
-            chunk = tokens.ids_M[start : start + CHUNK]
+        for start in range(0, len(tokens.ids_M), CHUNK_IDS):
+            chunk = tokens.ids_M[start : start + CHUNK_IDS]
             tokens.check(np.array([start]), np.array([start + len(chunk)]))
             check_ids_below(chunk, vocab_size, source, output)
             counts_V += np.bincount(chunk, minlength=vocab_size)
@@ -99,11 +98,6 @@ def main(argv: list[str] | None = None) -> None:
         np.count_nonzero(counts_V),
         args.vocab_size,
     )
-
-
-def files_of(path: str) -> list[str]:
-    """List the files that a token file may consist of."""
-    return [path, *(f"{path}{suffix}" for suffix in (".bin", ".idx", ".json"))]
 
 
 if __name__ == "__main__":

@@ -24,7 +24,7 @@ from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import BinaryIO
 
-from distil.data.token_files import is_card
+from distil.data.cards import is_card
 from distil.system.files import require_file
 from utils import InputError, logger, one_line
 

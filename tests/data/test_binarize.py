@@ -790,7 +790,8 @@ def test_a_signal_between_the_renames_leaves_no_mix_of_old_and_new(
 import os, sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
 import binarized_data, utils
-utils.exit_on_sigterm()
+from distil.system.signals import exit_on_sigterm
+exit_on_sigterm()
 rename, renamed = os.replace, []
 def replace(*paths):
     rename(*paths)

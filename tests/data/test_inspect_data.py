@@ -18,13 +18,8 @@ from stand_ins import ROOT, vocab_size_of
 import binarized_data
 import inspect_data
 import lm_seqs_dataset
-from distil.data.token_files import (
-    MANY_UNKNOWN,
-    open_token_file,
-    read_card,
-    write_card,
-    writing_tokens,
-)
+from distil.data.cards import read_card, write_card
+from distil.data.token_files import MANY_UNKNOWN, open_token_file, writing_tokens
 from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
 
 FORMATS = ("store", "pickle")
@@ -102,7 +97,7 @@ def report_of(folder: Path, *arguments: object) -> dict:
 @pytest.mark.parametrize("chunks", [(2**20, 2**17), (64, 7), (1, 1)])
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_the_numbers_are_those_of_a_plain_recount(file_format, chunks, tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect_data, "CHUNK", chunks[0])
+    monkeypatch.setattr(inspect_data, "CHUNK_IDS", chunks[0])
     monkeypatch.setattr(inspect_data, "CHUNK_SEQUENCES", chunks[1])
     sequences = make_sequences(60, seed=1)
     report = report_of(tmp_path, make_file(tmp_path, file_format, sequences), "--top", 1000)
@@ -302,7 +297,7 @@ def test_the_sequences_without_boundaries_are_counted(special, wrong, first_wron
 
 @pytest.mark.parametrize("chunk", [1, 2, 2**20])
 def test_unknown_ids_belong_to_the_sequence_that_they_stand_in(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect_data, "CHUNK", chunk)
+    monkeypatch.setattr(inspect_data, "CHUNK_IDS", chunk)
     sequences = as_uint16([[9, 9, 9, 9], [1, 9], [1], [9, 1, 1], [1, 9, 9], [9, 9]])
     report = report_of(
         tmp_path,
@@ -548,7 +543,7 @@ def test_files_of_binarized_data_are_verified_and_decoded(
 
 
 def test_memory_does_not_grow_with_a_store(tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect_data, "CHUNK", 2**14)
+    monkeypatch.setattr(inspect_data, "CHUNK_IDS", 2**14)
     monkeypatch.setattr(inspect_data, "CHUNK_SEQUENCES", 2**10)
     path = str(tmp_path / "large")
     with writing_tokens(path, "store", np.uint16) as (writer, _):

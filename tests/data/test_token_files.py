@@ -13,8 +13,9 @@ import numpy as np
 import pytest
 from conftest import as_uint16, load_golden, write_pickle
 
-from distil.data import token_files
-from distil.data.token_files import open_token_file, write_token_counts, writing_tokens
+from distil.data import cards, safe_pickle, token_files
+from distil.data.cards import write_token_counts
+from distil.data.token_files import open_token_file, writing_tokens
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
 from utils import InputError
 
@@ -76,7 +77,7 @@ def test_arrays_are_taken_out_of_a_pickle_without_being_made(protocol, tmp_path)
         write_tokens(path, "pickle", sequences)
     else:
         path.write_bytes(pickle.dumps(as_uint16(sequences), protocol=protocol))
-    ids_M, lengths_N = token_files._read_sequences(str(path))
+    ids_M, lengths_N = safe_pickle.read_arrays(str(path))
     assert ids_M.dtype == np.uint16 and ids_M.tolist() == [
         i for sequence in sequences for i in sequence
     ]
@@ -89,7 +90,7 @@ def test_pickles_that_are_no_plain_list_of_arrays_are_read_the_long_way(tmp_path
     others = [[one.reshape(1, 3)], [one[:0]], [one * 1.5], (one,), [one, [one]]]
     for content in [*readable, *others]:
         path = write_pickle(tmp_path / "data", content)
-        assert token_files._read_sequences(path) is None or content is readable[0]
+        assert safe_pickle.read_arrays(path) is None or content is readable[0]
     for content in readable:
         assert (
             sequences_of(open_token_file(write_pickle(tmp_path / "data", content)))
@@ -279,14 +280,14 @@ def test_files_of_two_stores_do_not_go_together(tmp_path):
 
 
 BAD_STORES = {
-    "another magic": (lambda index: b"TNTIDX\0\0\0" + index[9:], "is no index of a store"),
+    "another magic": (lambda index: b"TNTIDX\0\0\0" + index[9:], "is not the index of a store"),
     "another version": (
         lambda index: index[:9] + struct.pack("<Q", 2) + index[17:],
         "is of version 2, expected 1",
     ),
     "floats": (
         lambda index: index[:17] + b"\x07" + index[18:],
-        "its dtype code 7 is none of integers",
+        "its dtype code 7 is not of integers",
     ),
     "another width": (
         lambda index: index[:17] + b"\x04" + index[18:],
@@ -340,19 +341,19 @@ def test_a_pickle_is_found_by_its_card_and_not_mixed_up_with_a_store(tmp_path):
 def test_checksums_that_are_none_are_named(tmp_path):
     for digests in (7, "%%", "YWJj"):
         path = write_tokens(tmp_path / "data", "store", random_sequences(5))
-        card = token_files.read_card(f"{path}.json", "")
+        card = cards.read_card(f"{path}.json", "")
         card["checksums"]["bin"] = digests
-        token_files.write_card(f"{path}.json", card)
-        with pytest.raises(InputError, match=r"data\.bin: the checksums in its card are none"):
+        cards.write_card(f"{path}.json", card)
+        with pytest.raises(InputError, match=r"data\.bin: the checksums in its card are invalid"):
             open_token_file(path)
 
 
 @pytest.mark.parametrize(
     "content, message",
     [
-        (b"[" * 10**5, "is no card of a token file"),
-        (b"{", "is no card of a token file"),
-        (b"[]", "is no card of a token file"),
+        (b"[" * 10**5, "is not the card of a token file"),
+        (b"{", "is not the card of a token file"),
+        (b"[]", "is not the card of a token file"),
         (b'{"format": "x"}', "has format 'x'"),
         (
             b'{"format": "distil-tokens", "version": 2}',

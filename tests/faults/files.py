@@ -34,7 +34,8 @@ from faults.forked import end_of, ended, fork_program
 from stand_ins import World, make_lines
 
 import binarized_data
-from distil.data.token_files import open_token_file, write_card
+from distil.data.cards import write_card
+from distil.data.token_files import open_token_file
 from distil.models.first_weights import load_student_weights
 from distil.models.language_model import build_student, read_student_config
 from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint

@@ -34,7 +34,7 @@ import binarized_data
 import prepare_text
 import token_counts
 import train
-from distil.data.token_files import read_card, write_card
+from distil.data.cards import read_card, write_card
 from distil.models.tokenizers import load_tokenizer, vocabulary_fingerprint
 from distil.system.signals import exit_on_sigterm
 from distil.training import checkpointing

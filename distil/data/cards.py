@@ -1,0 +1,176 @@
+"""Cards: the JSON file beside a token file or a file of counts that says how it was made.
+
+A card holds the tokenizer with its vocabulary's fingerprint, what was counted, and checksums: of
+the file, so that damage is found, and of the card itself. Files without a card are read too.
+"""
+
+import hashlib
+import json
+import os
+import pickle
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from distil.system.files import atomic_path, atomic_paths, json_digest, require_output
+from utils import InputError, logger, one_line
+
+CARD_FORMAT, CARD_VERSION = "distil-tokens", 1
+MAX_VOCAB_SIZE = 2**27  # larger than any vocabulary: a typing error
+# The types of a card's parts, where it has them: parents first.
+CARD_PARTS = {
+    "tokenizer": dict,
+    "tokenizer vocabulary_sha256": str,
+    "tokenizer special_ids": dict,
+    "counts": dict,
+    "counts largest_id": int,
+    "counts boundary_ids_inside": int,
+    "many_unknown": list,
+}
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------
+
+
+def is_card(path: str | os.PathLike) -> bool:
+    """Return True for a file that begins as cards do, even if it is damaged."""
+    with open(path, "rb") as file:
+        return f'"format": "{CARD_FORMAT}"'.encode() in file.read(100)
+
+
+def read_card(path: str | os.PathLike, flag: str) -> dict[str, Any]:
+    """Read a card, {} if there is none; raise InputError if it is damaged, foreign or newer."""
+    if not os.path.isfile(path):
+        return {}
+    try:
+        card = json.loads(Path(path).read_bytes())
+        is_ours = card["format"] == CARD_FORMAT
+    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        raise InputError(
+            f"{flag} {path}: is not the card of a token file ({one_line(error)}); make the token"
+            " file again"
+        ) from error
+    if not is_ours:
+        raise InputError(
+            f"{flag} {path}: has format {card['format']!r}, expected {CARD_FORMAT!r}; make the"
+            " token file again"
+        )
+    if card.get("version") != CARD_VERSION:
+        raise InputError(
+            f"{flag} {path}: is of version {card.get('version')}, this program reads version"
+            f" {CARD_VERSION}; update the program"
+        )
+    if card.pop("card_sha256", None) != json_digest(card):
+        raise InputError(
+            f"{flag} {path}: its checksum is wrong: damaged, or edited; make the token file again"
+        )
+    return card
+
+
+def read_verified_card(path: str | os.PathLike, flag: str) -> dict[str, Any]:
+    """Read the card of the pickle at `path` and compare the pickle with its checksum; {} if none.
+
+    Raises InputError where they differ, or where the card describes another kind of file.
+    """
+    card = read_card(f"{path}.json", flag)
+    if not card:
+        logger.info("%s %s: has no card (%s.json), so it is not verified.", flag, path, path)
+    elif "sha256" not in card:
+        raise InputError(
+            f"{flag} {path}: {path}.json is the card of a {card.get('kind')}, not of this file;"
+            " give one of them another name"
+        )
+    elif card["sha256"] != file_digest(path):
+        raise InputError(
+            f"{flag} {path}: differs from the checksum in {path}.json: damaged, or changed since;"
+            " make it again, or remove the .json if the change was intended"
+        )
+    return card
+
+
+def check_vocabulary(
+    card: Mapping[str, Any], vocabulary: str | None, source: str, model: str
+) -> None:
+    """Raise InputError if a file's card names another vocabulary than the model's.
+
+    vocabulary: fingerprint of the model's vocabulary, None if unknown. source, model: names of the
+    file and the model for the message.
+    """
+    _check_parts(card, source)
+    of_file = card.get("tokenizer") or {}
+    fingerprint = of_file.get("vocabulary_sha256")
+    if None not in (vocabulary, fingerprint) and fingerprint != vocabulary:
+        raise InputError(
+            f"{source}: was made with the tokenizer {of_file.get('name')}"
+            f" ({of_file.get('vocab_size')} entries, fingerprint {fingerprint[:12]}), but the"
+            f" vocabulary of {model} is another (fingerprint {vocabulary[:12]}); binarize and count"
+            " with that model's tokenizer"
+        )
+
+
+def _check_parts(card: Mapping[str, Any], source: str) -> None:
+    for names, kind in CARD_PARTS.items():
+        part: Any = card
+        for name in names.split():
+            part = None if part is None else part.get(name)
+        items = part if isinstance(part, list) else []
+        if not isinstance(part, kind | None) or not all(
+            type(item) is int and 0 <= item < 2**63 for item in items
+        ):
+            raise InputError(
+                f"{source}: its card's {names} is {part!r:.40}, expected {kind.__name__}; make the"
+                " file again"
+            )
+
+
+def check_vocab_size(vocab_size: int) -> None:
+    """Raise InputError if --vocab_size is outside 1 to MAX_VOCAB_SIZE."""
+    if not 1 <= vocab_size <= MAX_VOCAB_SIZE:
+        raise InputError(f"--vocab_size {vocab_size}: expected 1 to {MAX_VOCAB_SIZE}")
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------
+
+
+def write_card(path: str | os.PathLike, content: Mapping[str, Any]) -> None:
+    """Write a card atomically."""
+    with atomic_path(path) as temporary:
+        write_card_to(temporary, content)
+
+
+def write_card_to(path: Path, content: Mapping[str, Any]) -> None:
+    """Write a card in place, with its format and version first and its checksum last."""
+    card = {"format": CARD_FORMAT, "version": CARD_VERSION, **content}
+    path.write_text(
+        json.dumps({**card, "card_sha256": json_digest(card)}, indent=2) + "\n", encoding="utf-8"
+    )
+
+
+def require_card_output(path: str, flag: str, inputs: Sequence[str] = ()) -> None:
+    """Raise InputError if `path` can't be written, or is a file that is not a card."""
+    require_output(path, flag, inputs)
+    if os.path.isfile(path) and not is_card(path):
+        raise InputError(
+            f"{flag}: would overwrite {path}, which this program did not make; choose another name"
+        )
+
+
+def write_token_counts(
+    path: str | os.PathLike, counts_V: np.ndarray, card: Mapping[str, Any]
+) -> None:
+    """Write counts as 2019 did, a pickled list of ints, and their card."""
+    with atomic_paths(path, f"{path}.json", stale=[f"{path}.json"]) as (temporary, card_path):
+        temporary.write_bytes(pickle.dumps(counts_V.tolist(), protocol=pickle.HIGHEST_PROTOCOL))
+        write_card_to(card_path, {"kind": "counts", **card, "sha256": file_digest(temporary)})
+
+
+def file_digest(path: str | os.PathLike) -> str:
+    """Return a file's SHA-256 as hexadecimal digits."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()

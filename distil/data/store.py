@@ -1,0 +1,333 @@
+"""The store, one format of token files, in the layout of Megatron-LM's indexed dataset.
+
+`.bin` holds all ids end to end; `.idx` a header, the sequences' lengths (int32), their byte offsets
+(int64) and the document index (int64). Both are memory-mapped: opening a store reads its index
+only, and all processes of a machine share one copy of the ids in the page cache. The card, `.json`,
+holds a checksum of each block of either file; a block of ids is verified when it is first read.
+"""
+
+import base64
+import contextlib
+import hashlib
+import os
+import struct
+import tempfile
+from collections.abc import Iterator, Mapping
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from distil.data.cards import read_card, write_card_to
+from distil.system.files import atomic_paths
+from utils import InputError, RankError, logger, one_line
+
+MAGIC, STORE_VERSION = b"MMIDIDX\x00\x00", 1
+# Magic, version, dtype code, number of sequences, entries of the document index.
+HEADER = struct.Struct("<9sQBQQ")
+# Megatron-LM's codes.
+DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
+CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
+BLOCK_BYTES = 2**16  # per checksum
+DIGEST_BYTES = 8  # of a block's SHA-256, its first
+CHUNK_SEQUENCES = 2**20  # of an index, read or written at a time
+
+
+def find(path: str) -> str | None:
+    """Return the prefix of the store that `path` names; None if it names none."""
+    stem, suffix = os.path.splitext(path)
+    if suffix in (".bin", ".idx") and os.path.isfile(path):
+        return stem
+    for prefix in (path, *[stem] * (suffix in (".bin", ".idx", ".json"))):
+        if not os.path.isfile(prefix) and any(
+            os.path.isfile(prefix + part) for part in (".idx", ".bin")
+        ):
+            return prefix
+    return None
+
+
+def files(prefix: str) -> list[str]:
+    """List the files of the store with this prefix, its card last."""
+    return [f"{prefix}{suffix}" for suffix in (".bin", ".idx", ".json")]
+
+
+def digest(prefix: str, card: Mapping[str, Any]) -> str:
+    """Return a SHA-256 of the content, from the card's checksums if there is a card."""
+    checksums = card.get("checksums") or {
+        name: _block_digests(f"{prefix}.{name}") for name in ("bin", "idx")
+    }
+    return hashlib.sha256(f"{checksums['bin']} {checksums['idx']}".encode()).hexdigest()
+
+
+# --------------------------------------------------------------------------------------------------
+# Checksums
+# --------------------------------------------------------------------------------------------------
+
+
+class BlockDigests:
+    """Compute the checksums of a file's blocks while it is written."""
+
+    def __init__(self) -> None:
+        self._digests = bytearray()
+        self._rest = b""
+
+    def update(self, data: bytes) -> None:
+        """Add the bytes that follow."""
+        data = self._rest + data
+        whole = len(data) - len(data) % BLOCK_BYTES
+        for start in range(0, whole, BLOCK_BYTES):
+            self._digests += _digest(memoryview(data)[start : start + BLOCK_BYTES])
+        self._rest = data[whole:]
+
+    def text(self) -> str:
+        """Return all checksums as text for the card."""
+        last = _digest(self._rest) if self._rest else b""
+        return base64.b64encode(bytes(self._digests) + last).decode()
+
+
+def _digest(block: bytes | memoryview) -> bytes:
+    return hashlib.sha256(block).digest()[:DIGEST_BYTES]
+
+
+def _block_digests(path: str) -> str:
+    digests = BlockDigests()
+    with open(path, "rb") as file:
+        while data := file.read(BLOCK_BYTES):
+            digests.update(data)
+    return digests.text()
+
+
+class CheckedBlocks:
+    """A memory-mapped file whose blocks are compared with their checksums on first access."""
+
+    def __init__(self, path: str, digests: str, flag: str):
+        """Map a file. digests: text from its card. Raises InputError if their number is wrong."""
+        self.path, self.flag = path, flag
+        self.data = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
+        try:
+            expected = np.frombuffer(
+                base64.b64decode(digests, validate=True), dtype=f"V{DIGEST_BYTES}"
+            )
+        except (ValueError, TypeError) as error:
+            raise InputError(
+                f"{flag} {path}: the checksums in its card are invalid ({one_line(error)}); make it"
+                " again"
+            ) from error
+        num_blocks = -(-len(self.data) // BLOCK_BYTES)
+        if len(expected) != num_blocks:
+            raise InputError(
+                f"{flag} {path}: has {len(self.data)} bytes, its card counts {len(expected)} blocks"
+                f" of {BLOCK_BYTES}: cut off, or of another file; make it again"
+            )
+        self.expected = expected
+        self.is_checked = np.zeros(num_blocks, bool)
+
+    def check(self, starts: np.ndarray, ends: np.ndarray) -> None:
+        """Check the blocks under byte ranges [start, end); raise InputError if one is damaged."""
+        first, last = starts // BLOCK_BYTES, (ends - 1) // BLOCK_BYTES
+        widest = int((last - first).max(initial=-1))
+        for step in range(widest + 1):
+            touched = first[first + step <= last] + step
+            for block in np.unique(touched[~self.is_checked[touched]]).tolist():
+                self._check_block(block)
+
+    def check_all(self) -> Iterator[int]:
+        """Check every block and yield its size in bytes, for a progress bar."""
+        for block in range(len(self.expected)):
+            self._check_block(block)
+            yield min(BLOCK_BYTES, len(self.data) - block * BLOCK_BYTES)
+
+    def _check_block(self, block: int) -> None:
+        start = block * BLOCK_BYTES
+        if _digest(self.data[start : start + BLOCK_BYTES]) != self.expected[block].tobytes():
+            end = min(start + BLOCK_BYTES, len(self.data))
+            raise RankError(
+                f"{self.flag} {self.path}: bytes {start} to {end - 1} differ from their checksum:"
+                " the file is damaged; restore it from a copy, or make it again"
+            )
+        self.is_checked[block] = True
+
+
+# --------------------------------------------------------------------------------------------------
+# Reading
+# --------------------------------------------------------------------------------------------------
+
+
+def read(
+    prefix: str, flag: str
+) -> tuple[np.ndarray, np.ndarray, dict[str, Any], CheckedBlocks | None]:
+    """Map a store: (ids_M, lengths_N, its card, blocks to check if it has a card).
+
+    Raises InputError naming the file that is cut off, damaged or foreign.
+    """
+    data, index, card_path = files(prefix)
+    card = read_card(card_path, flag)
+    if card:
+        checked_index = CheckedBlocks(index, _checksums(card, "idx", card_path, flag), flag)
+        for _ in checked_index.check_all():
+            pass
+    else:
+        logger.info("%s %s: has no card (%s), so it is not verified.", flag, data, card_path)
+    dtype, lengths_N = _read_index(index, data, flag, is_checked=bool(card))
+    blocks = CheckedBlocks(data, _checksums(card, "bin", card_path, flag), flag) if card else None
+    ids_M = np.memmap(data, dtype=dtype, mode="r").view(np.ndarray)
+    return ids_M, lengths_N, card, blocks
+
+
+def _checksums(card: Mapping[str, Any], name: str, card_path: str, flag: str) -> str:
+    try:
+        return card["checksums"][name]
+    except (KeyError, TypeError) as error:
+        raise InputError(
+            f"{flag} {card_path}: is not the card of a store, it has no checksums; make the store"
+            " again"
+        ) from error
+
+
+def _read_index(index: str, data: str, flag: str, is_checked: bool) -> tuple[np.dtype, np.ndarray]:
+    """Check a store's index against the size of its data: (dtype of ids, lengths_N, mapped).
+
+    is_checked: its checksums are right, so the offsets that StoreWriter wrote are, too.
+    """
+    size, data_size = os.path.getsize(index), os.path.getsize(data)
+    code, num_sequences, num_documents = _read_header(index, flag)
+    expected = HEADER.size + 12 * num_sequences + 8 * num_documents
+    # Megatron-LM's modes add a byte a sequence.
+    if num_sequences == 0 or size not in (expected, expected + num_sequences):
+        raise InputError(
+            f"{flag} {index}: has {size} bytes, {num_sequences} sequences take {expected}: cut off"
+            " or damaged; make it again"
+        )
+    dtype = np.dtype(DTYPES[code])
+    lengths_N = np.memmap(index, "<i4", "r", HEADER.size, (num_sequences,)).view(np.ndarray)
+    offsets_N = np.memmap(
+        index, "<i8", "r", HEADER.size + 4 * num_sequences, (num_sequences,)
+    ).view(np.ndarray)
+    end = int(offsets_N[-1]) + int(lengths_N[-1]) * dtype.itemsize
+    if not is_checked:
+        end = _check_offsets(lengths_N, offsets_N, dtype.itemsize, f"{flag} {index}")
+    if end != data_size:
+        raise InputError(
+            f"{flag} {data}: has {data_size} bytes, its index expects {end}: cut off or foreign;"
+            " make it again"
+        )
+    return dtype, lengths_N
+
+
+def _read_header(index: str, flag: str) -> tuple[int, int, int]:
+    """Read and check an index's header: (dtype code, sequences, entries of the document index)."""
+    with open(index, "rb") as file:
+        head = file.read(HEADER.size)
+    if len(head) < HEADER.size or not head.startswith(MAGIC):
+        raise InputError(
+            f"{flag} {index}: is not the index of a store (it does not begin with {MAGIC!r}); make"
+            " it again"
+        )
+    _, version, code, num_sequences, num_documents = HEADER.unpack(head)
+    if version != STORE_VERSION:
+        raise InputError(
+            f"{flag} {index}: is of version {version}, expected {STORE_VERSION}; make it again"
+        )
+    if code not in DTYPES:
+        raise InputError(
+            f"{flag} {index}: its dtype code {code} is not of integers; expected one of"
+            f" {sorted(DTYPES)}"
+        )
+    return code, num_sequences, num_documents
+
+
+def _check_offsets(lengths_N: np.ndarray, offsets_N: np.ndarray, itemsize: int, where: str) -> int:
+    """Check that each sequence begins where the previous one ends; return the last end in bytes."""
+    end = 0
+    for start in range(0, len(lengths_N), CHUNK_SEQUENCES):
+        lengths = lengths_N[start : start + CHUNK_SEQUENCES].astype(np.int64)
+        offsets = offsets_N[start : start + CHUNK_SEQUENCES]
+        ends = end + np.cumsum(lengths) * itemsize
+        wrong = (lengths <= 0) | (offsets != ends - lengths * itemsize)
+        if wrong.any():
+            number = start + int(np.flatnonzero(wrong)[0])
+            raise InputError(
+                f"{where}: sequence {number} has length {lengths_N[number]} at byte"
+                f" {offsets_N[number]}, which does not follow from those before it; make the store"
+                " again"
+            )
+        end = int(ends[-1])
+    return end
+
+
+# --------------------------------------------------------------------------------------------------
+# Writing
+# --------------------------------------------------------------------------------------------------
+
+
+class StoreWriter:
+    """Write `.bin` and `.idx` with their checksums, a chunk at a time, in constant memory."""
+
+    def __init__(self, data: BinaryIO, index: BinaryIO, lengths: BinaryIO, dtype: np.dtype):
+        """lengths: a readable scratch file for the lengths, which go into the index at the end."""
+        self.data, self.index, self.lengths = data, index, lengths
+        self.dtype = np.dtype(dtype).newbyteorder("<")
+        self.digests = {"bin": BlockDigests(), "idx": BlockDigests()}
+        self.num_sequences = 0
+
+    def append(self, ids_M: np.ndarray, lengths_N: np.ndarray) -> None:
+        """Write sequences: their ids end to end, and their lengths."""
+        data = np.ascontiguousarray(ids_M, self.dtype).tobytes()
+        self.data.write(data)
+        self.digests["bin"].update(data)
+        self.lengths.write(lengths_N.astype("<i4").tobytes())
+        self.num_sequences += len(lengths_N)
+
+    def close(self) -> None:
+        """Write the index: header, lengths, byte offsets, and one document per sequence."""
+        code = CODES[self.dtype.newbyteorder("=")]
+        num_documents = self.num_sequences + 1
+        self._to_index(HEADER.pack(MAGIC, STORE_VERSION, code, self.num_sequences, num_documents))
+        for lengths in self._written_lengths():
+            self._to_index(lengths.tobytes())
+        end = 0
+        for lengths in self._written_lengths():
+            sizes = lengths.astype(np.int64) * self.dtype.itemsize
+            ends = end + np.cumsum(sizes)
+            self._to_index((ends - sizes).astype("<i8").tobytes())
+            end = int(ends[-1])
+        for start in range(0, num_documents, CHUNK_SEQUENCES):
+            stop = min(start + CHUNK_SEQUENCES, num_documents)
+            self._to_index(np.arange(start, stop, dtype="<i8").tobytes())
+
+    def _written_lengths(self) -> Iterator[np.ndarray]:
+        self.lengths.seek(0)
+        while data := self.lengths.read(4 * CHUNK_SEQUENCES):
+            yield np.frombuffer(data, "<i4")
+
+    def _to_index(self, data: bytes) -> None:
+        self.index.write(data)
+        self.digests["idx"].update(data)
+
+    def checksums(self) -> dict[str, Any]:
+        """Return the checksums of both files for the card."""
+        return {
+            "algorithm": (
+                f"first {DIGEST_BYTES} bytes of the SHA-256 of each block of {BLOCK_BYTES} bytes,"
+                " base64"
+            ),
+            **{name: digests.text() for name, digests in self.digests.items()},
+        }
+
+
+@contextlib.contextmanager
+def writing(prefix: str, dtype: np.dtype) -> Iterator[tuple[StoreWriter, dict[str, Any]]]:
+    """Yield (a writer, the card to fill in) of a store that appears at `prefix` on success."""
+    card: dict[str, Any] = {"kind": "store"}
+    paths = files(prefix)
+    folder = os.path.dirname(os.path.abspath(prefix))
+    # The old index is removed first: without it, a half-replaced store is not taken for one.
+    with atomic_paths(*paths, stale=paths[1:]) as (data_path, index_path, card_path):
+        with (
+            open(data_path, "wb") as data,
+            open(index_path, "wb") as index,
+            tempfile.TemporaryFile(dir=folder) as lengths,
+        ):
+            writer = StoreWriter(data, index, lengths, dtype)
+            yield writer, card
+            writer.close()
+        write_card_to(card_path, {**card, "checksums": writer.checksums()})
