@@ -4,9 +4,39 @@ import re
 import subprocess
 import sys
 
+import pytest
+from readme import PAGES
 from stand_ins import ROOT
 
 import utils
+
+ROOMS = "benchmarks|distil|docs|scripts|tests|training_configs"
+
+
+def anchors(page) -> set[str]:
+    """List the anchors of a page's headings, as GitHub makes them."""
+    headings = re.findall(r"^#+ (.+)$", page.read_text(encoding="utf-8"), flags=re.M)
+    return {re.sub(r"[^\w -]", "", heading.lower()).replace(" ", "-") for heading in headings}
+
+
+@pytest.mark.parametrize("page", [*PAGES, ROOT / "CHANGELOG.md"], ids=lambda page: page.name)
+def test_links_and_paths_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for link in re.findall(r"\]\((?!https?://)([^)]+)\)", text):
+        path, _, anchor = link.partition("#")
+        target = page.parent / path if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+    for path in re.findall(rf"(?<![\w./-])(?:{ROOMS})/[\w./-]*\w", text):
+        assert (ROOT / path).exists(), path
+    for name in re.findall(r"(?<![\w./-])\w+\.py\b", text):
+        assert any(ROOT.glob(name)) or any((ROOT / "scripts").glob(name)), name
+
+
+def test_every_page_is_linked_from_the_readme():
+    text = (ROOT / "README.md").read_text(encoding="utf-8")
+    for page in PAGES[1:]:
+        assert f"](docs/{page.name})" in text
 
 
 def test_the_version_is_that_of_the_changelog_and_the_citation():

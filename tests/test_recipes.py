@@ -1,5 +1,5 @@
-"""The recipes, each from documents to report at tiny size; what they refuse; the README's commands
-for any teacher.
+"""The recipes, each from documents to report at tiny size; what they refuse; the
+documentation's commands for any teacher.
 """
 
 import concurrent.futures
@@ -339,7 +339,7 @@ def test_a_text_too_short_to_hold_some_out_is_said(site, tmp_path):
 
 
 @pytest.mark.slow
-def test_the_readmes_commands_for_any_teacher_run_as_printed(site, tmp_path):
+def test_the_commands_for_any_teacher_run_as_printed(site, tmp_path):
     for name in ("scripts", "train.py"):
         os.symlink(ROOT / name, tmp_path / name)
     for folder in ("answerdotai", "data"):

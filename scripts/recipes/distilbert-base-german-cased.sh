@@ -4,7 +4,7 @@
 #   TEXT=data/german TASK_DATA=data/german_tasks bash scripts/recipes/distilbert-base-german-cased.sh [STAGE ..]
 #
 # TASK_DATA/ner holds GermEval 2014 (train, dev and test in the name of its files). CoNLL-2003 is scored by run_task.py, see
-# the README. For G GB of text:
+# docs/evaluating.md. For G GB of text:
 #   disk    G GB beside TEXT (2 G while it is split), 0.9 G of scratch files at the peak, 0.55 G of token files; 4.3 GB of the
 #           run (67 M parameters)
 #   hours   data 0.02 to 0.04 G on two cores; training 191,000 G / R at R tokens/s over all GPUs (not measured; German was

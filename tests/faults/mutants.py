@@ -15,7 +15,10 @@ from pathlib import Path
 
 from stand_ins import ROOT
 
-COPIED = ("*.py", "distil", "scripts", "tests", "training_configs", "pyproject.toml", "README.md")
+COPIED = (
+    *("*.py", "distil", "scripts", "tests", "training_configs"),
+    *("pyproject.toml", "README.md", "docs"),
+)
 LIMIT_S = 600
 CAUGHT = 1  # pytest's status where tests ran and some failed
 

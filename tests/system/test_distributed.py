@@ -1,4 +1,4 @@
-"""Several processes: equal to one, through the real launchers; the README's commands; the
+"""Several processes: equal to one, through the real launchers; the documentation's commands; the
 launcher's variables.
 """
 
@@ -184,7 +184,7 @@ def test_an_error_of_the_ranks_is_said_once_and_ends_them_all(world, tmp_path):
 
 
 # --------------------------------------------------------------------------------------------------
-# The README's commands
+# The documentation's commands
 # --------------------------------------------------------------------------------------------------
 
 
@@ -216,7 +216,7 @@ def checkout(tmp_path_factory, text_file, teachers) -> Path:
 
 
 def run_block(block: str, checkout: Path, teachers, **environment: str) -> None:
-    """Run a block of the README by bash as printed, sizes, addresses and processes substituted."""
+    """Run a printed block by bash, with sizes, addresses and processes substituted."""
     substitutes = {
         "30522": str(vocab_size_of(teachers["bert"])),
         "50265": str(vocab_size_of(teachers["roberta"])),
@@ -235,7 +235,7 @@ def run_block(block: str, checkout: Path, teachers, **environment: str) -> None:
 @pytest.mark.parametrize(
     "kind", ["DistilBERT", "resume", "initialization", "DistilRoBERTa", "DistilGPT2", "corpus"]
 )
-def test_the_readmes_workflow_runs_as_printed(kind, checkout, teachers):
+def test_the_workflow_runs_as_printed(kind, checkout, teachers):
     block = readme_commands()[kind]
     needs_data = kind in ("initialization", "resume") and not (checkout / BERT_DATA).exists()
     if needs_data:
@@ -245,7 +245,7 @@ def test_the_readmes_workflow_runs_as_printed(kind, checkout, teachers):
     assert (folder / "pytorch_model.bin").exists()
 
 
-def test_the_readmes_distributed_command_runs_as_printed(checkout, teachers):
+def test_the_distributed_commands_run_as_printed(checkout, teachers):
     commands = readme_commands()
     if not (checkout / BERT_DATA).exists():
         run_block(commands["DistilBERT"], checkout, teachers)
@@ -255,8 +255,8 @@ def test_the_readmes_distributed_command_runs_as_printed(checkout, teachers):
         assert (checkout / "serialization_dir" / "my_first_training" / "pytorch_model.bin").exists()
 
 
-def test_the_readmes_commands_are_those_of_2019():
-    """Every word of the 2019 README's commands stands in ours, `pkill` apart."""
+def test_the_commands_are_those_of_2019():
+    """Every word of the 2019 README's commands is printed in README or docs, except `pkill`."""
     printed = " ".join(" ".join(readme_commands().values()).replace("\\\n", " ").split())
     for words in COMMANDS_OF_2019:
         assert " ".join(words.split()) in printed

@@ -360,7 +360,7 @@ def test_a_restart_is_known_by_the_launcher_or_by_its_job_and_count(tmp_path, mo
     assert not locks.is_restarted(again, tmp_path / "none")
 
 
-def test_the_readme_tells_how_to_go_on():
-    text = (ROOT / "README.md").read_text(encoding="utf-8")
+def test_the_documentation_tells_how_to_resume():
+    text = (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8")
     for flag in ("--resume", "--keep_checkpoints", "--distributed_timeout_s"):
         assert flag in text
