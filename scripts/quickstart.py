@@ -1,11 +1,9 @@
-"""Text -> token ids -> counts -> teacher -> student's first weights -> distillation -> a table, in
-one command.
+"""Text -> ids -> counts -> teacher -> first weights -> distillation -> table, in one command.
 
-Every stage is one of the programs that the README describes, called as a user calls it. By default
-the text is the prose that the installed packages carry, and a small BERT teacher is trained on it
-first; --text and --teacher put in your own. The table compares, on held-out text, the teacher, the
-student before and after distillation, and the same student trained for as many steps without the
-teacher.
+Each stage calls one of the project's programs as a user calls it. By default the text is the prose
+that the installed packages carry, and a small BERT teacher is trained on it first; --text and
+--teacher put in your own. The table compares four models on held-out text: the teacher, the student
+before and after distillation, and the same student trained for as many steps without the teacher.
 """
 
 import argparse
@@ -13,12 +11,9 @@ import dataclasses
 import functools
 import logging
 import os
-import shlex
 import statistics
-import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -26,14 +21,13 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.data import builtin_corpus
 from distil.data.batches import MicroBatch, MlmPreparation, masking_weights, prepare_clm
 from distil.data.token_files import MIN_LENGTH
 from distil.evaluation import evaluate
-from distil.models.architectures import ARCHITECTURES, PAIRS
+from distil.models.architectures import PAIRS
 from distil.models.first_weights import load_student_weights
 from distil.models.heads import head_of
-from distil.models.hub import load_config, short_name
+from distil.models.hub import load_config
 from distil.models.language_model import (
     build_student,
     load_model,
@@ -41,63 +35,31 @@ from distil.models.language_model import (
     max_input_length,
     read_student_config,
 )
-from distil.models.tokenizers import load_tokenizer, special_ids, train_word_pieces
-from distil.system.files import atomic_path, require_file, require_output, write_json
+from distil.models.tokenizers import load_tokenizer, special_ids
+from distil.reporting.curves import draw_curves
+from distil.reporting.tables import markdown
+from distil.system.files import require_file, require_output, write_json
+from distil.workflow import (
+    ALONE_ALPHAS,
+    README_ALPHAS,
+    TEACHER,
+    Plan,
+    Scale,
+    extract_first_weights,
+    make_text,
+    make_tokens,
+    train_student,
+    train_teacher,
+    train_vocabulary,
+    write_student_config,
+)
 from grouped_batch_sampler import GroupedBatchSampler
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
-from utils import InputError, OneLineParser, logger, run_program, setup_logging
+from utils import InputError, OneLineParser, run_program, setup_logging
 
-ROOT = Path(__file__).resolve().parent.parent
-VOCAB_SIZE = 8000
-# No dropout and wide first weights: a teacher that sees each sequence once, for a few minutes,
-# learns faster so.
-TEACHER = {
-    "hidden_size": 192,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 4,
-    "intermediate_size": 768,
-    "max_position_embeddings": 512,
-    "hidden_dropout_prob": 0.0,
-    "attention_probs_dropout_prob": 0.0,
-    "initializer_range": 0.05,
-}
-MARKER = (  # in the output folder: its flags, and the sign that it is a quickstart's
-    "quickstart.json"
-)
-HELD_OUT_EVERY = 40  # one document out of so many is held out of everything
+MARKER = "quickstart.json"  # in the output folder: its flags, and the sign of a quickstart's folder
+TRAINED = {"student after": "distilled", "without teacher": "without_teacher"}  # name -> folder
 MASKS_SEED = 1  # of the held-out masks: the same for every row of the table, whatever --seed
-README_ALPHAS = {
-    "mlm": [
-        "--alpha_ce",
-        "5.0",
-        "--alpha_mlm",
-        "2.0",
-        "--alpha_cos",
-        "1.0",
-        "--alpha_clm",
-        "0.0",
-        "--mlm",
-    ],
-    "clm": ["--alpha_ce", "5.0", "--alpha_clm", "2.0", "--alpha_cos", "1.0"],
-}
-ALONE_ALPHAS = {
-    "mlm": ["--alpha_ce", "0", "--alpha_mlm", "1.0", "--alpha_clm", "0", "--mlm"],
-    "clm": ["--alpha_ce", "0", "--alpha_clm", "1.0"],
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Scale:
-    """How much is done: updates of teacher and student, the student's sequences an update, held-out
-    sequences.
-    """
-
-    teacher_steps: int = 3000
-    student_steps: int = 700
-    batch_size: int = 16
-    num_held_out: int = 512
-
-
 FULL = Scale()
 SHORT = Scale(teacher_steps=200, student_steps=60, num_held_out=96)
 
@@ -133,243 +95,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What this run is about: where things are, and what kind of pair it distils."""
-
-    folder: Path
-    teacher: str
-    teacher_type: str
-    student_type: str
-    scale: Scale
-    seed: int
-    max_length: int
-
-    @property
-    def objective(self) -> str:
-        """The language-model objective of the pair: mlm or clm."""
-        return "mlm" if ARCHITECTURES[self.teacher_type].is_masked else "clm"
-
-    def token_file(self, part: str) -> Path:
-        """Where binarized_data.py puts a part's ids."""
-        return self.folder / f"{part}.{short_name(self.teacher)}.pickle"
-
-    @property
-    def counts(self) -> Path:
-        """Where token_counts.py puts the counts."""
-        return self.folder / "token_counts.pickle"
-
-    @property
-    def student_config(self) -> Path:
-        """Where the student's configuration is written."""
-        return self.folder / "student.json"
-
-
-# --------------------------------------------------------------------------------------------------
-# Stages
-# --------------------------------------------------------------------------------------------------
-
-
-def call(program: str, *arguments: object) -> None:
-    """Run one of the project's programs, shown as a user would type it; stop where it fails."""
-    command = [str(ROOT / program), *map(str, arguments)]
-    print(f"\n$ python {program} {shlex.join(command[1:])}", flush=True)
-    status = subprocess.run([sys.executable, *command]).returncode
-    if status != 0:
-        raise InputError(f"{program} ended with status {status}; its message stands above")
-
-
-def make_text(plan: Plan, text: str | None) -> None:
-    """Write train.txt and held_out.txt, documents kept whole on one side."""
-    documents = (
-        ([line] for line in user_lines(text))
-        if text
-        else (list(builtin_corpus.lines(d)) for d in builtin_corpus.documents())
-    )
-    parts: dict[str, list[str]] = {"train": [], "held_out": []}
-    for number, document in enumerate(documents):
-        parts["held_out" if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else "train"] += document
-    if not parts["held_out"]:
-        raise InputError(
-            f"--text {text}: expected at least {HELD_OUT_EVERY} lines of text, different from one"
-            " another"
-        )
-    for part, lines in parts.items():
-        with atomic_path(plan.folder / f"{part}.txt") as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    logger.info(
-        "Text: %s lines to train on, %s held out.", *(f"{len(lines):,}" for lines in parts.values())
-    )
-
-
-def user_lines(path: str) -> Iterator[str]:
-    """Yield a user's lines once each: a line that stands twice could otherwise be on both sides."""
-    seen = set()
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            for line in file:
-                stripped = line.strip()
-                if stripped and stripped not in seen:
-                    seen.add(stripped)
-                    yield stripped
-        except UnicodeDecodeError as error:
-            raise InputError(f"--text {path}: is not UTF-8 ({error}); convert it") from error
-
-
-def train_vocabulary(plan: Plan) -> None:
-    """Train a WordPiece vocabulary on train.txt, and write it as a BERT tokenizer."""
-    vocabulary = train_word_pieces(plan.folder / "train.txt", VOCAB_SIZE)
-    transformers.BertTokenizer(
-        vocab=vocabulary, do_lower_case=True, model_max_length=512
-    ).save_pretrained(plan.teacher)
-    logger.info("Vocabulary: %d WordPiece tokens.", len(vocabulary))
-
-
-def make_tokens(plan: Plan, vocab_size: int) -> None:
-    """Binarize both parts, count the first."""
-    for part in ("train", "held_out"):
-        call(
-            "scripts/binarized_data.py",
-            "--file_path",
-            plan.folder / f"{part}.txt",
-            "--tokenizer_type",
-            plan.teacher_type,
-            "--tokenizer_name",
-            plan.teacher,
-            "--dump_file",
-            plan.folder / part,
-        )
-    call(
-        "scripts/token_counts.py",
-        "--data_file",
-        plan.token_file("train"),
-        "--token_counts_dump",
-        plan.counts,
-        "--vocab_size",
-        vocab_size,
-    )
-
-
-def train_teacher(plan: Plan, vocab_size: int) -> None:
-    """Train the embedded default's teacher."""
-    write_json(plan.folder / "teacher.json", {**TEACHER, "vocab_size": vocab_size})
-    call(
-        "scripts/train_teacher.py",
-        "--config",
-        plan.folder / "teacher.json",
-        "--tokenizer_name",
-        plan.teacher,
-        "--data_file",
-        plan.token_file("train"),
-        "--token_counts",
-        plan.counts,
-        "--output_dir",
-        plan.teacher,
-        "--num_steps",
-        plan.scale.teacher_steps,
-        "--max_length",
-        plan.max_length,
-        "--seed",
-        plan.seed,
-        "--force",
-    )
-
-
-def write_student_config(plan: Plan, teacher_config, num_layers: int) -> None:
-    """Write the configuration of a student with num_layers layers, all else as the teacher's."""
-    if plan.student_type == "distilbert":
-        content = {
-            "model_type": "distilbert",
-            "vocab_size": teacher_config.vocab_size,
-            "dim": teacher_config.hidden_size,
-            "n_layers": num_layers,
-            "n_heads": teacher_config.num_attention_heads,
-            "hidden_dim": teacher_config.intermediate_size,
-            "activation": teacher_config.hidden_act,
-            "max_position_embeddings": teacher_config.max_position_embeddings,
-            "sinusoidal_pos_embds": True,
-        }
-    else:
-        content = {
-            k: v
-            for k, v in teacher_config.to_diff_dict().items()
-            if k not in ("transformers_version", "dtype")
-        }
-        content["n_layer" if plan.student_type == "gpt2" else "num_hidden_layers"] = num_layers
-    write_json(plan.student_config, content)
-
-
-def extract_first_weights(plan: Plan, num_layers: int) -> None:
-    """Take num_layers layers of the teacher, evenly spaced."""
-    flags = ["--vocab_transform"] if plan.objective == "mlm" else []
-    program = "scripts/extract.py"
-    if plan.teacher_type == "bert":
-        program, flags = "scripts/extract_distilbert.py", [*flags, "--fold_token_types"]
-    call(
-        program,
-        "--model_type",
-        plan.teacher_type,
-        "--model_name",
-        plan.teacher,
-        "--dump_checkpoint",
-        plan.folder / "first_weights.pth",
-        "--num_layers",
-        num_layers,
-        *flags,
-    )
-
-
-def train_student(plan: Plan, name: str, alphas: list[str]) -> None:
-    """Train a student from the first weights, with the teacher or alone."""
-    # Smoothing 0: the table asks for tokens drawn uniformly from the text. Minutes on a few MB are
-    # too few to afford 2019's emphasis on rare tokens (0.7), which moves a small student away from
-    # its teacher at the frequent ones.
-    masking = (
-        ["--token_counts", plan.counts, "--mlm_smoothing", 0] if plan.objective == "mlm" else []
-    )
-    call(
-        "train.py",
-        "--student_type",
-        plan.student_type,
-        "--student_config",
-        plan.student_config,
-        "--teacher_type",
-        plan.teacher_type,
-        "--teacher_name",
-        plan.teacher,
-        *alphas,
-        "--freeze_pos_embs",
-        "--student_pretrained_weights",
-        plan.folder / "first_weights.pth",
-        "--data_file",
-        plan.token_file("train"),
-        *masking,
-        "--dump_path",
-        plan.folder / name,
-        "--force",
-        "--max_steps",
-        plan.scale.student_steps,
-        "--batch_size",
-        plan.scale.batch_size,
-        "--gradient_accumulation_steps",
-        1,
-        "--max_length",
-        plan.max_length,
-        "--log_interval",
-        10,
-        "--seed",
-        plan.seed,
-    )
-
-
 # --------------------------------------------------------------------------------------------------
 # The table
 # --------------------------------------------------------------------------------------------------
 
 
 def held_out_batches(plan: Plan, tokenizer, teacher_config) -> list[MicroBatch]:
-    """Make the held-out batches, with masks that depend on nothing but the text. Raises InputError
-    where there are none.
+    """Make the held-out batches, with masks that depend on the text alone.
+
+    Raises InputError where no sequence is left.
     """
     max_length = min(
         max_input_length(plan.teacher_type, tokenizer, teacher_config), plan.max_length
@@ -382,8 +116,7 @@ def held_out_batches(plan: Plan, tokenizer, teacher_config) -> list[MicroBatch]:
     prepare = prepare_clm
     if plan.objective == "mlm":
         counts_V = torch.from_numpy(read_token_counts(plan.counts, vocab_size, model))
-        # Smoothing 0: positions uniform over the text, so that the table speaks of all tokens
-        # alike.
+        # Smoothing 0: positions uniform over the text, for figures of all tokens alike.
         weights_V = masking_weights(counts_V, 0.0, tokenizer.all_special_ids)
         prepare = MlmPreparation(
             weights_V, tokenizer.mask_token_id, 0.15, 0.8, 0.1, 0.1, False, MASKS_SEED
@@ -399,7 +132,7 @@ def held_out_batches(plan: Plan, tokenizer, teacher_config) -> list[MicroBatch]:
 
 
 def latency_ms(model, batch: MicroBatch) -> float:
-    """Median time of one sequence through the whole model, in milliseconds, after warm-up."""
+    """Return the median time of one sequence through the model, in milliseconds, after warm-up."""
     ids_BT = batch.input_ids_BT[:1]
     times = []
     with torch.no_grad():
@@ -411,7 +144,7 @@ def latency_ms(model, batch: MicroBatch) -> float:
 
 
 def table_rows(plan: Plan) -> dict[str, dict[str, float]]:
-    """Measure the four models of the table on held-out text."""
+    """Measure the table's four models on held-out text."""
     teacher = load_teacher(plan.teacher_type, plan.teacher)
     tokenizer = load_tokenizer(plan.teacher_type, plan.teacher, "--teacher")
     batches = held_out_batches(plan, tokenizer, teacher.config)
@@ -419,16 +152,11 @@ def table_rows(plan: Plan) -> dict[str, dict[str, float]]:
         plan.student_type, read_student_config(plan.student_type, str(plan.student_config))
     )
     load_student_weights(before, plan.student_type, str(plan.folder / "first_weights.pth"))
-    models = {
-        "teacher": teacher,
-        "student before": before.eval(),
-        "student after": (
-            load_model(plan.student_type, str(plan.folder / "distilled"), "student").eval()
-        ),
-        "without teacher": (
-            load_model(plan.student_type, str(plan.folder / "without_teacher"), "student").eval()
-        ),
+    trained = {
+        name: load_model(plan.student_type, str(plan.folder / folder), "student").eval()
+        for name, folder in TRAINED.items()
     }
+    models = {"teacher": teacher, "student before": before.eval(), **trained}
     longest = max(batches, key=lambda batch: batch.input_ids_BT.shape[1])
     rows = {}
     for name, model in models.items():
@@ -450,15 +178,7 @@ def table_rows(plan: Plan) -> dict[str, dict[str, float]]:
 def format_table(rows: dict[str, dict[str, float]], objective: str) -> str:
     """Lay the rows out as a Markdown table."""
     kind = "masked-LM" if objective == "mlm" else "causal-LM"
-    head = [
-        "model",
-        "parameters",
-        f"{kind} loss",
-        "top-1",
-        "KL to teacher",
-        "agreement",
-        "CPU latency",
-    ]
+    head = f"model|parameters|{kind} loss|top-1|KL to teacher|agreement|CPU latency".split("|")
     cells = [
         [
             name,
@@ -471,75 +191,16 @@ def format_table(rows: dict[str, dict[str, float]], objective: str) -> str:
         ]
         for name, row in rows.items()
     ]
-    widths = [max(len(line[k]) for line in [head, *cells]) for k in range(len(head))]
-    lines = [head, ["-" * width for width in widths], *cells]
-    return "\n".join(
-        "| " + " | ".join(c.ljust(w) for c, w in zip(line, widths, strict=True)) + " |"
-        for line in lines
-    )
-
-
-def scalar_curve(folder: Path, tag: str) -> tuple[list[int], list[float]]:
-    """Read one scalar of a run's TensorBoard log: (x, values)."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = EventAccumulator(str(folder / "log" / "train"), size_guidance={"scalars": 0})
-    log.Reload()
-    if tag not in log.Tags()["scalars"]:
-        return [], []
-    events = log.Scalars(tag)
-    return [event.step for event in events], [event.value for event in events]
-
-
-def draw_curves(plan: Plan, rows: dict[str, dict[str, float]]) -> Path:
-    """Draw the training losses, and the held-out KL of the table."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    left.plot(
-        *scalar_curve(plan.folder / "distilled", "losses/loss_ce"), label="student, distilled"
-    )
-    left.set(
-        title="KL to the teacher in training (T = 2, x T²)",
-        xlabel="micro-batches",
-        ylabel="loss_ce",
-        ylim=(0, None),
-    )
-    tag = f"losses/loss_{plan.objective}"
-    for name, label in (
-        ("distilled", "student, distilled"),
-        ("without_teacher", "student, without teacher"),
-    ):
-        middle.plot(*scalar_curve(plan.folder / name, tag), label=label)
-    middle.set(
-        title="Language-model loss in training", xlabel="micro-batches", ylabel=tag.split("/")[1]
-    )
-    middle.legend()
-    names = [name for name in rows if name != "teacher"]
-    bars = right.bar(
-        names, [rows[name]["kl"] for name in names], color=["tab:gray", "tab:blue", "tab:orange"]
-    )
-    right.bar_label(bars, fmt="%.4f")
-    right.margins(y=0.12)
-    right.set(title="KL to the teacher, held-out text (T = 1)", ylabel="nats a token")
-    path = plan.folder / "curves.png"
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
-    return path
+    return markdown([head, *cells])
 
 
 # --------------------------------------------------------------------------------------------------
-# All of it
+# The run
 # --------------------------------------------------------------------------------------------------
 
 
 def make_plan(args: argparse.Namespace) -> Plan:
-    """Decide what this run is about, and claim its folder. Raises InputError where flags or folder
-    don't fit.
-    """
+    """Plan the run by its flags and claim its folder. Raises InputError."""
     scale = SHORT if args.short else FULL
     if args.student_steps is not None:
         scale = dataclasses.replace(scale, student_steps=args.student_steps)
@@ -564,9 +225,7 @@ def make_plan(args: argparse.Namespace) -> Plan:
 
 
 def claim_folder(plan: Plan, args: argparse.Namespace) -> None:
-    """Make the output folder, or take that of an earlier quickstart. Raises InputError for any
-    other.
-    """
+    """Make the output folder, or reuse an earlier quickstart's. Raises InputError for any other."""
     require_output(args.output, "--output", is_folder=True)
     if plan.folder.exists() and any(plan.folder.iterdir()) and not (plan.folder / MARKER).exists():
         raise InputError(
@@ -582,7 +241,7 @@ def claim_folder(plan: Plan, args: argparse.Namespace) -> None:
 
 
 def teacher_model_type(name: str) -> str:
-    """Find out a teacher's model type. Raises InputError where it is none that can be distilled."""
+    """Read a teacher's model type. Raises InputError for a type without a pair."""
     model_type = load_config(None, name, "--teacher").model_type
     known = [teacher for teacher, _ in PAIRS]
     if model_type not in known:
@@ -593,7 +252,7 @@ def teacher_model_type(name: str) -> str:
 
 
 def report(plan: Plan, started: float) -> None:
-    """Print the table, write it as JSON with the curves, and say whether distillation paid."""
+    """Print and write the table, draw the curves, and print whether distillation paid."""
     rows = table_rows(plan)
     table = format_table(rows, plan.objective)
     write_json(
@@ -601,17 +260,12 @@ def report(plan: Plan, started: float) -> None:
         {"seed": plan.seed, "rows": rows, "seconds": time.perf_counter() - started},
     )
     (plan.folder / "results.md").write_text(table + "\n", encoding="utf-8")
-    path = draw_curves(plan, rows)
+    path = plan.folder / "curves.png"
+    kl = {name: row["kl"] for name, row in rows.items() if name != "teacher"}
+    draw_curves(path, *(plan.folder / name for name in TRAINED.values()), plan.objective, kl)
     print(f"\nOn held-out text (seed {plan.seed}):\n\n{table}\n")
-    after, best_other = (
-        rows["student after"]["kl"],
-        min(rows["student before"]["kl"], rows["without teacher"]["kl"]),
-    )
-    verdict = (
-        "is closer to the teacher than both"
-        if after < best_other
-        else "is NOT closer to the teacher than both"
-    )
+    is_closest = kl["student after"] < min(kl["student before"], kl["without teacher"])
+    verdict = f"is {'' if is_closest else 'NOT '}closer to the teacher than both"
     print(
         f"The distilled student {verdict} the student before and the one trained without teacher."
     )
@@ -620,7 +274,7 @@ def report(plan: Plan, started: float) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run every stage, then the table."""
+    """Run every stage, then print the table."""
     started = time.perf_counter()
     args = parse(argv)
     setup_logging(logging.INFO)
@@ -636,9 +290,8 @@ def main(argv: list[str] | None = None) -> None:
     else:
         teacher_config = load_config(plan.teacher_type, plan.teacher, "--teacher")
     make_tokens(plan, teacher_config.vocab_size)
-    held_out_batches(
-        plan, tokenizer, teacher_config
-    )  # an error here costs seconds, after training minutes
+    # Errors of the held-out text show now rather than after minutes of training.
+    held_out_batches(plan, tokenizer, teacher_config)
     if is_embedded:
         train_teacher(plan, teacher_config.vocab_size)
     num_layers = max(teacher_config.num_hidden_layers // 2, 1)

@@ -38,7 +38,6 @@ OVER_BUDGET: dict[str, int] = {
     "scripts/inspect_data.py": 855,
     "scripts/latency.py": 486,
     "scripts/prepare_text.py": 653,
-    "scripts/quickstart.py": 653,
     "scripts/report.py": 1201,
     "scripts/run_squad_w_distillation.py": 791,
     "scripts/run_task.py": 1049,

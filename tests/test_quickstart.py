@@ -1,6 +1,4 @@
-"""The quickstart with one's own text and teacher, and what it refuses; its default is run by CI
-itself.
-"""
+"""The quickstart with one's own text and teacher, and its refusals; CI runs its default."""
 
 import json
 
@@ -8,6 +6,7 @@ import pytest
 from stand_ins import make_lines
 
 import quickstart
+from distil import workflow
 
 
 @pytest.fixture(scope="module")
@@ -48,11 +47,10 @@ def test_own_text_and_teacher_give_the_table(
     )
 
 
-def test_a_line_that_stands_twice_is_taken_once(tmp_path):
-    (tmp_path / "text").write_text(
-        "bake\n limo \nbake \n\nlimo\nbake"
-    )  # the last without a line end
-    assert list(quickstart.user_lines(str(tmp_path / "text"))) == ["bake", "limo"]
+def test_a_repeated_line_is_taken_once(tmp_path):
+    text = "bake\n limo \nbake \n\nlimo\nbake"  # the last line without an end
+    (tmp_path / "text").write_text(text)
+    assert list(workflow.user_lines(str(tmp_path / "text"))) == ["bake", "limo"]
 
 
 BAD = {
