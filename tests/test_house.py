@@ -30,7 +30,6 @@ OVER_BUDGET: dict[str, int] = {
     "distil/data/text_sources.py": 468,
     "distil/kernels/head.py": 483,
     "distiller.py": 663,
-    "scripts/benchmark.py": 1484,
     "scripts/benchmark_data.py": 617,
     "scripts/binarized_data.py": 461,
     "scripts/evaluate_lm.py": 528,
@@ -45,7 +44,6 @@ OVER_BUDGET: dict[str, int] = {
 }
 LONG_FUNCTIONS: dict[str, int] = {
     "distil/system/launch.py:_check_launcher": 75,
-    "scripts/benchmark.py:make_parser": 82,
     "scripts/binarized_data.py:parse": 82,
     "scripts/evaluate_lm.py:parse": 93,
     "scripts/prepare_text.py:parse": 87,

@@ -7,51 +7,64 @@ import dataclasses
 import json
 import re
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from conftest import run_process
 from stand_ins import ROOT
 
 import benchmark
-from distil.flops import ModelSize
+from benchmarks import (
+    agreement,
+    cpu_pieces,
+    jobs,
+    measuring,
+    reference_step,
+    summary,
+    training_run,
+    workload,
+)
+from distil.flops import DTYPES, ModelSize, clock_s, nominal_peak, size_of, update_flops
+from distil.kernels import cpu
+from distil.models.language_model import build_student
 from distil.system.launch import check_compiler
+from utils import InputError
 
 FLAGS = ["--size", "tiny", "--device", "cpu", "--updates", "2", "--warmup", "1", "--threads", "1"]
 
 
-def make_job(tmp_path, *flags: str, **changes) -> benchmark.Job:
+def make_job(tmp_path, *flags: str, **changes) -> workload.Job:
     """Write a tiny synthetic store and return the first job of a command line."""
     args = benchmark.parse([*FLAGS, *flags])
-    benchmark.write_synthetic(args, tmp_path / "store")
-    return dataclasses.replace(benchmark.make_jobs(args, str(tmp_path / "store"))[0], **changes)
+    jobs = benchmark.make_jobs(args, str(tmp_path / "store"))
+    workload.write_synthetic(jobs, args.mix)
+    return dataclasses.replace(jobs[0], **changes)
 
 
 def base_sizes(pair: str) -> list[ModelSize]:
     """Count teacher and student at base size, without making their weights."""
     job = benchmark.make_jobs(benchmark.parse(["--pair", pair, "--device", "cpu"]), "unused")[0]
     with torch.device("meta"):
-        return [
-            benchmark.size_of(benchmark.build_student(*entry))
-            for entry in benchmark.configurations(job)
-        ]
+        return [size_of(build_student(*entry)) for entry in workload.configurations(job)]
 
 
-@pytest.mark.parametrize("pair", benchmark.PAIR_ROWS)
+@pytest.mark.parametrize("pair", workload.PAIR_ROWS)
 def test_both_steps_compute_the_same(pair, tmp_path):
-    found = benchmark.run_check(make_job(tmp_path, "--pair", pair, "--mix", "--length", "40"))
+    found = agreement.run_check(make_job(tmp_path, "--pair", pair, "--mix", "--length", "40"))
     torch.testing.assert_close(
         torch.tensor(found["losses"]), torch.tensor(found["reference_losses"]), rtol=1e-4, atol=0
     )
     assert found["gradient_cosine"] > 0.9999 and found["gradients_differ_by"] < 1e-4
     assert len(found["losses"]) == 2 and found["objectives"] == list(
-        benchmark.PAIR_ROWS[pair].alphas
+        workload.PAIR_ROWS[pair].alphas
     )
 
 
 def test_half_precision_computes_nearly_the_same(tmp_path):
-    found = benchmark.run_check(make_job(tmp_path, precision="bf16"))
+    found = agreement.run_check(make_job(tmp_path, precision="bf16"))
     assert 1e-5 < found["gradients_differ_by"] < 0.1 and found["gradient_cosine"] > 0.99
 
 
@@ -61,23 +74,23 @@ def test_half_precision_computes_nearly_the_same(tmp_path):
 )  # torch's own, when it loads its compiler
 def test_a_compiled_step_is_checked_and_timed_by_stage(tmp_path):
     job = make_job(tmp_path, "--length", "20", kind="distiller", compiles=True)
-    found = benchmark.run_check(job)
+    found = agreement.run_check(job)
     assert found["gradient_cosine"] > 0.9999 and found["gradients_differ_by"] < 1e-4
-    times = benchmark.run_steps(job)
+    times = measuring.run_steps(job)
     assert len(times["step_s"]) == 2 and min(times["stages_s"].values()) > 0
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")
 def test_the_parts_of_a_compiled_step_are_compiled_and_the_references_are_not(tmp_path):
     job = make_job(tmp_path, compiles=True)
-    step = benchmark.make_distiller(job, *benchmark.make_models(job))
+    step = workload.make_distiller(job, *workload.make_models(job))
     assert (
-        benchmark.entrance(step.teacher.base_model)
-        == benchmark.entrance(step.model.student.base_model)
+        measuring.entrance(step.teacher.base_model)
+        == measuring.entrance(step.model.student.base_model)
         == "_compiled_call_impl"
     )
-    plain = benchmark.PlainStep(job, *benchmark.make_models(job))
-    assert benchmark.entrance(plain.student.base_model) == "forward"
+    plain = reference_step.PlainStep(job, *workload.make_models(job))
+    assert measuring.entrance(plain.student.base_model) == "forward"
 
 
 @pytest.mark.parametrize("precision", ["bf16", "fp16"])
@@ -85,10 +98,10 @@ def test_a_reference_under_autocast_keeps_its_weights_and_computes_nearly_the_sa
     precision, tmp_path
 ):
     job = make_job(tmp_path, kind="reference", precision=precision)
-    batches = benchmark.checked_batches(benchmark.make_workload(job))
+    batches = agreement.checked_batches(workload.make_workload(job))
     found = {}
     for one in (job, dataclasses.replace(job, precision="fp32")):
-        step = benchmark.PlainStep(one, *benchmark.make_models(one, has_dropout=False))
+        step = reference_step.PlainStep(one, *workload.make_models(one, has_dropout=False))
         found[one.precision] = step.begin_step(iter(batches), [0, 1], 2).read()
         assert {p.dtype for model in (step.teacher, step.student) for p in model.parameters()} == {
             torch.float32
@@ -125,12 +138,75 @@ def test_variants_are_those_asked_for():
         ),
     ]
     for job in jobs[-4:]:
-        command = benchmark.training_command(job, tmp := benchmark.Path("nowhere"), 1, 1)
+        command = training_run.training_command(job, tmp := Path("nowhere"), 1, 1)
         assert str(tmp / "run") in command and ("--compile" in command) == job.compiles
     plain = benchmark.make_jobs(benchmark.parse([*FLAGS, "--reference"]), "unused")
     assert [(job.kind, job.precision, job.compiles) for job in plain] == [
         ("reference", "fp32", False),
         ("distiller", "fp32", False),
+    ]
+
+
+def test_each_piece_of_the_cpu_kernels_is_a_variant_and_a_check():
+    flags = "--length 20 --precision fp32 bf16 --compile --end_to_end --without tied dropout tied"
+    args = benchmark.parse([*FLAGS, *flags.split()])
+    jobs = benchmark.make_jobs(args, "unused")
+    names = [job.name.split(",")[0] for job in jobs if job.precision == "bf16"]
+    assert names == [
+        "Distiller.step",
+        "Distiller.step compiled",
+        "Distiller.step without tied",
+        "Distiller.step without dropout",
+        "train.py",
+        "train.py compiled",
+    ]
+    checks = benchmark.make_checks(args, jobs[0])
+    ways = ["", " (compiled)", " (without tied)", " (without dropout)"]
+    assert list(checks) == [f"{precision}{way}" for precision in ("fp32", "bf16") for way in ways]
+    assert [job.without for job in checks.values()] == [None, None, "tied", "dropout"] * 2
+    assert {job.kind for job in checks.values()} == {"check"}
+
+
+def pieces_called() -> list[str]:
+    """Call what the pieces handle, as a model does; name the piece of each call that it handled."""
+    inputs, weight = torch.ones(2, 3, requires_grad=True), torch.ones(3, 3)
+    heads = torch.ones(1, 2, 3, 4, requires_grad=True)
+    with cpu.faster():
+        results = [
+            ("dropout", F.dropout(inputs, 0.5)),
+            ("attention", F.scaled_dot_product_attention(heads, heads, heads, dropout_p=0.5)),
+            ("products", F.linear(inputs, weight)),
+            ("products", torch.addmm(torch.ones(3), inputs, weight)),
+        ]
+    ours = torch.autograd.function.BackwardCFunction  # of an autograd.Function in Python
+    return [piece for piece, result in results if isinstance(result.grad_fn, ours)]
+
+
+@pytest.mark.parametrize("piece", cpu_pieces.PIECES)
+def test_a_piece_that_is_off_is_not_called_and_the_others_are(piece, tmp_path, monkeypatch):
+    look_ups = []
+    look_up = cpu.TiedGradient.look_up
+
+    def counted(*args, **kwargs):
+        look_ups.append(args)
+        return look_up(*args, **kwargs)
+
+    monkeypatch.setattr(cpu.TiedGradient, "look_up", counted)
+    handled = ["dropout", "attention", "products", "products"]
+    job = make_job(tmp_path, "--length", "20", without=piece)
+    with cpu_pieces.without(piece):
+        assert pieces_called() == [one for one in handled if one != piece]
+        found = agreement.run_check(job)
+    assert found["gradient_cosine"] > 0.9999 and found["gradients_differ_by"] < 1e-4
+    assert bool(look_ups) == (piece != "tied")
+    assert pieces_called() == handled and workload.DistillationModel.tied_weight is not None
+
+
+def test_a_piece_that_is_off_does_not_go_with_a_gpu():
+    args = benchmark.parse([*FLAGS, "--without", "tied"])
+    args.device = "cuda"
+    assert benchmark.number_problems(args, 512) == [
+        "--without tied: serves a CPU only; leave it out, or take --device cpu"
     ]
 
 
@@ -144,19 +220,21 @@ def test_a_cpu_is_warmed_up_by_three_updates_unless_told_otherwise():
 
 def test_a_reference_that_computes_something_else_is_refused(tmp_path, monkeypatch):
     monkeypatch.setattr(
-        benchmark.PlainStep, "_cosine", lambda self, student, teacher, real: student.square().mean()
+        reference_step.PlainStep,
+        "_cosine",
+        lambda self, student, teacher, real: student.square().mean(),
     )
-    with pytest.raises(benchmark.InputError, match="nothing is timed"):
-        benchmark.run_check(make_job(tmp_path))
+    with pytest.raises(InputError, match="nothing is timed"):
+        agreement.run_check(make_job(tmp_path))
 
 
 @pytest.mark.parametrize(("pair", "expected"), [("bert", 640), ("mbert", 1188)])
 def test_model_flops_are_those_counted_by_hand(pair, expected):
     teacher, student = base_sizes(pair)
-    vocab_size, lengths_B = benchmark.teacher_config(pair, "base").vocab_size, np.full(3, 256)
+    vocab_size, lengths_B = workload.teacher_config(pair, "base").vocab_size, np.full(3, 256)
     layer, head = 2 * 12 * 768**2 + 4 * 256 * 768, 2 * (768**2 + vocab_size * 768)
     by_hand = (12 * layer + head) + 3 * (6 * layer + head)
-    assert benchmark.update_flops(teacher, student, lengths_B) / lengths_B.sum() == by_hand
+    assert update_flops(teacher, student, lengths_B) / lengths_B.sum() == by_hand
     assert abs(by_hand / 1e6 - expected) < 1
 
 
@@ -169,7 +247,7 @@ def test_model_flops_of_the_parts_and_of_the_other_pairs():
     )
     for pair, has_transform in (("roberta", True), ("gpt2", False)):
         for size in base_sizes(pair):
-            vocab_size = benchmark.teacher_config(pair, "base").vocab_size
+            vocab_size = workload.teacher_config(pair, "base").vocab_size
             assert size.in_layers == size.num_layers * 12 * 768**2
             assert size.in_head == 768 * vocab_size + 768**2 * has_transform
 
@@ -181,23 +259,23 @@ def test_a_variant_is_timed_whole_and_by_stage(kind, precision, tmp_path):
     job = make_job(
         tmp_path, "--micro_batches", "2", "--length", "20", kind=kind, precision=precision
     )
-    found = benchmark.run_steps(job)
+    found = measuring.run_steps(job)
     assert (
         found["tokens"] == [2 * 5 * 20] * 2
         and len(found["step_s"]) == 2
         and found["skipped_updates"] == 0
     )
-    assert set(found["stages_s"]) == set(benchmark.STAGES) and min(found["stages_s"].values()) > 0
+    assert set(found["stages_s"]) == set(measuring.STAGES) and min(found["stages_s"].values()) > 0
     assert 0 < found["memory"]["models"] <= found["memory"]["peak"]
 
 
 def test_time_inside_another_stage_is_counted_once():
-    watch = benchmark.Stopwatch("cpu")
+    watch = measuring.Stopwatch("cpu")
     inner = watch.wrap("inner", lambda: sum(range(10**5)))
     whole = watch.wrap("whole", watch.wrap("outer", lambda: [inner(), inner()]))
-    started = benchmark.clock_s("cpu")
+    started = clock_s("cpu")
     assert whole()[0] == sum(range(10**5))
-    elapsed = benchmark.clock_s("cpu") - started
+    elapsed = clock_s("cpu") - started
     assert (
         set(watch.seconds) == {"inner", "outer", "whole"}
         and 0 < sum(watch.seconds.values()) <= elapsed
@@ -216,8 +294,8 @@ def test_shares_and_ratios_come_from_medians(tmp_path):
             "stages_s": None,
             "memory": None,
         }
-        rows.append(benchmark.merged(job, [one, one]))
-    benchmark.add_shares(
+        rows.append(summary.merged(job, [one, one]))
+    summary.add_shares(
         rows, {"fp32": {"matmul_flops": {"256": 1000.0, "512": 1600.0}}}, "NVIDIA H100 80GB HBM3"
     )
     assert [row["ratio"] for row in rows] == [1.0, 4.0] and [
@@ -226,16 +304,13 @@ def test_shares_and_ratios_come_from_medians(tmp_path):
     assert [row["ratio_autocast"] for row in rows] == [
         None,
         None,
-    ] and "in autocast" not in benchmark.main_table(rows)
+    ] and "in autocast" not in summary.main_table(rows)
     assert rows[1]["mfu_nominal"] == 800 / 67e12 and rows[0]["tokens_s"] == {
         "median": 25.0,
         "min": 12.5,
         "max": 50.0,
     }
-    assert (
-        benchmark.nominal_peak("NVIDIA H200", "bf16") == 989e12
-        and benchmark.nominal_peak("cpu", "fp32") is None
-    )
+    assert nominal_peak("NVIDIA H200", "bf16") == 989e12 and nominal_peak("cpu", "fp32") is None
 
 
 def test_ratios_to_the_reference_under_autocast_are_of_the_same_precision(tmp_path):
@@ -257,11 +332,11 @@ def test_ratios_to_the_reference_under_autocast_are_of_the_same_precision(tmp_pa
             "stages_s": None,
             "memory": None,
         }
-        rows.append(benchmark.merged(job, [one]))
-    benchmark.add_shares(rows, {p: {"matmul_flops": {"256": 1.0}} for p in benchmark.DTYPES}, "cpu")
+        rows.append(summary.merged(job, [one]))
+    summary.add_shares(rows, {p: {"matmul_flops": {"256": 1.0}} for p in DTYPES}, "cpu")
     assert [row["ratio"] for row in rows] == [1, 2.5, 3, 5, 4]
     assert [row["ratio_autocast"] for row in rows] == [None, 1, None, 2, None]
-    head, _, *lines = benchmark.main_table(rows).splitlines()
+    head, _, *lines = summary.main_table(rows).splitlines()
     assert head.rstrip(" |").endswith("x reference in autocast")
     assert [line.split("|")[-2].strip() for line in lines] == ["-", "1.00", "-", "2.00", "-"]
 
@@ -269,10 +344,10 @@ def test_ratios_to_the_reference_under_autocast_are_of_the_same_precision(tmp_pa
 def test_a_lack_of_memory_names_the_micro_batch_and_the_flag(tmp_path):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.int8)
-    assert benchmark.is_out_of_memory(caught.value) and not benchmark.is_out_of_memory(
+    assert jobs.is_out_of_memory(caught.value) and not jobs.is_out_of_memory(
         RuntimeError("shapes differ")
     )
-    said = benchmark.out_of_memory(make_job(tmp_path, "--batch_size", "7", "--length", "20"))
+    said = jobs.out_of_memory(make_job(tmp_path, "--batch_size", "7", "--length", "20"))
     assert "micro-batches of up to 140 tokens" in said and "lower --batch_size" in said
 
 
@@ -295,6 +370,7 @@ BAD_FLAGS = {
         ["--reference_precision", "bf16"],
         "--reference_precision without --reference: add it",
     ),
+    "piece": (["--without", "loss"], "invalid choice: 'loss'"),
     "unknown flag": (["--referense"], "did you mean --reference?"),
 }
 
@@ -389,9 +465,8 @@ def test_what_the_gpu_script_imports_is_there():
 
 @pytest.mark.slow
 def test_a_file_of_another_vocabulary_is_one_line(tmp_path, status_and_errors):
-    benchmark.write_synthetic(
-        benchmark.parse(["--device", "cpu", "--length", "20"]), tmp_path / "store"
-    )
+    args = benchmark.parse(["--device", "cpu", "--length", "20"])
+    workload.write_synthetic(benchmark.make_jobs(args, str(tmp_path / "store")))
     status, errors = status_and_errors(
         benchmark.main, [*FLAGS, "--data_file", str(tmp_path / "store")]
     )
@@ -419,19 +494,27 @@ def test_the_whole_program_prints_and_writes(tmp_path, capsys):
             "--precision",
             "fp32",
             "--reference",
+            "--without",
+            "tied",
             "--end_to_end",
             *outputs,
         ]
     )
     found = json.loads(paths["json"].read_text())
-    assert [row["kind"] for row in found["rows"]] == ["reference", "distiller", "train.py"]
+    assert [(row["kind"], row["without"]) for row in found["rows"]] == [
+        ("reference", None),
+        ("distiller", None),
+        ("distiller", "tied"),
+        ("train.py", None),
+    ]
+    assert set(found["check"]) == {"fp32", "fp32 (without tied)"}
     assert all(
         row["ratio"] > 0 and row["mfu_measured"] > 0 and row["mfu_nominal"] is None
         for row in found["rows"]
     )
     assert (
         found["rows"][0]["tokens"] == found["rows"][1]["tokens"]
-        and len(found["rows"][2]["step_s"]) == 3
+        and len(found["rows"][3]["step_s"]) == 3
     )
     assert paths["plot"].read_bytes().startswith(b"\x89PNG")
     printed = capsys.readouterr().out
@@ -447,11 +530,11 @@ def test_the_whole_program_prints_and_writes(tmp_path, capsys):
 
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU")
-@pytest.mark.parametrize("precision", benchmark.DTYPES)
+@pytest.mark.parametrize("precision", DTYPES)
 def test_a_gpu_is_measured(precision, tmp_path):
     job = make_job(tmp_path, kind="distiller", precision=precision, device="cuda")
-    benchmark.run_check(job)
-    found, ceilings = benchmark.run_steps(job), benchmark.run_ceilings(job)
+    agreement.run_check(job)
+    found, ceilings = measuring.run_steps(job), measuring.run_ceilings(job)
     assert (
         found["memory"]["peak"] > found["memory"]["models"] > 0
         and min(ceilings["matmul_flops"].values()) > 0

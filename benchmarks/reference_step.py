@@ -1,0 +1,134 @@
+"""The 2019-like reference: the update written plainly, in the same formulas, for comparison."""
+
+import functools
+from collections.abc import Iterable, Sequence
+
+import torch
+import torch.nn.functional as F
+import transformers
+
+from benchmarks.workload import (
+    ADAM_EPSILON,
+    LEARNING_RATE,
+    MAX_GRAD_NORM,
+    PAIR_ROWS,
+    TEMPERATURE,
+    Job,
+)
+from distil.data.batches import MicroBatch
+from distil.flops import DTYPES
+from distil.losses import IGNORED_LABEL
+from distil.training.optimizer import ADAM_BETAS, split_for_weight_decay
+from distiller import BegunStep, StepReport
+
+
+class PlainStep:
+    """Update a student as a program of 2019 would; has the methods of a Distiller that are timed.
+
+    float32 weights, also under autocast; eager attention; logits of every position; selections
+    copied; a wait for the device at every loss; an optimizer that loops over parameters.
+    """
+
+    def __init__(self, job: Job, teacher: torch.nn.Module, student: torch.nn.Module):
+        self.teacher, self.student = teacher, student
+        self.alphas = PAIR_ROWS[job.pair].alphas
+        for model in (teacher, student):
+            model.set_attn_implementation("eager")
+        groups = split_for_weight_decay(student, 0.0)
+        self.optimizer = torch.optim.AdamW(
+            groups, lr=LEARNING_RATE, betas=ADAM_BETAS, eps=ADAM_EPSILON, foreach=False, fused=False
+        )
+        self.schedule = transformers.get_constant_schedule(self.optimizer)
+        self.precision = functools.partial(
+            torch.autocast,
+            job.device,
+            dtype=DTYPES[job.precision],
+            enabled=job.is_autocast_reference,
+        )
+        self.scaler = torch.amp.GradScaler(
+            job.device, enabled=job.is_autocast_reference and job.precision == "fp16"
+        )
+
+    def ready(self, batch: MicroBatch) -> MicroBatch:
+        """Pin a batch for a GPU."""
+        return batch.pinned() if next(self.student.parameters()).is_cuda else batch
+
+    def begin_step(
+        self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int
+    ) -> BegunStep:
+        """Do one update; its report is ready at once."""
+        losses_MK = torch.tensor(self.accumulate(batches, numbers, num_mine))
+        self.scaler.unscale_(self.optimizer)
+        norm = torch.nn.utils.clip_grad_norm_(
+            self.student.parameters(), MAX_GRAD_NORM, foreach=False
+        )
+        self.scaler.step(self.optimizer)
+        self.scaler.update()
+        self.optimizer.zero_grad(set_to_none=False)
+        self.schedule.step()
+        report = StepReport(losses_MK, norm.item(), {})
+        return BegunStep(lambda: report)
+
+    def accumulate(
+        self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int
+    ) -> list[list[float]]:
+        """Accumulate the micro-batches' gradients; return the unweighted losses of each."""
+        self.student.train()
+        logged = []
+        for batch in batches:
+            with self.precision():
+                # A plain program has them as variables of one function until the update is done.
+                losses, _outputs = self.losses(batch)
+            logged.append([loss.item() for loss in losses.values()])
+            total = sum(self.alphas[name] * loss for name, loss in losses.items())
+            self.scaler.scale(total / len(numbers)).backward()
+        return logged
+
+    def losses(self, batch: MicroBatch) -> tuple[dict[str, torch.Tensor], list]:
+        """Compute unweighted losses from whole logits: ({name: loss}, what the models returned)."""
+        device = next(self.student.parameters()).device
+        inputs = {"input_ids": batch.input_ids_BT.to(device), "output_hidden_states": True}
+        if batch.attention_mask_BT is not None:
+            inputs["attention_mask"] = batch.attention_mask_BT.to(device)
+        with torch.no_grad():
+            teacher = self.teacher(**inputs)
+        student = self.student(**inputs)
+        labels_BT = batch.labels_BT.to(device)
+        real_BT = (
+            labels_BT != IGNORED_LABEL
+            if batch.attention_mask_BT is None
+            else inputs["attention_mask"].bool()
+        )
+        losses = {
+            "ce": self._divergence(student.logits, teacher.logits, real_BT),
+            **self._prediction(
+                student.logits, labels_BT, is_causal=batch.attention_mask_BT is None
+            ),
+            "cos": self._cosine(student.hidden_states[-1], teacher.hidden_states[-1], real_BT),
+        }
+        return losses, [student, teacher]
+
+    def _divergence(self, student_BTV, teacher_BTV, real_BT) -> torch.Tensor:
+        is_real_BTV = real_BT[:, :, None].expand_as(student_BTV)
+        student_NV = torch.masked_select(student_BTV, is_real_BTV).view(-1, student_BTV.shape[-1])
+        teacher_NV = torch.masked_select(teacher_BTV, is_real_BTV).view(-1, student_BTV.shape[-1])
+        log_probs_NV, probs_NV = (
+            F.log_softmax(student_NV / TEMPERATURE, -1),
+            F.softmax(teacher_NV / TEMPERATURE, -1),
+        )
+        return torch.nn.KLDivLoss(reduction="batchmean")(log_probs_NV, probs_NV) * TEMPERATURE**2
+
+    def _prediction(self, student_BTV, labels_BT, is_causal: bool) -> dict[str, torch.Tensor]:
+        cross_entropy = torch.nn.CrossEntropyLoss(ignore_index=IGNORED_LABEL)
+        if is_causal:
+            student_BTV, labels_BT = student_BTV[:, :-1].contiguous(), labels_BT[:, 1:].contiguous()
+        loss = cross_entropy(student_BTV.view(-1, student_BTV.shape[-1]), labels_BT.view(-1))
+        return {"clm" if is_causal else "mlm": loss}
+
+    def _cosine(self, student_BTD, teacher_BTD, real_BT) -> torch.Tensor:
+        is_real_BTD = real_BT[:, :, None].expand_as(student_BTD)
+        student_ND = torch.masked_select(student_BTD, is_real_BTD).view(-1, student_BTD.shape[-1])
+        teacher_ND = torch.masked_select(teacher_BTD, is_real_BTD).view(-1, student_BTD.shape[-1])
+        return torch.nn.CosineEmbeddingLoss()(
+            student_ND, teacher_ND, student_ND.new_ones(len(student_ND))
+        )
