@@ -18,8 +18,11 @@ from conftest import run_process
 from stand_ins import ROOT
 
 import prepare_text
+from distil.data import documents, languages
+from distil.data.documents import Corpus, document_lines, document_parts
+from distil.data.languages import shares, targets
+from distil.data.sentences import pack, sentence_ends, weighted_length
 from distil.data.text_sources import find_sources, read_blocks, texts_of
-from prepare_text import Corpus, length, lines_of, pack, parts_of, sentence_ends, shares, targets
 
 
 def prepare(tmp_path: Path, *paths: object, **flags) -> list[str]:
@@ -115,12 +118,12 @@ def test_a_line_takes_as_many_whole_sentences_as_fit(tmp_path):
 
 def test_dense_scripts_fill_a_line_with_fewer_characters():
     assert [
-        length("abc."),
-        length("äя."),
-        length("汉字。"),
-        length("ไทย"),
-        length("한국 x"),
-        length("हिन्दी"),
+        weighted_length("abc."),
+        weighted_length("äя."),
+        weighted_length("汉字。"),
+        weighted_length("ไทย"),
+        weighted_length("한국 x"),
+        weighted_length("हिन्दी"),
     ] == [
         4,
         3,
@@ -131,7 +134,7 @@ def test_dense_scripts_fill_a_line_with_fewer_characters():
     ]
     lines, rest, _ = pack("汉字汉字汉字汉字。" * 20, 100, 0)
     assert {len(line) for line in lines} == {27} and all(
-        length(line) <= 100 for line in [*lines, rest]
+        weighted_length(line) <= 100 for line in [*lines, rest]
     )
 
 
@@ -223,7 +226,8 @@ def test_nothing_is_lost_and_no_line_is_too_long(form, tmp_path):
         lines = prepare(tmp_path, path, max_chars=max_chars, min_chars=0, **flags)
         assert without_space("".join(lines)) == without_space("".join(map("".join, documents)))
         assert all(
-            line and line == " ".join(line.split()) and length(line) <= max_chars for line in lines
+            line and line == " ".join(line.split()) and weighted_length(line) <= max_chars
+            for line in lines
         )
 
 
@@ -258,8 +262,11 @@ SAMPLES = {
 def test_languages_come_through_whole(language, tmp_path):
     text = " ".join([SAMPLES[language]] * 30)
     lines = prepare(tmp_path, write(tmp_path / "in.txt", text), max_chars=300, min_chars=0)
-    assert without_space("".join(lines)) == without_space(text) and max(map(length, lines)) <= 300
-    assert sum(map(length, lines)) / len(lines) > 150, "lines are filled"
+    assert (
+        without_space("".join(lines)) == without_space(text)
+        and max(map(weighted_length, lines)) <= 300
+    )
+    assert sum(map(weighted_length, lines)) / len(lines) > 150, "lines are filled"
 
 
 def test_a_sentence_too_long_is_cut_at_a_space():
@@ -292,8 +299,7 @@ def test_short_remainders_are_dropped_and_counted(tmp_path, capsys):
     assert prepare(tmp_path, path) == ["Long enough to be kept.", "汉字汉字汉字。"]
     logged = capsys.readouterr().err
     assert (
-        "Read 3 documents of 3 sentences: 2 lines of 15 characters in the mean (30 in all)"
-        in logged
+        "Read 3 documents of 3 sentences: 2 lines of 15 characters on average (30 in all)" in logged
     )
     assert (
         "Left out 0 headings, and 1 remainders shorter than 20 (16.67% of the characters)" in logged
@@ -385,7 +391,7 @@ def test_bytes_that_are_no_text_are_left_out_or_mended(tmp_path, capsys):
         "The first good line.",
         "The other good line.",
     ]
-    assert "1 lines were no valid text: left out." in capsys.readouterr().err
+    assert "1 lines were not valid text: skipped." in capsys.readouterr().err
     assert prepare(tmp_path, path, errors="replace")[1] == "A bad \ufffd in this line."
 
 
@@ -408,10 +414,10 @@ def test_lines_do_not_depend_on_the_parts_of_a_document():
         # and not by the other.
         text = re.sub(r"[^\W\d]{15,}", "", text)
         whole, parted = Corpus("whole", []), Corpus("parted", [])
-        expected = list(lines_of([(text, True)], 200, 20, whole))
+        expected = list(document_lines([(text, True)], 200, 20, whole))
         places = [0, *sorted(rng.sample(range(1, len(text)), 4)), len(text)]
         parts = [(text[a:b], b == len(text)) for a, b in itertools.pairwise(places)]
-        assert list(lines_of(parts, 200, 20, parted)) == expected
+        assert list(document_lines(parts, 200, 20, parted)) == expected
         assert (whole.sentences, whole.documents, whole.dropped) == (
             parted.sentences,
             parted.documents,
@@ -422,8 +428,8 @@ def test_lines_do_not_depend_on_the_parts_of_a_document():
 @pytest.mark.parametrize("form", ["line", "blank_lines", "file"])
 def test_parts_are_bounded(form):
     texts = ["汉字" * 10**6, "word " * 10**6, *["a line"] * 10**5]
-    parts = list(parts_of(texts, form, Corpus("all", [])))
-    assert max(len(text) for text, _ in parts) <= prepare_text.PART_CHARS and parts[-1][1]
+    parts = list(document_parts(texts, form, Corpus("all", [])))
+    assert max(len(text) for text, _ in parts) <= documents.PART_CHARS and parts[-1][1]
     assert sum(is_end for _, is_end in parts) == {"line": len(texts)}.get(form, 1)
     assert without_space("".join(text for text, _ in parts)) == without_space("".join(texts))
 
@@ -552,7 +558,7 @@ def test_every_line_has_the_same_chance(tmp_path):
     trials, counts = 2000, collections.Counter()
     for seed in range(trials):
         with open(tmp_path / "drawn", "w", encoding="utf-8") as output:
-            prepare_text.sample(path, 10, 13, random.Random(seed), output)
+            languages.sample(path, 10, 13, random.Random(seed), output)
         drawn = (tmp_path / "drawn").read_text().split()
         assert (
             drawn[:10] == [str(i) for i in range(10)]
