@@ -38,10 +38,10 @@ from distil.system.rank_zero import reporting_on_rank_0
 from distil.tasks.fine_tuning import (
     Trainer,
     require_an_update,
-    second_step_problems,
     training_arguments,
 )
 from distil.tasks.loading import load_for_task, require_same_vocabulary
+from distil.tasks.options import second_step_problems
 from distil.tasks.scores import write_scores
 from distil.tasks.squad import Question, read_predictions, read_questions, score_predictions
 from distil.tasks.squad_spans import (

@@ -187,25 +187,6 @@ def require_an_update(num_examples: int, arguments: transformers.TrainingArgumen
 # --------------------------------------------------------------------------------------------------
 
 
-def second_step_problems(
-    has_teacher: bool, alpha_ce: float, alpha_task: float, temperature: float, task_flag: str
-) -> list[str]:
-    """Say, a line each, what is wrong with the weights of the second step's loss."""
-    problems = []
-    if not (math.isfinite(temperature) and temperature > 0):
-        problems.append(f"--temperature {temperature:g}: expected above 0; 2 is usual")
-    if not has_teacher:
-        return problems
-    if not (math.isfinite(alpha_ce) and alpha_ce > 0):
-        problems.append(
-            f"--alpha_ce {alpha_ce:g}: expected above 0 with a teacher; leave the teacher out for"
-            " plain fine-tuning"
-        )
-    if not (math.isfinite(alpha_task) and alpha_task >= 0):
-        problems.append(f"--{task_flag} {alpha_task:g}: expected at least 0")
-    return problems
-
-
 def training_arguments(
     folder: str | os.PathLike, *, seed: int, batch_size: int, eval_batch_size: int, **changes: Any
 ):

@@ -37,7 +37,7 @@ def accuracy(predictions: Sequence[str], gold: Sequence[str]) -> dict[str, float
 
 
 def accuracy_and_f1(predictions: Sequence[str], gold: Sequence[str]) -> dict[str, float]:
-    """Return accuracy, and F1 of class 1 (0 where neither side has any), x100."""
+    """Return accuracy, and F1 of class 1 (0 where neither side has the class), x100."""
     from sklearn.metrics import f1_score
 
     f1 = f1_score(gold, predictions, labels=["0", "1"], pos_label="1", zero_division=0.0)
@@ -52,9 +52,7 @@ def matthews(predictions: Sequence[str], gold: Sequence[str]) -> dict[str, float
 
 
 def correlations(predictions: Sequence[float], gold: Sequence[float]) -> dict[str, float]:
-    """Return Pearson's and Spearman's correlation, x100; 0 where one side is constant, which
-    correlates with nothing.
-    """
+    """Return Pearson's and Spearman's correlation, x100; 0 where one side is constant."""
     from scipy.stats import pearsonr, spearmanr
 
     if len(set(predictions)) < 2 or len(set(gold)) < 2:
@@ -68,8 +66,9 @@ def correlations(predictions: Sequence[float], gold: Sequence[float]) -> dict[st
 def entities(
     predictions: Sequence[Sequence[str]], gold: Sequence[Sequence[str]]
 ) -> dict[str, float]:
-    """Return F1, precision and recall of whole entities, x100: span and type equal, as conlleval
-    counts (not strict IOB2).
+    """Return F1, precision and recall of entities, x100.
+
+    An entity is right where span and type are equal, as conlleval counts (not strict IOB2).
     """
     from seqeval.metrics import f1_score, precision_score, recall_score
 
@@ -83,10 +82,10 @@ def entities(
 def perplexities(
     nll_sum: float, num_scored: int, num_tokens: int, num_words: int
 ) -> dict[str, float]:
-    """Return perplexity by token and by word.
+    """Return the perplexity per token, exp(nll_sum / num_scored), and per word.
 
-    nll_sum: over num_scored tokens, natural log. By word, the mean holds for all num_tokens of the
-    text: what blocks leave unscored (their first tokens, the tail) is counted as the rest.
+    nll_sum: in nats. Per word: exp(nll_sum / num_scored x num_tokens / num_words); tokens that
+    blocks leave unscored (their first ones, the tail) count with the mean of the others.
     """
     mean = nll_sum / num_scored
     by_token, by_word = math.exp(min(mean, 700)), math.exp(min(mean * num_tokens / num_words, 700))
@@ -94,10 +93,9 @@ def perplexities(
 
 
 def score(task: Task, examples: Sequence[Example], predictions: Sequence) -> dict[str, float]:
-    """Compute a task's metrics: "score", its one number, first; then the parts, or the number of
-    each group.
+    """Compute a task's metrics: {"score": its one number, then its metrics or a number per group}.
 
-    predictions: one an example, of its label's kind.
+    predictions: one per example, of the type of its label.
     """
     groups: dict[str, tuple[list, list]] = collections.defaultdict(lambda: ([], []))
     for example, prediction in zip(examples, predictions, strict=True):
@@ -116,5 +114,5 @@ def score(task: Task, examples: Sequence[Example], predictions: Sequence) -> dic
 
 
 def num_words(text: str) -> int:
-    """Count a text's words, and one end a line."""
+    """Count a text's words and line ends, as WikiText's word perplexity does."""
     return len(text.split()) + text.count("\n")

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from distil.system.files import atomic_path
 from distil.tasks.readers import checked_label, entity_label, is_number, read_lines
 from distil.tasks.schema import Example, Task
 from utils import InputError
@@ -14,7 +15,7 @@ from utils import InputError
 def prediction_rows(
     task: Task, examples: Sequence[Example], predictions: Sequence
 ) -> list[tuple[str, str]]:
-    """List (id, prediction) as a file of predictions holds them: a row an example, or a word."""
+    """List (id, prediction), the rows of a file of predictions: one per example, or per word."""
     if task.head != "tokens":
         return [
             (example.id, str(prediction))
@@ -28,17 +29,25 @@ def prediction_rows(
 
 
 def word_ids(example: Example) -> list[str]:
-    """Name the words of a sentence: stem of the file and row."""
+    """List the ids of a sentence's words: stem of the file and number of the row."""
     stem, first = example.id.rsplit("-", 1)
     return [f"{stem}-{int(first) + place}" for place in range(len(example.texts))]
 
 
-def read_predictions(path: str | os.PathLike, task: Task, examples: Sequence[Example]) -> list:
-    """Read a file of predictions (columns id and prediction, tabs between); one an example, in the
-    examples' order.
+def write_predictions(path: Path, rows: Sequence[tuple[str, str]]) -> None:
+    """Write a file of predictions: columns id and prediction, tabs between."""
+    with atomic_path(path) as temporary:
+        temporary.write_text(
+            "".join(f"{a}\t{b}\n" for a, b in [("id", "prediction"), *rows]),
+            encoding="utf-8",
+            newline="\n",
+        )
 
-    Raises InputError for other ids, ids that are missing or there twice, and labels that the task
-    has not.
+
+def read_predictions(path: str | os.PathLike, task: Task, examples: Sequence[Example]) -> list:
+    """Read a file of predictions, columns id and prediction; return one per example, in order.
+
+    Raises InputError for unknown, missing or repeated ids, and for labels unknown to the task.
     """
     lines = read_lines(Path(path), "utf-8")
     if lines[0].split("\t") != ["id", "prediction"]:
@@ -87,7 +96,7 @@ def _checked_prediction(label: str, task: Task, where: str) -> str | float:
 
 
 def finite(values: np.ndarray, where: str) -> np.ndarray:
-    """Return `values`. Raises InputError where one is NaN or infinite."""
+    """Return `values`; raise InputError where one is NaN or infinite."""
     if not np.isfinite(values).all():
         raise InputError(
             f"{where}: the model's outputs are NaN or infinite; lower --learning_rate, or train in"

@@ -1,21 +1,22 @@
-"""Readers of the tasks' formats: TSV, folders, columns of words, raw text, data sets of the hub."""
+"""Readers of the tasks' formats: TSV, folders, columns of words, raw text, data sets of the hub.
 
+A row of TASKS names its reader: (path, part, task, encoding) -> examples.
+"""
+
+import argparse
 import codecs
 import math
 import re
 from collections.abc import Sequence
 from pathlib import Path
 
-from distil.models.hub import quiet_transformers
 from distil.system.files import require_file
 from distil.tasks.schema import Columns, Example, HubPart, Part, Task
 from utils import InputError, logger, one_line
 
 
 def find_part(data_dir: str, part: Part, hint: str = "") -> Path:
-    """Find a part's file (or folder) below data_dir. Raises InputError where there is none, or more
-    than one.
-    """
+    """Find a part's file (or folder) below data_dir; raise InputError unless there is one."""
     for pattern in part.patterns:
         found = sorted(
             path for path in Path(data_dir).glob(pattern) if not path.name.startswith(".")
@@ -34,13 +35,14 @@ def find_part(data_dir: str, part: Part, hint: str = "") -> Path:
 
 
 def has_part(data_dir: str, part: Part) -> bool:
-    """True where data_dir has a part's file."""
+    """Return whether data_dir has a part's file."""
     return any(any(Path(data_dir).glob(pattern)) for pattern in part.patterns)
 
 
 def read_text(path: Path, encoding: str) -> str:
-    """Read a text file; every line end becomes a line feed. Raises InputError that names the row
-    that can't be decoded.
+    """Read a text file with all line ends as line feeds.
+
+    Raises InputError naming the row that can't be decoded.
     """
     require_file(path, "data file")
     content = path.read_bytes()
@@ -59,16 +61,13 @@ def read_text(path: Path, encoding: str) -> str:
 
 
 def read_lines(path: Path, encoding: str) -> list[str]:
-    """Read a text file's lines. Not by str.splitlines: U+0085 and U+2028 stand within texts,
-    too.
-    """
+    """Read a text file's lines."""
+    # Not str.splitlines: texts contain U+0085 and U+2028.
     return read_text(path, encoding).removesuffix("\n").split("\n")
 
 
 def read_tsv(path: Path, part: Part, task: Task, encoding: str) -> list[Example]:
-    """Read a TSV file raw: tabs divide, quotes are characters like any other. Raises InputError
-    that names the row.
-    """
+    """Read a TSV file: tabs separate, quotes have no meaning. Raises InputError naming the row."""
     columns, rows = part.columns, [line.split("\t") for line in read_lines(path, encoding)]
     header = rows[0] if columns.has_header else None
     if header:
@@ -134,9 +133,7 @@ def _tsv_example(path: Path, number: int, row: list[str], part: Part, task: Task
 
 
 def checked_label(label: str, task: Task, where: str) -> str | float:
-    """Return a label as the task has it: a class, or a value from 0 to 5. Raises InputError that
-    names the place.
-    """
+    """Return a task's label, a class or a value from 0 to 5; raise InputError naming the place."""
     if task.head == "values":
         if not is_number(label) or not 0 <= float(label) <= 5:
             raise InputError(
@@ -153,8 +150,9 @@ def checked_label(label: str, task: Task, where: str) -> str | float:
 
 
 def read_folders(path: Path, part: Part, task: Task, encoding: str) -> list[Example]:
-    """Read a folder a label, a file an example. Raises InputError that names a missing folder or an
-    empty file.
+    """Read one folder per label, one file per example.
+
+    Raises InputError naming a missing folder or an empty file.
     """
     examples = []
     for label in task.labels:
@@ -170,12 +168,12 @@ def read_folders(path: Path, part: Part, task: Task, encoding: str) -> list[Exam
 
 
 def read_columns(path: Path, part: Part, task: Task, encoding: str) -> list[Example]:
-    """Read sentences of words and labels: CoNLL's columns, or GermEval's, told apart by content.
+    """Read sentences of words and labels, in CoNLL's or GermEval's columns, detected by content.
 
-    CoNLL: blanks or tabs divide, the first column is the word, the last its label; -DOCSTART- ends
-    a sentence. GermEval: four columns with tabs between (number, word, outer label, inner label),
-    the outer one counts; # starts a comment. Blank lines end sentences. Raises InputError that
-    names the row.
+    CoNLL: spaces or tabs separate, the first column is the word, the last its label; -DOCSTART-
+    ends a sentence. GermEval: four columns separated by tabs (number, word, outer label, inner
+    label), of which the outer label is read; # starts a comment. Blank lines end sentences. Raises
+    InputError naming the row.
     """
     lines = read_lines(path, encoding)
     parse, examples, words = (_germeval_word if _is_germeval(lines) else _conll_word), [], []
@@ -192,9 +190,8 @@ def read_columns(path: Path, part: Part, task: Task, encoding: str) -> list[Exam
 
 
 def _is_germeval(lines: Sequence[str]) -> bool:
-    """Tell by most rows: a number and a tab stand first. In CoNLL's columns a number can be a word,
-    at the beginning, too.
-    """
+    """Return whether most rows begin with a number and a tab."""
+    # Most, not the first: in CoNLL's columns a number can be a word, also the first one.
     rows = [line for line in lines if line.strip() and not re.match(r"#\t|-DOCSTART-", line)]
     return 2 * sum(bool(re.match(r"\d+\t[^\t]+\t[^\t]+", row)) for row in rows) > len(rows)
 
@@ -232,7 +229,7 @@ def entity_label(label: str, where: str) -> str:
 
 
 def read_raw(path: Path, part: Part, task: Task, encoding: str) -> list[Example]:
-    """Read a whole file as one text. Raises InputError where it has no word."""
+    """Read a whole file as one text; raise InputError where it has no word."""
     text = read_text(path, encoding)
     if not text.split():
         raise InputError(f"{path}: holds no word; take another copy")
@@ -242,7 +239,7 @@ def read_raw(path: Path, part: Part, task: Task, encoding: str) -> list[Example]
 def read_part(
     task: Task, data_dir: str, part: Part, encoding: str, hint: str = ""
 ) -> list[Example]:
-    """Read one part of a task's data. Raises InputError where it is missing, damaged or empty."""
+    """Read one part of a task's data; raise InputError where it is missing, damaged or empty."""
     path = find_part(data_dir, part, hint)
     examples = task.read(path, part, task, encoding)
     if not examples:
@@ -251,15 +248,16 @@ def read_part(
 
 
 def read_hub(task: Task, name: str, part: HubPart) -> list[Example]:
-    """Read one split of a data set of the hub. Raises InputError where the hub does not give it."""
+    """Read one split of a data set of the hub; raise InputError where it can't be loaded."""
     import datasets
+
+    from distil.models.hub import quiet_transformers
 
     with quiet_transformers():
         try:
             rows = datasets.load_dataset(name, part.config, split=part.split)
-        except (
-            Exception
-        ) as error:  # no network, no such set, no such split, a set that wants to run a program
+        # No network, no such set or split, a set that would run a program: loaders raise anything.
+        except Exception as error:
             raise InputError(
                 f"data set {name} ({part.config or 'default'}, {part.split}): the hub did not give"
                 f" it ({one_line(error)}); name a folder of the task's own files by --data_dir"
@@ -268,8 +266,9 @@ def read_hub(task: Task, name: str, part: HubPart) -> list[Example]:
 
 
 def hub_examples(task: Task, rows, part: HubPart, name: str) -> list[Example]:
-    """Turn a split's rows (a datasets.Dataset) into examples. Raises InputError that names a
-    missing column or a row.
+    """Make examples of a split's rows (a datasets.Dataset).
+
+    Raises InputError naming a missing column or a row.
     """
     hub, where = task.hub, f"{name} ({part.split})"
     missing = [
@@ -283,7 +282,7 @@ def hub_examples(task: Task, rows, part: HubPart, name: str) -> list[Example]:
             " another data set"
         )
     if task.head == "next tokens":
-        # The set keeps an empty string for each line of the raw file that holds a blank only.
+        # An empty string is a line of the raw file with one space.
         return [
             Example(
                 part.split, where, ("".join(text or " \n" for text in rows[hub.texts[0]]),), None
@@ -320,7 +319,42 @@ def _words_label(labels, feature, task: Task, where: str) -> tuple[str, ...]:
 
 
 def distinct_labels(*sets: Sequence[Example]) -> tuple[str, ...]:
-    """List the labels of words in alphabetical order."""
+    """List the labels of the sets' words, sorted."""
     return tuple(
         sorted({label for examples in sets for example in examples for label in example.label})
     )
+
+
+def read_training_set(args: argparse.Namespace, task: Task) -> list[Example]:
+    """Read the training set from --data_dir or the hub."""
+    if args.data_dir is None:
+        return read_hub(task, args.dataset_name or task.hub.name, task.hub.train)
+    return read_part(
+        task, args.data_dir, task.train, args.encoding, hint=", or score only with --do_eval"
+    )
+
+
+def read_scored_set(args: argparse.Namespace, task: Task) -> list[Example]:
+    """Read all parts of the scored set, in order; raise InputError for absent languages."""
+    if args.data_dir is None:
+        name, parts = args.dataset_name or task.hub.name, task.hub.scored[args.split]
+        wanted = [part for part in parts if not args.languages or part.group in args.languages]
+        examples = [example for part in wanted for example in read_hub(task, name, part)]
+    else:
+        others = [f"--split {split}" for split in task.scored if split != args.split]
+        hint = f", or score another set by {' or '.join(others)}" if others else ""
+        parts = task.scored[args.split]
+        examples = [
+            row
+            for part in parts
+            for row in read_part(task, args.data_dir, part, args.encoding, hint)
+        ]
+    if not args.languages:
+        return examples
+    there = sorted({example.group for example in examples})
+    if missing := [language for language in args.languages if language not in there]:
+        raise InputError(
+            f"--languages {missing[0]}: the scored set has {', '.join(there) or 'none of them'};"
+            " correct the name"
+        )
+    return [example for example in examples if example.group in args.languages]

@@ -13,7 +13,7 @@ import torch
 import transformers
 from families import tiny_config
 
-from distil.tasks import fine_tuning, loading, scores
+from distil.tasks import fine_tuning, loading, options, scores
 from utils import InputError
 
 TEMPERATURE = 2.0
@@ -469,10 +469,10 @@ def test_other_token_ids_are_refused(teachers):
     ],
 )
 def test_weights_out_of_range_are_named(values, flag):
-    problems = fine_tuning.second_step_problems(True, *values, "alpha_task")
+    problems = options.second_step_problems(True, *values, "alpha_task")
     assert len(problems) == 1 and problems[0].startswith(flag)
-    assert not fine_tuning.second_step_problems(True, 0.5, 0.5, 2.0, "alpha_task")
-    assert not fine_tuning.second_step_problems(False, 0.0, -1.0, 2.0, "alpha_task")
+    assert not options.second_step_problems(True, 0.5, 0.5, 2.0, "alpha_task")
+    assert not options.second_step_problems(False, 0.0, -1.0, 2.0, "alpha_task")
 
 
 def test_scores_are_medians_over_the_seeds(tmp_path):

@@ -22,8 +22,11 @@ from stand_ins import POSITIONS, ROOT, make_lines
 import run_task
 import utils
 from distil.system import rank_zero
-from distil.tasks import metrics, predictions, readers, schema, tasks
+from distil.tasks import metrics, readers, schema, seed_runs, task_options, tasks
+from distil.tasks.features import text_features, word_features
 from distil.tasks.fine_tuning import IGNORED_LABEL
+from distil.tasks.plan import Plan, longest_example, make_plan
+from distil.tasks.predictions import finite
 from distil.tasks.schema import Example
 from distil.tasks.tasks import TASKS, glue_macro
 from utils import InputError
@@ -510,7 +513,7 @@ def test_a_student_learns_from_the_teacher_alone(three_seeds, sentiment, teacher
     assert scores["score"]["accuracy"] > 90 and scores["teacher"] == str(fine_tuned(three_seeds))
 
 
-def plan_of(task: str, model: Path, data_dir: Path, output: Path, *flags: str) -> run_task.Plan:
+def plan_of(task: str, model: Path, data_dir: Path, output: Path, *flags: str) -> Plan:
     arguments = [
         "--task",
         task,
@@ -523,8 +526,8 @@ def plan_of(task: str, model: Path, data_dir: Path, output: Path, *flags: str) -
         *flags,
     ]
     args = run_task.parse([str(argument) for argument in arguments])
-    run_task.check_arguments(args)
-    return run_task.make_plan(args)
+    task_options.check_arguments(args)
+    return make_plan(args)
 
 
 def test_flags_and_the_tasks_settings_reach_the_trainer(teachers, data, tmp_path):
@@ -545,9 +548,9 @@ def test_flags_and_the_tasks_settings_reach_the_trainer(teachers, data, tmp_path
         for word in (f"--{name}".replace("per_device", "per_gpu"), str(value))
     ]
     plan = plan_of("rte", teachers["bert"], data / "rte", tmp_path / "out", "--no_cuda", *flags)
-    args = run_task.make_trainer(plan, 7).args
+    args = seed_runs.make_trainer(plan, 7).args
     assert {name: getattr(args, name) for name in changes} == changes and args.seed == 7
-    plain = run_task.make_trainer(
+    plain = seed_runs.make_trainer(
         plan_of("ner", teachers["bert"], data / "ner", tmp_path / "ner", "--no_cuda"), 42
     ).args
     found = (
@@ -576,7 +579,7 @@ def test_the_second_step_is_its_formula_in_float64(three_seeds, sentiment, teach
         "--no_cuda",
     ]
     plan = plan_of("sst2", teachers["bert"], sentiment, tmp_path / "out", *flags)
-    trainer = run_task.make_trainer(plan, 42)
+    trainer = seed_runs.make_trainer(plan, 42)
     for model in (trainer.model.double(), trainer.teacher.double()):
         for module in model.modules():
             module.p = 0.0  # dropout
@@ -669,7 +672,7 @@ def test_a_model_of_mnli_is_scored_on_xnli_and_one_of_mrpc_not_on_cola(
 
 def test_outputs_that_are_no_numbers_are_refused():
     with pytest.raises(InputError, match="lower --learning_rate"):
-        predictions.finite(np.array([0.0, math.nan]), "out")
+        finite(np.array([0.0, math.nan]), "out")
 
 
 def test_the_order_of_labels_is_the_teachers(teachers, data, tmp_path):
@@ -727,7 +730,7 @@ def test_two_processes_score_the_whole_set_once_as_one_does(teachers, data, tmp_
     assert two["score"] == one["score"] and two["runs"][0]["num_examples"]["test"] == 5
     assert predictions_of(tmp_path / "two") == predictions_of(tmp_path / "one")
     tokenizer = transformers.AutoTokenizer.from_pretrained(teachers["bert"])
-    inputs = run_task.word_features(
+    inputs = word_features(
         read("ner", data / "ner" / "NER-de-test.tsv"),
         tokenizer,
         16,
@@ -801,7 +804,7 @@ def test_long_sentences_are_split_not_cut_and_first_tokens_have_the_labels(teach
     tokenizer = transformers.AutoTokenizer.from_pretrained(teachers["bert"])
     words, labels = ("Fiba", "\x96", *["bakelimo"] * 30), ("B-PER", "O", *["O"] * 30)
     example = Example("f-1", "f:1", words, labels)
-    features = run_task.word_features([example], tokenizer, 16, {"O": 0, "B-PER": 1})
+    features = word_features([example], tokenizer, 16, {"O": 0, "B-PER": 1})
     assert len(features) > 1 and all(len(f["input_ids"]) <= 16 for f in features)
     assert [place for f in features for place in f["places"]] == [
         (0, n) for n in range(32) if n != 1
@@ -823,17 +826,15 @@ def test_long_texts_are_cut_to_what_the_model_takes(teachers):
     tokenizer = transformers.AutoTokenizer.from_pretrained(teachers["roberta"])
     config = transformers.AutoConfig.from_pretrained(teachers["roberta"])
     args = run_task.parse(["--task", "imdb"])
-    assert run_task.longest_example({"--model_name_or_path": config}, tokenizer, args) == POSITIONS
+    assert longest_example({"--model_name_or_path": config}, tokenizer, args) == POSITIONS
     long = Example("a", "a", ("ba " * 500, "ke " * 10), "0")
-    (feature,) = run_task.text_features([long], tokenizer, POSITIONS, {"0": 0})
+    (feature,) = text_features([long], tokenizer, POSITIONS, {"0": 0})
     assert len(feature["input_ids"]) == POSITIONS
 
 
 def test_a_gpt2_pair_is_joined_by_the_end_of_text(teachers):
     tokenizer = transformers.AutoTokenizer.from_pretrained(teachers["gpt2"])
-    (feature,) = run_task.text_features(
-        [Example("a", "a", ("ba", "ke"), "0")], tokenizer, 32, {"0": 0}
-    )
+    (feature,) = text_features([Example("a", "a", ("ba", "ke"), "0")], tokenizer, 32, {"0": 0})
     assert tokenizer.decode(feature["input_ids"]) == "ba<|endoftext|>ke"
 
 
