@@ -1,44 +1,40 @@
-"""Measure how well a language model predicts held-out text and, beside a teacher, how near it is to
-that.
+"""Measure how well a language model predicts held-out text, alone or beside a teacher.
 
 Masked models (BERT, DistilBERT, RoBERTa, ModernBERT, ..): loss, perplexity and top-1 accuracy on
-fixed masks, where every k-th token is masked in k passes, so that each is asked for once and
-nothing is left to chance; the same on masks drawn as in training; and the pseudo-perplexity of some
+fixed masks, with every k-th token masked in k passes, so that each token is predicted once and
+nothing is random; the same on masks drawn as in training; and the pseudo-perplexity of some
 sentences, each token masked alone (Salazar et al., 2020). Causal models (GPT-2, Llama, ..): loss,
 token perplexity and accuracy. Beside a teacher, at the same positions: KL(teacher || student) at
-temperature 1, how often both put the same token first, and the cosine of the last hidden states. A
-masked model's perplexity is no causal one's: don't compare.
+temperature 1, how often both rank the same token first, and the cosine of the last hidden states.
+Don't compare a masked model's perplexity with a causal one's.
 """
 
 import argparse
 import dataclasses
-import functools
 import logging
-import math
 import os
 import sys
+from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import torch
-from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.data.batches import MicroBatch, MlmPreparation, masking_weights
-from distil.data.encoding import Encoding, LineEncoder
-from distil.data.text_sources import ERRORS, find_sources, read_blocks, texts_of
-from distil.data.token_files import MIN_LENGTH, TokenFile, token_file_problem
-from distil.evaluation import (
-    MASK_EVERY,
-    FixedMasks,
-    Passes,
-    figures_of,
-    measure,
-    next_tokens,
-    passes_over,
-    plan_batches,
-    reader_of,
+from distil.data.encoding import Encoding
+from distil.data.text_sources import ERRORS
+from distil.data.token_files import MIN_LENGTH, token_file_problem
+from distil.evaluation import MASK_EVERY, FixedMasks
+from distil.held_out import (
+    Measurement,
+    as_metrics,
+    causal_measurements,
+    drawn_masks,
+    encode_text,
+    figures_table,
+    masked_measurements,
+    run_measurement,
 )
 from distil.models.architectures import Architecture, row_of
 from distil.models.hub import load_config
@@ -48,23 +44,37 @@ from distil.system.files import file_problem, output_problem
 from distil.tasks.loading import require_same_vocabulary
 from distil.tasks.scores import write_scores
 from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
-from utils import (
-    InputError,
-    OneLineParser,
-    bar_options,
-    keep_freed_memory,
-    logger,
-    run_program,
-    setup_logging,
-)
+from utils import InputError, OneLineParser, keep_freed_memory, logger, run_program, setup_logging
 
-SHARES = ("accuracy", "agreement")  # shown in percent, and x100 in the scores
+RANGES = {
+    "max_length": (MIN_LENGTH + 1, 1e6),
+    "mask_every": (2, 1e6),
+    "mlm_mask_prop": (1e-6, 1),
+    "mlm_smoothing": (0, 100),
+    "pseudo_perplexity": (1, 1e9),
+}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    add = parser.add_argument
+    _add_files(parser.add_argument)
+    _add_masks(parser.add_argument)
+    parser.add_argument(
+        "--trust_remote_code",
+        action="store_true",
+        help="run the Python files that a model comes with, where it needs them",
+    )
+    parser.add_argument(
+        "--device",
+        choices=["cpu", "cuda"],
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="(default: %(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+def _add_files(add: Callable) -> None:
     add(
         "--model",
         required=True,
@@ -72,17 +82,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--teacher",
-        default=None,
         help="the model it is compared with, hub name or local folder, of the same vocabulary",
     )
     add(
         "--data_file",
-        default=None,
         help="held-out token file made by binarized_data.py: a pickle, or a store by its prefix",
     )
     add(
         "--text_file",
-        default=None,
         help="held-out text instead, one sequence a line, in what binarized_data.py reads",
     )
     add(
@@ -97,10 +104,12 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="what becomes of text that is not UTF-8 (default: %(default)s)",
     )
     add("--output", required=True, help="JSON that receives the scores")
+
+
+def _add_masks(add: Callable) -> None:
     add(
         "--max_length",
         type=int,
-        default=None,
         help="longest sequence, in token ids (default: what the models admit)",
     )
     add(
@@ -117,7 +126,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add(
         "--token_counts",
-        default=None,
         help="draw by rarity, as training does, from these counts (default: uniformly)",
     )
     add(
@@ -129,7 +137,6 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     add(
         "--pseudo_perplexity",
         type=int,
-        default=None,
         metavar="N",
         help=(
             "also mask the tokens of N sequences one by one, a pass a token; they are taken at even"
@@ -142,60 +149,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=56,
         help="seed of the masks that are drawn (default: %(default)s)",
     )
-    add(
-        "--trust_remote_code",
-        action="store_true",
-        help="run the Python files that a model comes with, where it needs them",
-    )
-    add(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(default: %(default)s)",
-    )
-    return parser.parse_args(argv)
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise InputError that names every argument out of its range, missing file and
-    contradiction.
-    """
-    ranges = {
-        "max_length": (MIN_LENGTH + 1, 1e6),
-        "mask_every": (2, 1e6),
-        "mlm_mask_prop": (1e-6, 1),
-        "mlm_smoothing": (0, 100),
-        "pseudo_perplexity": (1, 1e9),
-    }
+    """Raise InputError with a line for each wrong value, missing file and contradiction."""
     problems = [
         f"--{name} {value}: expected {low:g} to {high:g}"
-        for name, (low, high) in ranges.items()
+        for name, (low, high) in RANGES.items()
         if (value := getattr(args, name)) is not None and not low <= value <= high
     ]
-    if (args.data_file is None) == (args.text_file is None):
-        found = (
-            "neither is given"
-            if args.data_file is None
-            else f"got {args.data_file} and {args.text_file}"
-        )
+    texts = [args.data_file, args.text_file]
+    if texts.count(None) != 1:
+        found = "neither is given" if texts[0] is None else f"got {texts[0]} and {texts[1]}"
         problems.append(
             f"--data_file, --text_file: {found}, expected one of them; name the held-out text once"
         )
-    stores = [f"{args.data_file}.{ending}" for ending in ("bin", "idx", "json")]
-    inputs = [
-        args.data_file,
-        args.text_file,
-        args.token_counts,
-        *stores,
-        *model_files(args.model, args.teacher),
-    ]
+    inputs = [*texts, args.token_counts, *model_files(args.model, args.teacher)]
+    inputs += [f"{args.data_file}.{ending}" for ending in ("bin", "idx", "json")]
     problems.append(output_problem(args.output, "--output", [name for name in inputs if name]))
-    problems += (
-        [token_file_problem(args.data_file, "--data_file")] if args.data_file is not None else []
-    )
-    problems += (
-        [file_problem(args.token_counts, "--token_counts")] if args.token_counts is not None else []
-    )
+    if args.data_file is not None:
+        problems.append(token_file_problem(args.data_file, "--data_file"))
+    if args.token_counts is not None:
+        problems.append(file_problem(args.token_counts, "--token_counts"))
     if args.device == "cuda" and not torch.cuda.is_available():
         problems.append(
             "--device cuda: this machine has no GPU that torch can use; pass --device cpu"
@@ -212,8 +187,9 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Model:
-    """A model and its tokenizer, checked. source: its flag and name; model_type: or what was found
-    out about it.
+    """A checked model and its tokenizer.
+
+    source: its flag and name; model_type: a named type, or the row found by conventions.
     """
 
     source: str
@@ -228,35 +204,29 @@ class Model:
 
     @property
     def max_length(self) -> int:
-        """The longest sequence that it admits, in token ids."""
+        """The longest sequence that the model admits, in token ids."""
         return max_input_length(self.model_type, self.tokenizer, self.network.config)
 
 
-def model_files(*names: str | None) -> list[str]:
-    """List what models' folders hold that is read: scores may lie beside it, not over it."""
-    folders = [Path(name) for name in names if name and os.path.isdir(name)]
-    return [
-        str(path)
-        for folder in folders
-        for pattern in MODEL_FILES
-        for path in sorted(folder.glob(pattern))
-    ]
-
-
+# The files of a model's folder that are read: the scores may lie beside them, not over them.
 MODEL_FILES = (
-    "*config.json",
-    "*.safetensors*",
-    "*.bin*",
-    "tokenizer*",
-    "vocab*",
-    "merges.txt",
-    "special_tokens_map.json",
+    *("*config.json", "*.safetensors*", "*.bin*"),
+    *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json"),
 )
 
 
+def model_files(*names: str | None) -> list[str]:
+    """List the files that are read of models' folders."""
+    folders = [Path(name) for name in names if name and os.path.isdir(name)]
+    return [
+        str(path) for folder in folders for pattern in MODEL_FILES for path in folder.glob(pattern)
+    ]
+
+
 def model_types(args: argparse.Namespace) -> list[str | Architecture]:
-    """Find out of which types the model and its teacher are, before they are loaded. Raises
-    InputError, a line a problem.
+    """Resolve the types of the model and its teacher before loading either.
+
+    Raises InputError with a line for each problem.
     """
     types: dict[str, str | Architecture] = {}
     problems: list[str] = []
@@ -312,9 +282,7 @@ def load(model_type: str | Architecture, name: str, flag: str, device: str) -> M
 
 
 def load_both(args: argparse.Namespace) -> list[Model]:
-    """Load the model and, if there is one, its teacher. Raises InputError where they don't predict
-    the same tokens.
-    """
+    """Load the model and, if there is one, its teacher. Raises InputError for other tokens."""
     types, names = model_types(args), names_of(args).items()
     loaded = [
         load(found, name, flag, args.device)
@@ -334,18 +302,24 @@ def load_both(args: argparse.Namespace) -> list[Model]:
 
 def read_sequences(args: argparse.Namespace, model: Model, max_length: int) -> LmSeqsDataset:
     """Read the held-out sequences, split and filtered as in training. Raises InputError."""
-    special = SpecialIds(**special_ids(model.model_type, model.tokenizer))
+    tokenizer = model.tokenizer
+    special = SpecialIds(**special_ids(model.model_type, tokenizer))
     if args.data_file is not None:
-        vocabulary, vocab_size = (
-            vocabulary_fingerprint(model.tokenizer),
-            model.network.config.vocab_size,
-        )
+        vocabulary, size = vocabulary_fingerprint(tokenizer), model.network.config.vocab_size
         return LmSeqsDataset.from_file(
-            args.data_file, special, max_length, vocab_size, model.source, vocabulary
+            args.data_file, special, max_length, size, model.source, vocabulary
         )
-    dataset = LmSeqsDataset(
-        encoded_text(args, model, special), special, max_length, f"--text_file {args.text_file}"
+    encoding = Encoding(
+        tokenizer.backend_tokenizer,
+        special.start,
+        special.end,
+        max(tokenizer.get_vocab().values()),
+        special.unknown,
+        args.text_field,
+        args.errors,
     )
+    tokens = encode_text(args.text_file, "--text_file", encoding)
+    dataset = LmSeqsDataset(tokens, special, max_length, f"--text_file {args.text_file}")
     if len(dataset) == 0:
         raise InputError(
             f"--text_file {args.text_file}: none of its lines is left after filtering (more than"
@@ -355,153 +329,22 @@ def read_sequences(args: argparse.Namespace, model: Model, max_length: int) -> L
     return dataset
 
 
-def encoded_text(args: argparse.Namespace, model: Model, special: SpecialIds) -> TokenFile:
-    """Make token ids of a text's lines, in their order, as binarized_data.py does. Raises
-    InputError.
-    """
-    largest_id = max(model.tokenizer.get_vocab().values())
-    encoder = LineEncoder(
-        Encoding(
-            model.tokenizer.backend_tokenizer,
-            special.start,
-            special.end,
-            largest_id,
-            special.unknown,
-        )
-    )
-    parts = []
-    for source in find_sources(args.text_file, "--text_file"):
-        for block in read_blocks(source, args.text_field, "--text_file"):
-            texts, _ = texts_of(block, args.text_field, args.errors, "--text_file")
-            parts.append(encoder.encode([line for text in texts if (line := text.strip())]))
-    ids_M, lengths_N = (np.concatenate(arrays) for arrays in zip(*parts, strict=True))
-    if not len(lengths_N):
-        raise InputError(
-            f"--text_file {args.text_file}: has blank lines only; expected one sequence a line"
-        )
-    return TokenFile(args.text_file, ids_M, lengths_N)
-
-
-# --------------------------------------------------------------------------------------------------
-# What is measured
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Question:
-    """One way to ask. prefix: before its figures' names; batches: numbers of sequences; passes: see
-    passes_over.
-    """
-
-    prefix: str
-    batches: list[np.ndarray]
-    passes: Passes
-
-
-def questions(args: argparse.Namespace, model: Model, dataset: LmSeqsDataset) -> list[Question]:
-    """List the ways in which a model is asked, by its kind and the flags."""
-    batches = plan_batches(dataset.lengths)
+def measurements(args: argparse.Namespace, model: Model, lengths: np.ndarray) -> list[Measurement]:
+    """List the measurements by the model's kind and the flags."""
     if not model.is_masked:
-        return [Question("", batches, next_tokens)]
-    masks = FixedMasks(
-        model.tokenizer.mask_token_id, model.tokenizer.all_special_ids, args.mask_every
-    )
-    found = [Question("", batches, masks), Question("drawn_", batches, drawing(args, model))]
-    if args.pseudo_perplexity is not None:
-        num = min(args.pseudo_perplexity, len(dataset))
-        chosen = np.unique(np.linspace(0, len(dataset) - 1, num).round().astype(np.int64))
-        one_by_one = dataclasses.replace(masks, every=int(dataset.lengths.max()))
-        plan = [chosen[batch] for batch in plan_batches(dataset.lengths[chosen])]
-        found.append(Question("pseudo_", plan, one_by_one))
-    return found
-
-
-def drawing(args: argparse.Namespace, model: Model) -> Passes:
-    """Choose how masks are drawn: MLM_MASK_PROP of the tokens, of which 80 % are masked, 10 % kept,
-    10 % random.
-    """
+        return causal_measurements(lengths)
+    tokenizer = model.tokenizer
     counts_V, smoothing = np.ones(model.network.config.vocab_size, np.int64), 0.0
     if args.token_counts is not None:
-        vocabulary, smoothing = vocabulary_fingerprint(model.tokenizer), args.mlm_smoothing
+        vocabulary, smoothing = vocabulary_fingerprint(tokenizer), args.mlm_smoothing
         counts_V = read_token_counts(args.token_counts, len(counts_V), model.source, vocabulary)
-    weights_V = masking_weights(
-        torch.from_numpy(counts_V), smoothing, model.tokenizer.all_special_ids
-    )
-    mask_id = model.tokenizer.mask_token_id
-    prepare = MlmPreparation(
-        weights_V, mask_id, args.mlm_mask_prop, 0.8, 0.1, 0.1, False, args.seed
-    )
-    return functools.partial(_once, prepare)
-
-
-def _once(prepare, number: int, token_ids_BT, lengths_B) -> list[MicroBatch]:
-    return [prepare(number, token_ids_BT, lengths_B)]
-
-
-def answer(
-    question: Question, model: Model, teacher: Model | None, dataset: LmSeqsDataset
-) -> dict[str, float]:
-    """Ask a model, and its teacher, one way: their figures, the way's prefix in front. Raises
-    InputError.
-    """
-    readers = [None if one is None else reader_of(one.network) for one in (model, teacher)]
-    with tqdm(
-        total=len(question.batches), unit="batch", desc=f"{question.prefix}loss", **bar_options()
-    ) as bar:
-
-        def collate(numbers):
-            bar.update()
-            return dataset.collate(numbers)
-
-        sums_S = measure(*readers, passes_over(collate, question.batches, question.passes))
-    same_width = (
-        teacher is not None
-        and model.network.config.hidden_size == teacher.network.config.hidden_size
-    )
-    figures = figures_of(sums_S, teacher is not None, same_width)
-    if not all(map(math.isfinite, figures.values())):
-        raise InputError(
-            f"{model.source}: a figure is NaN or infinite; the text has nothing to be predicted but"
-            " special tokens, or a model overflows: take other text, another model"
-        )
-    return {f"{question.prefix}{name}": value for name, value in figures.items()}
-
-
-# --------------------------------------------------------------------------------------------------
-# What is shown and written
-# --------------------------------------------------------------------------------------------------
-
-
-def table_lines(figures: dict[str, float], has_teacher: bool) -> list[str]:
-    """Lay figures out as a Markdown table; the teacher's own stand beside the model's."""
-    rows = [["figure", "model", "teacher"][: 2 + has_teacher]]
-    for name, value in figures.items():
-        stem = next((part for part in ("drawn_", "pseudo_") if name.startswith(part)), "")
-        if not name.startswith(f"{stem}teacher_"):
-            beside = figures.get(f"{stem}teacher_{name.removeprefix(stem)}")
-            shown = [_shown(name, value), "" if beside is None else _shown(name, beside)]
-            rows.append([name.replace("_", " "), *shown[: 1 + has_teacher]])
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    rows.insert(1, ["-" * width for width in widths])
-    return [
-        "| " + " | ".join(c.ljust(w) for c, w in zip(row, widths, strict=True)) + " |"
-        for row in rows
-    ]
-
-
-def _shown(name: str, value: float) -> str:
-    return f"{value:.2%}" if name.endswith(SHARES) else f"{value:.4f}"
-
-
-def as_metrics(figures: dict[str, float]) -> dict[str, float]:
-    """Make figures into scores: shares x100."""
-    return {
-        name: 100 * value if name.endswith(SHARES) else value for name, value in figures.items()
-    }
+    fixed = FixedMasks(tokenizer.mask_token_id, tokenizer.all_special_ids, args.mask_every)
+    drawn = drawn_masks(counts_V, smoothing, args.mlm_mask_prop, tokenizer, args.seed)
+    return masked_measurements(lengths, fixed, drawn, args.pseudo_perplexity)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the program: load, ask, show, write."""
+    """Run the program: load, measure, print, write."""
     args = parse(argv)
     setup_logging(logging.INFO)
     check_arguments(args)
@@ -512,15 +355,18 @@ def main(argv: list[str] | None = None) -> None:
     longest = min(one.max_length for one in loaded)
     dataset = read_sequences(args, model, min(longest, args.max_length or longest))
     figures: dict[str, float] = {}
-    for question in questions(args, model, dataset):
-        figures |= answer(question, model, teacher, dataset)
+    teacher_network = None if teacher is None else teacher.network
+    for measurement in measurements(args, model, dataset.lengths):
+        figures |= run_measurement(
+            measurement, model.network, teacher_network, dataset.collate, model.source
+        )
     num_examples = {"sequences": len(dataset), "ids": int(dataset.lengths.sum())}
     runs = [{"seed": args.seed, "metrics": as_metrics(figures), "num_examples": num_examples}]
     task = "masked lm" if model.is_masked else "causal lm"
     write_scores(
         args.output, task=task, model=args.model, runs=runs, teacher=args.teacher, flags=vars(args)
     )
-    print("\n".join(table_lines(figures, teacher is not None)))
+    print(figures_table(figures, teacher is not None))
     logger.info("Wrote %s: %d sequences, %d ids.", args.output, *num_examples.values())
 
 
