@@ -1,66 +1,21 @@
-"""Latency and throughput of several models, measured side by side in one process. report.py calls
-it; it also runs alone.
+"""Measure latency and throughput of several models next to each other, in one process.
 
 The paper's Table 3 (Sanh et al., 2019) times a pass over STS-B's development set on a CPU, at batch
-size 1. Here a pass goes over sentences of real lengths, both padded to 128 tokens and as they are;
-the models take turns batch by batch, so that what else the machine does meets them alike and the
-ratio comes from one run. Timed is the model without its head (AutoModel), in float32, from token
-ids on the device to hidden states.
-
-Shape suffixes: B sentences of a batch, T padded length.
+size 1. distil/reporting/latency.py says what is timed here; report.py times with it, too.
 """
 
 import argparse
-import contextlib
-import dataclasses
-import itertools
 import logging
 import os
-import random
-import statistics
 import sys
-import time
-from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any
-
-import torch
-import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.models.hub import load_config, quiet_transformers, short_name
-from distil.reporting.machine import describe_machine
-from distil.reporting.tables import markdown
-from distil.system.files import file_problem, output_problem, write_json
-from distil.tasks.fine_tuning import inputs_of
-from distil.tasks.loading import load_any_tokenizer, longest_input
-from utils import InputError, OneLineParser, logger, one_line, run_program, setup_logging
-
-PADDED_LENGTH = 128
-# The 16 middle values of sixteenths of the lengths of the WikiText test set's 9,313 sentences, in
-# word pieces of bert-base-uncased with both special tokens, shuffled; their mean is 30.
-LENGTHS = (25, 9, 40, 31, 17, 65, 22, 29, 14, 51, 23, 34, 20, 44, 27, 36)
-LENGTH_MIX = (
-    "random tokens, 9 to 65 a sentence (mean 30): the lengths of the WikiText test set's sentences"
-)
-NUM_WARM_UP_BATCHES = 3
-MOST = {"threads": (1, 1024), "passes": (3, 10_000), "num_sentences": (1, 1_000_000)}
-
-Batch = Mapping[str, torch.Tensor]
-
-
-@dataclasses.dataclass(frozen=True)
-class Plan:
-    """What is measured: batch sizes, with padding and without; passes; CPU threads; sentences a
-    pass, at least.
-    """
-
-    batch_sizes: Sequence[int] = (1, 32)
-    passes: int = 5
-    threads: int = 1
-    num_sentences: int = 32
-    devices: Sequence[str] = ("cpu",)
+from distil.reporting.plan import add_plan_flags, plan_of, plan_problems
+from distil.reporting.problems import collecting
+from distil.system.files import output_problem, write_json
+from utils import InputError, OneLineParser, run_program, setup_logging
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -74,375 +29,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def add_plan_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of a plan, which report.py has too."""
-    plan = Plan()
-    parser.add_argument(
-        "--data", help="text, a sentence a line, to time with (default: a built-in mix of lengths)"
-    )
-    parser.add_argument(
-        "--batch_sizes", type=int, nargs="+", default=list(plan.batch_sizes), help="(default: 1 32)"
-    )
-    parser.add_argument(
-        "--passes",
-        type=int,
-        default=plan.passes,
-        help="timed passes, at least 3 (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--threads", type=int, default=plan.threads, help="CPU threads (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--num_sentences",
-        type=int,
-        default=plan.num_sentences,
-        help="a pass (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--devices",
-        nargs="+",
-        choices=["cpu", "cuda"],
-        help="(default: the CPU, and a GPU if there is one)",
-    )
-
-
-def plan_problems(args: argparse.Namespace) -> list[str]:
-    """Say, a line each, what is wrong with the flags of a plan."""
-    problems = [
-        f"--{name} {getattr(args, name)}: expected {low} to {high}"
-        for name, (low, high) in MOST.items()
-        if not low <= getattr(args, name) <= high
-    ]
-    problems += [
-        f"--batch_sizes {size}: expected 1 to 4096"
-        for size in args.batch_sizes
-        if not 1 <= size <= 4096
-    ]
-    if "cuda" in (args.devices or []) and not torch.cuda.is_available():
-        problems.append("--devices cuda: torch sees no GPU here; leave it out")
-    if args.data and (problem := file_problem(args.data, "--data")):
-        problems.append(problem)
-    return problems
-
-
-def plan_of(args: argparse.Namespace) -> Plan:
-    """Make the plan that the flags ask for."""
-    devices = args.devices or (["cpu", "cuda"] if torch.cuda.is_available() else ["cpu"])
-    return Plan(
-        tuple(dict.fromkeys(args.batch_sizes)),
-        args.passes,
-        args.threads,
-        args.num_sentences,
-        tuple(devices),
-    )
-
-
-# --------------------------------------------------------------------------------------------------
-# Sentences and batches
-# --------------------------------------------------------------------------------------------------
-
-
-def text_config(name: str, flag: str):
-    """Load the configuration of a model that reads token ids and nothing else. Raises InputError
-    that names `flag`.
-    """
-    config = load_config(None, name, flag)
-    if getattr(config, "is_encoder_decoder", False) or not getattr(config, "vocab_size", 0):
-        raise InputError(
-            f"{flag} {name}: is a {config.model_type} model; expected an encoder or a causal model"
-            " of text"
-        )
-    return config
-
-
-def read_sentences(path: str) -> list[str]:
-    """Read the non-blank lines of a text. Raises InputError where there is none, or a line is no
-    UTF-8.
-    """
-    try:
-        with open(path, encoding="utf-8") as file:
-            lines = [line.strip() for line in file]
-    except UnicodeDecodeError as error:
-        raise InputError(
-            f"--data {path}: is no UTF-8 text ({one_line(error)}); convert it"
-        ) from error
-    if not any(lines):
-        raise InputError(f"--data {path}: holds blank lines only; expected a sentence a line")
-    return [line for line in lines if line]
-
-
-def sequences_of(
-    name: str, config, sentences: Sequence[str] | None, limit: int, what: str = "--models"
-) -> list[list[int]]:
-    """Make a model's token ids: of the sentences, cut to `limit`; random ones of the built-in
-    lengths without sentences.
-    """
-    if sentences is not None:
-        tokenizer = load_any_tokenizer(name, what)
-        found = tokenizer(list(sentences), truncation=True, max_length=limit)["input_ids"]
-        if (largest := max(map(max, found))) >= config.vocab_size:
-            raise InputError(
-                f"{what} {name}: its tokenizer gave the id {largest}, it has {config.vocab_size}"
-                " embeddings; take its own tokenizer"
-            )
-        return found
-    rng = random.Random(0)
-    lowest = min(
-        10, config.vocab_size - 1
-    )  # above the special tokens: RoBERTa counts no position for padding
-    return [
-        [rng.randrange(lowest, config.vocab_size) for _ in range(min(length, limit))]
-        for length in LENGTHS
-    ]
-
-
-def make_batches(
-    sequences: Sequence[Sequence[int]], batch_size: int, least: int, length: int | None, pad: int
-) -> list[Batch]:
-    """Put sequences, again from the first after the last, into full batches of at least `least`
-    sequences in all.
-
-    length: pad to this many; None: to the longest of the batch.
-    """
-    num = -(-max(least, batch_size) // batch_size)
-    endless = itertools.cycle(sequences)
-    return [collate(list(itertools.islice(endless, batch_size)), length, pad) for _ in range(num)]
-
-
-def collate(sequences: Sequence[Sequence[int]], length: int | None, pad: int) -> Batch:
-    """Pad sequences at their ends: input_ids (B, T) and attention_mask (B, T)."""
-    longest = length or max(map(len, sequences))
-    ids = [[*sequence, *[pad] * (longest - len(sequence))] for sequence in sequences]
-    mask = [[1] * len(sequence) + [0] * (longest - len(sequence)) for sequence in sequences]
-    return {"input_ids": torch.tensor(ids), "attention_mask": torch.tensor(mask)}
-
-
-# --------------------------------------------------------------------------------------------------
-# Timing
-# --------------------------------------------------------------------------------------------------
-
-
-@contextlib.contextmanager
-def threads(num: int) -> Iterator[None]:
-    """Compute on `num` CPU threads within the block."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(num)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def load_base(name: str, flag: str) -> torch.nn.Module:
-    """Load a model without its head, in float32, for evaluation. Raises InputError that names
-    `flag`.
-    """
-    with quiet_transformers():
-        try:
-            model = transformers.AutoModel.from_pretrained(
-                name, dtype=torch.float32, trust_remote_code=False, weights_only=True
-            )
-        except Exception as error:
-            raise InputError(
-                f"{flag} {name}: its weights could not be loaded ({one_line(error)}); take another"
-                " copy"
-            ) from error
-    # A causal model would copy its keys and values for a next token, which nobody asks for
-    model.config.use_cache = False
-    return model.eval()
-
-
-def time_one(model: torch.nn.Module, batch: Batch, device: str) -> float:
-    """Return the seconds of one forward pass, the device's work included."""
-    given = inputs_of(model, batch)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    started = time.perf_counter()
-    model(**given)
-    if device == "cuda":
-        torch.cuda.synchronize()
-    return time.perf_counter() - started
-
-
-def time_passes(
-    models: Mapping[str, torch.nn.Module],
-    batches: Mapping[str, Sequence[Batch]],
-    device: str,
-    passes: int,
-) -> dict:
-    """Return {model: seconds of each pass}; the models take turns batch by batch, each first as
-    often as the others.
-    """
-    seconds = {name: [0.0] * passes for name in models}
-    names = list(models)
-    num_batches = len(batches[names[0]])
-    with torch.inference_mode():
-        for name in names:
-            for batch in list(
-                itertools.islice(itertools.cycle(batches[name]), NUM_WARM_UP_BATCHES)
-            ):
-                time_one(models[name], batch, device)
-        for turn, (number, place) in enumerate(
-            itertools.product(range(passes), range(num_batches))
-        ):
-            first = turn % len(names)
-            for name in names[first:] + names[:first]:
-                seconds[name][number] += time_one(models[name], batches[name][place], device)
-    return seconds
-
-
-def spread_of(values: Sequence[float]) -> dict[str, float]:
-    """Return the median of values, the least and the largest."""
-    return {"median": statistics.median(values), "least": min(values), "largest": max(values)}
-
-
-def summarize(
-    seconds: Mapping[str, Sequence[float]], num_batches: int, batch_size: int
-) -> dict[str, dict]:
-    """Turn seconds into latency (ms a batch), sentences/s, and speed-up over the first model."""
-    reference = next(iter(seconds.values()))
-    return {
-        name: {
-            "latency_ms": spread_of([1000 * s / num_batches for s in found]),
-            "sentences_s": spread_of([num_batches * batch_size / s for s in found]),
-            "speed_up": spread_of([r / s for r, s in zip(reference, found, strict=True)]),
-        }
-        for name, found in seconds.items()
-    }
-
-
-@dataclasses.dataclass(frozen=True)
-class Subject:
-    """A model to time: its configuration, the token ids that it reads, and the model itself."""
-
-    config: transformers.PretrainedConfig
-    sequences: Sequence[Sequence[int]]
-    model: torch.nn.Module
-
-
-def measure(
-    names: Mapping[str, str],
-    plan: Plan,
-    sentences: Sequence[str] | None = None,
-    what: str = "--models",
-) -> dict[str, Any]:
-    """Time models side by side by a plan: {"rows": one a device, batch size and padding, "inputs",
-    "machine", ..}.
-
-    names: {the model's name in the result: hub name or folder}; speed-ups are to the first. what:
-    stands before a model's name in an InputError.
-    """
-    configs = {name: text_config(where, what) for name, where in names.items()}
-    limit = min(
-        PADDED_LENGTH, *(longest_input(config) or PADDED_LENGTH for config in configs.values())
-    )
-    subjects = {
-        name: Subject(
-            configs[name],
-            sequences_of(where, configs[name], sentences, limit, what),
-            load_base(where, what),
-        )
-        for name, where in names.items()
-    }
-    with threads(plan.threads):
-        rows = [
-            time_setting(subjects, plan, device, batch_size, length)
-            for device in plan.devices
-            for batch_size in plan.batch_sizes
-            for length in (limit, None)
-        ]
-    return {
-        "rows": rows,
-        "inputs": describe_inputs(sentences, subjects),
-        "passes": plan.passes,
-        "dtype": "float32",
-        "threads": plan.threads,
-        "machine": describe_machine(plan.devices[-1], plan.threads),
-    }
-
-
-def time_setting(
-    subjects: Mapping[str, Subject], plan: Plan, device: str, batch_size: int, length: int | None
-) -> dict:
-    """Time all models in one setting; length: that they are padded to, None for the longest of each
-    batch.
-    """
-    models = {name: subject.model.to(device) for name, subject in subjects.items()}
-    batches = {
-        name: [
-            {key: tensor.to(device) for key, tensor in batch.items()}
-            for batch in make_batches(
-                subject.sequences,
-                batch_size,
-                plan.num_sentences,
-                length,
-                subject.config.pad_token_id or 0,
-            )
-        ]
-        for name, subject in subjects.items()
-    }
-    padding = (
-        f"padded to {length}"
-        if length
-        else "own lengths"
-        if batch_size == 1
-        else "padded to the longest"
-    )
-    logger.info("Timing on %s: batch size %d, %s.", device, batch_size, padding)
-    seconds = time_passes(models, batches, device, plan.passes)
-    num_batches = len(next(iter(batches.values())))
-    figures = summarize(seconds, num_batches, batch_size)
-    return {"device": device, "batch_size": batch_size, "padding": padding, "models": figures}
-
-
-def describe_inputs(sentences: Sequence[str] | None, subjects: Mapping[str, Subject]) -> str:
-    """Say what the models were timed on."""
-    if sentences is None:
-        return LENGTH_MIX
-    means = [
-        f"{statistics.mean(map(len, subject.sequences)):.0f} tokens for {name}"
-        for name, subject in subjects.items()
-    ]
-    return f"{len(sentences)} sentences of a text, on average {', '.join(means)}"
-
-
-def digits(value: float) -> str:
-    """Write a number with three digits, or all before the point."""
-    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
-
-
-def table(found: dict) -> str:
-    """Lay the figures out as a Markdown table, a row a setting and model."""
-    lines = [
-        [
-            "device",
-            "batch",
-            "inputs",
-            "model",
-            "ms a batch (least-largest)",
-            "sentences/s",
-            "speed-up (least-largest)",
-        ]
-    ]
-    for row in found["rows"]:
-        for name, figures in row["models"].items():
-            ms, rate, ratio = figures["latency_ms"], figures["sentences_s"], figures["speed_up"]
-            lines.append(
-                [
-                    row["device"],
-                    str(row["batch_size"]),
-                    row["padding"],
-                    name,
-                    f"{digits(ms['median'])} ({digits(ms['least'])}-{digits(ms['largest'])})",
-                    digits(rate["median"]),
-                    f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['largest']:.2f})",
-                ]
-            )
-    return markdown(lines)
-
-
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise InputError with a line for each problem of the flags."""
+    from distil.models.hub import short_name
+    from distil.reporting.latency import text_config
+
     problems = plan_problems(args)
     names = [short_name(name) for name in args.models]
     problems += [
@@ -451,7 +42,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         if names.count(name) > 1
     ]
     for name in args.models:
-        with noting(problems):
+        with collecting(problems):
             text_config(name, "--models")
     if args.json is not None:
         problems += filter(None, [output_problem(args.json, "--json", [args.data or ""])])
@@ -459,18 +50,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         raise InputError("\n".join(problems))
 
 
-@contextlib.contextmanager
-def noting(problems: list[str]) -> Iterator[None]:
-    """Append the lines of an InputError in the block to `problems` instead of raising it."""
-    try:
-        yield
-    except InputError as error:
-        problems += str(error).splitlines()
-
-
 def main(argv: list[str] | None = None) -> None:
-    """Run the program: time, print the table, write the figures."""
+    """Time the models, print the table, write the figures."""
     args = parse(argv)
+    from distil.models.hub import short_name
+    from distil.reporting.latency import measure, read_sentences, table
+
     setup_logging(logging.INFO)
     check_arguments(args)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")

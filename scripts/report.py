@@ -29,11 +29,12 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-import latency
 from distil.data.token_files import token_file_problem
 from distil.models.hub import load_config, quiet_transformers, short_name
 from distil.models.tokenizers import vocabulary_fingerprint
-from distil.reporting import model_card
+from distil.reporting import latency, model_card
+from distil.reporting.plan import add_plan_flags, plan_of, plan_problems
+from distil.reporting.problems import collecting
 from distil.reporting.tables import markdown
 from distil.system.files import atomic_path, file_problem, output_problem, write_json
 from distil.system.signals import exit_on_sigterm
@@ -100,7 +101,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="run and measure nothing: make the tables of what is kept",
     )
     group = parser.add_argument_group("speed")
-    latency.add_plan_flags(group)
+    add_plan_flags(group)
     group.add_argument("--no_speed", action="store_true", help="leave latency and throughput out")
     group.add_argument(
         "--measure", action="store_true", help="measure sizes and speed again though they are kept"
@@ -128,7 +129,7 @@ def check_arguments(args: argparse.Namespace) -> dict:
     task): content}.
     """
     problems = model_problems(args) + task_problems(args)
-    problems += [] if args.no_run or args.no_speed else latency.plan_problems(args)
+    problems += [] if args.no_run or args.no_speed else plan_problems(args)
     problems += output_problems(args)
     problems += model_card.card_problems(args) if args.write_card else []
     found = {}
@@ -152,7 +153,7 @@ def model_problems(args: argparse.Namespace) -> list[str]:
     for role, name in models.items():
         if (role == "student" and problems) or (args.no_run and role != "student"):
             continue
-        with latency.noting(problems):
+        with collecting(problems):
             latency.text_config(name, f"--{role}")
     places = {role: os.path.realpath(name) for role, name in models.items()}
     for k, role in enumerate(list(models)[1:], 1):
@@ -345,7 +346,7 @@ def read_all_scores(args: argparse.Namespace, problems: list[str]) -> dict[tuple
     roles = {short_name(name): role for role, name in models_of(args).items()}
     found: dict[tuple[str, str], dict] = {}
     for path in args.scores:
-        with latency.noting(problems):
+        with collecting(problems):
             content = read_scores(path)
             where = f"--scores {path}"
             if content["model_name"] not in roles:
@@ -369,7 +370,7 @@ def read_all_scores(args: argparse.Namespace, problems: list[str]) -> dict[tuple
         for task in args.tasks or TASKS:
             path = kept_scores(args, role, task)
             if path.exists() and (role, task) not in found:
-                with latency.noting(problems):
+                with collecting(problems):
                     found[role, task] = of_model_and_task(read_scores(path), name, task, path)
     return found
 
@@ -649,9 +650,7 @@ def plan_facts(args: argparse.Namespace) -> dict | None:
     """Describe a timing plan, so that figures of another one are told apart; None without
     timing.
     """
-    return (
-        None if args.no_speed else {**dataclasses.asdict(latency.plan_of(args)), "data": args.data}
-    )
+    return None if args.no_speed else {**dataclasses.asdict(plan_of(args)), "data": args.data}
 
 
 def read_measurements(args: argparse.Namespace) -> dict | None:
@@ -687,7 +686,7 @@ def measurements(args: argparse.Namespace) -> dict:
     sizes = {role: measure_size(role, name) for role, name in models.items()}
     speed = None
     if not args.no_speed:
-        plan = latency.plan_of(args)
+        plan = plan_of(args)
         sentences = latency.read_sentences(args.data)[: plan.num_sentences] if args.data else None
         speed = latency.measure(models, plan, sentences, "model")
     found = {

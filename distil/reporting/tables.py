@@ -21,3 +21,8 @@ def share(value: float | None) -> str:
 def times(ratio: float | None) -> str:
     """Write a ratio, - where there is none."""
     return "-" if ratio is None else f"{ratio:.2f}"
+
+
+def digits(value: float) -> str:
+    """Write a number with three digits, or all before the point."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"

@@ -16,9 +16,10 @@ import yaml
 from stand_ins import make_lines, make_model, student_config_of, vocab_size_of
 
 import evaluate_lm
-import latency
+import latency as latency_program
 import report
-from distil.reporting import model_card
+from distil.reporting import latency, model_card, tables
+from distil.reporting.plan import Plan
 from distil.system import files
 from distil.tasks.scores import write_scores
 
@@ -591,7 +592,7 @@ def test_a_model_of_two_layers_is_told_from_one_of_twelve(tmp_path):
     for layers in (12, 2):
         make_model("bert", 200, layers).save_pretrained(tmp_path / f"{layers}")
     names = {"deep": str(tmp_path / "12"), "flat": str(tmp_path / "2")}
-    plan, threads = latency.Plan((1,), passes=3, num_sentences=8), torch.get_num_threads()
+    plan, threads = Plan((1,), passes=3, num_sentences=8), torch.get_num_threads()
     for _ in range(3):  # other work on the machine may disturb one
         rows = latency.measure(names, plan)["rows"]
         if all(row["models"]["flat"]["speed_up"]["median"] > 1.5 for row in rows):
@@ -611,7 +612,7 @@ def test_a_text_is_read_by_each_models_own_tokenizer(tmp_path, teachers):
     cut = latency.sequences_of(names["a"], config, sentences, 20)
     assert len(cut) == 3 and max(map(len, whole)) > 20
     assert cut == [ids if len(ids) <= 20 else [*ids[:19], tokenizer.sep_token_id] for ids in whole]
-    inputs = latency.measure(names, latency.Plan((1,), 3, num_sentences=3), sentences)["inputs"]
+    inputs = latency.measure(names, Plan((1,), 3, num_sentences=3), sentences)["inputs"]
     assert re.fullmatch(
         r"3 sentences of a text, on average \d+ tokens for a, \d+ tokens for b", inputs
     )
@@ -642,7 +643,7 @@ def test_latency_runs_alone(tmp_path, teachers, capsys):
         str(tmp_path / "x.json"),
         *QUICK,
     ]
-    latency.main(flags)
+    latency_program.main(flags)
     rows = json.loads((tmp_path / "x.json").read_text())["rows"]
     assert capsys.readouterr().out.count("| tiny-gpt2") == len(rows) >= 4
 
@@ -1109,7 +1110,7 @@ def test_bad_text_for_timing_ends_in_one_line(case, tmp_path, teachers, status_a
     content, pattern = BAD_LATENCY[case]
     path = write(tmp_path / "text", content)
     status, lines = status_and_errors(
-        latency.main, ["--models", str(teachers["bert"]), "--data", str(path)]
+        latency_program.main, ["--models", str(teachers["bert"]), "--data", str(path)]
     )
     assert status == 2 and len(lines) == 1 and re.search(pattern, lines[0]), lines
 
@@ -1123,13 +1124,13 @@ def test_damaged_weights_and_foreign_tokenizers_end_in_one_line(
     model = make_model("gpt2", 20)  # its tokenizer has more
     model.save_pretrained(tmp_path / "gpt2")
     status, lines = status_and_errors(
-        latency.main, ["--models", str(tmp_path / "gpt2"), "--data", str(tmp_path / "text")]
+        latency_program.main, ["--models", str(tmp_path / "gpt2"), "--data", str(tmp_path / "text")]
     )
     assert status == 2 and re.search(
         r"gpt2: its tokenizer gave the id \d+, it has 20 embeddings", lines[0]
     ), lines
     write(folder / "model.safetensors", (folder / "model.safetensors").read_bytes()[:500])
-    status, lines = status_and_errors(latency.main, ["--models", str(folder)])
+    status, lines = status_and_errors(latency_program.main, ["--models", str(folder)])
     assert (
         status == 2 and len(lines) == 1 and "bert: its weights could not be loaded (" in lines[0]
     ), lines
@@ -1153,7 +1154,7 @@ def test_damaged_weights_and_foreign_tokenizers_end_in_one_line(
 def test_models_that_cannot_be_timed_end_in_a_line_each(tmp_path, teachers, status_and_errors):
     bert = str(teachers["bert"])
     flags = ["--models", bert, f"{bert}/", str(tmp_path), "--json", str(tmp_path)]
-    status, lines = status_and_errors(latency.main, flags)
+    status, lines = status_and_errors(latency_program.main, flags)
     assert status == 2 and len(lines) == 3
     assert (
         "two are named tiny-bert" in lines[0]
@@ -1163,7 +1164,7 @@ def test_models_that_cannot_be_timed_end_in_a_line_each(tmp_path, teachers, stat
 
 
 def test_numbers_are_written_short():
-    assert [latency.digits(value) for value in (1234.5, 99.95, 0.01234)] == [
+    assert [tables.digits(value) for value in (1234.5, 99.95, 0.01234)] == [
         "1,234",
         "100",
         "0.0123",
