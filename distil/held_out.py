@@ -13,8 +13,9 @@ import torch
 from tqdm import tqdm
 
 from distil.data.batches import MicroBatch, MlmPreparation, masking_weights
+from distil.data.decoding import texts_of
 from distil.data.encoding import Encoding, LineEncoder
-from distil.data.text_sources import find_sources, read_blocks, texts_of
+from distil.data.text_sources import find_sources, read_blocks
 from distil.data.token_files import TokenFile
 from distil.evaluation import (
     FixedMasks,

@@ -26,8 +26,9 @@ import psutil
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data import builtin_corpus
+from distil.data.decoding import texts_of
 from distil.data.encoding import Encoding, LineEncoder, WorkerPool, divide_work
-from distil.data.text_sources import find_sources, read_blocks, texts_of
+from distil.data.text_sources import find_sources, read_blocks
 from distil.data.token_files import open_token_file, writing_tokens
 from distil.models.hub import short_name
 from distil.models.tokenizers import load_tokenizer, special_ids, train_word_pieces
@@ -193,9 +194,7 @@ def watched(sample: Callable[[], int], process: subprocess.Popen, every_s: float
 
 
 def program_memory(*command: object) -> tuple[float, dict[str, int]]:
-    """Run one of our programs: (seconds, largest sums over its processes of rss and pss, in
-    bytes).
-    """
+    """Run a program: (seconds, largest sums over its processes of rss and pss, in bytes)."""
     started = time.perf_counter()
     largest = {"rss": 0, "pss": 0}
     words = [sys.executable, *map(str, command)]
@@ -408,7 +407,7 @@ def measure_exactness(args: argparse.Namespace, table: Table, name: str) -> None
     InputError at a difference.
     """
     encoding, _ = make_encoding(args, name)
-    remembering, plain = LineEncoder(encoding), LineEncoder(encoding, remembers=False)
+    cached, plain = LineEncoder(encoding), LineEncoder(encoding, is_cached=False)
     num_ids = num_files = 0
     for source in find_sources(args.languages, "--languages"):
         for block in read_blocks(source, "text", "--languages"):
@@ -417,7 +416,7 @@ def measure_exactness(args: argparse.Namespace, table: Table, name: str) -> None
                 for line in texts_of(block, "text", flag="--languages")[0]
                 if line.strip()
             ]
-            (found, _), (expected, _) = remembering.encode(lines), plain.encode(lines)
+            (found, _), (expected, _) = cached.encode(lines), plain.encode(lines)
             if not np.array_equal(found, expected):
                 raise InputError(
                     f"--languages {source.path}: remembered chunks gave other ids than the library;"

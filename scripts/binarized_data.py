@@ -24,9 +24,10 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.cards import check_vocab_size, require_card_output, write_token_counts
+from distil.data.decoding import ERRORS
 from distil.data.encoding import Encoding, WorkerPool, divide_work
 from distil.data.shuffle import Spool, shuffled
-from distil.data.text_sources import ERRORS, Block, Source, find_sources, read_blocks
+from distil.data.text_sources import Block, Source, find_sources, read_blocks
 from distil.data.token_files import (
     FORMATS,
     MANY_UNKNOWN,
@@ -176,9 +177,7 @@ class Tally:
 
 
 class UnknownList:
-    """Number the sequences with so many unknown ids that training may have to leave them out; None
-    if there are too many.
-    """
+    """List the sequences with MANY_UNKNOWN unknown ids or more; None if there are too many."""
 
     def __init__(self, unknown_id: int | None):
         self.unknown_id = unknown_id

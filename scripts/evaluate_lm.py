@@ -22,8 +22,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from distil.data.decoding import ERRORS
 from distil.data.encoding import Encoding
-from distil.data.text_sources import ERRORS
 from distil.data.token_files import MIN_LENGTH, token_file_problem
 from distil.evaluation import MASK_EVERY, FixedMasks
 from distil.held_out import (

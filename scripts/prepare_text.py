@@ -22,10 +22,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from distil.data.decoding import ERRORS, texts_of
 from distil.data.documents import DOCUMENTS, Corpus, document_lines, document_parts, guess_form
 from distil.data.languages import find_corpora, sample, targets
 from distil.data.sentences import DENSE_CHARS
-from distil.data.text_sources import ERRORS, Source, read_blocks, texts_of
+from distil.data.text_sources import Source, read_blocks
 from distil.system.files import atomic_path, require_output
 from distil.system.signals import exit_on_sigterm
 from utils import (

@@ -27,11 +27,10 @@ TOP_LEVEL = {
     *("requirements-dev.txt", "requirements-eval.txt"),
 }
 OVER_BUDGET: dict[str, int] = {
-    "distil/data/text_sources.py": 468,
     "distil/kernels/head.py": 483,
     "distiller.py": 663,
-    "scripts/benchmark_data.py": 617,
-    "scripts/binarized_data.py": 461,
+    "scripts/benchmark_data.py": 616,
+    "scripts/binarized_data.py": 460,
     "scripts/evaluate_lm.py": 374,
     "scripts/fault_injection.py": 682,
     "scripts/inspect_data.py": 855,

@@ -1,5 +1,4 @@
-"""English prose that every installation carries: documentation topics and docstrings of the
-installed packages.
+"""English prose found on every machine: docstrings and help topics of the installed packages.
 
 The quickstart's default corpus. Source files are parsed, never imported.
 """
@@ -17,7 +16,7 @@ from pathlib import Path
 
 PACKAGES = ("torch", "transformers", "numpy")
 MAX_LINE = 260  # characters; about 55 tokens
-MIN_LETTERS = 0.7  # share of letters and spaces in a sentence that is taken for prose
+MIN_LETTERS = 0.7  # share of letters and spaces in a sentence of prose
 MIN_WORDS = 5
 
 
@@ -34,12 +33,10 @@ def source_files() -> list[Path]:
 
 
 def docstrings(path: Path) -> list[str]:
-    """List a file's docstrings, and the long strings of pydoc's topics."""
+    """List a file's docstrings, and the strings of pydoc's help topics."""
     try:
         with warnings.catch_warnings():
-            warnings.simplefilter(
-                "ignore"
-            )  # what the parser thinks of other people's escape sequences
+            warnings.simplefilter("ignore")  # of escape sequences in other people's code
             tree = ast.parse(path.read_bytes())
     except (SyntaxError, ValueError, OSError):
         return []
@@ -56,9 +53,7 @@ def docstrings(path: Path) -> list[str]:
 
 
 def sentences(text: str) -> Iterator[str]:
-    """Yield the sentences of a docstring that read like prose; markup, signatures and code fall
-    away.
-    """
+    """Yield the sentences of a docstring that are prose, without markup, signatures and code."""
     for paragraph in re.split(r"\n\s*\n", text):
         joined = " ".join(paragraph.split())
         for sentence in re.split(r"(?<=[.!?])\s+(?=[A-Z])", joined):
@@ -72,7 +67,7 @@ def sentences(text: str) -> Iterator[str]:
 
 
 def documents() -> Iterator[list[str]]:
-    """Yield each file's sentences; a sentence seen before, in any file, is left out."""
+    """Yield each file's sentences, without those seen before in any file."""
     seen: set[bytes] = set()
     with concurrent.futures.ProcessPoolExecutor() as pool:
         for texts in pool.map(docstrings, source_files(), chunksize=64):
@@ -87,7 +82,7 @@ def documents() -> Iterator[list[str]]:
 
 
 def lines(document: list[str]) -> Iterator[str]:
-    """Join a document's sentences to lines of several, up to MAX_LINE characters."""
+    """Join a document's sentences to lines of at most MAX_LINE characters."""
     line = ""
     for sentence in document:
         if line and len(line) + 1 + len(sentence) > MAX_LINE:

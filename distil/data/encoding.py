@@ -1,9 +1,8 @@
-"""Blocks of text -> token ids, in worker processes.
+"""Blocks of text to token ids, in worker processes.
 
-WordPiece and byte-level BPE treat what stands between two spaces without regard to its neighbours,
-so the ids of such a chunk are remembered: most of a text is chunks that were seen before, and a
-dictionary answers several times faster than the tokenizers library encodes. Which tokenizers that
-holds for, and where it does not, is said at `chunk_rule`.
+WordPiece and byte-level BPE encode the text between two spaces independently of its neighbours, so
+the ids of such a chunk are cached: most chunks of a text were seen before, and a dictionary is
+several times faster than the tokenizers library. `chunk_rule` says for which tokenizers this holds.
 """
 
 import array
@@ -22,23 +21,22 @@ from collections.abc import Callable, Iterable, Iterator
 import numpy as np
 from tokenizers import Tokenizer
 
-from distil.data.text_sources import BLOCK_BYTES, Block, texts_of
+from distil.data.decoding import texts_of
+from distil.data.text_sources import BLOCK_BYTES, Block
 from distil.system.signals import holding_signals
 from utils import InputError
 
-NEW_PER_TEXT, NEW_PER_BATCH = 50, 5000  # chunks that are encoded in one text, and in one call
-MAX_CHUNK_CHARS = 32  # a longer chunk hardly comes again: it is not kept
-MAX_REMEMBERED = 2**17  # chunks of a generation; there are two, about 25 MB each
-AHEAD = 2  # blocks a worker has waiting
-WORKERS_LOOKED_AT_S = 5
+NEW_PER_TEXT, NEW_PER_BATCH = 50, 5000  # chunks encoded in one text, and in one call
+MAX_CHUNK_CHARS = 32  # longer chunks rarely occur again: they are not cached
+MAX_CACHED = 2**17  # chunks of a generation; there are two, about 25 MB each
+AHEAD = 2  # blocks queued per worker
+WORKER_CHECK_S = 5
 MIN_BYTES_PER_WORKER, MIN_BLOCK_BYTES = 2**17, 2**16
 
 
 @dataclasses.dataclass(frozen=True)
 class Encoding:
-    """How lines become ids. tokenizer: of the tokenizers library; largest_id: what its vocabulary
-    ends at.
-    """
+    """How lines become ids: tokenizer (of the tokenizers library), its special and largest ids."""
 
     tokenizer: Tokenizer
     start_id: int | None
@@ -50,19 +48,15 @@ class Encoding:
 
     @property
     def dtype(self) -> np.dtype:
-        """uint16 while the vocabulary, added tokens included, has fewer than 65536 entries; else
-        int32.
-        """
-        # Differs from the original: added tokens count, and ids are checked; 2019 wrapped at 16
-        # bits in silence.
+        """Return uint16 for a vocabulary of fewer than 65536 entries, else int32."""
+        # Differs from the original: added tokens count, and ids are checked. 2019 silently wrapped
+        # at 16 bits.
         return np.dtype(np.uint16 if self.largest_id + 1 < 2**16 else np.int32)
 
 
 @dataclasses.dataclass(frozen=True)
 class EncodedBlock:
-    """A block's sequences: ids end to end and their lengths; what was counted; num_bytes as in
-    Block.
-    """
+    """A block's sequences: ids end to end, their lengths, and counts; num_bytes as in Block."""
 
     ids_M: np.ndarray
     lengths_N: np.ndarray
@@ -78,17 +72,16 @@ class EncodedBlock:
 
 
 def chunk_rule(tokenizer: Tokenizer, end_id: int) -> str | None:
-    """Say how a line may be cut at its spaces without changing the ids: "bert", "byte_level", or
-    None: not at all.
+    """Return how to cut a line at its spaces without changing the ids; None if that is impossible.
 
-    bert: BertNormalizer works a character at a time (NFD reorders marks only behind a letter, and a
-    space is none), BertPreTokenizer cuts at every white space: any cut at U+0020 is exact, and the
-    space itself is dropped.
-    byte_level: GPT-2's pattern never joins a character with a space that follows it, and looks
-    ahead only inside a run of white space: a cut in front of a space is exact in lines whose only
-    white space is single spaces. Added tokens are found in the text first: with a space in them, or
-    eating that behind them, none of this holds. The end token has to be one of those: it tells
-    chunks apart.
+    "bert": BertNormalizer works per character (NFD reorders marks only after a letter, and a space
+    is not one), BertPreTokenizer cuts at all white space: any cut at U+0020 is exact, and the space
+    itself is dropped.
+    "byte_level": GPT-2's pattern never joins a character with a space after it, and looks ahead
+    only inside a run of white space: a cut before a space is exact in lines whose only white space
+    is single spaces.
+    Added tokens are matched first: none of this holds if one contains a space or swallows the next
+    one. The end token must be one of them, because it separates chunks.
     """
     added = tokenizer.get_added_tokens_decoder()
     if any(token.rstrip or any(map(str.isspace, token.content)) for token in added.values()):
@@ -108,7 +101,7 @@ def chunk_rule(tokenizer: Tokenizer, end_id: int) -> str | None:
     return None
 
 
-# Begins the key of a line's first chunk, which no space precedes; stripped lines hold none
+# Prefix of the key of a line's first chunk, which has no space before it; no line contains it.
 FIRST = "\n"
 
 
@@ -120,7 +113,7 @@ def _byte_level_keys(line: str) -> list[str] | None:
     return chunks
 
 
-# Line -> keys of its chunks; None where the rule does not hold for the line.
+# Line -> keys of its chunks; None if the rule does not hold for the line.
 KEYS: dict[str, Callable[[str], list[str] | None]] = {
     "bert": lambda line: line.split(" "),
     "byte_level": _byte_level_keys,
@@ -128,12 +121,11 @@ KEYS: dict[str, Callable[[str], list[str] | None]] = {
 
 
 def choose_separator(tokenizer: Tokenizer, rule: str, end_id: int) -> tuple[str, int]:
-    """Choose what stands between chunks that are encoded in one text: (text, the one id that only
-    it has).
+    """Choose the separator of chunks that are encoded in one text: (its text, its single id).
 
-    The end token always does, being found in the text before anything else is done; plain
-    characters are faster. For BERT ";", a word by itself wherever it stands; for byte-level BPE the
-    line end, a token by itself before a letter or a space.
+    The end token always works because added tokens are matched first, but plain characters are
+    faster: for BERT ";", always a word of one character; for byte-level BPE the line end, a single
+    token before a letter or a space.
     """
     end_token = tokenizer.id_to_token(end_id)
     if rule == "byte_level":
@@ -147,16 +139,14 @@ def choose_separator(tokenizer: Tokenizer, rule: str, end_id: int) -> tuple[str,
         unknown = tokenizer.token_to_id(getattr(tokenizer.model, "unk_token", None) or "")
         if len(ids) == 1 and ids[0] != unknown and (token == end_token or token not in in_added):
             return text, ids[0]
-    raise AssertionError("chunk_rule makes sure that the end token is one")
+    raise AssertionError("chunk_rule ensures that the end token works")
 
 
 class LineEncoder:
-    """Encode lines: start id, the line's ids without special tokens of the tokenizer's own, end
-    id.
-    """
+    """Encode lines: start id, the line's ids without the tokenizer's special tokens, end id."""
 
-    def __init__(self, encoding: Encoding, *, remembers: bool = True):
-        """remembers: False encodes every line by the library, for comparison."""
+    def __init__(self, encoding: Encoding, *, is_cached: bool = True):
+        """is_cached: False encodes every line by the library, for comparison."""
         self.tokenizer = encoding.tokenizer
         self.tokenizer.no_truncation()
         self.tokenizer.no_padding()
@@ -165,25 +155,22 @@ class LineEncoder:
         self.largest_id = encoding.largest_id
         self.start = b"" if encoding.start_id is None else self._bytes_of([encoding.start_id])
         self.end = self._bytes_of([encoding.end_id])
-        self.rule = chunk_rule(self.tokenizer, encoding.end_id) if remembers else None
+        self.rule = chunk_rule(self.tokenizer, encoding.end_id) if is_cached else None
         if self.rule:
             self.separator, self.separator_id = choose_separator(
                 self.tokenizer, self.rule, encoding.end_id
             )
             self.mark = self.separator.strip(" ")
-        self.joint = (
-            " " if self.rule == "byte_level" else ""
-        )  # what stands before a chunk that is not the first
-        # Two generations: when the young one is full it becomes the old one, and what is still in
-        # use is taken back.
+        # Precedes every chunk but a line's first.
+        self.joint = " " if self.rule == "byte_level" else ""
+        # A cache of two generations: a full young one replaces the old one, from which chunks
+        # still in use are copied back.
         self.young: dict[str, bytes] = {}
         self.old: dict[str, bytes] = {}
-        self.passing: list[str] = []  # chunks in the young one that are too long to stay
+        self.passing: list[str] = []  # chunks in the young generation that are too long to keep
 
     def encode(self, lines: list[str]) -> tuple[np.ndarray, np.ndarray]:
-        """Return (ids_M of all lines end to end, lengths_N as int32). Raises InputError for an id
-        beyond.
-        """
+        """Return (ids_M of all lines end to end, lengths_N as int32); check the largest id."""
         ids_of_line = (
             self._encode_whole(lines) if self.rule is None else self._encode_by_chunks(lines)
         )
@@ -194,8 +181,8 @@ class LineEncoder:
         ids_M = np.frombuffer(b"".join(sequences), self.dtype)
         if len(ids_M) and int(ids_M.max()) > self.largest_id:
             raise InputError(
-                f"--tokenizer_name: it gave id {int(ids_M.max())}, but its vocabulary ends at"
-                f" {self.largest_id}"
+                f"--tokenizer_name: the tokenizer returned id {int(ids_M.max())}, but its"
+                f" vocabulary ends at {self.largest_id}"
             )
         return ids_M, lengths_N
 
@@ -205,8 +192,7 @@ class LineEncoder:
 
     def _encode_by_chunks(self, lines: list[str]) -> list[bytes]:
         chunks_of_line = list(map(KEYS[self.rule], lines))
-        new = self._unknown_chunks([chunks for chunks in chunks_of_line if chunks is not None])
-        self._remember(new)
+        self._cache(self._new_chunks([chunks for chunks in chunks_of_line if chunks is not None]))
         whole = iter(
             self._encode_whole(
                 [line for line, chunks in zip(lines, chunks_of_line, strict=True) if chunks is None]
@@ -218,14 +204,12 @@ class LineEncoder:
             for chunks in chunks_of_line
         ]
 
-    def _unknown_chunks(self, chunks_of_line: list[list[str]]) -> list[str]:
-        """List the chunks that are not remembered, each once; those of the old generation are taken
-        back.
-        """
+    def _new_chunks(self, chunks_of_line: list[list[str]]) -> list[str]:
+        """List the chunks that are not cached, each once; copy back those of the old generation."""
         for chunk in self.passing:
             del self.young[chunk]
         self.passing = []
-        if len(self.young) > MAX_REMEMBERED:
+        if len(self.young) > MAX_CACHED:
             self.young, self.old = {}, self.young
         young, old = self.young, self.old
         missing = [
@@ -236,7 +220,7 @@ class LineEncoder:
         young.update((chunk, old[chunk]) for chunk in missing if chunk in old)
         return [chunk for chunk in missing if chunk not in young]
 
-    def _remember(self, new: list[str]) -> None:
+    def _cache(self, new: list[str]) -> None:
         for k in range(0, len(new), NEW_PER_BATCH):
             batch = new[k : k + NEW_PER_BATCH]
             texts = [chunk[1:] if chunk[:1] == FIRST else self.joint + chunk for chunk in batch]
@@ -244,7 +228,7 @@ class LineEncoder:
         self.passing = [chunk for chunk in new if len(chunk) > MAX_CHUNK_CHARS]
 
     def _encode_new(self, chunks: list[str]) -> list[bytes]:
-        """Encode chunks, several in one text: by themselves they take twice as long."""
+        """Encode chunks, several in one text: one by one they take twice as long."""
         apart = self._encode_whole([chunk for chunk in chunks if self.mark in chunk])
         joined = self._encode_joined([chunk for chunk in chunks if self.mark not in chunk])
         given = {True: iter(apart), False: iter(joined)}
@@ -264,7 +248,7 @@ class LineEncoder:
             found += [
                 data[start:end] for start, end in zip(starts, [*ends, len(data)], strict=True)
             ]
-        # A character that is another way to write the separator shows in their number.
+        # Another way to write the separator, if one is in a chunk, shows in their number.
         return found if len(found) == len(chunks) else self._encode_whole(chunks)
 
     def _bytes_of(self, ids: Iterable[int]) -> bytes:
@@ -272,10 +256,8 @@ class LineEncoder:
 
 
 def count_words(line: str) -> int:
-    """Count what white space separates in a stripped line."""
-    if (
-        line.isascii() and line.isprintable() and "  " not in line
-    ):  # then single spaces do, and counting them is faster
+    """Count the words of a stripped line, separated by white space."""
+    if line.isascii() and line.isprintable() and "  " not in line:  # single spaces count faster
         return line.count(" ") + 1
     return len(line.split())
 
@@ -286,20 +268,19 @@ def count_words(line: str) -> int:
 
 
 class BlockEncoder:
-    """Encode a block of text. Raises InputError naming file and line where the text can't be
-    used.
-    """
+    """Encode a block of text; raise InputError naming file and line for invalid text."""
 
     def __init__(self, encoding: Encoding):
         self.encoding = encoding
         self.encoder = LineEncoder(encoding)
 
     def __call__(self, block: Block) -> EncodedBlock:
-        """Decode, strip, leave blank lines out, encode."""
+        """Decode and strip the lines, skip blank ones, encode the others."""
         texts, num_bad = texts_of(block, self.encoding.text_field, self.encoding.errors)
         lines = [stripped for text in texts if (stripped := text.strip())]
         ids_M, lengths_N = self.encoder.encode(lines)
-        # Differs from the original: blank lines are no sequences of two boundary tokens.
+        # Differs from the original: blank lines are skipped. 2019 made sequences of two boundary
+        # tokens of them.
         return EncodedBlock(
             ids_M,
             lengths_N,
@@ -311,19 +292,16 @@ class BlockEncoder:
 
 
 def divide_work(num_bytes: int, num_cores: int) -> tuple[int, int]:
-    """Return (worker processes, bytes a block) for a text of num_bytes: a small one is no work for
-    many.
-    """
+    """Return (worker processes, bytes per block) for a text: a small one needs few processes."""
     num_workers = max(min(num_cores, num_bytes // MIN_BYTES_PER_WORKER), 1)
     return num_workers, min(max(num_bytes // (8 * num_workers), MIN_BLOCK_BYTES), BLOCK_BYTES)
 
 
 class WorkerPool:
-    """Encode blocks on several processes, in order. Use as a context manager; the processes start
-    at once.
+    """Encode blocks on several processes, in order; a context manager. The processes start at once.
 
-    Started before any thread of this process, they are forked where the system can, and share its
-    memory.
+    Create it before this process has threads: the workers are forked if the system can, and share
+    its memory.
     """
 
     def __init__(self, encoding: Encoding, num_workers: int):
@@ -336,8 +314,8 @@ class WorkerPool:
         self.executor = concurrent.futures.ProcessPoolExecutor(
             num_workers, multiprocessing.get_context(method), _start_worker, (encoding, os.getpid())
         )
-        # Signals wait: what a handler raises in the middle of a fork is lost.
-        with holding_signals(), self._saying_that_a_worker_died():
+        # Signals wait, because an exception that a handler raises during a fork is lost.
+        with holding_signals(), self._reporting_dead_workers():
             self.executor.submit(os.getpid).result()
 
     def __enter__(self):
@@ -351,53 +329,50 @@ class WorkerPool:
         self.executor.shutdown(cancel_futures=True)
 
     @contextlib.contextmanager
-    def _saying_that_a_worker_died(self) -> Iterator[None]:
+    def _reporting_dead_workers(self) -> Iterator[None]:
         try:
             yield
         except concurrent.futures.process.BrokenProcessPool as error:
-            # The executor asks the others by SIGTERM, which one that is just starting does not hear
+            # The executor sends the others SIGTERM, which a starting worker misses.
             self._kill()
             raise InputError(
-                "a worker process was ended from outside (is the memory full?); run again with a"
-                " smaller --num_workers"
+                "a worker process was killed (is the memory full?); run again with a smaller"
+                " --num_workers"
             ) from error
 
     def _kill(self) -> None:
-        """End the workers at once, in the middle of what they do.
+        """Kill the workers, and close this process's end of their result pipe.
 
-        The executor's thread may be reading a result of which a killed worker wrote half: it would
-        wait for the rest for ever, as this process itself holds the pipe open. Neither is told by a
-        public name.
+        The executor's thread may be reading a result that a killed worker wrote half of; it would
+        wait forever, because this process holds the pipe open. Neither has a public name.
         """
         for process in list((self.executor._processes or {}).values()):
             process.kill()
         self.executor._result_queue._writer.close()
 
     def _result(self, future: concurrent.futures.Future) -> EncodedBlock:
-        """Wait for a result, and look now and then whether all workers live."""
+        """Wait for a result, and check from time to time that all workers are alive."""
         while True:
             try:
-                return future.result(timeout=WORKERS_LOOKED_AT_S)
+                return future.result(timeout=WORKER_CHECK_S)
             except concurrent.futures.TimeoutError:
                 processes = list((self.executor._processes or {}).values())
                 if any(process.exitcode is not None for process in processes):
                     self._kill()
 
     def map(self, blocks: Iterator[Block]) -> Iterator[EncodedBlock]:
-        """Yield the blocks encoded, in their order, with a few of them under way. Raises InputError
-        of the first.
-        """
+        """Yield the encoded blocks in order, with a few in flight; raise the first InputError."""
         if self.num_workers == 1:
             yield from map(self.encode, blocks)
             return
-        under_way: collections.deque[concurrent.futures.Future] = collections.deque()
-        with self._saying_that_a_worker_died():
+        in_flight: collections.deque[concurrent.futures.Future] = collections.deque()
+        with self._reporting_dead_workers():
             for block in blocks:
-                under_way.append(self.executor.submit(_encode_block, block))
-                if len(under_way) >= self.num_workers * AHEAD:
-                    yield self._result(under_way.popleft())
-            while under_way:
-                yield self._result(under_way.popleft())
+                in_flight.append(self.executor.submit(_encode_block, block))
+                if len(in_flight) >= self.num_workers * AHEAD:
+                    yield self._result(in_flight.popleft())
+            while in_flight:
+                yield self._result(in_flight.popleft())
 
 
 _encode_in_worker: BlockEncoder
@@ -405,7 +380,9 @@ _encode_in_worker: BlockEncoder
 
 def _start_worker(encoding: Encoding, parent: int) -> None:
     global _encode_in_worker
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent gets it, too, and ends its workers
+    signal.signal(
+        signal.SIGINT, signal.SIG_IGN
+    )  # the parent receives it, too, and ends its workers
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
     os.environ["TOKENIZERS_PARALLELISM"] = "false"  # the processes are the parallelism
     threading.Thread(target=_end_with, args=(parent,), daemon=True).start()
@@ -413,7 +390,7 @@ def _start_worker(encoding: Encoding, parent: int) -> None:
 
 
 def _end_with(parent: int) -> None:
-    """End this process soon after its parent was killed: it would wait for work for ever."""
+    """End this process soon after its parent was killed; it would wait for work forever."""
     while os.getppid() == parent:
         time.sleep(1)
     os._exit(1)

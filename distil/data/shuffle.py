@@ -1,9 +1,9 @@
 """A uniform, seeded shuffle of sequences that do not fit into memory.
 
-Sequences are spooled to the disk as they come. A spool that is too large for memory is scattered:
-each sequence goes to one of several smaller spools, drawn uniformly and independently; those are
+Sequences are spooled to the disk as they come. A spool too large for memory is scattered: each
+sequence goes to one of several smaller spools, drawn uniformly and independently; those are
 shuffled one after the other, and their concatenation is a uniform permutation of all (Rao 1961;
-Sandelius 1962). Reading and writing is sequential throughout.
+Sandelius 1962). All reads and writes are sequential.
 """
 
 import os
@@ -14,7 +14,7 @@ import numpy as np
 
 from utils import gathered, keyed_numpy_generator
 
-CHUNK_IDS = 2**20  # moved in one go
+CHUNK_IDS = 2**20  # moved at a time
 CHUNK_SEQUENCES = 2**16
 SPOOL_IDS = 2**23  # shuffled in memory: 16 or 32 MiB
 MAX_FAN_OUT = 64
@@ -22,9 +22,7 @@ BUFFER_BYTES = 2**16
 
 
 class Spool:
-    """Sequences on the disk, in the order in which they were written: a file of ids and one of
-    lengths (int32).
-    """
+    """Sequences on the disk in the order of writing: a file of ids and one of lengths (int32)."""
 
     def __init__(self, path: Path, dtype: np.dtype):
         self.path, self.dtype = path, np.dtype(dtype)
@@ -42,12 +40,12 @@ class Spool:
         self.num_sequences += len(lengths_N)
 
     def close(self) -> None:
-        """End writing."""
+        """Close both files after the last append."""
         self.ids_file.close()
         self.lengths_file.close()
 
     def chunks(self) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield (ids_M, lengths_N) of consecutive sequences, as `cuts` cuts them."""
+        """Yield (ids_M, lengths_N) of consecutive sequences, in the ranges of `cuts`."""
         with (
             open(self.ids_file.name, "rb") as ids_file,
             open(self.lengths_file.name, "rb") as lengths_file,
@@ -59,9 +57,8 @@ class Spool:
 
     def read(self) -> tuple[np.ndarray, np.ndarray]:
         """Read everything: (ids_M, lengths_N)."""
-        return np.fromfile(self.ids_file.name, self.dtype), np.fromfile(
-            self.lengths_file.name, np.int32
-        )
+        ids_M = np.fromfile(self.ids_file.name, self.dtype)
+        return ids_M, np.fromfile(self.lengths_file.name, np.int32)
 
     def remove(self) -> None:
         """Delete the files."""
@@ -70,9 +67,7 @@ class Spool:
 
 
 def cuts(lengths_N: np.ndarray) -> Iterator[tuple[int, int]]:
-    """Cut consecutive sequences into ranges [first, last) of CHUNK_IDS ids at the most, unless one
-    alone is longer.
-    """
+    """Yield ranges [first, last) of sequences with at most CHUNK_IDS ids, or one longer one."""
     ends = np.cumsum(lengths_N, dtype=np.int64)
     first = 0
     while first < len(lengths_N):
@@ -83,9 +78,7 @@ def cuts(lengths_N: np.ndarray) -> Iterator[tuple[int, int]]:
 
 
 def shuffled(spool: Spool, *key: int | str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield a spool's sequences in an order that depends on `key` and the sequences alone; the
-    spool is used up.
-    """
+    """Yield a spool's sequences in an order that depends on `key` only, and remove the spool."""
     if spool.num_ids <= SPOOL_IDS or spool.num_sequences == 1:
         ids_M, lengths_N = spool.read()
         spool.remove()
@@ -99,7 +92,7 @@ def shuffled(spool: Spool, *key: int | str) -> Iterator[tuple[np.ndarray, np.nda
 def _in_pieces(
     ids_M: np.ndarray, lengths_N: np.ndarray, order: np.ndarray
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Reorder, CHUNK_IDS ids at a time: an index of 8 bytes an id is made in between."""
+    """Yield the sequences in `order`, CHUNK_IDS ids at a time: the index takes 8 bytes per id."""
     starts_N = np.cumsum(lengths_N, dtype=np.int64) - lengths_N
     for first, last in cuts(lengths_N[order]):
         yield gathered(ids_M, starts_N, lengths_N, order[first:last])

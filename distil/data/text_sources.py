@@ -1,11 +1,9 @@
-"""Text on the disk as blocks of about a megabyte: read here, in one process; made into strings by
-whoever gets them.
+"""Text files to blocks of about a megabyte, read in one process; decoding.py makes them strings.
 
-A path is a file, a folder or a glob. Files are told by their names: `.txt` (or no ending that is
-known) holds a sequence a line, `.jsonl` an object a line with the text in one of its fields; `.csv`
-and `.tsv` have it in a column. These also compressed (`.gz`, `.bz2`, `.xz`). `.parquet` is read by
-the column; what else the `datasets` library opens from local files (`.arrow`, `.json`) goes through
-it.
+A path is a file, a folder or a glob. The file name tells the kind: `.txt` (or an unknown ending)
+holds a sequence per line, `.jsonl` an object per line with the text in one of its fields; `.csv`
+and `.tsv` have it in a column. These may be compressed (`.gz`, `.bz2`, `.xz`). `.parquet` is read
+by column; the `datasets` library reads `.arrow` and `.json`.
 """
 
 import bz2
@@ -16,7 +14,6 @@ import glob
 import gzip
 import io
 import itertools
-import json
 import lzma
 import os
 import zlib
@@ -29,7 +26,7 @@ from distil.system.files import require_file
 from utils import InputError, logger, one_line
 
 BLOCK_BYTES = 2**20
-MAX_LINE_BYTES = 2**26  # a longer one is no line of text: a binary, or a file without line ends
+MAX_LINE_BYTES = 2**26  # a longer one is not a line of text, but a binary or without line ends
 ROWS_PER_BLOCK = 1000
 OPENERS = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 # How a file is read, by its ending: see READERS.
@@ -45,9 +42,7 @@ KINDS = {
     ".json": "json",
 }
 CSV_OPTIONS = {"csv": {}, "tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
-PACKED = (".zip", ".tar", ".tgz", ".zst", ".lz4", ".7z", ".rar", ".z")  # to be unpacked first
-ERRORS = ("strict", "skip", "replace")
-BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+PACKED = (".zip", ".tar", ".tgz", ".zst", ".lz4", ".7z", ".rar", ".z")  # must be unpacked first
 
 
 @dataclasses.dataclass(frozen=True)
@@ -61,11 +56,10 @@ class Source:
 
 @dataclasses.dataclass(frozen=True)
 class Block:
-    """Some whole lines of a file (kind "lines" or "jsonl", as bytes), or texts (kind "texts":
-    bytes, str, None or odd).
+    """Whole lines of a file (kind "lines" or "jsonl", as bytes), or the values of rows ("texts").
 
-    first: number of the first line or row, from 1; num_bytes: how much of the file on the disk it
-    stands for.
+    first: number of the first line or row, from 1. content of "texts": bytes, str, None or a value
+    of another type. num_bytes: the block's share of the file on the disk.
     """
 
     path: str
@@ -76,18 +70,16 @@ class Block:
 
 
 def find_sources(path: str, flag: str = "--file_path") -> list[Source]:
-    """List the files that `path` (a file, a folder or a glob) stands for, in a fixed order. Raises
-    InputError.
-    """
+    """List the text files of a file, folder or glob in a fixed order; raise InputError if none."""
     if os.path.isdir(path):
-        files = _chosen(_files_below(path), flag, path)
+        files = _select(_files_below(path), flag, path)
         if not files:
             raise InputError(
                 f"{flag} {path}: the folder holds no text; expected files that end in"
                 f" {', '.join(KINDS)}"
             )
     elif not os.path.exists(path) and glob.has_magic(path):
-        files = _chosen(
+        files = _select(
             filter(os.path.isfile, sorted(glob.glob(path, recursive=True))),
             flag,
             path,
@@ -101,21 +93,19 @@ def find_sources(path: str, flag: str = "--file_path") -> list[Source]:
     sources = [Source(file, _known_kind(file) or "lines", os.path.getsize(file)) for file in files]
     sources = [source for source in sources if source.num_bytes]
     if not sources:
-        raise InputError(f"{flag} {path}: every file that it stands for is empty; expected text")
+        raise InputError(f"{flag} {path}: every file of it is empty; expected text")
     for source in sources:
         require_file(source.path, flag)
         if source.path.lower().endswith(PACKED):
             raise InputError(
-                f"{flag} {source.path}: is packed in a way that is not read; unpack it, or pack it"
-                " as .gz"
+                f"{flag} {source.path}: is compressed in an unsupported format; unpack it, or"
+                " compress it as .gz"
             )
     return sources
 
 
 def _files_below(folder: str) -> Iterator[str]:
-    """Yield the files of a folder and of those in it, in a fixed order; links are followed, to each
-    folder once.
-    """
+    """Yield the files below a folder in a fixed order; follow links, to each folder once."""
     seen = set()
     for place, folders, files in os.walk(folder, followlinks=True):
         seen.add(os.path.realpath(place))
@@ -127,10 +117,10 @@ def _files_below(folder: str) -> Iterator[str]:
         yield from (os.path.join(place, file) for file in sorted(files) if file[0] != ".")
 
 
-def _chosen(files: Iterable[str], flag: str, path: str, any_ending: bool = False) -> list[str]:
-    """Leave out what is no text, or was named before under another name; say how many."""
-    chosen: dict[str, str] = {}
-    left_out = []
+def _select(files: Iterable[str], flag: str, path: str, any_ending: bool = False) -> list[str]:
+    """Select the text files, each once under any of its names; warn of the skipped ones."""
+    selected: dict[str, str] = {}
+    skipped = []
     for file in files:
         is_text = os.path.isfile(file) and (
             any_ending or _known_kind(file) or not Path(_uncompressed(file)).suffix
@@ -139,21 +129,21 @@ def _chosen(files: Iterable[str], flag: str, path: str, any_ending: bool = False
         if (
             not is_text
             or (file.endswith(".json") and is_card(file))
-            or os.path.realpath(file) in chosen
+            or os.path.realpath(file) in selected
         ):
-            left_out.append(file)
+            skipped.append(file)
         else:
-            chosen[os.path.realpath(file)] = file
-    if left_out:
+            selected[os.path.realpath(file)] = file
+    if skipped:
         logger.warning(
-            "%s %s: left out %d files (of unknown ending, broken links, named twice, or cards of"
+            "%s %s: skipped %d files (of unknown ending, broken links, named twice, or cards of"
             " token files), such as %s.",
             flag,
             path,
-            len(left_out),
-            left_out[0],
+            len(skipped),
+            skipped[0],
         )
-    return list(chosen.values())
+    return list(selected.values())
 
 
 def _uncompressed(path: str) -> str:
@@ -173,9 +163,7 @@ def _known_kind(path: str) -> str | None:
 def read_blocks(
     source: Source, text_field: str, flag: str = "--file_path", block_bytes: int = BLOCK_BYTES
 ) -> Iterator[Block]:
-    """Yield a file's blocks, in constant memory. Raises InputError naming file and place where it
-    can't be read.
-    """
+    """Yield a file's blocks in constant memory; raise InputError naming the unreadable place."""
     if source.kind in ("lines", "jsonl"):
         yield from _lines(source, flag, block_bytes)
     else:
@@ -184,7 +172,7 @@ def read_blocks(
 
 @contextlib.contextmanager
 def _opened(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
-    """Open a file: (as it is on the disk, uncompressed)."""
+    """Yield a file's streams: (as it is on the disk, uncompressed)."""
     opener = OPENERS.get(os.path.splitext(source.path)[1].lower())
     with open(source.path, "rb") as raw:
         yield raw, (opener(raw, "rb") if opener else raw)
@@ -199,17 +187,17 @@ def _lines(source: Source, flag: str, block_bytes: int) -> Iterator[Block]:
 
 
 def _whole_lines(file: BinaryIO, source: Source, flag: str, block_bytes: int) -> Iterator[bytes]:
-    parts: list[bytes] = []  # of a line whose end has not come yet
+    parts: list[bytes] = []  # of a line that has not ended yet
     number, size = 1, 0
     while True:
         try:
             chunk = file.read(block_bytes)
         except (EOFError, zlib.error, gzip.BadGzipFile, lzma.LZMAError) as error:
-            where = f"{source.path}: behind line {number - 1}"
+            where = f"{source.path}: after line {number - 1}"
             raise InputError(
                 f"{flag} {where} the compressed data is damaged or cut off ({one_line(error)})"
             ) from error
-        except OSError as error:  # bz2 has no error of its own
+        except OSError as error:  # bz2 defines no error class
             raise InputError(
                 f"{flag} {source.path}: can't be read ({one_line(error)}); check the file"
             ) from error
@@ -228,13 +216,13 @@ def _whole_lines(file: BinaryIO, source: Source, flag: str, block_bytes: int) ->
         if size > MAX_LINE_BYTES:
             raise InputError(
                 f"{flag} {source.path}:{number}: the line has more than {MAX_LINE_BYTES >> 20} MiB;"
-                " expected a sequence a line: break it up (scripts/prepare_text.py), or is it no"
-                " text?"
+                " expected a sequence per line: split it (scripts/prepare_text.py), or is the file"
+                " not text?"
             )
 
 
 def count_lines(data: bytes) -> int:
-    """Count the line ends: \\n, \\r\\n, and \\r alone."""
+    """Count the line ends: \\n, \\r\\n, and single \\r."""
     return data.count(b"\n") + data.count(b"\r") - data.count(b"\r\n")
 
 
@@ -247,7 +235,7 @@ def _rows(source: Source, text_field: str, flag: str) -> Iterator[Block]:
             first, done = first + len(texts), position
     except (InputError, GeneratorExit):
         raise
-    except Exception as error:  # what a damaged file can raise has no end
+    except Exception as error:  # loaders can raise anything on damaged files
         where = f"{flag} {source.path}: from row {first} on it can't be read as {source.kind}"
         raise InputError(f"{where} ({one_line(error)}); check the file") from error
     yield Block(source.path, "texts", first, [], source.num_bytes - done)
@@ -257,12 +245,14 @@ def _parquet_rows(source: Source, text_field: str, flag: str) -> Iterator[tuple[
     import pyarrow
     import pyarrow.parquet
 
-    # Without pre_buffer and with a buffer: else the whole column's bytes are fetched first.
+    # With pre_buffer or without buffer_size, the bytes of the whole column are read first.
     with pyarrow.parquet.ParquetFile(
         source.path, pre_buffer=False, buffer_size=BLOCK_BYTES
     ) as file:
         if text_field not in file.schema_arrow.names:
-            raise InputError(_no_field(flag, source.path, 1, text_field, file.schema_arrow.names))
+            raise InputError(
+                missing_field(flag, source.path, 1, text_field, file.schema_arrow.names)
+            )
         done = 0
         for batch in file.iter_batches(ROWS_PER_BLOCK, columns=[text_field]):
             column = batch.column(0)
@@ -273,7 +263,7 @@ def _parquet_rows(source: Source, text_field: str, flag: str) -> Iterator[tuple[
                 column.type
             )
             done += len(column)
-            # As bytes: what is no UTF-8 is then found a row at a time, by whoever decodes.
+            # As bytes, so that decoding finds invalid UTF-8 row by row.
             yield (
                 (column.cast(pyarrow.large_binary()) if is_text else column).to_pylist(),
                 done / file.metadata.num_rows,
@@ -286,7 +276,9 @@ def _csv_rows(source: Source, text_field: str, flag: str) -> Iterator[tuple[list
         text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape", newline="")
         reader = csv.DictReader(text, strict=True, **CSV_OPTIONS[source.kind])
         if text_field not in (reader.fieldnames or []):
-            raise InputError(_no_field(flag, source.path, 1, text_field, reader.fieldnames or []))
+            raise InputError(
+                missing_field(flag, source.path, 1, text_field, reader.fieldnames or [])
+            )
         while rows := list(itertools.islice(reader, ROWS_PER_BLOCK)):
             texts = [row[text_field] for row in rows]
             share = raw.tell() / source.num_bytes
@@ -300,19 +292,15 @@ def _datasets_rows(source: Source, text_field: str, flag: str) -> Iterator[tuple
     import datasets
 
     datasets.disable_progress_bars()
-    datasets.logging.set_verbosity(
-        datasets.logging.CRITICAL
-    )  # what is wrong is said by us, in one line
-    datasets.config.TORCH_AVAILABLE = (
-        False  # it would be imported, and take more memory than all the rest
-    )
+    datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported here
+    datasets.config.TORCH_AVAILABLE = False  # else torch is imported, and takes most of the memory
     table = datasets.load_dataset(
         source.kind, data_files=[glob.escape(source.path)], split="train", streaming=True
     )
     first = 1
     for batch in table.iter(batch_size=ROWS_PER_BLOCK):
         if text_field not in batch:
-            raise InputError(_no_field(flag, source.path, first, text_field, batch))
+            raise InputError(missing_field(flag, source.path, first, text_field, batch))
         first += len(batch[text_field])
         yield batch[text_field], 0.0
 
@@ -326,143 +314,11 @@ READERS = {
 }
 
 
-def _no_field(flag: str, path: str, number: int, text_field: str, fields) -> str:
-    # Of a table that is none, any characters may stand for its fields: line ends, too, and
-    # megabytes of them.
+def missing_field(flag: str, path: str, number: int, text_field: str, fields: Iterable) -> str:
+    """Return the message for a record or table without the text's field."""
+    # The "fields" of a file that is not a table can be anything, even megabytes with line ends.
     known = ", ".join(repr(str(field))[1:-1][:40] for field in list(fields)[:8]) or "none"
     return (
-        f"{flag} {path}:{number}: has no field {text_field!r}, only {known}; name the text's with"
+        f"{flag} {path}:{number}: has no field {text_field!r}, only {known}; name the field with"
         " --text_field"
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# Decoding: blocks -> strings
-# --------------------------------------------------------------------------------------------------
-
-
-def texts_of(
-    block: Block, text_field: str, errors: str = "strict", flag: str = "--file_path"
-) -> tuple[list[str], int]:
-    """Make a block into strings: (one a line, record or row, as it stands; how many were left out
-    or mended).
-
-    errors: what becomes of text that is not UTF-8, and of records that are no JSON: "strict" raises
-    InputError naming file and line, "skip" leaves the line out, "replace" puts U+FFFD for what is
-    no text (broken JSON remains an error).
-    """
-    if block.kind != "texts":
-        lines, num_bad = _decoded(block, errors, flag)
-        if block.kind == "lines":
-            return [line for line in lines if line is not None], num_bad
-        records = [
-            (number, line)
-            for number, line in enumerate(lines, start=block.first)
-            if line is not None
-        ]
-    else:
-        records, num_bad = list(enumerate(block.content, start=block.first)), 0
-    texts = []
-    for number, record in records:
-        text, is_bad = _text_of(record, number, block, text_field, errors, flag)
-        num_bad += is_bad
-        if text is not None:
-            texts.append(text)
-    return texts, num_bad
-
-
-def _text_of(
-    record, number: int, block: Block, text_field: str, errors: str, flag: str
-) -> tuple[str | None, bool]:
-    """Make a record or row into a string: (None where it is left out, whether something was wrong
-    with it).
-    """
-    value = _field(record, number, block, text_field, errors, flag)
-    if value is None:
-        return None, True
-    try:
-        # Half of a surrogate pair, which JSON can write as an escape, is no text either.
-        return (value.decode() if isinstance(value, bytes) else value.encode().decode()), False
-    except UnicodeError as error:
-        if errors == "strict":
-            raise InputError(
-                f"{flag} {block.path}:{number}: {text_field!r} is not UTF-8, or holds half of a"
-                f" surrogate pair ({one_line(error)}); mend it, or pass --errors skip or replace"
-            ) from error
-        if errors == "skip":
-            return None, True
-        raw = value if isinstance(value, bytes) else value.encode("utf-8", "surrogatepass")
-        return raw.decode("utf-8", "replace"), True
-
-
-def _decoded(block: Block, errors: str, flag: str) -> tuple[list[str | None], int]:
-    data = block.content.removeprefix(BYTE_ORDER_MARK) if block.first == 1 else block.content
-    try:
-        return _split(data.decode()), 0
-    except UnicodeDecodeError as error:
-        if errors == "strict":
-            before = data[: error.start].replace(b"\r\n", b"\n").replace(b"\r", b"\n")
-            number, place = block.first + before.count(b"\n"), len(before) - before.rfind(b"\n")
-            hint = (
-                "it looks like UTF-16; "
-                if data[:2] in (b"\xff\xfe", b"\xfe\xff") and block.first == 1
-                else ""
-            )
-            raise InputError(
-                f"{flag} {block.path}:{number}: byte {place} of the line is not UTF-8"
-                f" (0x{data[error.start]:02x}); {hint}convert the file to UTF-8, or pass --errors"
-                " skip or replace"
-            ) from error
-    # Bytes of no text become lone surrogates, which no valid UTF-8 decodes to.
-    lines = _split(data.decode("utf-8", "surrogateescape"))
-    is_bad = [
-        not line.isascii() and any("\udc80" <= character <= "\udcff" for character in line)
-        for line in lines
-    ]
-    if errors == "skip":
-        return [None if bad else line for line, bad in zip(lines, is_bad, strict=True)], sum(is_bad)
-    mended = [
-        line.encode("utf-8", "surrogateescape").decode("utf-8", "replace") if bad else line
-        for line, bad in zip(lines, is_bad, strict=True)
-    ]
-    return mended, sum(is_bad)
-
-
-def _split(text: str) -> list[str]:
-    if "\r" in text:
-        text = text.replace("\r\n", "\n").replace("\r", "\n")
-    lines = text.split("\n")
-    return lines[:-1] if lines[-1] == "" else lines
-
-
-def _field(
-    line, number: int, block: Block, text_field: str, errors: str, flag: str
-) -> str | bytes | None:
-    """Read the text of a record or row: "" where it is null or the line blank; None where the
-    record is to be left out.
-    """
-    if block.kind == "jsonl":
-        if not line.strip():
-            return ""
-        try:
-            record = json.loads(line)
-            if not isinstance(record, dict):
-                raise ValueError(f"a {type(record).__name__}, expected an object")
-        except (ValueError, RecursionError) as error:
-            if errors == "skip":
-                return None
-            raise InputError(
-                f"{flag} {block.path}:{number}: is no JSON object ({one_line(error)}); mend the"
-                " line"
-            ) from error
-        if text_field not in record:
-            raise InputError(_no_field(flag, block.path, number, text_field, record))
-        line = record[text_field]
-    if line is None:
-        return ""
-    if not isinstance(line, str | bytes):
-        found = f"{text_field!r} is of type {type(line).__name__}"
-        raise InputError(
-            f"{flag} {block.path}:{number}: {found}, expected text; name another --text_field"
-        )
-    return line

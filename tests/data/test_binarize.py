@@ -25,9 +25,10 @@ from stand_ins import ROOT, vocab_size_of
 import binarized_data
 import token_counts
 from distil.data import encoding, shuffle, text_sources
+from distil.data.decoding import texts_of
 from distil.data.encoding import Encoding, LineEncoder, WorkerPool
 from distil.data.shuffle import Spool, shuffled
-from distil.data.text_sources import Source, find_sources, read_blocks, texts_of
+from distil.data.text_sources import Source, find_sources, read_blocks
 from distil.data.token_files import open_token_file
 from distil.models.tokenizers import load_tokenizer, special_ids
 from utils import InputError
@@ -199,11 +200,11 @@ BAD_SOURCES = {
     "a.txt": ("ab\n".encode("utf-16"), r"a\.txt:1: byte 1 .* looks like UTF-16"),
     "cut.txt.gz": (
         gzip.compress(b"ab\n" * 10**5)[:-20],
-        r"cut\.txt\.gz: behind line \d+ the compressed data is damaged",
+        r"cut\.txt\.gz: after line \d+ the compressed data is damaged",
     ),
-    "no.gz": (b"no gzip", r"no\.gz: behind line 0 the compressed data is damaged"),
-    "a.jsonl": (b'{"text": "a"}\n{"text": \n', r"a\.jsonl:2: is no JSON object"),
-    "list.jsonl": (b'{"text": "a"}\n\n[1]\n', r"list\.jsonl:3: is no JSON object \(a list"),
+    "no.gz": (b"no gzip", r"no\.gz: after line 0 the compressed data is damaged"),
+    "a.jsonl": (b'{"text": "a"}\n{"text": \n', r"a\.jsonl:2: is not a JSON object"),
+    "list.jsonl": (b'{"text": "a"}\n\n[1]\n', r"list\.jsonl:3: is not a JSON object \(a list"),
     "field.jsonl": (
         b'{"text": "a"}\n{"title": 1, "body": "b"}\n',
         r"field\.jsonl:2: has no field 'text', only title, body",
@@ -216,8 +217,8 @@ BAD_SOURCES = {
     "latin.csv": (b"id,text\n1,gut\n2,ab\xfc\n", r"latin\.csv:2: 'text' is not UTF-8"),
     "open.csv": (b'id,text\n1,"gut\n', r"open\.csv: from row 1 on it can't be read as csv"),
     "list.json": (b'[{"text": ["a", "b"]}]', r"list\.json:1: 'text' is of type list"),
-    "packed.zst": (b"\x28\xb5\x2f\xfd", r"packed\.zst: is packed in a way that is not read"),
-    "deep.jsonl": (b'{"text": ' + b"[" * 10**5 + b"\n", r"deep\.jsonl:1: is no JSON object"),
+    "packed.zst": (b"\x28\xb5\x2f\xfd", r"packed\.zst: is compressed in an unsupported format"),
+    "deep.jsonl": (b'{"text": ' + b"[" * 10**5 + b"\n", r"deep\.jsonl:1: is not a JSON object"),
     "field.csv": (b"title,body\na,b\n", r"field\.csv:1: has no field 'text', only title, body"),
     "bad.parquet": (b"PAR1nothing", r"bad\.parquet: from row 1 on it can't be read as parquet"),
 }
@@ -307,12 +308,12 @@ def odd_lines(num: int, seed: int, words: list[str]) -> list[str]:
 def test_remembered_chunks_give_the_librarys_ids(kind, teachers, lines):
     """Words of the text, and what Unicode has in store, in any company."""
     how, tokenizer = make_encoding(kind, teachers[kind])
-    remembering, plain = LineEncoder(how), LineEncoder(how, remembers=False)
-    assert remembering.rule is not None
+    cached, plain = LineEncoder(how), LineEncoder(how, is_cached=False)
+    assert cached.rule is not None
     words = sorted({word for line in lines for word in line.split()})
     for seed in range(4):
         batch = odd_lines(1500, seed, words) + lines
-        found, expected = remembering.encode(batch), plain.encode(batch)
+        found, expected = cached.encode(batch), plain.encode(batch)
         assert np.array_equal(found[0], expected[0]) and np.array_equal(found[1], expected[1])
     own = [
         [how.start_id, *ids, how.end_id]
@@ -322,15 +323,15 @@ def test_remembered_chunks_give_the_librarys_ids(kind, teachers, lines):
 
 
 def test_remembering_stays_bounded_and_exact(teachers, lines, monkeypatch):
-    monkeypatch.setattr(encoding, "MAX_REMEMBERED", 50)
+    monkeypatch.setattr(encoding, "MAX_CACHED", 50)
     how, _ = make_encoding("bert", teachers["bert"])
-    remembering, plain = LineEncoder(how), LineEncoder(how, remembers=False)
+    cached, plain = LineEncoder(how), LineEncoder(how, is_cached=False)
     for k in range(0, len(lines), 5):
         batch = [*lines[k : k + 5], f"{'long' * 20}{k} {lines[k]}"]
-        assert np.array_equal(remembering.encode(batch)[0], plain.encode(batch)[0])
+        assert np.array_equal(cached.encode(batch)[0], plain.encode(batch)[0])
         largest = len({word for line in batch for word in line.split(" ")})
-        assert max(len(remembering.young), len(remembering.old)) <= 50 + largest
-    assert not any("longlong" in chunk for chunk in remembering.old)
+        assert max(len(cached.young), len(cached.old)) <= 50 + largest
+    assert not any("longlong" in chunk for chunk in cached.old)
 
 
 def test_chunks_are_remembered_only_where_that_is_exact(teachers):
@@ -372,7 +373,7 @@ def test_an_error_in_a_worker_is_the_programs(teachers, tmp_path):
 def test_a_worker_that_dies_at_its_start_is_said(teachers, monkeypatch):
     how, _ = make_encoding("bert", teachers["bert"])
     monkeypatch.setattr(encoding, "_start_worker", lambda *_: os._exit(9))
-    with pytest.raises(InputError, match="a worker process was ended from outside"):
+    with pytest.raises(InputError, match="a worker process was killed"):
         WorkerPool(how, 2)
 
 
@@ -380,7 +381,7 @@ def test_a_worker_that_dies_is_said(teachers, text_file):
     how, _ = make_encoding("bert", teachers["bert"])
     with WorkerPool(how, 2) as pool:
         os.kill(pool.executor.submit(os.getpid).result(), signal.SIGKILL)
-        with pytest.raises(InputError, match="a worker process was ended from outside"):
+        with pytest.raises(InputError, match="a worker process was killed"):
             list(pool.map(read_blocks(find_sources(str(text_file))[0], "text", block_bytes=100)))
 
 
@@ -397,11 +398,11 @@ def test_a_worker_that_dies_handing_over_a_result_is_said(teachers, tmp_path, mo
     all.
     """
     how, _ = make_encoding("bert", teachers["bert"])
-    monkeypatch.setattr(encoding, "WORKERS_LOOKED_AT_S", 0.1)
+    monkeypatch.setattr(encoding, "WORKER_CHECK_S", 0.1)
     (tmp_path / "a.txt").write_text("bake limo\n")
     monkeypatch.setattr(encoding, "_encode_block", hand_over_half_a_result)
     with (
-        pytest.raises(InputError, match="a worker process was ended from outside"),
+        pytest.raises(InputError, match="a worker process was killed"),
         WorkerPool(how, 2) as pool,
     ):
         list(pool.map(read_blocks(find_sources(str(tmp_path / "a.txt"))[0], "text")))
@@ -697,7 +698,7 @@ def test_the_summary_says_what_was_made(teachers, tmp_path, capsys):
 BAD = {
     "folder without text": (["--file_path", "{tmp}/void"], "the folder holds no text"),
     "no match": (["--file_path", "{tmp}/*.none"], "no file matches"),
-    "empty files": (["--file_path", "{tmp}/em*"], "every file that it stands for is empty"),
+    "empty files": (["--file_path", "{tmp}/em*"], "every file of it is empty"),
     "latin": (["--file_path", "{tmp}/latin"], "latin:2: byte 3 of the line is not UTF-8"),
     "all bad": (
         ["--file_path", "{tmp}/bad", "--errors", "skip"],

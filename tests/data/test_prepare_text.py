@@ -19,10 +19,11 @@ from stand_ins import ROOT
 
 import prepare_text
 from distil.data import documents, languages
+from distil.data.decoding import texts_of
 from distil.data.documents import Corpus, document_lines, document_parts
 from distil.data.languages import shares, targets
 from distil.data.sentences import pack, sentence_ends, weighted_length
-from distil.data.text_sources import find_sources, read_blocks, texts_of
+from distil.data.text_sources import find_sources, read_blocks
 
 
 def prepare(tmp_path: Path, *paths: object, **flags) -> list[str]:
@@ -587,7 +588,7 @@ BAD = {
         ["{tmp}/in.jsonl", "--text_field", "body"],
         "in.jsonl:1: has no field 'body', only text",
     ),
-    "no json": (["{tmp}/bad.jsonl"], "bad.jsonl:2: is no JSON object"),
+    "no json": (["{tmp}/bad.jsonl"], "bad.jsonl:2: is not a JSON object"),
     "output is input": (["{tmp}/good.txt", "--output", "{tmp}/good.txt"], "would overwrite"),
     "output among inputs": (["{tmp}/lang", "--output", "{tmp}/lang/new.txt"], "would overwrite"),
     "output is matched": (["{tmp}/*.txt", "--output", "{tmp}/good.txt"], "would overwrite"),
