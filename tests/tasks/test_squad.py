@@ -27,7 +27,7 @@ from stand_ins import (
 )
 
 import run_squad_w_distillation as program
-from distil.tasks import squad_spans
+from distil.tasks import squad_spans, squad_training
 from distil.tasks.squad import Question, read_questions, score_answer, score_predictions
 from distil.tasks.squad_spans import (
     Limits,
@@ -533,7 +533,9 @@ def test_v2_scores_are_also_given_apart():
 # --------------------------------------------------------------------------------------------------
 
 
-def make_trainer(student, teacher, models, files, tmp_path, **changes) -> program.SpanTrainer:
+def make_trainer(
+    student, teacher, models, files, tmp_path, **changes
+) -> squad_training.SpanTrainer:
     """Make the program's Trainer for two kinds of models, without running it."""
     teacher_flags = (
         {"teacher_type": teacher, "teacher_name_or_path": models[teacher]} if teacher else {}
@@ -549,12 +551,12 @@ def make_trainer(student, teacher, models, files, tmp_path, **changes) -> progra
             **changes,
         )
     )
-    tokenizer = program.load_tokenizers(args)
-    student_model = program.load_student(args, args.model_name_or_path, is_fine_tuned=False)
-    windows = program.read_train_windows(args, tokenizer)
-    arguments = program.trainer_arguments(args)
-    return program.make_trainer(
-        args, arguments, tokenizer, student_model, program.load_teacher(args), windows
+    tokenizer = squad_training.load_tokenizers(args)
+    student_model = squad_training.load_student(args, args.model_name_or_path, is_fine_tuned=False)
+    windows = squad_training.read_train_windows(args, tokenizer)
+    arguments = squad_training.trainer_arguments(args)
+    return squad_training.make_trainer(
+        args, arguments, tokenizer, student_model, squad_training.load_teacher(args), windows
     )
 
 
@@ -1071,11 +1073,11 @@ WRONG_FLAGS = {
     ),
     "teacher without type": (
         {"teacher_name_or_path": "x"},
-        "--teacher_name_or_path: comes with --teacher_type",
+        "--teacher_name_or_path: needs --teacher_type",
     ),
     "type without teacher": (
         {"teacher_type": "bert"},
-        "--teacher_type: comes with --teacher_name_or_path",
+        "--teacher_type: needs --teacher_name_or_path",
     ),
     "distilbert teacher": ({"teacher_type": "distilbert"}, "invalid choice: 'distilbert'"),
     "no file": ({"train_file": "nowhere.json"}, "--train_file nowhere.json: no such file"),
@@ -1181,7 +1183,7 @@ def test_results_are_not_overwritten_unasked(learnt, models, files, tmp_path, st
     )
     assert (
         status == 2
-        and "is not empty; go on with --model_name_or_path" in errors[0]
+        and "is not empty; resume with --model_name_or_path" in errors[0]
         and "checkpoint-2" in errors[0]
     )
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before

@@ -1,0 +1,217 @@
+"""Train a model to find answers: SpanTrainer, and what it takes from the flags and files."""
+
+import argparse
+import functools
+import os
+import shutil
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+import transformers
+
+from distil.models.hub import load_config
+from distil.models.language_model import max_input_length
+from distil.models.tokenizers import load_tokenizer
+from distil.tasks.fine_tuning import Trainer, training_arguments
+from distil.tasks.loading import load_for_task, require_same_vocabulary
+from distil.tasks.squad import read_questions
+from distil.tasks.squad_evaluation import Evaluation, limits_of
+from distil.tasks.squad_options import checkpoint_to_resume, checkpoints_in, data_path
+from distil.tasks.squad_spans import Window, WindowDataset, make_windows
+from utils import InputError, logger, one_line
+
+TRAINING_FLAGS = (
+    *("learning_rate", "gradient_accumulation_steps", "weight_decay", "adam_epsilon"),
+    *("max_grad_norm", "num_train_epochs", "max_steps", "warmup_steps", "logging_steps"),
+    *("save_steps", "fp16"),
+)
+
+
+class SpanTrainer(Trainer):
+    """The Trainer with SQuAD's evaluation, over whole questions; judge: logits -> scores."""
+
+    def __init__(self, *, judge=None, **options):
+        super().__init__(distance="spans", **options)
+        self.judge = judge
+
+    def evaluate(
+        self, eval_dataset=None, ignore_keys=None, metric_key_prefix: str = "eval"
+    ) -> dict[str, float]:
+        """Answer the whole set once, in order; return and log the scores."""
+        scores = self.judge(self.predict(self.eval_dataset).predictions)
+        metrics = {f"{metric_key_prefix}_{name}": value for name, value in scores.items()}
+        self.log(metrics)
+        self.control = self.callback_handler.on_evaluate(
+            self.args, self.state, self.control, metrics
+        )
+        return metrics
+
+
+def load_student(
+    args: argparse.Namespace, path: str | os.PathLike, *, is_fine_tuned: bool
+) -> torch.nn.Module:
+    """Load a student of the given type, from model_name_or_path or a checkpoint."""
+    config = load_config(args.model_type, path, "--model_name_or_path")
+    if args.config_name:
+        config = load_config(args.model_type, args.config_name, "--config_name")
+    return _load(str(path), "--model_name_or_path", config, is_fine_tuned)
+
+
+def load_teacher(args: argparse.Namespace) -> torch.nn.Module | None:
+    """Load the teacher fine-tuned on SQuAD; None without one."""
+    name, flag = args.teacher_name_or_path, "--teacher_name_or_path"
+    return (
+        _load(name, flag, load_config(args.teacher_type, name, flag), is_fine_tuned=True)
+        if name
+        else None
+    )
+
+
+def _load(name: str, flag: str, config, is_fine_tuned: bool) -> torch.nn.Module:
+    # The Trainer gathers all outputs: ignore a configuration that asks for more than logits.
+    config.update({"return_dict": True, "output_hidden_states": False, "output_attentions": False})
+    model_class = transformers.AutoModelForQuestionAnswering
+    return load_for_task(model_class, name, flag, is_fine_tuned=is_fine_tuned, config=config)
+
+
+def load_tokenizers(args: argparse.Namespace):
+    """Load the student's tokenizer; raise InputError where the teacher has another vocabulary."""
+    flag = "tokenizer_name" if args.tokenizer_name else "model_name_or_path"
+    name, teacher = getattr(args, flag), args.teacher_name_or_path
+    # Differs from the original: without --do_lower_case the tokenizer's folder decides. 2019 took
+    # the text as cased.
+    lower_case = True if args.do_lower_case else None
+    tokenizer = load_tokenizer(args.model_type, name, f"--{flag}", lower_case)
+    if teacher:
+        teacher_tokenizer = load_tokenizer(
+            args.teacher_type, teacher, "--teacher_name_or_path", lower_case
+        )
+        require_same_vocabulary(tokenizer, teacher_tokenizer, name, teacher)
+    return tokenizer
+
+
+def require_sizes(
+    args: argparse.Namespace, tokenizer, models: Mapping[str, torch.nn.Module | None]
+) -> None:
+    """Raise InputError where a model has too few positions or embeddings; models: {role: model}."""
+    largest = max(tokenizer.get_vocab().values())
+    for role, model in models.items():
+        if model is None:
+            continue
+        longest, vocab_size = (
+            max_input_length(model.config.model_type, tokenizer, model.config),
+            model.config.vocab_size,
+        )
+        if args.max_seq_length > longest:
+            raise InputError(
+                f"--max_seq_length {args.max_seq_length}: the {role} reads {longest} tokens at"
+                " most; lower it"
+            )
+        if largest >= vocab_size:
+            raise InputError(
+                f"the {role} has {vocab_size} embeddings, the tokenizer ids up to {largest}; take"
+                " its own tokenizer"
+            )
+
+
+def make_trainer(
+    args: argparse.Namespace,
+    arguments,
+    tokenizer,
+    student,
+    teacher=None,
+    train_windows: Sequence[Window] = (),
+    evaluation: Evaluation | None = None,
+) -> SpanTrainer:
+    """Make the Trainer; without a teacher the loss is that of the labels."""
+    length, pad_id = args.max_seq_length, tokenizer.pad_token_id
+    return SpanTrainer(
+        model=student,
+        teacher=teacher,
+        args=arguments,
+        processing_class=tokenizer,
+        alpha_task=args.alpha_squad if teacher else 1.0,
+        alpha_ce=args.alpha_ce if teacher else 0.0,
+        temperature=args.temperature,
+        judge=evaluation.judge if evaluation else None,
+        train_dataset=(
+            WindowDataset(train_windows, length, pad_id, with_spans=True) if train_windows else None
+        ),
+        eval_dataset=(
+            WindowDataset(evaluation.windows, length, pad_id, with_spans=False)
+            if evaluation
+            else None
+        ),
+    )
+
+
+def trainer_arguments(args: argparse.Namespace):
+    """Make the Trainer's arguments from the flags; joins the process group, if any."""
+    evaluation = (
+        {"eval_strategy": "steps", "eval_steps": args.logging_steps}
+        if args.evaluate_during_training
+        else {}
+    )
+    return training_arguments(
+        args.output_dir,
+        seed=args.seed,
+        batch_size=args.per_gpu_train_batch_size,
+        eval_batch_size=args.per_gpu_eval_batch_size,
+        save_strategy="steps",
+        use_cpu=args.no_cuda,
+        **{name: getattr(args, name) for name in TRAINING_FLAGS},
+        **evaluation,
+    )
+
+
+def require_readable(checkpoint: Path) -> None:
+    """Raise InputError where a file that the Trainer resumes from is damaged."""
+    read = functools.partial(torch.load, map_location="cpu", weights_only=True)
+    readers = {
+        "trainer_state.json": transformers.TrainerState.load_from_json,
+        "optimizer.pt": read,
+        "scheduler.pt": read,
+    }
+    for name, reader in readers.items():
+        try:
+            reader(str(checkpoint / name))
+        except Exception as error:  # loaders can raise anything on damaged files
+            raise InputError(
+                f"--model_name_or_path {checkpoint}: its {name} can't be read ({one_line(error)});"
+                " take an earlier checkpoint"
+            ) from error
+
+
+def train(args: argparse.Namespace, trainer: SpanTrainer) -> None:
+    """Train, or resume from a checkpoint; save the model and its tokenizer."""
+    start = checkpoint_to_resume(args)
+    if start:
+        require_readable(start)
+        logger.info("Resuming from %s.", start)
+    elif trainer.is_world_process_zero():
+        for checkpoint in checkpoints_in(Path(args.output_dir)):  # --overwrite_output_dir was given
+            logger.warning("Removing %s, of an earlier run.", checkpoint)
+            shutil.rmtree(checkpoint)
+    trainer.train(resume_from_checkpoint=str(start) if start else None)
+    trainer.save_model(args.output_dir)
+    # Otherwise another process could list the checkpoints before the last one is saved.
+    trainer.accelerator.wait_for_everyone()
+
+
+def read_train_windows(args: argparse.Namespace, tokenizer) -> list[Window]:
+    """Read --train_file and make its windows."""
+    questions = read_questions(
+        data_path(args, "train_file"),
+        "--train_file",
+        with_impossible=args.version_2_with_negative,
+        for_training=True,
+        skip_misplaced=args.skip_misplaced_answers,
+    )
+    windows = make_windows(questions, tokenizer, limits_of(args))
+    logger.info(
+        "Training on %d questions in %d windows.",
+        len({window.question for window in windows}),
+        len(windows),
+    )
+    return windows
