@@ -1,8 +1,6 @@
-"""The reliability trials of scripts/fault_injection.py, a few of each: the full counts are in
-benchmarks/RELIABILITY.md.
+"""A few trials of each row of scripts/fault_injection.py; RELIABILITY.md has the full counts.
 
-By a program of its own: what it forks must not come from a process in which torch's threads have
-run.
+Run as a program: a fork must not come from a process in which torch's threads have run.
 """
 
 import json
@@ -10,14 +8,13 @@ import sys
 
 import pytest
 from conftest import run_process
+from faults.plan import PLAN
 from stand_ins import ROOT
-
-import fault_injection
 
 
 @pytest.fixture(scope="module")
 def outcomes(tmp_path_factory) -> dict[str, dict]:
-    """Every row's smoke trials, by one run of the program."""
+    """Run every row's smoke trials in one program."""
     folder = tmp_path_factory.mktemp("faults")
     command = [
         sys.executable,
@@ -34,9 +31,7 @@ def outcomes(tmp_path_factory) -> dict[str, dict]:
     return json.loads((folder / "state.json").read_text(encoding="utf-8"))
 
 
-@pytest.mark.parametrize(
-    "row", [row for row in fault_injection.PLAN if row.smoke], ids=lambda row: row.id
-)
+@pytest.mark.parametrize("row", [row for row in PLAN if row.smoke], ids=lambda row: row.id)
 def test_faults_do_no_harm(row, outcomes):
     outcome = outcomes[row.id]
     assert (
