@@ -18,6 +18,7 @@ from stand_ins import ROOT, vocab_size_of
 import binarized_data
 import inspect_data
 import lm_seqs_dataset
+from distil.data import inspection, inspection_text, survey
 from distil.data.cards import read_card, write_card
 from distil.data.token_files import MANY_UNKNOWN, open_token_file, writing_tokens
 from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
@@ -97,8 +98,8 @@ def report_of(folder: Path, *arguments: object) -> dict:
 @pytest.mark.parametrize("chunks", [(2**20, 2**17), (64, 7), (1, 1)])
 @pytest.mark.parametrize("file_format", FORMATS)
 def test_the_numbers_are_those_of_a_plain_recount(file_format, chunks, tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect_data, "CHUNK_IDS", chunks[0])
-    monkeypatch.setattr(inspect_data, "CHUNK_SEQUENCES", chunks[1])
+    monkeypatch.setattr(survey, "CHUNK_IDS", chunks[0])
+    monkeypatch.setattr(survey, "CHUNK_SEQUENCES", chunks[1])
     sequences = make_sequences(60, seed=1)
     report = report_of(tmp_path, make_file(tmp_path, file_format, sequences), "--top", 1000)
     lists = [ids.tolist() for ids in sequences]
@@ -176,7 +177,7 @@ def test_what_is_printed_is_what_the_json_says(file_format, tmp_path, capsys):
     path = make_file(tmp_path, file_format, make_sequences(30))
     report = report_of(tmp_path, path, "--verify")
     printed = capsys.readouterr().out
-    assert printed == "\n".join(inspect_data.as_text(report)) + "\n"
+    assert printed == "\n".join(inspection_text.report_lines(report)) + "\n"
     card = report["card"]
     for fact in (
         f"{report['ids']:,}",
@@ -255,7 +256,7 @@ CONTRADICTIONS = {
     "dtype": ({"dtype": "int32"}, "the card says dtype int32, the file is uint16"),
     "kind": ({"kind": "counts"}, "the card says kind counts, the file is"),
     "vocabulary": ({"tokenizer": {"vocab_size": 100}}, "are outside the vocabulary, ids 0 to 99"),
-    "list": ({"many_unknown": []}, "6 unknown ids or more, which the card's list of such lacks"),
+    "list": ({"many_unknown": []}, "6 unknown ids or more, but is not in the card's list"),
     "boundaries": (
         {"tokenizer": {"special_ids": ROLES | {"start": 9}}, "counts": {}, "many_unknown": None},
         "30 sequences, sequence 0 the first, do not begin with id 9 and end with id 3",
@@ -297,7 +298,7 @@ def test_the_sequences_without_boundaries_are_counted(special, wrong, first_wron
 
 @pytest.mark.parametrize("chunk", [1, 2, 2**20])
 def test_unknown_ids_belong_to_the_sequence_that_they_stand_in(chunk, tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect_data, "CHUNK_IDS", chunk)
+    monkeypatch.setattr(survey, "CHUNK_IDS", chunk)
     sequences = as_uint16([[9, 9, 9, 9], [1, 9], [1], [9, 1, 1], [1, 9, 9], [9, 9]])
     report = report_of(
         tmp_path,
@@ -324,7 +325,7 @@ def test_unknown_ids_belong_to_the_sequence_that_they_stand_in(chunk, tmp_path, 
 
 def test_percentiles_are_lengths_that_the_share_does_not_exceed():
     assert [
-        inspect_data.percentile({3: 9, 5: 81, 7: 9, 9: 1}, percent)
+        survey.percentile({3: 9, 5: 81, 7: 9, 9: 1}, percent)
         for percent in (1, 9, 10, 90, 91, 99, 100)
     ] == [
         3,
@@ -417,7 +418,7 @@ def test_a_tokenizer_of_the_card_is_taken_only_where_it_is_still_the_same(teache
         assert (
             (report["shown"][0]["text"] is not None)
             == is_same
-            == ("another now" not in report["tokenizer"])
+            == ("differs now" not in report["tokenizer"])
         )
     report = report_of(tmp_path, tmp_path / "data", "--tokenizer_name", teachers["bert"])
     assert (
@@ -442,7 +443,7 @@ def test_control_characters_do_not_reach_the_terminal():
         def decode(self, ids, **options):
             return "a\x1b[31m\tb\n" * len(ids)
 
-    assert inspect_data.decode(Tokenizer(), [1, 99, 2]) == "a\ufffd[31m b <id 99> a\ufffd[31m b"
+    assert inspection.decode(Tokenizer(), [1, 99, 2]) == "a\ufffd[31m b <id 99> a\ufffd[31m b"
 
 
 BAD = {
@@ -543,19 +544,19 @@ def test_files_of_binarized_data_are_verified_and_decoded(
 
 
 def test_memory_does_not_grow_with_a_store(tmp_path, monkeypatch):
-    monkeypatch.setattr(inspect_data, "CHUNK_IDS", 2**14)
-    monkeypatch.setattr(inspect_data, "CHUNK_SEQUENCES", 2**10)
+    monkeypatch.setattr(survey, "CHUNK_IDS", 2**14)
+    monkeypatch.setattr(survey, "CHUNK_SEQUENCES", 2**10)
     path = str(tmp_path / "large")
     with writing_tokens(path, "store", np.uint16) as (writer, _):
         for _ in range(64):
             writer.append(np.arange(2**16) % 500, np.full(2**11, 2**5))
     tokens = open_token_file(path)
-    survey = inspect_data.Survey(ROLES)
+    counted = survey.Survey(ROLES)
     tracemalloc.start()
-    survey.read(tokens)
+    counted.read(tokens)
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
-    assert survey.length_counts == {32: 2**17} and peak < 2**20 < tokens.ids_M.nbytes / 7
+    assert counted.length_counts == {32: 2**17} and peak < 2**20 < tokens.ids_M.nbytes / 7
 
 
 def test_the_program_needs_no_torch_and_bears_a_reader_that_leaves(teachers, tmp_path):
