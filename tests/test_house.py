@@ -32,7 +32,6 @@ OVER_BUDGET: dict[str, int] = {
     "scripts/benchmark_data.py": 616,
     "scripts/binarized_data.py": 460,
     "scripts/evaluate_lm.py": 374,
-    "scripts/report.py": 1200,
     "train.py": 2071,
 }
 LONG_FUNCTIONS: dict[str, int] = {

@@ -28,28 +28,6 @@ SIGNATURE = "<!-- Written by Distil, scripts/report.py. SHA-256 of the rest: {} 
 IDENTIFIER = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
-def add_card_flags(group) -> None:
-    """Add the flags that say what no file does."""
-    group.add_argument(
-        "--license", help="the model's license, an identifier of the hub (apache-2.0, mit, ..)"
-    )
-    group.add_argument(
-        "--language",
-        nargs="+",
-        help="ISO 639 codes of the training text (en, de, ..), or multilingual",
-    )
-    group.add_argument(
-        "--datasets", nargs="+", help="data sets of the hub that the student was trained on"
-    )
-    group.add_argument(
-        "--base_model",
-        help="the teacher's name on the hub (default: --teacher, where it is no folder)",
-    )
-    group.add_argument(
-        "--model_id", help="the student's name on the hub (default: the folder's name)"
-    )
-
-
 def card_problems(args: argparse.Namespace) -> list[str]:
     """Say, a line each, why the card can't be written, and which of its flags the hub would not
     take.

@@ -26,3 +26,13 @@ def times(ratio: float | None) -> str:
 def digits(value: float) -> str:
     """Write a number with three digits, or all before the point."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def percent(value: float | None) -> str:
+    """Write a percentage, - where there is none."""
+    return "-" if value is None else f"{value:.1f} %"
+
+
+def megas(value: float) -> str:
+    """Write millions with two digits after the point, small ones with three significant digits."""
+    return f"{value:.2f}" if value >= 1 else f"{value:.3g}"

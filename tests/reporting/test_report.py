@@ -18,7 +18,15 @@ from stand_ins import make_lines, make_model, student_config_of, vocab_size_of
 import evaluate_lm
 import latency as latency_program
 import report
-from distil.reporting import latency, model_card, tables
+from distil.reporting import (
+    comparison,
+    latency,
+    model_card,
+    report_plot,
+    report_tables,
+    sizes,
+    tables,
+)
 from distil.reporting.plan import Plan
 from distil.system import files
 from distil.tasks.scores import write_scores
@@ -174,7 +182,7 @@ PUBLISHED = {
 @pytest.mark.parametrize("row", PUBLISHED)
 def test_the_published_macro_scores_follow_from_their_columns(row):
     macro, without_wnli, columns = PUBLISHED[row]
-    found = report.macro_score(dict(zip(COLUMNS, columns, strict=True)))
+    found = comparison.macro_score(dict(zip(COLUMNS, columns, strict=True)))
     # 0.1: the printed columns are rounded to 0.05, and so is their mean.
     assert abs(found["macro"] - macro) <= 0.1
     assert without_wnli is None or abs(found["macro_without_wnli"] - without_wnli) <= 0.1
@@ -182,17 +190,17 @@ def test_the_published_macro_scores_follow_from_their_columns(row):
 
 def test_a_macro_score_is_of_all_tasks_or_none():
     scores = dict.fromkeys(COLUMNS, 50.0) | {"cola": 59.0}
-    assert report.macro_score(scores) == {
+    assert comparison.macro_score(scores) == {
         "macro": 51.0,
         "macro_without_wnli": pytest.approx(51.125),
     }
     without_wnli = {task: score for task, score in scores.items() if task != "wnli"}
-    assert report.macro_score(without_wnli) == {
+    assert comparison.macro_score(without_wnli) == {
         "macro": None,
         "macro_without_wnli": pytest.approx(51.125),
     }
     del scores["rte"]
-    assert report.macro_score(scores) == {"macro": None, "macro_without_wnli": None}
+    assert comparison.macro_score(scores) == {"macro": None, "macro_without_wnli": None}
 
 
 def test_the_macro_scores_row_stands_in_the_table(tmp_path, teachers, student):
@@ -263,14 +271,14 @@ def test_a_lower_perplexity_keeps_more_and_is_labelled(made):
     text = (made[0] / "report.md").read_text(encoding="utf-8")
     assert re.search(r"\| WikiText +\| perplexity a token ↓ +\| 16\.30¹ ", text)
     assert "↓ lower is better: % of teacher is 100 x teacher's / model's" in text
-    assert report.retention(32.0, 16.0, True) == 50.0
+    assert comparison.retention(32.0, 16.0, True) == 50.0
 
 
 def test_a_teacher_at_zero_or_below_has_nothing_to_keep(made):
     cola = content_of(made[0])["quality"]["cola"]
     assert cola["models"]["teacher"]["score"] == 0.0 and cola["retention"]["student"] is None
     assert re.search(r"\| CoLA .*\| - +\|", (made[0] / "report.md").read_text(encoding="utf-8"))
-    assert report.retention(10.0, -1.0, False) is None
+    assert comparison.retention(10.0, -1.0, False) is None
 
 
 def test_a_difference_below_the_seeds_spread_is_marked(made):
@@ -313,9 +321,9 @@ def test_scores_on_different_examples_are_said_not_to_compare(tmp_path, teachers
     counts = {"sst2": (872, 872), "rte": (277, 270), "xnli": (6, 6)}
     groups = {"xnli": ({"de": 60.0}, {"de": 60.0, "fr": 60.0})}
     paths = []
-    for task, sizes in counts.items():
+    for task, numbers in counts.items():
         for model, size, more in zip(
-            (teachers["bert"], student), sizes, groups.get(task, ({}, {})), strict=True
+            (teachers["bert"], student), numbers, groups.get(task, ({}, {})), strict=True
         ):
             paths.append(str(tmp_path / f"{task}-{model.name}.json"))
             runs = [
@@ -394,7 +402,7 @@ def test_a_picture_of_every_task_and_of_three_models_is_drawn(tmp_path):
         for t, r in TASKS.items()
     }
     glue = {"retention": {"student": {"macro": 96.9}, "baseline": {"macro": None}}}
-    report.draw(
+    report_plot.draw(
         {"models": models, "quality": quality, "glue": glue, "sizes": {}, "speed": None},
         tmp_path / "x.png",
     )
@@ -511,7 +519,7 @@ def test_sizes_are_those_counted_on_the_loaded_models(made, teachers, student):
 def test_the_papers_parameter_counts_come_out():
     bert, distilbert = (transformers.AutoConfig.for_model(kind) for kind in ("bert", "distilbert"))
     bert.architectures, distilbert.architectures = ["BertForMaskedLM"], ["DistilBertForMaskedLM"]
-    found = [report.count_parameters(config)[:2] for config in (bert, distilbert)]
+    found = [sizes.count_parameters(config)[:2] for config in (bert, distilbert)]
     millions = [tuple(round(number / 1e6, 2) for number in row) for row in found]
     assert millions == [(109.48, 109.51), (66.36, 66.99)]
 
@@ -520,7 +528,7 @@ def test_a_model_whose_folder_names_no_class_has_no_head():
     config = transformers.BertConfig(
         num_hidden_layers=1, hidden_size=8, num_attention_heads=2, intermediate_size=8
     )
-    base, whole, kind = report.count_parameters(config)
+    base, whole, kind = sizes.count_parameters(config)
     assert base == whole and kind == "AutoModel"
 
 
@@ -530,7 +538,7 @@ def test_weights_in_parts_and_in_half_precision_are_added_up(tmp_path, teachers)
     model = transformers.AutoModelForMaskedLM.from_pretrained(teachers["bert"]).half()
     model.save_pretrained(folder, max_shard_size="30KB")
     shards = list(folder.glob("model-*.safetensors"))
-    size = report.measure_size("teacher", str(folder))
+    size = sizes.measure_size("teacher", str(folder))
     assert len(shards) > 1 and size["weights_bytes"] == sum(path.stat().st_size for path in shards)
     assert size["weights_dtypes"] == ["F16"]
 
@@ -1169,5 +1177,5 @@ def test_numbers_are_written_short():
         "100",
         "0.0123",
     ]
-    assert report.percent(None) == "-" and report.percent(96.94) == "96.9 %"
-    assert report.megas(66.362) == "66.36" and report.megas(0.0438) == "0.0438"
+    assert report_tables.percent(None) == "-" and report_tables.percent(96.94) == "96.9 %"
+    assert report_tables.megas(66.362) == "66.36" and report_tables.megas(0.0438) == "0.0438"
