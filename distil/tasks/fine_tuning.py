@@ -1,14 +1,13 @@
-"""Fine-tuning for a task, with or without a fine-tuned teacher: what run_task.py and
-run_squad_w_distillation.py share.
+"""Fine-tuning for a task, optionally with a fine-tuned teacher: the loss and the Trainer.
 
-The second step of distillation (Sanh et al., 2019, section 3, "DistilBERT (D)"): the student learns
-the task and, at the same time, the logits of a teacher that was fine-tuned for it before:
+The second step of distillation (Sanh et al., 2019, section 3, "DistilBERT (D)"), for run_task.py
+and run_squad_w_distillation.py: the student learns the task and, at the same time, the logits of a
+teacher that was fine-tuned for it before:
 
     loss = alpha_task x the task's own loss + alpha_ce x DISTANCES[head](student, teacher, T)
 
 The loop is the transformers Trainer's; the optimizer is that of the 2019 scripts (AdamW, linear
-decay to 0, no warm-up, clip at 1, nothing decayed in biases and layer norms). Every score goes to a
-file of its own (scores.json), from which tables are made without running anything again.
+decay to 0, no warm-up, clip at 1, no weight decay of biases and layer norms).
 
 Shape suffixes: B examples, T padded length, C classes or vocabulary, N selected positions.
 """
@@ -67,9 +66,7 @@ def _of_next_tokens(student, teacher, labels_BT: torch.Tensor, temperature: floa
 
 
 def _of_spans(student, teacher, labels, temperature: float) -> torch.Tensor:
-    """Return the mean of start and end; the distributions are over all T positions, padding and
-    question included.
-    """
+    """Return the mean of start and end, over all T positions, padding and question included."""
     start = _mean_kl(student.start_logits, teacher.start_logits, temperature)
     return (start + _mean_kl(student.end_logits, teacher.end_logits, temperature)) / 2
 
@@ -84,9 +81,7 @@ DISTANCES: dict[str, Callable[..., torch.Tensor]] = {
 
 
 def inputs_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-    """Take from a batch what a model's forward knows; token types only where it has more than one
-    (BERT's).
-    """
+    """Select the inputs that a model's forward knows; token types only with more than one type."""
     known = inspect.signature(model.forward).parameters
     has_types = getattr(model.config, "type_vocab_size", 0) > 1
     return {
@@ -97,9 +92,9 @@ def inputs_of(model: torch.nn.Module, batch: Mapping[str, torch.Tensor]) -> dict
 
 
 class Trainer(transformers.Trainer):
-    """The library's Trainer, with a teacher. Batches reach student and teacher each by inputs_of.
+    """The library's Trainer with a teacher; inputs_of selects what each of the two models reads.
 
-    distance: row of DISTANCES. teacher: in evaluation mode, without gradients; None for plain
+    distance: row of DISTANCES. teacher: run in evaluation mode, without gradients; None for plain
     fine-tuning.
     """
 
@@ -126,9 +121,7 @@ class Trainer(transformers.Trainer):
         self.model_accepts_loss_kwargs = False  # the mean of micro-batch means, as in 2019
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
-        """Return alpha_task x task loss + alpha_ce x distance from the teacher; the task loss alone
-        in evaluation.
-        """
+        """Return the second step's loss; in evaluation the task's loss alone."""
         plain = self.accelerator.unwrap_model(model)
         student = model(**inputs_of(plain, inputs))
         loss = student.loss
@@ -144,16 +137,14 @@ class Trainer(transformers.Trainer):
         return (loss, student) if return_outputs else loss
 
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
-        """Give the model what its forward knows; the Trainer's own way passes everything on."""
+        """Select the inputs that the model's forward knows; the library's Trainer passes all."""
         kept = inputs_of(self.accelerator.unwrap_model(model), inputs)
         return super().prediction_step(model, kept, prediction_loss_only, ignore_keys)
 
     def _get_train_sampler(self, train_dataset=None):
-        """Shuffle, and end an epoch with its last whole update: updates = (batches // accumulation)
-        x epochs.
-        """
-        # Differs from the original: the batches left over are not read. 2019 let their gradients
-        # into the next epoch's first update, which was clipped as if it were one of its own.
+        """Shuffle, and end an epoch with its last whole update."""
+        # Differs from the original: left-over batches are not read, so that updates = (batches //
+        # accumulation) x epochs. 2019 added their gradients to the next epoch's first update.
         dataset = self.train_dataset if train_dataset is None else train_dataset
         num_left = (
             num_micro_batches(len(dataset), self.args) % self.args.gradient_accumulation_steps
@@ -168,7 +159,7 @@ class Trainer(transformers.Trainer):
 
 
 def num_micro_batches(num_examples: int, arguments: transformers.TrainingArguments) -> int:
-    """Count the micro-batches of an epoch on each process."""
+    """Return the number of micro-batches per epoch and process."""
     return math.ceil(num_examples / (arguments.train_batch_size * arguments.world_size))
 
 
@@ -190,12 +181,12 @@ def require_an_update(num_examples: int, arguments: transformers.TrainingArgumen
 def training_arguments(
     folder: str | os.PathLike, *, seed: int, batch_size: int, eval_batch_size: int, **changes: Any
 ):
-    """Make the Trainer's arguments: those of the 2019 scripts, but for `changes`. No reports, no
-    hub, bars on terminals only.
+    """Make the Trainer's arguments: those of the 2019 scripts, except for `changes`.
 
-    changes: learning_rate (5e-5), num_train_epochs (3), max_steps, gradient_accumulation_steps,
-    weight_decay (0), adam_epsilon (1e-8), max_grad_norm (1), warmup_steps (0), save_strategy,
-    save_steps, logging_steps, bf16, fp16, use_cpu.
+    No trackers, no hub, progress bars on terminals only. changes: learning_rate (5e-5),
+    num_train_epochs (3), max_steps, gradient_accumulation_steps, weight_decay (0), adam_epsilon
+    (1e-8), max_grad_norm (1), warmup_steps (0), save_strategy, save_steps, logging_steps, bf16,
+    fp16, use_cpu.
     """
     on_cpu = changes.get("use_cpu", False) or not torch.cuda.is_available()
     options = {
@@ -210,7 +201,7 @@ def training_arguments(
         "save_strategy": "no",
         "logging_steps": 50,
         **changes,
-        # Several processes without GPUs would else each take itself for the only one
+        # Otherwise each of several processes without GPUs would consider itself the only one.
         "use_cpu": on_cpu,
     }
     return transformers.TrainingArguments(

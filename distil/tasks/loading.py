@@ -40,7 +40,7 @@ def load_any_tokenizer(name: str, flag: str, do_lower_case: bool | None = None):
 def longest_input(config) -> int | None:
     """Return the number of tokens that a model's position table admits; None without a table."""
     positions = getattr(config, "max_position_embeddings", None)
-    if not isinstance(positions, int) or positions < 1:  # XLNet says -1
+    if not isinstance(positions, int) or positions < 1:  # XLNet's is -1
         return None
     try:
         return positions - row_of(find_out(config, kind_of(config, ""), "")).reserved_positions

@@ -93,7 +93,7 @@ def perplexities(
 
 
 def score(task: Task, examples: Sequence[Example], predictions: Sequence) -> dict[str, float]:
-    """Compute a task's metrics: {"score": its one number, then its metrics or a number per group}.
+    """Compute a task's metrics: "score", its one number, and its metrics or a number per group.
 
     predictions: one per example, of the type of its label.
     """

@@ -1,9 +1,8 @@
-"""SQuAD's files and its metric: questions out of the JSON of v1.1 and v2.0, exact match and F1 of
-predicted answers.
+"""SQuAD's files and metric: questions from JSON (v1.1 and v2.0), exact match and F1 of answers.
 
-Where run_squad_w_distillation.py begins and ends; squad_spans.py stands between, from questions to
-windows of tokens and from logits to answers. Sources: Rajpurkar et al., 2016 (v1.1), section 6.1
-for the metric; Rajpurkar et al., 2018 (v2.0).
+First and last step of run_squad_w_distillation.py; squad_spans.py is between them: from questions
+to windows of tokens, and from logits to answers. Sources: Rajpurkar et al., 2016 (v1.1), section
+6.1 for the metric; Rajpurkar et al., 2018 (v2.0).
 """
 
 import dataclasses
@@ -22,9 +21,9 @@ from utils import InputError, logger, one_line
 class Question:
     """One question about one context.
 
-    answers: gold texts; none where the context doesn't answer it (v2.0). answer_start: place of the
-    first answer's first character in the context, None where there is none or where nobody asked
-    for it.
+    answers: gold texts; none where the context doesn't answer the question (v2.0). answer_start:
+    position of the first answer's first character in the context; None without an answer, and
+    outside of training.
     """
 
     id: str
@@ -35,7 +34,7 @@ class Question:
 
     @property
     def is_impossible(self) -> bool:
-        """True where the context holds no answer."""
+        """Return whether the context has no answer."""
         return not self.answers
 
 
@@ -45,9 +44,7 @@ class Question:
 
 
 def read_json(path: str | os.PathLike, what: str) -> Any:
-    """Read a JSON file. Raises InputError that names the flag `what`, the file, and the place of
-    what is wrong.
-    """
+    """Read a JSON file; raise InputError naming the flag `what`, the file and the error's place."""
     require_file(path, what)
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -66,11 +63,11 @@ def read_questions(
     for_training: bool,
     skip_misplaced: bool = False,
 ) -> list[Question]:
-    """Read the questions of a SQuAD file, in its order, and check each.
+    """Read and check the questions of a SQuAD file, in its order.
 
-    with_impossible: admit v2.0's questions without an answer. for_training: each first answer has
-    to stand at its place in the context; skip_misplaced: leave out those that do not, with a
-    warning. Raises InputError naming file and question.
+    with_impossible: admit v2.0's questions without an answer. for_training: require each first
+    answer at its answer_start in the context; skip_misplaced: skip the others with a warning.
+    Raises InputError naming file and question.
     """
     content = read_json(path, flag)
     questions, misplaced, seen = [], [], set()
@@ -78,13 +75,13 @@ def read_questions(
         question = _question(entry, context, where, with_impossible)
         if question.id in seen:
             raise InputError(
-                f"{flag} {path}: id {question.id!r} stands twice; predictions go by id, give each"
-                " question its own"
+                f"{flag} {path}: id {question.id!r} is there twice; predictions are matched by id,"
+                " give each question another id"
             )
         seen.add(question.id)
         if for_training and not question.is_impossible:
             question = dataclasses.replace(question, answer_start=_answer_start(entry, where))
-            if not _stands_at_its_place(question):
+            if not _is_at_its_place(question):
                 misplaced.append(question)
                 continue
         questions.append(question)
@@ -97,7 +94,7 @@ def read_questions(
 
 
 def _entries(content: Any, where: str):
-    """Yield (where it stands, context, entry of qas) for each question of a file."""
+    """Yield (place for messages, context, entry of qas) for each question of a file."""
     for i, article in enumerate(_list_of(content, "data", where)):
         for j, paragraph in enumerate(_list_of(article, "paragraphs", f"{where}: article {i + 1}")):
             at = f"{where}: article {i + 1}, paragraph {j + 1}"
@@ -145,7 +142,7 @@ def _require_unicode(text: str, name: str, where: str) -> None:
 
 
 def _question(entry: Any, context: str, where: str, with_impossible: bool) -> Question:
-    """Make a question without its answer's place."""
+    """Make a question without answer_start."""
     name = _text_of(entry, "id", where)
     at = f"{where} (id {name!r})"
     text = _text_of(entry, "question", at)
@@ -179,7 +176,7 @@ def _answer_start(entry: dict, where: str) -> int:
     )
 
 
-def _stands_at_its_place(question: Question) -> bool:
+def _is_at_its_place(question: Question) -> bool:
     start, answer = question.answer_start, question.answers[0]
     return (
         start >= 0
@@ -189,12 +186,10 @@ def _stands_at_its_place(question: Question) -> bool:
 
 
 def _report_misplaced(misplaced: Sequence[Question], where: str, skip: bool) -> None:
-    """Raise InputError, or warn where they are to be skipped, about answers that are not at their
-    place.
-    """
-    # Differs from the original: 2019 looked for the answer's words somewhere in the context and
-    # dropped, with a line in the log, what it did not find. A place that is wrong trains on wrong
-    # words in silence.
+    """Raise InputError for answers that are not at their place, or warn where they are skipped."""
+    # Differs from the original: 2019 searched the answer's words anywhere in the context and
+    # skipped, with a line in the log, those not found. A wrong position silently trains on wrong
+    # words.
     if not misplaced:
         return
     first, others = misplaced[0], len(misplaced) - 1
@@ -206,14 +201,13 @@ def _report_misplaced(misplaced: Sequence[Question], where: str, skip: bool) -> 
     )
     if not skip:
         raise InputError(
-            f"{message}; correct answer_start, or leave such questions out with"
-            " --skip_misplaced_answers"
+            f"{message}; correct answer_start, or skip such questions with --skip_misplaced_answers"
         )
-    logger.warning("%s: left out of training.", message)
+    logger.warning("%s: skipped in training.", message)
 
 
 def read_predictions(path: str | os.PathLike, flag: str) -> dict[str, str]:
-    """Read a predictions file, {id: answer}. Raises InputError where it is none."""
+    """Read a file of predictions, {id: answer}; raise InputError for any other content."""
     content = read_json(path, flag)
     if not isinstance(content, dict):
         raise InputError(
@@ -240,11 +234,10 @@ def score_predictions(
     *,
     with_impossible: bool = False,
 ) -> dict[str, float]:
-    """Score the whole set: exact, f1 (x 100) and total; with_impossible: also those of HasAns and
-    NoAns, as v2.0's script.
+    """Score the whole set: exact, f1 (x100) and total.
 
-    Raises InputError, naming `what`, where questions are without a prediction, or predictions
-    without a question.
+    with_impossible: also HasAns_ and NoAns_ figures, as v2.0's script. Raises InputError naming
+    `what` unless questions and predictions have the same ids.
     """
     _require_same_ids(questions, predictions, what)
     scored = [
@@ -289,10 +282,10 @@ def _means(scored: Sequence[tuple[float, float]], prefix: str) -> dict[str, floa
 def score_answer(
     question: Question, prediction: str, with_impossible: bool = False
 ) -> tuple[float, float]:
-    """Return exact match and F1 (0 to 100) of one answer: the best over the gold answers.
+    """Return exact match and F1 (0 to 100) of one answer, each the best over the gold answers.
 
-    with_impossible: by v2.0's rule, in which gold answers of nothing but articles and punctuation
-    don't count, and where none is left the empty answer is right.
+    with_impossible: apply v2.0's rule: ignore gold answers of articles and punctuation only; where
+    no other is left, the empty answer is right.
     """
     gold = list(question.answers)
     if with_impossible:
@@ -303,7 +296,7 @@ def score_answer(
 def _torchmetrics_scores(prediction: str, gold: list[str]) -> tuple[float, float]:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torchmetrics' optional dependencies
-        from torchmetrics.functional.text.squad import squad  # a second, which reading needs not
+        from torchmetrics.functional.text.squad import squad  # takes a second to import
 
     answers = {"text": gold, "answer_start": [0] * len(gold)}
     found = squad({"id": "1", "prediction_text": prediction}, {"id": "1", "answers": answers})

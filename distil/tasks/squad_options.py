@@ -57,17 +57,19 @@ NUMBERS = {
     "temperature": NumberFlag(2.0, "temperature of both softmaxes"),
     "max_seq_length": NumberFlag(
         384,
-        "tokens a window, with question and special tokens; shorter ones are padded",
+        "tokens per window, with question and special tokens; shorter ones are padded",
         (8, 1e6),
     ),
     "doc_stride": NumberFlag(128, "tokens between the beginnings of two windows", (1, 1e6)),
     "max_query_length": NumberFlag(64, "tokens a question is cut to", (1, 1e6)),
     "per_gpu_train_batch_size": NumberFlag(
-        8, "windows a process (or GPU) and micro-batch", (1, 1e6)
+        8, "windows per process (or GPU) and micro-batch", (1, 1e6)
     ),
-    "per_gpu_eval_batch_size": NumberFlag(8, "windows a process (or GPU) in prediction", (1, 1e6)),
+    "per_gpu_eval_batch_size": NumberFlag(
+        8, "windows per process (or GPU) in prediction", (1, 1e6)
+    ),
     "learning_rate": NumberFlag(5e-5, "at the beginning", (1e-12, 1)),
-    "gradient_accumulation_steps": NumberFlag(1, "micro-batches an update", (1, 1e6)),
+    "gradient_accumulation_steps": NumberFlag(1, "micro-batches per update", (1, 1e6)),
     "weight_decay": NumberFlag(0.0, "biases and layer norms excepted", (0, 1)),
     "adam_epsilon": NumberFlag(1e-8, "epsilon of AdamW", (1e-16, 1)),
     "max_grad_norm": NumberFlag(1.0, "the gradient's norm is clipped to this", (0, 1e30)),
@@ -92,7 +94,7 @@ SWITCHES = {
         "answer and score predict_file: by the trained model, or by model_name_or_path without"
         " --do_train"
     ),
-    "do_lower_case": "lower-case the text (default: what the tokenizer's folder says)",
+    "do_lower_case": "lower-case the text (default: as the tokenizer's folder)",
     "evaluate_during_training": "score predict_file at each line of the log",
     "eval_all_checkpoints": "answer and score by each checkpoint, too",
     "overwrite_output_dir": "replace the results of an earlier run in output_dir",

@@ -1,9 +1,9 @@
 """From questions to windows of tokens, and from a model's start and end logits to answers.
 
-run_squad_w_distillation.py trains and predicts on the windows made here; squad.py reads the
-questions and scores the answers. A context that is longer than a model's input is cut into
-overlapping windows, each behind the whole question (Devlin et al., 2018, section 4.2); an answer is
-the span with the greatest sum of its start's and its end's logit.
+run_squad_w_distillation.py trains and predicts on these windows; squad.py reads the questions and
+scores the answers. A context longer than a model's input is divided into overlapping windows, each
+after the whole question (Devlin et al., 2018, section 4.2); an answer is the span with the greatest
+sum of start logit and end logit.
 
 Shape suffixes: W windows, T padded length, C tokens of a context in a window, S start candidates, E
 end candidates.
@@ -22,7 +22,7 @@ from distil.tasks.squad import Question
 from utils import InputError, logger
 
 CLS_POSITION = 0
-NOTHING_FOUND = "empty"  # the answer of v1.1 where no span can be one, as in 2019
+NOTHING_FOUND = "empty"  # the answer where no span is admissible (v1.1), as in 2019
 TEXTS_AT_ONCE = 1000
 
 # --------------------------------------------------------------------------------------------------
@@ -32,8 +32,9 @@ TEXTS_AT_ONCE = 1000
 
 @dataclasses.dataclass(frozen=True)
 class Limits:
-    """Lengths in tokens: of a whole window with its special tokens, between two windows' first
-    tokens, of a question.
+    """Lengths in tokens.
+
+    max_seq_length: of a window with special tokens. doc_stride: between two windows' first tokens.
     """
 
     max_seq_length: int = 384
@@ -43,12 +44,12 @@ class Limits:
 
 @dataclasses.dataclass(frozen=True)
 class Window:
-    """A question and as much of its context as fits.
+    """A question and a part of its context.
 
-    question: number of the question among those given. ids: token ids with special tokens, without
-    padding. context_at: position of the context's first token here. first: that token's number in
-    the whole context. offsets: (C, 2), first and last + 1 character of each context token. span:
-    positions of the answer's first and last token; [CLS] twice where the answer is not here.
+    question: index among the questions given. ids: token ids with special tokens, without padding.
+    context_at: position of the first context token in ids. first: index of that token in the whole
+    context. offsets: (C, 2), first and last + 1 character of each context token. span: positions of
+    the answer's first and last token; [CLS] twice where the window doesn't contain the answer.
     """
 
     question: int
@@ -61,22 +62,19 @@ class Window:
 
 @dataclasses.dataclass(frozen=True)
 class Encoded:
-    """A text's token ids and, (tokens, 2), the characters that each stands for."""
+    """A text's token ids; offsets: (tokens, 2), first and last + 1 character of each token."""
 
     ids: np.ndarray
     offsets: np.ndarray
 
 
 def encode(texts: Sequence[str], tokenizer) -> Iterator[Encoded]:
-    """Encode texts without special tokens; a token's characters are those of the text as it was
-    given.
-    """
+    """Encode texts without special tokens; offsets are those of the original text."""
     backend = tokenizer.backend_tokenizer
     backend.no_truncation()
     backend.no_padding()
-    backend.encode_special_tokens = True  # "[SEP]" in a text is a text, no end of a question
-    # RoBERTa's tokens know the space before them: each word is read as one behind a space, the
-    # first one, too.
+    backend.encode_special_tokens = True  # "[SEP]" in a text is text, not a separator
+    # RoBERTa's tokens include the space before them: read the first word as one after a space, too.
     lead = " " if isinstance(tokenizer, transformers.RobertaTokenizer) else ""
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         chunk = texts[start : start + TEXTS_AT_ONCE]
@@ -95,16 +93,12 @@ def encode(texts: Sequence[str], tokenizer) -> Iterator[Encoded]:
 
 
 def _with_plain_spaces(text: str) -> str:
-    """Put a space for each line end and tab: no word's token depends on them, and every character
-    keeps its place.
-    """
+    """Replace line ends and tabs by spaces; all characters keep their positions."""
     return text.translate(dict.fromkeys(map(ord, "\t\n\r\u202f"), " "))
 
 
 def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
-    """Take white space at its ends out of a token's characters: byte-level tokens bring the space
-    before them.
-    """
+    """Exclude white space at both ends from a token's characters; byte-level tokens include it."""
     piece = text[start:end]
     return (
         (start + len(piece) - len(piece.lstrip()), end - len(piece) + len(piece.rstrip()))
@@ -114,9 +108,7 @@ def _trimmed(text: str, start: int, end: int) -> tuple[int, int]:
 
 
 def _with_marks(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int, int]]:
-    """Give each token the accents that stand behind it as characters of their own, where the
-    tokenizer strips accents.
-    """
+    """Extend each token by the combining accents after it, which a tokenizer may strip."""
     marked = []
     for number, (start, end) in enumerate(offsets):
         stop = offsets[number + 1][0] if number + 1 < len(offsets) else len(text)
@@ -127,15 +119,12 @@ def _with_marks(text: str, offsets: Sequence[tuple[int, int]]) -> list[tuple[int
 
 
 def make_windows(questions: Sequence[Question], tokenizer, limits: Limits) -> list[Window]:
-    """Make the windows of all questions, in their order, the windows of one question from left to
-    right.
+    """Make the windows of all questions, in order, each question's from left to right.
 
-    Questions with an answer_start get spans. One whose answer has no token is left out, with a line
-    in the log.
+    Questions with an answer_start get spans; those whose answer has no token are skipped with a
+    warning.
     """
-    contexts = list(
-        dict.fromkeys(question.context for question in questions)
-    )  # several questions share one
+    contexts = list(dict.fromkeys(question.context for question in questions))
     encoded = dict(zip(contexts, encode(contexts, tokenizer), strict=True))
     windows, num_without = [], 0
     for number, query in enumerate(encode([question.text for question in questions], tokenizer)):
@@ -149,7 +138,7 @@ def make_windows(questions: Sequence[Question], tokenizer, limits: Limits) -> li
         )
     if num_without:
         logger.warning(
-            "%d questions are left out of training: the tokenizer makes no token of their answer.",
+            "%d questions are skipped in training: the tokenizer makes no token of their answer.",
             num_without,
         )
     if not windows:
@@ -158,9 +147,7 @@ def make_windows(questions: Sequence[Question], tokenizer, limits: Limits) -> li
 
 
 def _answer_tokens(question: Question, offsets: np.ndarray) -> tuple[int, int] | None:
-    """Return the numbers of the first and last context token that hold a character of the answer;
-    None without one.
-    """
+    """Return the indices of the answer's first and last context token; None without any."""
     if question.answer_start is None:
         return None
     end = question.answer_start + len(question.answers[0])
@@ -181,9 +168,8 @@ def _windows_of(
     tokenizer,
     limits: Limits,
 ) -> Iterator[Window]:
-    num_separators = (
-        tokenizer.num_special_tokens_to_add(pair=True) - 2
-    )  # after the question: BERT has one, RoBERTa two
+    # After the question BERT has one separator, RoBERTa two.
+    num_separators = tokenizer.num_special_tokens_to_add(pair=True) - 2
     head = np.array(
         [tokenizer.cls_token_id, *query, *[tokenizer.sep_token_id] * num_separators], dtype=np.int32
     )
@@ -196,9 +182,7 @@ def _windows_of(
 
 
 def window_starts(num_tokens: int, room: int, doc_stride: int) -> range:
-    """Number the context tokens at which windows of `room` tokens begin: each doc_stride further
-    on, until the end is seen.
-    """
+    """Return the indices of the context tokens at which windows of `room` tokens begin."""
     step = min(room, doc_stride)
     return range(0, max(num_tokens - room, 0) + step, step)
 
@@ -212,9 +196,7 @@ def _span_here(
 
 
 class WindowDataset(torch.utils.data.Dataset):
-    """Windows as a model reads them, padded to max_seq_length; the distributions of the loss
-    include the padding.
-    """
+    """Windows as inputs, padded to max_seq_length; the loss's softmax includes the padding."""
 
     def __init__(
         self, windows: Sequence[Window], max_seq_length: int, pad_id: int, *, with_spans: bool
@@ -255,10 +237,10 @@ class WindowDataset(torch.utils.data.Dataset):
 
 @dataclasses.dataclass(frozen=True)
 class Rules:
-    """How answers are chosen.
+    """The rules by which answers are chosen.
 
-    n_best_size: starts, ends and answers looked at; max_answer_length: in tokens. with_null: v2.0,
-    where "" may be the answer, and is where its score beats the best span's by more than
+    n_best_size: number of starts, ends and answers considered. max_answer_length: in tokens.
+    with_null: v2.0, whose answer is "" where its score exceeds the best span's by more than
     null_score_diff_threshold.
     """
 
@@ -270,7 +252,7 @@ class Rules:
 
 @dataclasses.dataclass(frozen=True)
 class Candidate:
-    """A possible answer: its text, the logits of its first and last token."""
+    """A possible answer: its text and the logits of its first and last token."""
 
     text: str
     start_logit: float
@@ -283,9 +265,7 @@ class Candidate:
 
 @dataclasses.dataclass
 class Answers:
-    """By question id: the answer, the n best with probabilities, and (v2.0) how much the null's
-    score is above a span's.
-    """
+    """By question id: answer, n best with probabilities, null's score minus best span's (v2.0)."""
 
     predictions: dict[str, str] = dataclasses.field(default_factory=dict)
     nbest: dict[str, list[dict]] = dataclasses.field(default_factory=dict)
@@ -299,16 +279,13 @@ def decode(
     end_logits_WT: np.ndarray,
     rules: Rules,
 ) -> Answers:
-    """Choose each question's answer out of the logits of all its windows.
-
-    Raises InputError where a logit is not finite.
-    """
+    """Choose each question's answer from its windows' logits; raise InputError unless finite."""
     if not (np.isfinite(start_logits_WT).all() and np.isfinite(end_logits_WT).all()):
         raise InputError(
             "the model's logits are not finite: its training diverged; lower --learning_rate"
         )
     assert len(start_logits_WT) == len(end_logits_WT) == len(windows), (
-        "each window is to be read exactly once"
+        "each window must be read exactly once"
     )
     by_question = defaultdict(list)
     for row, window in enumerate(windows):
@@ -337,8 +314,7 @@ def _choose(
     if null is None:
         answers.predictions[question.id] = best[0].text
     else:
-        # Differs from the original: where no span can be an answer, "", not "empty", which would
-        # count as wrong.
+        # Differs from the original: "" where no span is admissible. 2019's "empty" counts as wrong.
         odds = null.score - (span.score if span else 0.0)
         answers.null_odds[question.id] = odds
         is_null = span is None or odds > rules.null_score_diff_threshold
@@ -347,17 +323,16 @@ def _choose(
 
 
 def _null(start_WT: np.ndarray, end_WT: np.ndarray) -> Candidate:
-    """Make "no answer" out of the logits at [CLS], those of the window that is least sure of it."""
+    """Make the candidate "" from the logits at [CLS] of the window with the lowest sum."""
     row = int(np.argmin(start_WT[:, CLS_POSITION] + end_WT[:, CLS_POSITION]))
     return Candidate("", float(start_WT[row, CLS_POSITION]), float(end_WT[row, CLS_POSITION]))
 
 
 def is_max_context(windows: Sequence[Window]) -> list[np.ndarray]:
-    """Tell, (C,) a window, of each context token whether this is the window of one question where
-    it has most around it.
+    """Return for each window of a question, (C,): whether a token has its largest context there.
 
-    That is the greater of min(tokens left of it, tokens right of it) + 0.01 x the window's length;
-    the first of equals.
+    The context's size is min(tokens on the left, tokens on the right) + 0.01 x tokens in the
+    window; of equal windows the first one counts.
     """
     num_tokens = max(window.first + len(window.offsets) for window in windows)
     around = np.full((len(windows), num_tokens), -np.inf)
@@ -371,9 +346,7 @@ def is_max_context(windows: Sequence[Window]) -> list[np.ndarray]:
 def window_spans(
     window: Window, is_max_C: np.ndarray, start_T: np.ndarray, end_T: np.ndarray, rules: Rules
 ) -> Iterator[tuple[int, int, float, float]]:
-    """Yield (first character, last + 1, start's logit, end's logit) of a window's spans that can be
-    answers.
-    """
+    """Yield (first character, last + 1, start logit, end logit) of a window's admissible spans."""
     starts_S, ends_E = (
         _top(logits_T, rules.n_best_size) - window.context_at for logits_T in (start_T, end_T)
     )
@@ -385,7 +358,7 @@ def window_spans(
     for s, e in np.argwhere((length_SE >= 1) & (length_SE <= rules.max_answer_length)):
         first, last = starts_S[s], ends_E[e]
         a, b = window.offsets[first, 0], window.offsets[last, 1]
-        if a < b:  # else a token without a character, such as white space
+        if a < b:  # otherwise tokens without characters, such as white space
             yield (
                 a,
                 b,
@@ -401,11 +374,12 @@ def _top(logits_T: np.ndarray, num: int) -> np.ndarray:
 def best_texts(
     candidates: Sequence[Candidate], null: Candidate | None, num: int
 ) -> list[Candidate]:
-    """Return the best candidate of each of the best `num` texts, the best first; the null's is
-    always among them.
+    """Return the best candidate of each of the best `num` texts, best first, always with the null.
+
+    Without any candidate return NOTHING_FOUND.
     """
-    # Differs from the original: the text is cut out of the context by characters. 2019 had tokens
-    # only, put words together from them and realigned those with the context's words.
+    # Differs from the original: texts are slices of the context. 2019 joined tokens to words and
+    # aligned these with the context's words.
     ranked = sorted(
         [*candidates, *([null] if null else [])],
         key=lambda candidate: candidate.score,

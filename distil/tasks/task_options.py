@@ -22,13 +22,12 @@ from distil.tasks.tasks import TASKS
 from utils import InputError
 
 MIN_LENGTH = 8  # the special tokens of a pair, and some text
-NAMES = [name for name, task in TASKS.items() if task.read]
 TEXT_FLAGS = {
     "model_name_or_path": "hub name or local folder of the model to fine-tune, or to score",
     "tokenizer_name": "hub name or local folder (default: the model's)",
     "data_dir": "folder of the task's own files; without it the data comes from the hub",
     "dataset_name": "data set on the hub (default: the task's)",
-    "output_dir": "folder for scores.json and a folder a seed",
+    "output_dir": "folder for scores.json and one folder per seed",
     "split": (
         "which set is scored, where a task has several (default: the one that is published: dev or"
         " test)"
@@ -42,13 +41,13 @@ NUMBERS = {
         None, "longest input, in tokens; size of WikiText's blocks", (MIN_LENGTH, 1e6), int
     ),
     "per_gpu_train_batch_size": NumberFlag(
-        None, "examples a process and micro-batch", (1, 1e6), int
+        None, "examples per process and micro-batch", (1, 1e6), int
     ),
     "per_gpu_eval_batch_size": NumberFlag(None, "", (1, 1e6), int),
     "learning_rate": NumberFlag(None, "", (0, 1), float),
     "num_train_epochs": NumberFlag(None, "", (1e-6, 1e6), float),
     "max_steps": NumberFlag(-1, "updates, in place of epochs where above 0", (-1, 1e9)),
-    "gradient_accumulation_steps": NumberFlag(1, "micro-batches an update", (1, 1e6)),
+    "gradient_accumulation_steps": NumberFlag(1, "micro-batches per update", (1, 1e6)),
     "warmup_steps": NumberFlag(0, "updates of rising rate", (0, 1e9)),
     "weight_decay": NumberFlag(0.0, "", (0, 1)),
     "adam_epsilon": NumberFlag(1e-8, "", (0, 1)),
@@ -56,7 +55,7 @@ NUMBERS = {
     "logging_steps": NumberFlag(50, "updates between two lines of log", (1, 1e9)),
 }
 SWITCHES = {
-    "do_lower_case": "BERT: lower-case, whatever the tokenizer says",
+    "do_lower_case": "BERT: lower-case, also with a cased tokenizer",
     "no_cuda": "stay on the CPU",
     "fp16": "mixed precision, float16 (GPU)",
     "bf16": "mixed precision, bfloat16",
@@ -67,7 +66,8 @@ SWITCHES = {
 def add_flags(parser: argparse.ArgumentParser) -> None:
     """Add run_task.py's flags."""
     add = parser.add_argument
-    add("--task", required=True, choices=NAMES, help="what to fine-tune for")
+    names = [name for name, task in TASKS.items() if task.read]
+    add("--task", required=True, choices=names, help="what to fine-tune for")
     for name, text in TEXT_FLAGS.items():
         add(f"--{name}", help=text)
     add("--languages", nargs="+", help="XNLI: languages that are scored (default: all in the file)")
@@ -86,7 +86,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         type=int,
         nargs="+",
         default=[42],
-        help="one run a seed; scores are the median (default: 42)",
+        help="one run per seed; scores are the median (default: 42)",
     )
     add(
         "--save_models",
@@ -133,7 +133,7 @@ def _data_problems(args: argparse.Namespace) -> list[str]:
         )
     if args.data_dir is None and not (args.dataset_name or task.hub.name):
         problems.append(
-            f"--data_dir: {args.task} has no data set of its own on the hub; name a folder, or a"
+            f"--data_dir: {args.task} has no default data set on the hub; name a folder, or a"
             " --dataset_name"
         )
     try:

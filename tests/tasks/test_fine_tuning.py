@@ -1,6 +1,4 @@
-"""The second step's loss, what student and teacher are given, and which models and tokenizers are
-taken for it.
-"""
+"""The second step's loss, the inputs of student and teacher, and the models that it admits."""
 
 import copy
 import itertools
@@ -215,9 +213,7 @@ def made_models(distance: str) -> list[torch.nn.Module]:
 
 
 def made_examples(distance: str) -> list[dict[str, torch.Tensor]]:
-    """Make four examples of six places, the last ones of some padded, and with labels of unequal
-    number.
-    """
+    """Make four examples of six positions, some padded, with unequal numbers of labels."""
     examples, generator = [], torch.Generator().manual_seed(4)
     for number, length in enumerate((6, 3, 5, 4)):
         is_real_T = torch.arange(6) < length
@@ -266,9 +262,7 @@ def pairs_by_hand(distance: str, student, teacher, batch) -> list[tuple]:
 def loss_by_hand(
     distance: str, student, teacher, batch, alpha_task: float, alpha_ce: float
 ) -> torch.Tensor:
-    """Write out alpha_task x the labels' loss + alpha_ce x the distance from the teacher, element
-    by element.
-    """
+    """Compute alpha_task x labels' loss + alpha_ce x distance from the teacher by elements."""
     if distance == "spans":
         sides = [
             [(s[b], t[b], label[b]) for b in range(len(label))]
@@ -292,9 +286,7 @@ def loss_by_hand(
 
 @pytest.mark.parametrize("distance", fine_tuning.DISTANCES)
 def test_an_update_of_the_trainer_follows_the_gradient_of_the_formula(distance, tmp_path):
-    """Two micro-batches of two, plain gradient descent: the weights move by the mean of the
-    micro-batches' gradients.
-    """
+    """With two micro-batches and SGD, the weights move by the mean of the two gradients."""
     student, teacher = made_models(distance)
     arguments = fine_tuning.training_arguments(
         tmp_path,

@@ -1,17 +1,18 @@
-"""Tasks: every one from end to end on small files in the real formats; metrics by hand; several
-processes; bad input.
-"""
+"""run_task.py: every task end to end on small files in the real formats; metrics; bad input."""
 
 import csv
+import dataclasses
 import json
 import logging
 import math
 import random
+import shutil
 import sys
 import time
 from pathlib import Path
 
 import datasets
+import huggingface_hub
 import numpy as np
 import pytest
 import torch
@@ -19,6 +20,7 @@ import transformers
 from conftest import run_process
 from stand_ins import POSITIONS, ROOT, make_lines
 
+import report
 import run_task
 import utils
 from distil.system import rank_zero
@@ -43,7 +45,7 @@ QUICK = [
     "none",
 ]
 
-# Column names of the real files; the numbers of the columns that are read stand in tasks.TASKS.
+# Column names of the real files; tasks.TASKS has the indices of the columns that are read.
 HEADERS = {
     "sst2": "sentence label",
     "mrpc": "Quality|#1 ID|#2 ID|#1 String|#2 String",
@@ -211,9 +213,7 @@ def conll(sentences: int) -> str:
 
 
 def germeval(sentences: int) -> str:
-    """Write GermEval 2014: number, word, outer label, inner label; a sentence of many words, and a
-    word without tokens.
-    """
+    """Write GermEval 2014's columns, with a sentence of many words and a word without tokens."""
     text = ""
     for number in range(sentences):
         words = [
@@ -283,7 +283,7 @@ def predictions_of(output: Path, seed: int = 42) -> list[list[str]]:
 # Every task from end to end
 # --------------------------------------------------------------------------------------------------
 
-# task: (model type, size of the scored set, metrics beside "score")
+# task: (model type, size of the scored set, metrics besides "score")
 GLUE_RUNS = {
     "cola": ("bert", 7, {"matthews"}),
     "sst2": ("gpt2", 7, {"accuracy"}),
@@ -323,6 +323,26 @@ def test_every_glue_task_runs_from_its_files_to_its_scores(task, teachers, data,
         )
     )
     assert rescored == pytest.approx(scores["score"])
+
+
+def test_a_task_is_one_row_of_one_table(teachers, data, tmp_path, monkeypatch):
+    """A row added to TASKS is run, scored, and named in the report and in the model card."""
+    rte = TASKS["rte"]
+    hub = dataclasses.replace(rte.hub, name="me/toy", card_title="Toy set", card_config=None)
+    row = dataclasses.replace(rte, title="Toy title", metric_title="Toy metric", hub=hub)
+    monkeypatch.setitem(TASKS, "toy", row)
+    student = tmp_path / "student"
+    shutil.copytree(teachers["bert"], student)
+    scores = run("toy", student, data / "rte", tmp_path / "out")
+    models = ["--teacher", str(teachers["bert"]), "--student", str(student)]
+    made = ["--scores", str(tmp_path / "out" / "scores.json"), "--no_run", "--write_card"]
+    report.main([*models, "--output_dir", str(tmp_path / "report"), *made])
+    (entry,) = json.loads((tmp_path / "report" / "report.json").read_text())["quality"].values()
+    assert (entry["title"], entry["metric"]) == ("Toy title", "Toy metric")
+    (result,) = huggingface_hub.ModelCard.load(student / "README.md").data.eval_results
+    assert (result.dataset_name, result.dataset_type) == ("Toy set", "me/toy")
+    assert (result.task_type, result.metric_type) == ("text-classification", "accuracy")
+    assert result.metric_value == pytest.approx(scores["score"]["accuracy"], abs=1e-4)
 
 
 def test_imdb_runs_from_its_folders(teachers, data, tmp_path):
@@ -1101,7 +1121,7 @@ def test_argument_problems_are_told_together(teachers, data, tmp_path, status_an
         (["--task", "sst2", "--encoding", "utf-9"], ["--encoding utf-9: no such encoding"]),
         (
             ["--task", "ner", "--model_name_or_path", "x", "--output_dir", "new"],
-            ["no data set of its own on the hub"],
+            ["no default data set on the hub"],
         ),
         (["--task", "wikitext", "--score_predictions", "pyproject.toml"], ["has a perplexity"]),
     ],

@@ -1,6 +1,4 @@
-"""SQuAD: files, windows, decoding, metric, and the program that fine-tunes with or without a
-teacher.
-"""
+"""SQuAD: files, windows, decoding, metric, and the program that fine-tunes and scores."""
 
 import dataclasses
 import json
@@ -51,9 +49,7 @@ PROGRAM = ROOT / "scripts" / "run_squad_w_distillation.py"
 
 
 def made_file(lines: list[str], num: int, seed: int, impossible_every: int = 0) -> dict:
-    """Make SQuAD's JSON: two questions about each context, of the words before the answer; some
-    without an answer.
-    """
+    """Make SQuAD's JSON, two questions per context of the words before the answer; some without."""
     rng, paragraphs = random.Random(seed), []
     for line in lines[:num]:
         words, qas = line.split(), []
@@ -93,9 +89,7 @@ def files(tmp_path_factory, lines) -> dict[str, str]:
 
 @pytest.fixture(scope="session")
 def models(tmp_path_factory, teachers) -> dict[str, Path]:
-    """Folders of models with a random head for answering: bert, roberta (as teachers), distilbert,
-    small-roberta.
-    """
+    """Make folders of models with a random head: bert, roberta, distilbert, small-roberta."""
     folder = tmp_path_factory.mktemp("answering")
     return {
         name: make_answering(name, folder / name, teachers)
@@ -300,9 +294,7 @@ def test_max_context_is_that_of_the_slow_definition(num_tokens, room, doc_stride
 
 
 def oracle_logits(windows: list[Window], length: int) -> tuple[np.ndarray, np.ndarray]:
-    """Set the logits from the gold answers: 9 at the start, 9 at the end, 0 elsewhere; nothing
-    where the window has none.
-    """
+    """Make logits from the gold answers: 9 at the answer's start and end, 0 elsewhere."""
     start, end = np.zeros((2, len(windows), length), dtype=np.float32)
     for row, window in enumerate(windows):
         if window.span != (0, 0):
@@ -394,9 +386,7 @@ def test_a_context_without_tokens_is_answered_with_nothing(teachers):
 
 
 def slow_answer(question, windows, start_WT, end_WT, rules):
-    """Write out the rule of the decoding: (prediction, texts of the n best, null's score minus the
-    best span's).
-    """
+    """Decode by the rule: (prediction, n best texts, null's score minus the best span's)."""
     found, null = [], math.inf
     for window, is_max_C, start_T, end_T in zip(
         windows, is_max_context(windows), start_WT, end_WT, strict=True
@@ -960,7 +950,7 @@ def one_question(**changes) -> dict:
 
 
 def edited(**changes) -> dict:
-    """Return a good file but for what its paragraph says."""
+    """Return a valid file except for the changes of its paragraph."""
     content = one_question()
     content["data"][0]["paragraphs"][0] |= changes
     return content
@@ -1012,7 +1002,7 @@ WRONG_FILES = {
     ),
     "twice": (
         edited(qas=one_question()["data"][0]["paragraphs"][0]["qas"] * 2),
-        r"id 'x1' stands twice",
+        r"id 'x1' is there twice",
     ),
     "no questions": (edited(qas=[]), r"holds no questions"),
     "flat": ([{"id": "x1"}], r"data has to be a list, got none; expected SQuAD's own JSON"),
