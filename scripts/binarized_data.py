@@ -1,10 +1,9 @@
-"""Turn text into token ids: one sequence a line -> {dump_file}.{tokenizer name}.pickle, a shuffled
-list of id arrays.
+"""Tokenize text, a sequence per line, into {dump_file}.{tokenizer name}.pickle, a shuffled list.
 
 With --format store: {dump_file}.{tokenizer name}.bin and .idx, which training maps into memory.
-Either way a .json beside it says what it is. Any corpus that fits on the disk: text is read as a
-stream, tokenized on all cores, spooled, and shuffled from the disk; memory does not grow with it.
-The same text, tokenizer and seed give the same bytes.
+Either has a card, .json. The corpus only has to fit on the disk: text is read as a stream,
+tokenized on all cores, spooled, and shuffled from the disk, in constant memory. The same text,
+tokenizer and seed give the same bytes.
 """
 
 import argparse
@@ -27,33 +26,35 @@ from distil.data.cards import check_vocab_size, require_card_output, write_token
 from distil.data.decoding import ERRORS
 from distil.data.encoding import Encoding, WorkerPool, divide_work
 from distil.data.shuffle import Spool, shuffled
+from distil.data.tally import ManyUnknown, Tally, draw_lengths, summary
 from distil.data.text_sources import Block, Source, find_sources, read_blocks
-from distil.data.token_files import (
-    FORMATS,
-    MANY_UNKNOWN,
-    MAX_LISTED,
-    MIN_LENGTH,
-    require_counts_output,
-    writing_tokens,
-)
+from distil.data.token_files import FORMATS, require_counts_output, writing_tokens
 from distil.models.architectures import AUTO
 from distil.models.hub import short_name
 from distil.models.tokenizers import describe_tokenizer, load_tokenizer, tokenizer_type
-from distil.system.files import atomic_path, naming, require_output
+from distil.system.files import naming, require_output
 from distil.system.signals import exit_on_sigterm
 from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    add_text_flags(parser)
+    add_tokenizer_flags(parser)
+    add_output_flags(parser)
+    return parser.parse_args(argv)
+
+
+def add_text_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the text that is read."""
     add = parser.add_argument
     add(
         "--file_path",
         default="data/dump.txt",
         help=(
             "UTF-8 text, one sequence a line: a file, a folder, or a quoted glob; .txt, .jsonl,"
-            " both also as .gz; what the datasets library opens (.parquet, .csv, ..) (default:"
+            " both also as .gz; any file of the datasets library (.parquet, .csv, ..) (default:"
             " %(default)s)"
         ),
     )
@@ -67,10 +68,15 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default="strict",
         choices=ERRORS,
         help=(
-            "what becomes of text that is not UTF-8: stop, skip the line, replace the bytes;"
-            " counted (default: %(default)s)"
+            "text that is not UTF-8: stop, skip the line, or replace the bytes; counted (default:"
+            " %(default)s)"
         ),
     )
+
+
+def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the tokenizer."""
+    add = parser.add_argument
     add(
         "--tokenizer_type",
         default="bert",
@@ -87,17 +93,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action=argparse.BooleanOptionalAction,
         default=None,
         help=(
-            "bert only; default: what the tokenizer's configuration says, without one whether the"
+            "bert only; default: as in the tokenizer's configuration, without one whether the"
             " vocabulary has no capitals"
         ),
     )
+
+
+def add_output_flags(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of the files that are written, and of the work."""
+    add = parser.add_argument
     add("--dump_file", default="data/dump", help="prefix of the output (default: %(default)s)")
+    formats = "; ".join(f"{name}: {FORMATS[name].description}" for name in sorted(FORMATS))
     add(
         "--format",
         default="pickle",
         choices=sorted(FORMATS),
-        help="; ".join(f"{name}: {FORMATS[name].description}" for name in sorted(FORMATS))
-        + " (default: %(default)s)",
+        help=f"{formats} (default: %(default)s)",
     )
     add("--seed", type=int, default=56, help="seed of the shuffle (default: %(default)s)")
     add(
@@ -125,85 +136,17 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         metavar="PNG",
         help="draw the sequences' lengths (default file: the output's name and .lengths.png)",
     )
-    return parser.parse_args(argv)
 
 
 # --------------------------------------------------------------------------------------------------
-# What is counted on the way
-# --------------------------------------------------------------------------------------------------
-
-
-class Tally:
-    """What is counted while text becomes ids, in memory that does not grow with the text."""
-
-    def __init__(self, encoding: Encoding):
-        self.encoding = encoding
-        self.counts_V = np.zeros(encoding.largest_id + 1, np.int64)
-        self.num_of_length: dict[int, int] = {}
-        self.num_words = self.num_blank = self.num_bad = 0
-        self.num_bytes = 0  # of text on the disk
-
-    def take(self, block) -> None:
-        """Count an encoded block."""
-        self.counts_V += np.bincount(block.ids_M, minlength=len(self.counts_V))
-        for length, number in zip(
-            *(a.tolist() for a in np.unique(block.lengths_N, return_counts=True)), strict=True
-        ):
-            self.num_of_length[length] = self.num_of_length.get(length, 0) + number
-        self.num_words += block.num_words
-        self.num_blank += block.num_blank
-        self.num_bad += block.num_bad
-        self.num_bytes += block.num_bytes
-
-    def counts(self) -> dict[str, int]:
-        """Return the counts as the card has them."""
-        num_sequences = sum(self.num_of_length.values())
-        ends = {self.encoding.start_id, self.encoding.end_id} - {None}
-        unknown = self.encoding.unknown_id
-        return {
-            "sequences": num_sequences,
-            "ids": int(self.counts_V.sum()),
-            "words": self.num_words,
-            "unknown": 0 if unknown is None or unknown in ends else int(self.counts_V[unknown]),
-            "blank_lines": self.num_blank,
-            "bad_lines": self.num_bad,
-            "longest": max(self.num_of_length, default=0),
-            "largest_id": int(np.flatnonzero(self.counts_V)[-1]) if num_sequences else -1,
-            "boundary_ids_inside": (
-                int(self.counts_V[list(ends)].sum())
-                - (1 if self.encoding.start_id is None else 2) * num_sequences
-            ),
-        }
-
-
-class UnknownList:
-    """List the sequences with MANY_UNKNOWN unknown ids or more; None if there are too many."""
-
-    def __init__(self, unknown_id: int | None):
-        self.unknown_id = unknown_id
-        self.numbers: list[int] | None = []
-        self.num_seen = 0
-
-    def take(self, ids_M: np.ndarray, lengths_N: np.ndarray) -> None:
-        """Look at the next sequences."""
-        is_unknown = ids_M == self.unknown_id
-        if self.numbers is not None and self.unknown_id is not None and is_unknown.any():
-            starts_N = np.cumsum(lengths_N, dtype=np.int64) - lengths_N
-            per_sequence = np.add.reduceat(is_unknown, starts_N, dtype=np.int64)
-            self.numbers += (np.flatnonzero(per_sequence >= MANY_UNKNOWN) + self.num_seen).tolist()
-            self.numbers = self.numbers if len(self.numbers) <= MAX_LISTED else None
-        self.num_seen += len(lengths_N)
-
-
-# --------------------------------------------------------------------------------------------------
-# The way of the data
+# Tokenizing and writing
 # --------------------------------------------------------------------------------------------------
 
 
 def spool_ids(
     sources: list[Source], encoding: Encoding, num_cores: int, folder: Path
 ) -> tuple[Spool, Tally]:
-    """Tokenize all sources into a spool on the disk, in reading order."""
+    """Tokenize all sources into a spool on the disk, in reading order, and count them."""
     tally = Tally(encoding)
     spool = Spool(folder / "spool", encoding.dtype)
     total = sum(source.num_bytes for source in sources)
@@ -216,7 +159,7 @@ def spool_ids(
     ):
         for block in pool.map(all_blocks(sources, encoding.text_field, block_bytes)):
             spool.append(block.ids_M, block.lengths_N)
-            tally.take(block)
+            tally.add(block)
             bar.update(block.num_bytes)
     return spool, tally
 
@@ -230,83 +173,27 @@ def all_blocks(sources: list[Source], text_field: str, block_bytes: int) -> Iter
 def write_shuffled(
     spool: Spool, path: str, file_format: str, seed: int, card: dict, unknown_id: int | None
 ) -> None:
-    """Write a spool's sequences in shuffled order, as a token file with its card."""
-    listed = UnknownList(unknown_id)
+    """Write a spool's sequences in shuffled order as a token file with its card."""
+    many_unknown = ManyUnknown(unknown_id)
     bar = tqdm(
         total=spool.num_ids, unit="id", unit_scale=True, desc="shuffle and write", **bar_options()
     )
     with bar, writing_tokens(path, file_format, spool.dtype) as (writer, written_card):
         for ids_M, lengths_N in shuffled(spool, seed, "shuffle"):
             writer.append(ids_M, lengths_N)
-            listed.take(ids_M, lengths_N)
+            many_unknown.add(ids_M, lengths_N)
             bar.update(len(ids_M))
-        written_card |= {**card, "many_unknown": listed.numbers}
-
-
-def draw_lengths(num_of_length: dict[int, int], path: str, title: str) -> None:
-    """Draw how many sequences have which length, in ids, the lengths on a logarithmic axis."""
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    lengths, numbers = (
-        np.array(list(column)) for column in zip(*sorted(num_of_length.items()), strict=True)
-    )
-    edges = np.unique(
-        np.round(np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 60)).astype(int)
-    )
-    figure, axes = plt.subplots(figsize=(9, 4.2), layout="constrained")
-    axes.hist(
-        lengths, bins=edges, weights=numbers, color="tab:blue", edgecolor="white", linewidth=0.3
-    )
-    title = title.encode(errors="replace").decode().replace("$", r"\$")  # "$" would begin a formula
-    axes.set(
-        title=title,
-        xlabel="ids in the sequence, boundary tokens included",
-        ylabel="sequences",
-        xscale="log",
-    )
-    with atomic_path(path) as temporary:
-        figure.savefig(temporary, dpi=110, format="png")
-    plt.close(figure)
-
-
-def summary(tally: Tally) -> list[str]:
-    """Say in a few lines what was made."""
-    counts = tally.counts()
-    words, ids = max(counts["words"], 1), counts["ids"]
-    per_word = (ids - 2 * counts["sequences"]) / words
-    num_short = sum(
-        number for length, number in tally.num_of_length.items() if length <= MIN_LENGTH
-    )
-    short = f"{num_short:,} of them of {MIN_LENGTH} ids or fewer, which are not trained on"
-    return [
-        (
-            f"{counts['sequences']:,} sequences ({short}), {ids:,} ids ({tally.encoding.dtype}),"
-            f" longest {counts['longest']:,}."
-        ),
-        (
-            f"{counts['words']:,} words, {per_word:.3f} ids a word, {counts['unknown'] / ids:.4%}"
-            " of the ids unknown."
-        ),
-        (
-            f"Skipped {counts['blank_lines']:,} blank lines; {counts['bad_lines']:,} lines with"
-            f" text that could not be read (--errors {tally.encoding.errors})."
-        ),
-    ]
+        written_card |= {**card, "many_unknown": many_unknown.numbers}
 
 
 # --------------------------------------------------------------------------------------------------
-# The program
+# Checks and the program
 # --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Outputs:
-    """Where everything goes. path: the pickle, or the store's prefix; counts, report: None where
-    not wanted.
-    """
+    """Output paths: the token file (or prefix), its files, the counts and the picture or None."""
 
     path: str
     files: list[str]
@@ -315,14 +202,14 @@ class Outputs:
 
 
 def plan_outputs(args: argparse.Namespace, sources: list[Source]) -> Outputs:
-    """Name the outputs and check them before any work. Raises InputError."""
+    """Name the outputs and check them before any work; raise InputError."""
     if not os.path.basename(args.dump_file):
         raise InputError(
             f"--dump_file {args.dump_file}: ends with a slash; expected a prefix such as"
             f" {args.dump_file}dump"
         )
-    # Differs from the original: a folder or owner/name gives its last component to the file's name,
-    # not its whole path.
+    # Differs from the original: a folder or owner/name gives its last component to the file name,
+    # where 2019 put the whole path.
     stem = f"{args.dump_file}.{short_name(args.tokenizer_name)}"
     path = f"{stem}{FORMATS[args.format].suffix}"
     files = FORMATS[args.format].files(path)
@@ -341,20 +228,20 @@ def plan_outputs(args: argparse.Namespace, sources: list[Source]) -> Outputs:
     names = [os.path.realpath(file) for file in files + others]
     if len(set(names)) < len(names):
         raise InputError(
-            f"--token_counts_dump, --report: two outputs have one name beside {path}; name another"
-            " file"
+            f"--token_counts_dump, --report: two outputs have one name, next to {path}; name"
+            " another file"
         )
     return Outputs(path, files, args.token_counts_dump, report)
 
 
 def check_numbers(args: argparse.Namespace) -> int:
-    """Return the number of worker processes. Raises InputError where a number makes no sense."""
+    """Return the number of worker processes; raise InputError for numbers out of range."""
     if args.num_workers is not None and not 1 <= args.num_workers <= 1024:
         raise InputError(f"--num_workers {args.num_workers}: expected 1 to 1024")
     if args.vocab_size is not None and args.token_counts_dump is None:
         raise InputError(
-            f"--vocab_size {args.vocab_size}: is for --token_counts_dump only; add that, or leave"
-            " it out"
+            f"--vocab_size {args.vocab_size}: is for --token_counts_dump only; add that flag, or"
+            " omit this one"
         )
     if args.vocab_size is not None:
         check_vocab_size(args.vocab_size)
@@ -364,9 +251,7 @@ def check_numbers(args: argparse.Namespace) -> int:
 
 
 def make_encoding(args: argparse.Namespace) -> tuple[Encoding, dict]:
-    """Load the tokenizer: (how lines become ids, the tokenizer's part of the card). Raises
-    InputError.
-    """
+    """Load the tokenizer: (how lines become ids, the tokenizer's part of the card)."""
     kind = tokenizer_type(args.tokenizer_type, args.tokenizer_name)
     tokenizer = load_tokenizer(kind, args.tokenizer_name, "--tokenizer_name", args.do_lower_case)
     description = describe_tokenizer(kind, args.tokenizer_name, tokenizer, args.do_lower_case)
@@ -384,7 +269,7 @@ def make_encoding(args: argparse.Namespace) -> tuple[Encoding, dict]:
 def make_card(
     args: argparse.Namespace, description: dict, sources: list[Source], tally: Tally
 ) -> dict:
-    """Describe what was made, for the card; nothing in it depends on time or machine."""
+    """Make the card, which depends on nothing but the inputs."""
     return {
         "tokenizer": description,
         "dtype": str(tally.encoding.dtype),
@@ -399,23 +284,20 @@ def make_card(
 def write_extras(
     args: argparse.Namespace, outputs: Outputs, description: dict, tally: Tally
 ) -> None:
-    """Write the token counts and the picture where they are wanted."""
+    """Write the token counts and the picture, if asked for."""
     if outputs.counts is not None:
         num_more = (args.vocab_size or len(tally.counts_V)) - len(tally.counts_V)
         card = {"tokenizer": description, "counts": tally.counts()}
         write_token_counts(outputs.counts, np.pad(tally.counts_V, (0, num_more)), card)
         logger.info("Wrote %s.", outputs.counts)
     if outputs.report is not None:
-        draw_lengths(
-            tally.num_of_length,
-            outputs.report,
-            f"{tally.counts()['sequences']:,} sequences of {outputs.path}",
-        )
+        title = f"{tally.counts()['sequences']:,} sequences of {outputs.path}"
+        draw_lengths(tally.num_of_length, outputs.report, title)
         logger.info("Drew %s.", outputs.report)
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the program: tokenize, shuffle, write, sum up."""
+    """Run the program: tokenize, shuffle, write, log a summary."""
     args = parse(argv)
     setup_logging(logging.INFO)
     num_cores = check_numbers(args)
@@ -430,13 +312,11 @@ def main(argv: list[str] | None = None) -> None:
     ) as scratch:
         spool, tally = spool_ids(sources, encoding, num_cores, Path(scratch))
         if not spool.num_sequences:
-            num, kind = (
-                tally.num_blank + tally.num_bad,
-                "blank or unreadable" if tally.num_bad else "blank",
-            )
+            num_lines = tally.num_blank + tally.num_bad
+            kind = "blank or unreadable" if tally.num_bad else "blank"
             raise InputError(
-                f"--file_path {args.file_path}: has {num} lines, all {kind}; expected one sequence"
-                " a line"
+                f"--file_path {args.file_path}: has {num_lines} lines, all {kind}; expected one"
+                " sequence a line"
             )
         tokenized_s = time.perf_counter() - started
         card = make_card(args, description, sources, tally)

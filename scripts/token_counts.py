@@ -1,8 +1,7 @@
-"""Count how often each token id occurs in a token file: a pickled list of vocab_size ints, for
-masking by rarity.
+"""Count each token id in token files: a pickled list of vocab_size ints, for masking by rarity.
 
-A store is read through the page cache, a piece at a time; several files of one vocabulary are
-counted together.
+A file is read in constant memory, if it is a store; several files of one vocabulary are counted
+together.
 """
 
 import argparse
@@ -29,7 +28,7 @@ from utils import OneLineParser, bar_options, logger, run_program, setup_logging
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
+    """Parse the command line."""
     parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--data_file",
@@ -52,9 +51,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def count_ids(tokens: TokenFile, vocab_size: int, source: str, output: str) -> np.ndarray:
-    """Count each id of a token file, (V,), in constant memory. Raises InputError for an id outside,
-    or a damaged block.
-    """
+    """Count each id of a token file, (V,); raise InputError for invalid ids and damaged blocks."""
     counts_V = np.zeros(vocab_size, np.int64)
     with tqdm(
         total=len(tokens.ids_M), unit="id", unit_scale=True, desc="count", **bar_options()

@@ -24,7 +24,7 @@ from stand_ins import ROOT, vocab_size_of
 
 import binarized_data
 import token_counts
-from distil.data import encoding, shuffle, text_sources
+from distil.data import encoding, shuffle, tally, text_sources
 from distil.data.decoding import texts_of
 from distil.data.encoding import Encoding, LineEncoder, WorkerPool
 from distil.data.shuffle import Spool, shuffled
@@ -673,9 +673,7 @@ def test_the_card_counts_what_is_there(teachers, tmp_path):
 
 def test_any_name_can_be_drawn(tmp_path):
     for name in ("a_$b^{", "x\udcff", "c\\d"):
-        binarized_data.draw_lengths(
-            {12: 3, 40: 1}, str(tmp_path / "picture.png"), f"4 sequences of {name}"
-        )
+        tally.draw_lengths({12: 3, 40: 1}, str(tmp_path / "picture.png"), f"4 sequences of {name}")
 
 
 def test_the_report_is_a_picture(teachers, text_file, tmp_path):

@@ -1,0 +1,113 @@
+"""Counts of a text while it becomes token ids: for the card, the summary and a histogram."""
+
+import numpy as np
+
+from distil.data.encoding import EncodedBlock, Encoding
+from distil.data.token_files import MANY_UNKNOWN, MAX_LISTED, MIN_LENGTH
+from distil.reporting.plots import picture
+
+
+class Tally:
+    """Count encoded blocks in constant memory."""
+
+    def __init__(self, encoding: Encoding):
+        self.encoding = encoding
+        self.counts_V = np.zeros(encoding.largest_id + 1, np.int64)
+        self.num_of_length: dict[int, int] = {}
+        self.num_words = self.num_blank = self.num_bad = 0
+        self.num_bytes = 0  # of text on the disk
+
+    def add(self, block: EncodedBlock) -> None:
+        """Count a block."""
+        self.counts_V += np.bincount(block.ids_M, minlength=len(self.counts_V))
+        for length, number in zip(
+            *(a.tolist() for a in np.unique(block.lengths_N, return_counts=True)), strict=True
+        ):
+            self.num_of_length[length] = self.num_of_length.get(length, 0) + number
+        self.num_words += block.num_words
+        self.num_blank += block.num_blank
+        self.num_bad += block.num_bad
+        self.num_bytes += block.num_bytes
+
+    def counts(self) -> dict[str, int]:
+        """Return the counts for the card."""
+        num_sequences = sum(self.num_of_length.values())
+        ends = {self.encoding.start_id, self.encoding.end_id} - {None}
+        unknown = self.encoding.unknown_id
+        return {
+            "sequences": num_sequences,
+            "ids": int(self.counts_V.sum()),
+            "words": self.num_words,
+            "unknown": 0 if unknown is None or unknown in ends else int(self.counts_V[unknown]),
+            "blank_lines": self.num_blank,
+            "bad_lines": self.num_bad,
+            "longest": max(self.num_of_length, default=0),
+            "largest_id": int(np.flatnonzero(self.counts_V)[-1]) if num_sequences else -1,
+            "boundary_ids_inside": (
+                int(self.counts_V[list(ends)].sum())
+                - (1 if self.encoding.start_id is None else 2) * num_sequences
+            ),
+        }
+
+
+class ManyUnknown:
+    """List the numbers of sequences with MANY_UNKNOWN unknown ids or more; None if too many."""
+
+    def __init__(self, unknown_id: int | None):
+        self.unknown_id = unknown_id
+        self.numbers: list[int] | None = []
+        self.num_seen = 0
+
+    def add(self, ids_M: np.ndarray, lengths_N: np.ndarray) -> None:
+        """Add the sequences that follow."""
+        is_unknown = ids_M == self.unknown_id
+        if self.numbers is not None and self.unknown_id is not None and is_unknown.any():
+            starts_N = np.cumsum(lengths_N, dtype=np.int64) - lengths_N
+            per_sequence = np.add.reduceat(is_unknown, starts_N, dtype=np.int64)
+            self.numbers += (np.flatnonzero(per_sequence >= MANY_UNKNOWN) + self.num_seen).tolist()
+            self.numbers = self.numbers if len(self.numbers) <= MAX_LISTED else None
+        self.num_seen += len(lengths_N)
+
+
+def draw_lengths(num_of_length: dict[int, int], path: str, title: str) -> None:
+    """Draw a histogram of the sequences' lengths in ids, on a logarithmic axis."""
+    lengths, numbers = (
+        np.array(list(column)) for column in zip(*sorted(num_of_length.items()), strict=True)
+    )
+    edges = np.unique(
+        np.round(np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 60)).astype(int)
+    )
+    title = title.encode(errors="replace").decode().replace("$", r"\$")  # "$" would begin a formula
+    with picture(path, 1, (9, 4.2)) as (_, (axes,)):
+        axes.hist(
+            lengths, bins=edges, weights=numbers, color="tab:blue", edgecolor="white", linewidth=0.3
+        )
+        axes.set(
+            title=title,
+            xlabel="ids in the sequence, boundary tokens included",
+            ylabel="sequences",
+            xscale="log",
+        )
+
+
+def summary(tally: Tally) -> list[str]:
+    """Return a few lines on what was made."""
+    counts = tally.counts()
+    words, ids = max(counts["words"], 1), counts["ids"]
+    per_word = (ids - 2 * counts["sequences"]) / words
+    num_short = sum(num for length, num in tally.num_of_length.items() if length <= MIN_LENGTH)
+    short = f"{num_short:,} of them of {MIN_LENGTH} ids or fewer, which are not trained on"
+    return [
+        (
+            f"{counts['sequences']:,} sequences ({short}), {ids:,} ids ({tally.encoding.dtype}),"
+            f" longest {counts['longest']:,}."
+        ),
+        (
+            f"{counts['words']:,} words, {per_word:.3f} ids a word, {counts['unknown'] / ids:.4%}"
+            " of the ids unknown."
+        ),
+        (
+            f"Skipped {counts['blank_lines']:,} blank lines; {counts['bad_lines']:,} lines held"
+            f" invalid text (--errors {tally.encoding.errors})."
+        ),
+    ]
