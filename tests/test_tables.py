@@ -2,7 +2,6 @@
 them.
 """
 
-import argparse
 import sys
 
 import torch
@@ -40,10 +39,8 @@ def test_an_objective_is_one_row_of_one_table(world, tmp_path, monkeypatch):
             torch.tensor(found["loss"]), torch.tensor(expected), rtol=1e-4, atol=1e-4
         )
     assert values
-    arguments = argparse.Namespace(student=str(tmp_path / "run"), datasets=None)
-    assert "* 0.25 x absolute error of the logits (`alpha_toy`)" in model_card.training_text(
-        arguments
-    )
+    text = model_card.training_text(str(tmp_path / "run"), datasets=None)
+    assert "* 0.25 x absolute error of the logits (`alpha_toy`)" in text
 
 
 TOY_PAIR = f"""

@@ -3,6 +3,8 @@
 from collections.abc import Mapping
 from pathlib import Path
 
+from distil.reporting.plots import picture
+
 
 def read_scalar(folder: Path, tag: str) -> tuple[list[int], list[float]]:
     """Read one scalar of a run's TensorBoard log: (x, values), both empty where it is missing."""
@@ -23,29 +25,24 @@ def draw_curves(
 
     objective: mlm or clm. kl: student's name -> nats a token.
     """
-    import matplotlib
-
-    matplotlib.use("Agg")
-    import matplotlib.pyplot as plt
-
-    figure, (left, middle, right) = plt.subplots(1, 3, figsize=(14, 4.2), layout="constrained")
-    left.plot(*read_scalar(distilled, "losses/loss_ce"), label="student, distilled")
-    left.set(
-        title="KL to the teacher in training (T = 2, x T²)",
-        xlabel="micro-batches",
-        ylabel="loss_ce",
-        ylim=(0, None),
-    )
-    tag = f"losses/loss_{objective}"
-    middle.plot(*read_scalar(distilled, tag), label="student, distilled")
-    middle.plot(*read_scalar(without_teacher, tag), label="student, without teacher")
-    middle.set(
-        title="Language-model loss in training", xlabel="micro-batches", ylabel=tag.split("/")[1]
-    )
-    middle.legend()
-    bars = right.bar(list(kl), list(kl.values()), color=["tab:gray", "tab:blue", "tab:orange"])
-    right.bar_label(bars, fmt="%.4f")
-    right.margins(y=0.12)
-    right.set(title="KL to the teacher, held-out text (T = 1)", ylabel="nats a token")
-    figure.savefig(path, dpi=110)
-    plt.close(figure)
+    with picture(path, 3, (14, 4.2)) as (_, (left, middle, right)):
+        left.plot(*read_scalar(distilled, "losses/loss_ce"), label="student, distilled")
+        left.set(
+            title="KL to the teacher in training (T = 2, x T²)",
+            xlabel="micro-batches",
+            ylabel="loss_ce",
+            ylim=(0, None),
+        )
+        tag = f"losses/loss_{objective}"
+        middle.plot(*read_scalar(distilled, tag), label="student, distilled")
+        middle.plot(*read_scalar(without_teacher, tag), label="student, without teacher")
+        middle.set(
+            title="Language-model loss in training",
+            xlabel="micro-batches",
+            ylabel=tag.split("/")[1],
+        )
+        middle.legend()
+        bars = right.bar(list(kl), list(kl.values()), color=["tab:gray", "tab:blue", "tab:orange"])
+        right.bar_label(bars, fmt="%.4f")
+        right.margins(y=0.12)
+        right.set(title="KL to the teacher, held-out text (T = 1)", ylabel="nats a token")

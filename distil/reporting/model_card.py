@@ -1,9 +1,8 @@
-"""The model card of the Hugging Face hub for a distilled model: README.md with metadata, in the
-student's folder.
+"""The Hugging Face hub's model card of a distilled model: README.md with metadata, in its folder.
 
-report.py's --write_card makes it of the report's figures and of what train.py left in the folder
-(parameters.json, git_log.json). The metadata's form is huggingface_hub's: its classes write it, and
-read it back before the file is written.
+report.py --write_card makes it from the report's figures and from the files that train.py left in
+the folder (parameters.json, git_log.json). huggingface_hub's classes write the metadata, and read
+them back before the file is written.
 """
 
 import argparse
@@ -11,7 +10,7 @@ import hashlib
 import json
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import huggingface_hub
@@ -29,9 +28,7 @@ IDENTIFIER = re.compile(r"[A-Za-z0-9][\w.-]*(/[A-Za-z0-9][\w.-]*)?")
 
 
 def card_problems(args: argparse.Namespace) -> list[str]:
-    """Say, a line each, why the card can't be written, and which of its flags the hub would not
-    take.
-    """
+    """List why the card cannot be written, and flags that the hub would refuse, a line each."""
     problems = []
     for name, pattern, example in (
         ("license", re.compile(r"[a-z0-9][a-z0-9.+-]*"), "apache-2.0"),
@@ -52,14 +49,14 @@ def card_problems(args: argparse.Namespace) -> list[str]:
     )
     if path.is_file() and not args.force and not is_own(path):
         problems.append(
-            f"--write_card {path}: was written or changed by another hand; move it, or replace it"
-            " with --force"
+            f"--write_card {path}: was not written by report.py, or was changed since; move it, or"
+            " replace it with --force"
         )
     return problems
 
 
 def is_own(path: Path) -> bool:
-    """True where a README.md is as write_card left it."""
+    """True for a README.md that is unchanged since write_card wrote it."""
     try:
         head, _, rest = path.read_text(encoding="utf-8").partition(SIGNATURE.split("{}")[0])
     except ValueError:
@@ -98,7 +95,7 @@ HEADS = {
 
 
 def head_of(student: str) -> tuple[str, str]:
-    """Say by which class a model's folder is loaded, and for what kind of task it is."""
+    """Return (the auto class that loads a model's folder, the hub's kind of task)."""
     config = transformers.AutoConfig.from_pretrained(student, trust_remote_code=False)
     kind = (config.architectures or [""])[0]
     return next(
@@ -108,9 +105,7 @@ def head_of(student: str) -> tuple[str, str]:
 
 
 def eval_results(report: Mapping) -> list[huggingface_hub.EvalResult]:
-    """List the student's figures as the hub has them, the one number that sums a task up left out
-    where it has parts.
-    """
+    """List the student's figures in the hub's form; where a task has groups, only the groups'."""
     results = []
     for name, entry in report["quality"].items():
         figure = entry["models"].get("student")
@@ -141,12 +136,12 @@ def eval_results(report: Mapping) -> list[huggingface_hub.EvalResult]:
 
 
 def metric_name(name: str) -> str:
-    """Say what a metric is, and its unit."""
+    """Word a metric and its unit."""
     return name.replace("_", " ") + ("" if name.endswith("perplexity") else " (x 100)")
 
 
 def metadata(args: argparse.Namespace, report: Mapping) -> huggingface_hub.ModelCardData:
-    """Make the card's metadata. What nobody said is left out, not guessed."""
+    """Make the card's metadata; leave out what no flag and no file says."""
     results = eval_results(report)
     base_model = args.base_model or (None if os.path.exists(args.teacher) else args.teacher)
     return huggingface_hub.ModelCardData(
@@ -169,38 +164,29 @@ def metadata(args: argparse.Namespace, report: Mapping) -> huggingface_hub.Model
 
 
 def read_run_file(student: str, name: str) -> dict:
-    """Read one of the files that train.py leaves in the run folder; empty where there is none, or
-    it is damaged.
-    """
+    """Read a file that train.py left in the run folder; empty where it is missing or damaged."""
     path = Path(student, name)
     if not path.is_file():
         return {}
     try:
         content = json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
-        logger.warning(
-            "%s is no readable JSON (%s): the card goes without it.", path, one_line(error)
-        )
+        logger.warning("%s is no readable JSON (%s): left out of the card.", path, one_line(error))
         return {}
     return content if isinstance(content, dict) else {}
 
 
-PLACES = (
-    "dump_path",
-    "student_config",
-    "student_pretrained_weights",
-    "token_counts",
-    "data_file",
-    "teacher_name",
+# Flags of train.py that are paths: the card shows the last part only.
+PATH_FLAGS = (
+    *("dump_path", "student_config", "student_pretrained_weights"),
+    *("token_counts", "data_file", "teacher_name"),
 )
 
 
-def training_text(args: argparse.Namespace) -> str:
-    """Say how the student was trained, by the files in its folder."""
-    flags, commit = (
-        read_run_file(args.student, "parameters.json"),
-        read_run_file(args.student, "git_log.json"),
-    )
+def training_text(student: str, datasets: Sequence[str] | None) -> str:
+    """Describe how the student was trained, from the files in its folder."""
+    flags = read_run_file(student, "parameters.json")
+    commit = read_run_file(student, "git_log.json")
     if not flags:
         return (
             "The model's folder holds no parameters.json of the run: its training flags are not"
@@ -214,34 +200,22 @@ def training_text(args: argparse.Namespace) -> str:
     ]
     lines = ["The training loss was the sum of:", "", *losses, ""]
     if flags.get("data_file"):
-        lines += [
-            f"Training data: the token file `{Path(flags['data_file']).name}`"
-            + (f", of {', '.join(args.datasets)}." if args.datasets else "."),
-            "",
-        ]
+        of_datasets = f", of {', '.join(datasets)}" if datasets else ""
+        name = Path(flags["data_file"]).name
+        lines += [f"Training data: the token file `{name}`{of_datasets}.", ""]
     if commit.get("repo_sha"):
         lines += [f"Code: commit `{commit['repo_sha']}`.", ""]
-    told = {
-        name: Path(value).name if name in PLACES and value else value
+    shown = {
+        name: Path(value).name if name in PATH_FLAGS and value else value
         for name, value in flags.items()
     }
-    rows = [f"| `{name}` | {cell(value)} |" for name, value in sorted(told.items())]
-    return "\n".join(
-        [
-            *lines,
-            "<details><summary>All flags of the run</summary>",
-            "",
-            "| flag | value |",
-            "| --- | --- |",
-            *rows,
-            "",
-            "</details>",
-        ]
-    )
+    rows = [f"| `{name}` | {cell(value)} |" for name, value in sorted(shown.items())]
+    head = ["<details><summary>All flags of the run</summary>", "", "| flag | value |"]
+    return "\n".join([*lines, *head, "| --- | --- |", *rows, "", "</details>"])
 
 
 def cell(value: object) -> str:
-    """Write a flag's value into a table's cell."""
+    """Write a flag's value for a table's cell."""
     return ("" if value is None else f"{value}").replace("|", "\\|").replace("\n", " ")
 
 
@@ -259,56 +233,53 @@ USES = {
     ),
 }
 OTHER_USE = (
-    'inputs = tokenizer("The capital of France is Paris.",'
-    ' return_tensors="pt")\nprint(model(**inputs))'
+    'inputs = tokenizer("The capital of France is Paris.", return_tensors="pt")\n'
+    "print(model(**inputs))"
 )
 
 
 def usage_text(args: argparse.Namespace) -> str:
-    """Write the code that loads the model and asks it something."""
+    """Write code that loads the model and runs it on a sentence."""
     loader, kind = head_of(args.student)
     name = args.model_id or short_name(args.student)
     return (
         f"```python\nfrom transformers import AutoTokenizer, {loader}\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\nmodel ='
-        f' {loader}.from_pretrained("{name}").eval()\n\n'
+        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
+        f'model = {loader}.from_pretrained("{name}").eval()\n\n'
         f"{USES.get(kind, OTHER_USE)}\n```"
     )
 
 
 def limits_text(args: argparse.Namespace, report: Mapping) -> str:
-    """Say what the model was not shown to do."""
+    """List the limits of the model and of its figures."""
     measured = [
         entry["title"] for entry in report["quality"].values() if "student" in entry["models"]
     ]
     longest = report["sizes"].get("student", {}).get("longest_input")
-    teacher = short_name(args.teacher)
+    is_language_model = head_of(args.student)[1] in ("fill-mask", "text-generation")
     lines = [
-        (
-            f"* Measured on {', '.join(measured)} only."
-            if measured
-            else "* Its quality was not measured on any task."
-        ),
-        (
-            f"* It was trained to imitate {teacher}: expect that model's errors and biases, and"
-            " some more."
-        ),
-        (
+        f"* Measured on {', '.join(measured)} only."
+        if measured
+        else "* Its quality was not measured on any task.",
+        f"* It was trained to imitate {short_name(args.teacher)}: expect that model's errors and"
+        " biases, and some more.",
+    ]
+    if is_language_model and set(report["quality"]) - {"lm"}:
+        lines.append(
             "* The scores on tasks are of models fine-tuned from this one, not of this one as"
             " it is."
-            if head_of(args.student)[1] in ("fill-mask", "text-generation")
-            and set(report["quality"]) - {"lm"}
-            else None
-        ),
-        f"* It reads at most {longest} tokens at once." if longest else None,
-        None if args.language else "* The language of its training text is not stated.",
-        None if args.license else "* No license is stated: ask its authors before you use it.",
-    ]
-    return "\n".join(line for line in lines if line)
+        )
+    if longest:
+        lines.append(f"* It reads at most {longest} tokens at once.")
+    if not args.language:
+        lines.append("* The language of its training text is not stated.")
+    if not args.license:
+        lines.append("* No license is stated: ask its authors before you use it.")
+    return "\n".join(lines)
 
 
 def card_text(args: argparse.Namespace, report: Mapping, tables: Mapping[str, str]) -> str:
-    """Write the whole card; tables: "quality", "size", "speed", as report.py lays them out."""
+    """Write the whole card; tables: "quality", "size" and "speed" of report_tables."""
     data = metadata(args, report)
     title = f"# {short_name(args.student)}"
     teacher = args.base_model or (
@@ -328,7 +299,7 @@ def card_text(args: argparse.Namespace, report: Mapping, tables: Mapping[str, st
         "## How to use it",
         usage_text(args),
         "## How it was made",
-        training_text(args),
+        training_text(args.student, args.datasets),
         "## Limits",
         limits_text(args, report),
     ]
@@ -338,7 +309,7 @@ def card_text(args: argparse.Namespace, report: Mapping, tables: Mapping[str, st
 
 
 def write_card(args: argparse.Namespace, report: Mapping, tables: Mapping[str, str]) -> None:
-    """Write README.md into the student's folder, after the hub's own classes have read it back."""
+    """Write README.md into the student's folder once the hub's classes have read it back."""
     text = card_text(args, report, tables)
     read_back = huggingface_hub.ModelCard(text).data
     assert read_back.to_dict() == metadata(args, report).to_dict()

@@ -796,8 +796,8 @@ def test_a_card_of_another_hand_is_kept_without_force(with_card, own_student, st
     readme.write_text("mine")
     status, lines = status_and_errors(report.main, with_card)
     assert status == 2 and lines == [
-        f"--write_card {readme}: was written or changed by another hand; move it, or replace it"
-        " with --force"
+        f"--write_card {readme}: was not written by report.py, or was changed since; move it, or"
+        " replace it with --force"
     ]
     assert readme.read_text() == "mine"
     report.main([*with_card, "--force"])
