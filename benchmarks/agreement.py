@@ -28,10 +28,8 @@ def run_check(job: Job) -> dict:
     numbers = list(range(len(batches)))
     teacher, student = make_models(job, has_dropout=False)
     move_apart(student)
-    untouched = (
-        copy.deepcopy(teacher),
-        copy.deepcopy(student),
-    )  # a Distiller changes its own
+    # A Distiller converts and compiles the models that it is given.
+    untouched = copy.deepcopy(teacher), copy.deepcopy(student)
     ours = make_distiller(job, teacher, student)
     losses_MK = ours.accumulate(batches, numbers, len(batches))[:, 1:]
     grads = flat_gradient(student) / ours.scaler.get_scale()

@@ -1,7 +1,7 @@
-"""The pieces of distil/kernels/cpu.py, each of which can be switched off to time what it is worth.
+"""The pieces of distil/kernels/cpu.py, each of which can be switched off to time its gain.
 
-The kernels have no switch: a call that is not in their table of handled functions runs torch's own
-function, and a model that reports no tied weight gets autograd's own gradient for it.
+The kernels have no switch. Calls of functions that are missing from their table run torch's
+function; a model without a tied weight gets autograd's gradient for the embedding.
 """
 
 import contextlib
@@ -14,8 +14,8 @@ import torch.nn.functional as F
 from distil.kernels import cpu
 from distiller import DistillationModel
 
-# piece: the functions that it handles. The gradient of a tied embedding is not in the table of
-# handled functions: the step asks the model for the weight.
+# piece: the functions that it handles. The table has none for the gradient of a tied embedding:
+# the step reads the weight from the model.
 PIECES = {
     "dropout": (F.dropout,),
     "attention": (F.scaled_dot_product_attention,),

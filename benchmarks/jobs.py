@@ -1,4 +1,4 @@
-"""Jobs: what the benchmark measures, each in a separate process, so that none affects another.
+"""Jobs: the measurements of the benchmark, each in a separate process, unaffected by others.
 
 scripts/benchmark.py starts itself anew with --job for each; a job answers with one line of JSON.
 """
@@ -51,7 +51,7 @@ def out_of_memory(job: Job) -> str:
 
 
 def do_job(job: Job) -> None:
-    """Run a job in this process; print what it found as one line of JSON."""
+    """Run a job in this process; print its result as one line of JSON."""
     if job.threads:
         torch.set_num_threads(job.threads)
     try:
@@ -66,7 +66,7 @@ def do_job(job: Job) -> None:
 
 
 def start_job(job: Job) -> dict:
-    """Run a job in a new process; return what it found. Raises InputError with its last line."""
+    """Run a job in a new process; return its result. Raises InputError with its last line."""
     command = [sys.executable, str(PROGRAM), "--job", json.dumps(dataclasses.asdict(job))]
     done = subprocess.run(command, capture_output=True, text=True)
     if done.returncode == -9:
@@ -86,7 +86,7 @@ def measure_ceilings(jobs: list[Job]) -> dict[str, dict]:
 
 
 def run_rounds(jobs: list[Job], num_rounds: int, tolerates_problems: bool) -> list[list[dict]]:
-    """Run all jobs in turn, round after round; return what each one found in its rounds.
+    """Run all jobs in turn, round after round; return the results of each job's rounds.
 
     A job with a problem is not run again. Raises InputError with it unless `tolerates_problems`.
     """

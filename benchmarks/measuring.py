@@ -55,7 +55,7 @@ class Stopwatch:
 def watch_stages(watch: Stopwatch, step: Distiller | PlainStep) -> None:
     """Time the stages of a step from now on.
 
-    What an update leaves is the backward pass, what a step leaves is the optimizer.
+    The rest of an update is the backward pass, the rest of a step the optimizer.
     """
     student = step.model.student if isinstance(step, Distiller) else step.student
     for stage, owner, method in (

@@ -85,7 +85,7 @@ class PlainStep:
         return logged
 
     def losses(self, batch: MicroBatch) -> tuple[dict[str, torch.Tensor], list]:
-        """Compute unweighted losses from whole logits: ({name: loss}, what the models returned)."""
+        """Compute unweighted losses from whole logits: ({name: loss}, the models' outputs)."""
         device = next(self.student.parameters()).device
         inputs = {"input_ids": batch.input_ids_BT.to(device), "output_hidden_states": True}
         if batch.attention_mask_BT is not None:

@@ -1,4 +1,4 @@
-"""From what the jobs found to rows, tables and a picture."""
+"""Turn the results of jobs into rows, tables and a picture."""
 
 import dataclasses
 import statistics
@@ -21,7 +21,7 @@ STAGES_ARE = (
 
 
 def merged(job: Job, rounds: list[dict]) -> dict:
-    """Merge what the rounds of a variant found into one row."""
+    """Merge the results of a variant's rounds into one row."""
     row = {"name": job.name, **dataclasses.asdict(job)}
     problems = [found["problem"] for found in rounds if "problem" in found]
     if problems:
@@ -147,7 +147,7 @@ def stage_table(rows: list[dict]) -> str:
 
 
 def print_report(found: dict) -> None:
-    """Print what was found."""
+    """Print machine, checks, ceilings and tables."""
     machine = found["machine"]
     print(
         f"\nPair {found['flags']['pair']}, {found['flags']['size']} size; {machine['device']};"

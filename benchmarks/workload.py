@@ -301,7 +301,7 @@ def write_synthetic(jobs: list[Job], is_mixed: bool = False) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Workload:
-    """The sequences of a job, their plan, and what makes a micro-batch of them."""
+    """The sequences of a job, their plan, and the preparation of a micro-batch."""
 
     dataset: LmSeqsDataset
     sampler: GroupedBatchSampler

@@ -1,5 +1,4 @@
-"""Measure the distillation step on this machine: real tokens a second, FLOP/s, memory, time by
-stage; beside the 2019 step.
+"""Measure the distillation step on this machine: real tokens a second, FLOP/s, memory, stages.
 
 Times the update of distiller.py on batches as training makes them, with models of full size and
 random weights; downloads nothing. --reference puts the same batches through a plain step of the
@@ -27,21 +26,12 @@ from benchmarks.jobs import do_job, measure_ceilings, run_rounds, start_job
 from benchmarks.summary import add_shares, draw, merged, print_report
 from benchmarks.workload import PAIR_ROWS, ROOT, Job, teacher_config, write_synthetic
 from distil.data.token_files import MIN_LENGTH, token_file_problem
-from distil.flops import (
-    DTYPES,
-)
+from distil.flops import DTYPES
 from distil.models.architectures import ARCHITECTURES
 from distil.reporting.machine import describe_machine
 from distil.system.files import require_output, write_json
 from distil.system.launch import check_compiler
-from utils import (
-    InputError,
-    OneLineParser,
-    git_facts,
-    logger,
-    run_program,
-    setup_logging,
-)
+from utils import InputError, OneLineParser, git_facts, logger, run_program, setup_logging
 
 SWEPT_SIZES = {"cpu": [2, 5, 10], "cuda": [8, 32, 128]}  # sequences a micro-batch, of --sweep
 # Measured, warm-up. On a CPU the heap settles in the third update: 92,000 page faults in the
@@ -140,7 +130,7 @@ def add_variant_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that say how often to measure, and where to write what was found."""
+    """Add the flags of repetitions, threads, seed and outputs."""
     add = parser.add_argument
     add("--updates", type=int, help="measured updates (default: 5 on a CPU, 20 on a GPU)")
     add("--warmup", type=int, help="updates before them (default: 3 on a CPU, 5 on a GPU)")
@@ -162,7 +152,7 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line and settle what depends on the device. Raises InputError."""
+    """Read the command line; set defaults that depend on the device. Raises InputError."""
     args = make_parser().parse_args(argv)
     if args.job:
         return args

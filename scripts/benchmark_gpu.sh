@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything about speed on a GPU in one command: the GPU's tests; the step of each pair, over micro-batch sizes and
-# precisions, as it is and compiled, beside the 2019 step in fp32 and under autocast; train.py end to end beside the bare
-# step. Writes JSON, PNG and what was printed.
+# precisions, as it is and compiled, next to the 2019 step in fp32 and under autocast; train.py end to end next to the
+# bare step. Writes JSON, PNG and the printed tables.
 #   scripts/benchmark_gpu.sh [--cpu] [FOLDER]      FOLDER: default benchmarks/gpu-DATE; --cpu: tiny sizes, to try the script
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
@@ -36,7 +36,7 @@ benchmark() { # name, flags of scripts/benchmark.py
 status=0
 "$PYTHON" -m pytest -m gpu -q 2>&1 | tee "$folder/tests.txt" || status=$?
 
-beside=(--reference --reference_precision fp32 bf16)
+reference=(--reference --reference_precision fp32 bf16)
 compile=(--compile)
 if ! said="$("$PYTHON" -c 'import sys, torch; from distil.system.launch import check_compiler; check_compiler(torch.device(sys.argv[1]))' "$device" 2>&1)"; then
     tail -n 1 <<< "$said" >&2
@@ -46,7 +46,7 @@ fi
 
 if [ "$device" = cpu ]; then
     tiny=(--device cpu --size tiny --updates 2 --warmup 1)
-    benchmark bert "${tiny[@]}" --length 32 "${beside[@]}" "${compile[@]}" --sweep --batch_size 2 --precision fp32 bf16
+    benchmark bert "${tiny[@]}" --length 32 "${reference[@]}" "${compile[@]}" --sweep --batch_size 2 --precision fp32 bf16
     benchmark bert-end-to-end "${tiny[@]}" --length 32 "${compile[@]}" --end_to_end
 else
     for pair in bert mbert gpt2 roberta; do
@@ -54,9 +54,9 @@ else
         if [ "$pair" = gpt2 ]; then
             length=512
         fi
-        benchmark "$pair" --device cuda --pair "$pair" --length "$length" "${beside[@]}" "${compile[@]}" --sweep
+        benchmark "$pair" --device cuda --pair "$pair" --length "$length" "${reference[@]}" "${compile[@]}" --sweep
     done
-    benchmark bert-mix --device cuda --length 512 --mix --batch_size 64 --precision fp32 bf16 "${beside[@]}" "${compile[@]}"
+    benchmark bert-mix --device cuda --length 512 --mix --batch_size 64 --precision fp32 bf16 "${reference[@]}" "${compile[@]}"
     benchmark bert-end-to-end --device cuda --length 256 --batch_size 128 --precision fp32 bf16 "${compile[@]}" --end_to_end
 fi
 echo "Wrote $folder."

@@ -1,4 +1,4 @@
-"""Compare models: figures of each task, what is kept of the teacher's, and what to note."""
+"""Compare models: figures of each task, retention of the teacher's quality, notes."""
 
 import datetime
 import math
@@ -33,7 +33,7 @@ def figure_of(task: str, content: Mapping) -> dict:
 
 
 def retention(score: float, teacher: float, lower_is_better: bool) -> float | None:
-    """Return what a model keeps of its teacher's quality, in %; None for a teacher at or below 0.
+    """Return the share of its teacher's quality that a model keeps, in %; None for a teacher <= 0.
 
     100 x score / teacher; where lower is better 100 x teacher / score: twice the teacher's
     perplexity counts as 50.

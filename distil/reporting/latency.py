@@ -69,15 +69,15 @@ def read_sentences(path: str) -> list[str]:
 
 
 def sequences_of(
-    name: str, config, sentences: Sequence[str] | None, limit: int, what: str = "--models"
+    name: str, config, sentences: Sequence[str] | None, limit: int, flag: str = "--models"
 ) -> list[list[int]]:
     """Tokenize sentences for a model, cut to `limit`; without any, draw ids in LENGTHS."""
     if sentences is not None:
-        tokenizer = load_any_tokenizer(name, what)
+        tokenizer = load_any_tokenizer(name, flag)
         found = tokenizer(list(sentences), truncation=True, max_length=limit)["input_ids"]
         if (largest := max(map(max, found))) >= config.vocab_size:
             raise InputError(
-                f"{what} {name}: its tokenizer gave the id {largest}, it has {config.vocab_size}"
+                f"{flag} {name}: its tokenizer gave the id {largest}, it has {config.vocab_size}"
                 " embeddings; take its own tokenizer"
             )
         return found
@@ -213,22 +213,22 @@ def measure(
     names: Mapping[str, str],
     plan: Plan,
     sentences: Sequence[str] | None = None,
-    what: str = "--models",
+    flag: str = "--models",
 ) -> dict[str, Any]:
     """Time models next to each other: {"rows": a row a setting, "inputs", "machine", ..}.
 
-    names: {the model's name in the result: hub name or folder}; speed-ups are over the first. what:
+    names: {the model's name in the result: hub name or folder}; speed-ups are over the first. flag:
     precedes a model's name in an InputError.
     """
-    configs = {name: text_config(where, what) for name, where in names.items()}
+    configs = {name: text_config(where, flag) for name, where in names.items()}
     limit = min(
         PADDED_LENGTH, *(longest_input(config) or PADDED_LENGTH for config in configs.values())
     )
     subjects = {
         name: Subject(
             configs[name],
-            sequences_of(where, configs[name], sentences, limit, what),
-            load_base(where, what),
+            sequences_of(where, configs[name], sentences, limit, flag),
+            load_base(where, flag),
         )
         for name, where in names.items()
     }

@@ -66,8 +66,8 @@ def measurements(
 ) -> dict:
     """Return {"sizes": {role: ..}, "speed": latency.measure's, "plan", "date"}, kept or measured.
 
-    plan, data: what to time with; None: leave speed out. no_run: measure nothing. again: measure
-    though figures are kept.
+    plan, data: the timing and its text; plan None: leave speed out. no_run: measure nothing.
+    again: measure though figures are kept.
     """
     if no_run or not again:
         kept = read_measurements(path, models, plan_facts(plan, data), any_plan=no_run)

@@ -37,7 +37,7 @@ def ratio_bars(report: Mapping) -> dict[str, dict[str, float]]:
 
 
 def draw(report: Mapping, path: Path) -> None:
-    """Draw what each model keeps of the teacher's quality, and its gains in size and speed."""
+    """Draw each model's share of the teacher's quality, and its gains in size and speed."""
     panels = (
         ("Quality kept, % of the teacher", retention_bars(report), 100, "{:.1f}"),
         ("Times smaller, or faster, than the teacher", ratio_bars(report), 1, "{:.2f}×"),

@@ -115,7 +115,7 @@ def size_table(report: Mapping) -> str:
 
 
 def speed_text(report: Mapping) -> str:
-    """Lay out the timings, and describe how and on what they were made."""
+    """Lay out the timings; describe their protocol, inputs and machine."""
     speed = report["speed"]
     if not speed:
         return "Latency: not measured."

@@ -100,7 +100,7 @@ def squad_files(data_dir: str, task: str) -> list[Path]:
 
 
 def into(folder: Path) -> list[str]:
-    """List the flags of a run's folder; replace what a run without a score left in it."""
+    """List the flags of a run's folder; let it replace the rest of a run without a score."""
     return ["--output_dir", str(folder), *(["--overwrite_output_dir"] if folder.exists() else [])]
 
 

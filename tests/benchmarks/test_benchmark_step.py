@@ -1,6 +1,4 @@
-"""The benchmark of the step: what it compares is the same function, what it counts is right, it
-runs; no time is asserted.
-"""
+"""The benchmark compares equal functions, counts right and runs; no test asserts a time."""
 
 import ast
 import dataclasses
@@ -202,7 +200,7 @@ def test_a_piece_that_is_off_is_not_called_and_the_others_are(piece, tmp_path, m
     assert pieces_called() == handled and workload.DistillationModel.tied_weight is not None
 
 
-def test_a_piece_that_is_off_does_not_go_with_a_gpu():
+def test_switching_a_piece_off_on_a_gpu_is_refused():
     args = benchmark.parse([*FLAGS, "--without", "tied"])
     args.device = "cuda"
     assert benchmark.number_problems(args, 512) == [
@@ -341,7 +339,7 @@ def test_ratios_to_the_reference_under_autocast_are_of_the_same_precision(tmp_pa
     assert [line.split("|")[-2].strip() for line in lines] == ["-", "1.00", "-", "2.00", "-"]
 
 
-def test_a_lack_of_memory_names_the_micro_batch_and_the_flag(tmp_path):
+def test_running_out_of_memory_names_the_micro_batch_and_the_flag(tmp_path):
     with pytest.raises(RuntimeError) as caught:
         torch.empty(2**60, dtype=torch.int8)
     assert jobs.is_out_of_memory(caught.value) and not jobs.is_out_of_memory(
@@ -396,7 +394,7 @@ def test_what_the_machine_lacks_is_one_line(status_and_errors):
         ]
 
 
-def test_a_machine_that_can_not_compile_is_one_line(status_and_errors, monkeypatch):
+def test_a_machine_that_cannot_compile_is_one_line(status_and_errors, monkeypatch):
     def fail(function):
         raise RuntimeError("no compiler\nfound")
 
@@ -420,7 +418,7 @@ esac
 @pytest.mark.parametrize("can_compile", [True, False])
 @pytest.mark.parametrize("device", ["cpu", "cuda"])
 def test_the_command_lines_of_the_gpu_script_are_right(device, can_compile, tmp_path):
-    """Written down by what stands in the interpreter's place; then read by the benchmark."""
+    """A stub of the interpreter writes the command lines down; the benchmark parses them."""
     for name in (
         "scripts/benchmark_gpu.sh",
         "scripts/environment.sh",

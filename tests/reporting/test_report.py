@@ -1,6 +1,4 @@
-"""The card of a distilled model: tables against sums done by hand, timings, the hub's metadata, and
-what is refused.
-"""
+"""The report and the model card: tables against hand-made sums, timings, metadata, bad input."""
 
 import json
 import re
@@ -203,7 +201,7 @@ def test_a_macro_score_is_of_all_tasks_or_none():
     assert comparison.macro_score(scores) == {"macro": None, "macro_without_wnli": None}
 
 
-def test_the_macro_scores_row_stands_in_the_table(tmp_path, teachers, student):
+def test_the_table_has_a_row_of_macro_scores(tmp_path, teachers, student):
     models, paths = {"teacher": (teachers["bert"], 80.0), "student": (student, 76.0)}, []
     for role, (model, value) in models.items():
         for task in COLUMNS:
@@ -317,7 +315,7 @@ def test_masked_and_causal_perplexities_are_not_compared(tmp_path, teachers):
     assert any("no causal one's" in note for note in found["notes"])
 
 
-def test_scores_on_different_examples_are_said_not_to_compare(tmp_path, teachers, student, made):
+def test_scores_on_different_examples_are_noted(tmp_path, teachers, student, made):
     counts = {"sst2": (872, 872), "rte": (277, 270), "xnli": (6, 6)}
     groups = {"xnli": ({"de": 60.0}, {"de": 60.0, "fr": 60.0})}
     paths = []
@@ -369,7 +367,7 @@ def test_what_is_kept_is_not_measured_again_unless_asked(made, tmp_path):
     assert (folder / "measurements.json").read_bytes() != measured
 
 
-def test_nothing_kept_is_said_to_be_not_run(tmp_path, teachers, student):
+def test_a_report_without_scores_says_not_run(tmp_path, teachers, student):
     out = tmp_path / "out"
     report.main(
         [
@@ -458,7 +456,7 @@ def test_what_is_missing_is_run_and_kept(tmp_path, teachers, student, capfd):
     quality = content_of(out)["quality"]["lm"]
     of_teacher, of_student = (content["score"]["perplexity"] for content in kept.values())
     assert quality["retention"]["student"] == pytest.approx(100 * of_teacher / of_student)
-    assert "kl" in kept[student.name]["score"]  # it was scored beside the teacher
+    assert "kl" in kept[student.name]["score"]  # it was scored against the teacher
     report.main([*flags, "--tasks", "lm", "--lm_text_file", str(text)])
     assert "$ python" not in capfd.readouterr().out
 
@@ -626,7 +624,7 @@ def test_a_text_is_read_by_each_models_own_tokenizer(tmp_path, teachers):
     )
 
 
-def test_other_vocabularies_are_noted_and_latency_goes_on(tmp_path, teachers, capsys):
+def test_other_vocabularies_are_noted_and_latency_is_measured(tmp_path, teachers, capsys):
     flags = [
         "--teacher",
         str(teachers["bert"]),
@@ -733,7 +731,7 @@ def test_the_cards_metadata_holds_the_figures(with_card, own_student):
     }
 
 
-def test_what_nobody_said_is_left_out_of_the_card(with_card, own_student):
+def test_the_card_leaves_out_what_is_not_stated(with_card, own_student):
     report.main(with_card)
     text = (own_student / "README.md").read_text(encoding="utf-8")
     data = yaml.safe_load(text.split("---\n")[1])
@@ -791,7 +789,7 @@ def test_the_cards_code_runs(kind, tmp_path, teachers, own_student, monkeypatch,
     assert capsys.readouterr().out.strip()
 
 
-def test_a_card_of_another_hand_is_kept_without_force(with_card, own_student, status_and_errors):
+def test_a_changed_card_is_kept_without_force(with_card, own_student, status_and_errors):
     readme = own_student / "README.md"
     readme.write_text("mine")
     status, lines = status_and_errors(report.main, with_card)
@@ -801,14 +799,14 @@ def test_a_card_of_another_hand_is_kept_without_force(with_card, own_student, st
     ]
     assert readme.read_text() == "mine"
     report.main([*with_card, "--force"])
-    report.main(with_card)  # its own is replaced
+    report.main(with_card)  # an unchanged one is replaced
     readme.write_text(
         readme.read_text(encoding="utf-8").replace("## Limits", "## Known limits"), encoding="utf-8"
     )
     assert status_and_errors(report.main, with_card)[0] == 2  # changed by hand since
 
 
-def test_a_card_is_its_own_only_unchanged(tmp_path):
+def test_a_card_counts_as_written_by_the_report_only_unchanged(tmp_path):
     assert not model_card.is_own(write(tmp_path / "a", b"\xff\xfe"))
     assert not model_card.is_own(
         write(tmp_path / "b", b"<!-- Written by Distil, scripts/report.py.")
@@ -938,7 +936,7 @@ def test_bad_flags_end_in_one_line(
     assert not (tmp_path / "out").exists() and not (own_student / "README.md").exists()
 
 
-def test_all_bad_flags_are_said_together(tmp_path, teachers, status_and_errors):
+def test_all_bad_flags_are_listed_together(tmp_path, teachers, status_and_errors):
     status, lines = status_and_errors(
         report.main,
         [
