@@ -1,8 +1,7 @@
-"""Facts about a run that every program needs, and that depend on nothing else of ours.
+"""Shared by every program: input errors and exit statuses, logging, keyed seeds, git facts.
 
-The leaf of the import graph: input errors and exit statuses, logging, atomic writes, keyed seeds,
-git facts. torch is imported where it is used: the programs that only prepare data start in a second
-and in a few tens of MB without it.
+The leaf of the import graph: imports no other module of the project, and no torch, so that programs
+that only prepare data start in a second and in a few tens of MB.
 """
 
 from __future__ import annotations
@@ -38,35 +37,30 @@ REMEDIES = {
     errno.ENOSPC: "; free some space, or write elsewhere",
     errno.EDQUOT: "; free some of your quota, or write elsewhere",
     errno.EFBIG: (
-        "; the system admits no file of that size, raise the limit (ulimit -f) or write elsewhere"
+        "; the system allows no file of that size, raise the limit (ulimit -f) or write elsewhere"
     ),
 }
 
 
 class InputError(ValueError):
-    """What the user gave cannot be used. Each line of the message names what, got, expected, and a
-    remedy.
-    """
+    """An unusable input. Each line of the message names flag, value, expectation and remedy."""
 
 
 class RankError(InputError):
-    """An InputError that other ranks may not have: said by the rank that has it, whichever it
-    is.
-    """
+    """An InputError of one rank that others may not have: printed by the rank that raises it."""
 
 
 def run_program(main: Callable[[], None]) -> None:
-    """Run a program's `main`; turn an `InputError` or an operating-system error into one line a
-    problem and status 2.
+    """Run a program's `main`; convert InputError and OSError to one line a problem and status 2.
 
-    Under a launcher the message comes once a machine; every rank exits with the same status.
+    Under a launcher each machine prints the message once; every rank exits with the same status.
     """
     try:
         status = _run(main)
     except Exception:
         if not _is_among_others():
             raise
-        # And leave: the interpreter's own end can hang with the others' connections
+        # End the process here: the interpreter's shutdown can hang in the others' connections.
         traceback.print_exc()
         status = 1
     if _is_among_others():
@@ -85,7 +79,7 @@ def _run(main: Callable[[], None]) -> int:
         report_problems(f"{one_line(error, limit=None)}{REMEDIES.get(error.errno, '')}")
         return EXIT_INPUT_ERROR
     except MemoryError:
-        report_problems("the memory is full; end other programs, or take a machine with more")
+        report_problems("out of memory; end other programs, or use a machine with more memory")
         return EXIT_INPUT_ERROR
     except KeyboardInterrupt:
         report_problems("interrupted")
@@ -96,27 +90,25 @@ def _run(main: Callable[[], None]) -> int:
 
 
 def _is_among_others() -> bool:
-    """True where this process has joined a process group; without torch.distributed imported it
-    can't have.
-    """
+    """True in a member of a process group, which has imported torch.distributed."""
     dist = sys.modules.get("torch.distributed")
     return dist is not None and dist.is_available() and dist.is_initialized()
 
 
 def _leave_together(status: int) -> NoReturn:
-    """End this process with a status; after success, when every rank has finished its own work.
+    """End this process with a status; after success, wait for every rank first.
 
-    Not by returning: in 1 of 28 runs of two ranks gloo's teardown aborted the rank that was done
+    Not by returning: in 1 of 28 runs of two ranks gloo's teardown aborted the rank that finished
     first ("terminate called without an active exception", torch 2.13), and the launcher then killed
-    the one that was still writing; the same was seen where one rank found an error that the others
-    could not know.
+    the rank that was still writing; so did an error that only one rank found.
     """
     if status == 0:
         try:
             sys.modules["torch.distributed"].barrier()
         except RuntimeError as error:
             report_problems(
-                f"a process was lost before all were done ({one_line(error)}); go on with --resume"
+                f"lost a process before all had finished ({one_line(error)}); continue with"
+                " --resume"
             )
             status = 1
     logging.shutdown()
@@ -126,17 +118,13 @@ def _leave_together(status: int) -> NoReturn:
 
 
 def one_line(error: Exception, limit: int | None = 160) -> str:
-    """Put an error's message on one line, cut to `limit` characters (None: whole); its type's name
-    where it has none.
-    """
+    """Return an error's message, or its type's name, on one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if limit is None or len(text) <= limit else text[: limit - 2] + ".."
 
 
 def report_problems(message: str, from_any_rank: bool = False) -> None:
-    """Print one line a problem to the standard error stream; of a launcher's processes the first on
-    a machine does.
-    """
+    """Print one line a problem to stderr; under a launcher only on each machine's first process."""
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ
     if from_any_rank or not is_launched or os.environ.get("LOCAL_RANK", "0") == "0":
         program = Path(sys.argv[0]).name or "distil"
@@ -145,9 +133,9 @@ def report_problems(message: str, from_any_rank: bool = False) -> None:
 
 
 class OneLineParser(argparse.ArgumentParser):
-    """An argument parser whose errors are one line without the usage text, raised as InputError.
+    """An argument parser that raises InputError of one line instead of printing the usage text.
 
-    An unknown flag is answered with the nearest known one.
+    The error for an unknown flag suggests the nearest known one.
     """
 
     def error(self, message: str) -> NoReturn:
@@ -171,7 +159,7 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 def setup_logging(level: int = logging.INFO) -> None:
-    """Send the project's log lines to the standard error stream, time and level in front."""
+    """Send the project's log lines to stderr, prefixed with time and level."""
     handler = logging.StreamHandler()
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
@@ -182,18 +170,15 @@ def setup_logging(level: int = logging.INFO) -> None:
 
 
 def bar_options() -> dict[str, Any]:
-    """Return tqdm's options for a terminal, or for a log file, where a line every ten seconds is
-    enough.
-    """
+    """Return tqdm's options for a terminal, or for a log file: a line every ten seconds."""
     return {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 10}
 
 
 def keep_freed_memory() -> bool:
-    """Let the C library keep large blocks that are freed, for the next of their size; True where it
-    can.
+    """Let the C library keep freed large blocks for reuse; return whether it can.
 
-    glibc gives them back to the system at once, and each call of a large operation faults its pages
-    in again: a log-softmax of 512 x 30522 took 20 ms, and 4 ms so.
+    By default glibc returns them to the system at once, and each large operation faults its pages
+    in again: a log-softmax of 512 x 30522 takes 20 ms rather than 4 ms.
     """
     try:
         import ctypes
@@ -211,9 +196,7 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:
-    """Describe the git checkout around `folder`: repo_id, repo_sha, repo_branch; None for what
-    there is not.
-    """
+    """Describe the git checkout around `folder`: repo_id, repo_sha, repo_branch, each or None."""
     facts: dict[str, str | None] = {"repo_id": None, "repo_sha": None, "repo_branch": None}
     try:
         import git  # raises ImportError where no git program is installed
@@ -221,7 +204,7 @@ def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:
         repo = git.Repo(folder, search_parent_directories=True)
     except Exception as error:
         logger.warning(
-            "No git checkout around %s (%s): git_log.json says so.", folder, type(error).__name__
+            "No git checkout around %s (%s): git_log.json has none.", folder, type(error).__name__
         )
         return facts
     facts["repo_id"] = str(repo)
@@ -230,7 +213,8 @@ def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:
         facts["repo_branch"] = repo.active_branch.name
     except (ValueError, TypeError) as error:
         logger.warning(
-            "The git head is unborn or detached (%s): git_log.json says so.", one_line(error)
+            "The git head is unborn or detached (%s): git_log.json names no branch.",
+            one_line(error),
         )
     return facts
 
@@ -243,8 +227,7 @@ def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:
 def keyed_seed(*key: int | str) -> int:
     """Hash a key such as (seed, micro-batch number, purpose) to a 63-bit seed.
 
-    Hashed because torch's CPU generator looks at the low 32 bits only: neighbouring counters would
-    not do.
+    Hashed, because torch's CPU generator reads only the low 32 bits: plain counters would collide.
     """
     digest = hashlib.blake2b("/".join(map(str, key)).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") >> 1
@@ -253,10 +236,9 @@ def keyed_seed(*key: int | str) -> int:
 def gathered(
     values: np.ndarray, starts: np.ndarray, lengths: np.ndarray, order: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Bring runs order[0], order[1], .. of a flat array together: (their values end to end, their
-    lengths).
+    """Concatenate runs order[0], order[1], .. of a flat array: (values, lengths).
 
-    starts, lengths: of every run in `values`. An index of 8 bytes a value is made in between.
+    starts, lengths: of every run in `values`. Makes a temporary index of 8 bytes a value.
     """
     lengths = lengths[order]
     new_starts = np.cumsum(lengths, dtype=np.int64) - lengths

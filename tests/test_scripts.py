@@ -265,7 +265,7 @@ BAD = {
     "output below a file": (
         binarized_data,
         ["--file_path", "{tmp}/text", "--dump_file", "{tmp}/old/x"],
-        "old is no folder",
+        "old is not a folder",
     ),
     "output in the model": (
         extract,

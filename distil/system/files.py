@@ -1,4 +1,4 @@
-"""Files that are complete under their names or not there; outputs checked before anything slow."""
+"""Atomic writes of files and folders, and checks of inputs and outputs before slow work."""
 
 from __future__ import annotations
 
@@ -21,9 +21,7 @@ from utils import InputError
 
 
 def require_file(path: str | os.PathLike, what: str) -> None:
-    """Raise InputError unless `path` is a file that holds something; `what` names the flag it came
-    from.
-    """
+    """Raise InputError unless `path`, given by the flag `what`, is a readable, non-empty file."""
     problem = file_problem(path, what)
     if problem:
         raise InputError(problem)
@@ -32,10 +30,9 @@ def require_file(path: str | os.PathLike, what: str) -> None:
 def output_problem(
     path: str, flag: str, inputs: Sequence[str] = (), *, is_folder: bool = False
 ) -> str | None:
-    """Say in one line why `path` can't be written, or would overwrite one of the `inputs` or lie in
-    one; None if it can.
+    """Explain in one line why `path` can't be written, or None.
 
-    Asked before any work is done, so that none is lost.
+    An output must not overwrite one of `inputs`, nor lie in one. Checked before any work is done.
     """
     if not path or "\0" in path:
         return f"{flag} {path!r}: expected the name of a {'folder' if is_folder else 'file'}"
@@ -43,50 +40,46 @@ def output_problem(
     if any(len(os.fsencode(part)) > 255 for part in target.parts):
         return f"{flag} {path[:60]}..: a name of more than 255 bytes; choose a shorter one"
     if target.is_dir() != is_folder and os.path.lexists(target):
-        return f"{flag} {path}: is {'no' if is_folder else 'a'} folder; choose another name"
+        return f"{flag} {path}: is {'not ' if is_folder else ''}a folder; choose another name"
     ancestor = next(p for p in [target.absolute(), *target.absolute().parents] if p.exists())
     if not is_folder and ancestor == target.absolute():
         ancestor = target.absolute().parent
     if not ancestor.is_dir() or not os.access(ancestor, os.W_OK):
-        return (
-            f"{flag} {path}: {ancestor} is no folder that this user may write to; choose another"
-            " place"
-        )
+        return f"{flag} {path}: {ancestor} is not a folder with write permission; choose another"
     for name in inputs:
         if name and os.path.exists(name) and target.resolve().is_relative_to(Path(name).resolve()):
-            return f"{flag} {path}: would overwrite {name}, which is read; choose another name"
+            return f"{flag} {path}: would overwrite the input {name}; choose another name"
     return None
 
 
 def require_output(
     path: str, flag: str, inputs: Sequence[str] = (), *, is_folder: bool = False
 ) -> None:
-    """Raise InputError where `output_problem` finds one."""
+    """Raise InputError where `output_problem` finds a problem."""
     problem = output_problem(path, flag, inputs, is_folder=is_folder)
     if problem:
         raise InputError(problem)
 
 
 def file_problem(path: str | os.PathLike, what: str) -> str | None:
-    """Say in one line why `path` is no readable, non-empty file; None if it is one."""
+    """Explain in one line why `path` is not a readable, non-empty file, or None."""
     if os.path.isdir(path):
-        return f"{what} {path}: is a folder, a file is expected; name the file inside it"
+        return f"{what} {path}: is a folder, expected a file; name the file inside it"
     if not os.path.isfile(path):
         return f"{what} {path}: no such file; check the path"
     if os.path.getsize(path) == 0:
         return f"{what} {path}: the file is empty; make it again"
     if not os.access(path, os.R_OK):
-        return f"{what} {path}: the file may not be read by this user; change its permissions"
+        return f"{what} {path}: this user can't read the file; change its permissions"
     return None
 
 
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary path beside `path`; on success flush it to the disk and rename it to
-    `path`.
+    """Yield a temporary path; on success flush the file and rename it to `path`.
 
-    A reader sees the old file or the whole new one. On failure the temporary file goes and `path`
-    is as before.
+    A reader sees the old file or the whole new one. On failure the temporary file is deleted and
+    `path` is unchanged.
     """
     with atomic_paths(path) as (temporary,):
         yield temporary
@@ -96,11 +89,10 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
 def atomic_paths(
     *paths: str | os.PathLike, stale: Sequence[str | os.PathLike] = ()
 ) -> Iterator[list[Path]]:
-    """Do as atomic_path for files that belong together: all are flushed before the first is
-    renamed, in their order.
+    """Write files that belong together as atomic_path does: flush all, then rename all in order.
 
-    stale: old files that would contradict the new ones half-way, removed before the first is
-    renamed. Signals that end the program wait until the last one is.
+    stale: old files that would contradict the new ones half-way, deleted before the first rename.
+    Signals that end the program wait until the last rename.
     """
     targets = [Path(path) for path in paths]
     temporaries: list[Path] = []
@@ -130,9 +122,7 @@ def atomic_paths(
 
 @contextlib.contextmanager
 def naming_library_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Do as `naming`, also for what safetensors and tokenizers, written in Rust, make of a system
-    error.
-    """
+    """Do as `naming`, also for system errors that safetensors and tokenizers (Rust) wrap."""
     try:
         with naming(path):
             yield
@@ -145,9 +135,7 @@ def naming_library_errors(path: str | os.PathLike) -> Iterator[None]:
 
 @contextlib.contextmanager
 def naming(path: str | os.PathLike) -> Iterator[None]:
-    """Put `path` into a system error that names no file: a full disk shows in a write, which knows
-    none.
-    """
+    """Add `path` to system errors that name no file, such as a write to a full disk."""
     try:
         yield
     except OSError as error:
@@ -157,14 +145,14 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
 
 
 def _give_default_permissions(path: Path) -> None:
-    # mkstemp makes files that only their owner reads; results are to be shared like any other file.
+    # mkstemp makes files that only their owner can read; results get the usual permissions.
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)
 
 
 def flush_to_disk(path: str | os.PathLike) -> None:
-    """Have a file, or a folder's entries, written to the disk itself."""
+    """Flush a file, or a folder's entries, to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -174,8 +162,9 @@ def flush_to_disk(path: str | os.PathLike) -> None:
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
-    """Yield a temporary folder beside `path`, which is new or empty; on success flush its files and
-    rename it to `path`.
+    """Yield a temporary folder; on success flush its files and rename it to `path`.
+
+    path: a new or empty folder.
     """
     target = Path(path)
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
@@ -195,9 +184,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
 
 
 def make_folder(path: str | os.PathLike) -> None:
-    """Make a folder, and those above it that are missing; the name of each is flushed to the
-    disk.
-    """
+    """Make a folder and its missing parents, and flush the name of each to the disk."""
     folder = Path(path)
     if not folder.is_dir():
         make_folder(folder.parent)
@@ -206,9 +193,7 @@ def make_folder(path: str | os.PathLike) -> None:
 
 
 def json_digest(content: Any) -> str:
-    """Return the SHA-256 of what JSON can hold, as hexadecimal digits, whatever the order of its
-    keys.
-    """
+    """Return the SHA-256 of JSON content in hexadecimal digits, for any order of its keys."""
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()
 
 
@@ -222,20 +207,16 @@ def save_weights(path: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]
     """Write a plain state dict (name -> CPU tensor) in torch's format, atomically."""
     import torch
 
-    on_host: dict[tuple, torch.Tensor] = {}  # a tied tensor is copied, and so written, once
+    on_host: dict[tuple, torch.Tensor] = {}  # a tied tensor is copied and written once
     plain = {}
     for name, tensor in state_dict.items():
         key = (tensor.data_ptr(), tensor.shape, tensor.stride())
         plain[name] = on_host.setdefault(
             key, tensor.detach().cpu() if key not in on_host else tensor
         )
-    with (
-        atomic_path(path) as temporary,
-        open(temporary, "wb") as file,
-    ):  # by name, the archive would carry the temporary one
+    # An open file: given a name, torch.save would store the temporary name in the archive.
+    with atomic_path(path) as temporary, open(temporary, "wb") as file:
         try:
             torch.save(plain, file)
-        except (
-            RuntimeError
-        ) as error:  # of a position in the file, where the system said that the disk is full
+        except RuntimeError as error:  # about a file position, where the system error is the cause
             raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None

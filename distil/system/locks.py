@@ -1,4 +1,4 @@
-"""The run folder's lock: one run at a time; and whether a launcher started this one again."""
+"""The run folder's lock, for one run at a time, and the detection of restarts by a launcher."""
 
 import fcntl
 import json
@@ -16,9 +16,7 @@ LOCK = "run.lock"
 
 
 def launch_facts() -> dict[str, str | None]:
-    """Name the launcher that started this process, and its job where that has a name; None
-    without.
-    """
+    """Return the launcher that started this process and the job's name; None for each unknown."""
     if "TORCHELASTIC_RUN_ID" not in os.environ:
         return {"launcher": None, "job": None}
     launcher, job = psutil.Process(os.getppid()), os.environ["TORCHELASTIC_RUN_ID"]
@@ -27,11 +25,10 @@ def launch_facts() -> dict[str, str | None]:
 
 
 def is_restarted(environment: Mapping[str, str], lock: Path) -> bool:
-    """True where the launcher, or its job on another machine, has run in the folder of this lock
-    before.
+    """True where this launcher, or its job on another machine, has run in the lock's folder before.
 
-    Not by the launcher's count: it says nothing of the folder, which may be an earlier job's; and
-    of several machines' launchers only the one whose process failed counts.
+    The launcher's restart count alone does not tell: the folder may be an earlier job's, and on
+    several machines only the launcher whose process failed counts.
     """
     try:
         then, now = json.loads(lock.read_text(encoding="utf-8")), launch_facts()
@@ -45,10 +42,11 @@ def is_restarted(environment: Mapping[str, str], lock: Path) -> bool:
 
 
 def take_lock(path: Path) -> TextIO:
-    """Lock a run's folder until the file returned is closed, or the process gone. Raises InputError
-    where another has it.
+    """Lock a run's folder until the returned file is closed or the process ends.
+
+    Raises InputError where another run holds the lock.
     """
-    # A link in its place may lead to any file.
+    # Not through a link, which may lead to any file.
     file = os.fdopen(
         os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666), "r+", encoding="utf-8"
     )
@@ -62,7 +60,7 @@ def take_lock(path: Path) -> TextIO:
 
 
 def require_unlocked(path: Path) -> None:
-    """Raise InputError where another run has the lock; nothing is written."""
+    """Raise InputError where another run holds the lock; write nothing."""
     if path.is_file():
         with open(path, encoding="utf-8", errors="replace") as file:
             _lock(file, path)
@@ -75,12 +73,12 @@ def _lock(file: TextIO, path: Path) -> None:
         holder = file.read(1000).strip()
         file.close()
         raise InputError(
-            f"{path.parent}: another run trains in it ({holder}); end that, or choose another"
+            f"{path.parent}: another run trains in it ({holder}); stop that run, or choose another"
             " folder"
         ) from error
     except OSError as error:  # a file system without locks
         logger.warning(
-            "%s: can't be locked (%s); take care that no two runs share the folder.",
+            "%s: can't be locked (%s); make sure that no two runs share the folder.",
             path,
             one_line(error),
         )

@@ -1,4 +1,4 @@
-"""Signals that end a program: held while files are renamed, or turned into a wish to stop."""
+"""Signals that end a program: held while files are renamed, or converted to a request to stop."""
 
 from __future__ import annotations
 
@@ -16,16 +16,14 @@ ENDING_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
 
 
 def note_signal(number: int, frame: object) -> None:
-    """Handle a signal by doing nothing: whoever waits on the wake-up descriptor learns of it, and
-    decides.
-    """
+    """Ignore a signal in its handler: StopSignals reads it from the wake-up descriptor."""
 
 
 @contextlib.contextmanager
 def holding_signals() -> Iterator[None]:
-    """Let signals that end the program wait until the end of the block.
+    """Delay signals that end the program until the end of the block.
 
-    By handlers, not by a mask: a mask is one thread's, and the system gives a signal to any thread.
+    By handlers, not by a mask: a mask holds for one thread, and the system may choose another.
     """
     if threading.current_thread() is not threading.main_thread():
         yield
@@ -45,26 +43,20 @@ def holding_signals() -> Iterator[None]:
 
 
 def exit_on_sigterm() -> None:
-    """Let SIGTERM, or SIGUSR1, end the program as Ctrl-C does, by way of every clean-up, with
-    status 143.
-    """
+    """Let SIGTERM and SIGUSR1 end the program as Ctrl-C does, cleaning up, with status 143."""
     for number in (signal.SIGTERM, signal.SIGUSR1):
         signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
 STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
-
-
 SAME_EVENT_S = 1.0
 
 
 class StopSignals:
-    """Note the signals that ask a run to stop at its next update; a second one ends the process at
-    once.
+    """Record signals that stop a run at its next update; a second one ends the process at once.
 
-    In a thread that the system wakes: the main one may stand in a collective, where Python's own
-    handlers do not run. Signals within a second are one: a scheduler and a launcher may both pass
-    the same on.
+    A thread reads them: the main thread may wait in a collective, where Python's handlers do not
+    run. Signals within SAME_EVENT_S count as one: a scheduler and a launcher may both forward it.
     """
 
     def __init__(self) -> None:
@@ -72,9 +64,7 @@ class StopSignals:
         self._noted_at = 0.0
 
     def request(self, number: int) -> None:
-        """Ask for a stop at the next update, as the signal does; the second time end the
-        process.
-        """
+        """Request a stop at the next update; at the second request end the process."""
         now = time.monotonic()
         if self.requested is None:
             self.requested, self._noted_at = number, now
@@ -118,7 +108,5 @@ class StopSignals:
 
 
 def exit_status(number: int) -> int:
-    """Return the status of a process that a signal ended: 143 for SIGTERM and SIGUSR1 (a scheduler
-    starts it again).
-    """
+    """Return a signal's exit status: 130 for SIGINT, 143 for SIGTERM and SIGUSR1 (restartable)."""
     return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)

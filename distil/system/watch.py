@@ -1,9 +1,10 @@
-"""Ranks that watch each other: a lost one ends the run instead of hanging it."""
+"""Heartbeats between ranks: a lost rank ends the run instead of hanging it."""
 
 import contextlib
 import os
 import threading
 import time
+from collections.abc import Callable
 
 from torch import distributed
 
@@ -11,32 +12,26 @@ from utils import report_problems
 
 
 class Watch:
-    """Heartbeats of this process, and what is heard of the others; in a thread, for the process may
-    hang in a collective.
+    """Send this process's heartbeats and watch the others', in a thread.
 
-    Rank 0 watches all, the others watch rank 0. One that is silent for timeout_s ends this process,
-    too.
+    In a thread, because the process may hang in a collective. Rank 0 watches all ranks, the others
+    watch rank 0. A watched rank that is silent for timeout_s ends this process too.
     """
 
     def __init__(self, store: distributed.Store, rank: int, world_size: int, timeout_s: float):
-        self.store, self.rank, self.timeout_s = (
-            store.clone(),
-            rank,
-            timeout_s,
-        )  # a connection of its own
+        self.store = store.clone()  # a separate connection
+        self.rank, self.timeout_s = rank, timeout_s
         self.interval_s = min(2.0, timeout_s / 10)
         self.heard_at = dict.fromkeys(range(1, world_size) if rank == 0 else [0], time.monotonic())
         self.last_beat: dict[int, bytes] = {}
-        self.parent, self.on_orphaned = (
-            os.getppid(),
-            lambda: None,
-        )  # called once, when the launcher is gone
+        self.parent = os.getppid()
+        self.on_orphaned: Callable[[], None] = lambda: None  # called once, when the launcher ends
         self.is_closed = threading.Event()
         self.thread = threading.Thread(target=self._run, name="watch", daemon=True)
         self.thread.start()
 
     def close(self) -> None:
-        """Stop watching; go on beating no more."""
+        """Stop the heartbeats and the watch."""
         self.is_closed.set()
         self.thread.join(self.interval_s)
 
@@ -44,9 +39,7 @@ class Watch:
         num_beats = 0
         while not self.is_closed.wait(self.interval_s):
             num_beats += 1
-            with contextlib.suppress(
-                RuntimeError
-            ):  # the store may be gone with the process that had it
+            with contextlib.suppress(RuntimeError):  # the store may have ended with its process
                 self.store.set(f"beat/{self.rank}", str(num_beats))
                 for rank in self.heard_at:
                     self._listen(rank)
@@ -62,21 +55,19 @@ class Watch:
             self.last_beat[rank], self.heard_at[rank] = beat, time.monotonic()
 
     def silent_for(self, silence_s: float) -> list[int]:
-        """List the watched ranks of which nothing was heard for so long."""
+        """List the watched ranks without a heartbeat for more than silence_s."""
         now = time.monotonic()
         return [rank for rank, heard_at in self.heard_at.items() if now - heard_at > silence_s]
 
     def describe(self) -> str:
-        """Say which ranks are missing, once a collective has failed; waits for the heartbeats that
-        are due.
-        """
+        """Name the ranks missing after a failed collective; wait for the due heartbeats first."""
         time.sleep(2.5 * self.interval_s)
         silent = self.silent_for(2.5 * self.interval_s)
         if silent:
             return self._say(silent)
         return (
-            "the processes lost each other, though those watched still beat: another says why, or"
-            " the network does"
+            "the processes lost each other, though the watched ranks still send heartbeats: see the"
+            " other ranks' output, or check the network"
         )
 
     def _say(self, silent: list[int]) -> str:
@@ -95,8 +86,8 @@ EXIT_LOST_RANK = 1
 
 
 def report_lost_ranks(message: str, rank: int) -> None:
-    """Say who is missing: rank 0 does; where that is the one, rank 1."""
+    """Report missing ranks, on rank 0; where rank 0 is missing, on rank 1."""
     if rank == 0 or (rank == 1 and message.startswith("rank 0 ")):
         report_problems(
-            f"stopped: {message}; see its own output, then go on with --resume", from_any_rank=True
+            f"stopped: {message}; see its output, then continue with --resume", from_any_rank=True
         )

@@ -1,14 +1,13 @@
-"""Checkpoints: everything that a run needs to go on, in folders that are complete and verified or
-not there.
+"""Checkpoints: all that a run needs to resume, in folders that are complete and verified or absent.
 
 A checkpoint is a folder `step-00000012` of safetensors files, `state.json`, and `MANIFEST.json`,
-which has the size and SHA-256 of each and a checksum of its own. It is written under another name,
-flushed, read back, renamed once, and the folder above flushed: at every instant the checkpoint
-before it is whole. No format in use notices a flipped bit; the manifest does. Nothing in a
-checkpoint is executed.
+which holds the size and SHA-256 of each file and its own checksum. It is written under another
+name, flushed, read back and renamed once, and then the parent folder is flushed: at every instant
+the previous checkpoint is whole. The file formats don't detect a flipped bit; the manifest does.
+Reading a checkpoint executes no code from it.
 
-One process writes it all: randomness is keyed by counters (see utils.keyed_seed), so no process has
-a state of its own.
+One process writes everything: randomness is keyed by counters (see utils.keyed_seed), so processes
+have no random state to save.
 """
 
 import contextlib
@@ -33,20 +32,20 @@ MANIFEST, STATE = "MANIFEST.json", "state.json"
 NAME = re.compile(r"step-(\d{8,})")
 UNFINISHED, DISCARDED = ".tmp", ".trash-"
 WRITE_BYTES = 2**24
-ROOM_BYTES = 2**20  # beside the tensors: state, manifest, headers
+ROOM_BYTES = 2**20  # for state, manifest and headers
 
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
 
 
 class DamagedError(InputError):
-    """A checkpoint that is not what was written; one before it may be."""
+    """A checkpoint that differs from what was written; an older one may be whole."""
 
 
 @dataclasses.dataclass(frozen=True)
 class Checkpoint:
-    """A checkpoint whose every byte was compared with the manifest.
+    """A checkpoint whose every byte was compared with its manifest.
 
-    step: updates done. state: what state.json holds. manifest: file name -> size and SHA-256.
+    step: updates done. state: content of state.json. manifest: file name -> size and SHA-256.
     """
 
     path: Path
@@ -55,12 +54,10 @@ class Checkpoint:
     manifest: Mapping[str, Mapping[str, Any]]
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Read a file of tensors, on the CPU. What is checked is what is loaded. Raises
-        DamagedError.
-        """
+        """Load a file of tensors on the CPU from the verified bytes. Raises DamagedError."""
         path = self.path / f"{name}.safetensors"
         try:
-            with _saying_damaged(path):
+            with _raise_as_damaged(path):
                 return safetensors.torch.load(_checked_bytes(path, self.manifest))
         except safetensors.SafetensorError as error:
             raise DamagedError(f"{path}: {one_line(error)}") from error
@@ -74,18 +71,18 @@ class Checkpoint:
 def write(
     folder: str | os.PathLike, step: int, tensors: Tensors, state: Mapping[str, Any], keep: int
 ) -> Path:
-    """Write a checkpoint into `folder` and drop all but the newest `keep`; return its path.
+    """Write a checkpoint into `folder`, delete all but the newest `keep`, and return its path.
 
     tensors: file name (without suffix) -> name -> tensor. Raises InputError that names path and
-    bytes where the disk is full or may not be written to: nothing half-written stays, and the
-    checkpoints before are as they were.
+    bytes where the disk is full or not writable: nothing half-written stays, and the previous
+    checkpoints are unchanged.
     """
     final = Path(folder) / f"step-{step:08d}"
     unfinished = final.with_name(final.name + UNFINISHED)
     num_bytes = ROOM_BYTES + sum(
         tensor.nbytes for file in tensors.values() for tensor in file.values()
     )
-    with _saying_how_much(final, num_bytes), naming(final):
+    with _raise_with_size(final, num_bytes), naming(final):
         make_folder(final.parent)
         clean(final.parent)
         _require_room(final.parent, num_bytes)
@@ -93,9 +90,7 @@ def write(
             unfinished.mkdir()
             _write_files(unfinished, step, tensors, state)
             read(unfinished)
-            if os.path.lexists(
-                final
-            ):  # an update that is done again after a damaged checkpoint was skipped
+            if os.path.lexists(final):  # an update repeated after its damaged checkpoint
                 _discard(final)
             os.rename(unfinished, final)
             flush_to_disk(final.parent)
@@ -111,19 +106,19 @@ def _require_room(folder: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise InputError(
             f"{folder}: the disk is full: a checkpoint takes {num_bytes:,} bytes, {free:,} are"
-            f" free{GO_ON}"
+            f" free{FREE_SPACE}"
         )
 
 
-GO_ON = "; make room, then go on with --resume"
+FREE_SPACE = "; free disk space, then continue with --resume"
 
 
 @contextlib.contextmanager
-def _saying_how_much(path: Path, num_bytes: int) -> Iterator[None]:
+def _raise_with_size(path: Path, num_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = GO_ON if error.errno in REMEDIES else ""
+        remedy = FREE_SPACE if error.errno in REMEDIES else ""
         raise InputError(
             f"{one_line(error, limit=None)} (a checkpoint takes {num_bytes:,} bytes){remedy}"
         ) from error
@@ -145,9 +140,7 @@ def _write_files(folder: Path, step: int, tensors: Tensors, state: Mapping[str, 
 
 
 def _write_file(path: Path, content: bytes) -> dict[str, Any]:
-    """Write a file and flush it; return its row of the manifest, made from what was meant to be
-    written.
-    """
+    """Write and flush a file; return its manifest row, computed from `content`, not the file."""
     with open(path, "xb") as file:
         view = memoryview(content)
         for start in range(0, len(view), WRITE_BYTES):
@@ -158,7 +151,7 @@ def _write_file(path: Path, content: bytes) -> dict[str, Any]:
 
 
 def _discard(path: Path) -> None:
-    """Take a folder away under another name first: what has a checkpoint's name is whole."""
+    """Rename a folder, then delete it: a folder with a checkpoint's name is always whole."""
     trash = path.with_name(f"{DISCARDED}{path.name}")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(path, trash)
@@ -166,16 +159,14 @@ def _discard(path: Path) -> None:
 
 
 def prune(folder: Path, keep: int, written: Path) -> None:
-    """Drop all checkpoints but the newest `keep` and the one just written: those of later steps may
-    all be damaged.
-    """
+    """Delete all checkpoints but the newest `keep` and `written`: newer ones may be damaged."""
     for path in exist(folder)[keep:]:
         if path != written:
             _discard(path)
 
 
 def clean(folder: str | os.PathLike) -> None:
-    """Remove what a save that was killed left half-written, or half-deleted."""
+    """Delete half-written and half-deleted folders that a killed save left."""
     for path in [
         *Path(folder).glob(f"step-*{UNFINISHED}"),
         *Path(folder).glob(f"{DISCARDED}step-*"),
@@ -189,15 +180,12 @@ def clean(folder: str | os.PathLike) -> None:
 
 
 def exist(folder: str | os.PathLike) -> list[Path]:
-    """List the checkpoints of a folder, whole or damaged, the newest first."""
+    """List a folder's checkpoints, whole or damaged, newest first."""
     try:
         found = [
             path for path in Path(folder).iterdir() if NAME.fullmatch(path.name) and path.is_dir()
         ]
-    except (
-        FileNotFoundError,
-        NotADirectoryError,
-    ):  # not another error: none that can be seen is not none that there are
+    except (FileNotFoundError, NotADirectoryError):  # other errors may hide checkpoints: raise them
         return []
     return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]), reverse=True)
 
@@ -209,11 +197,11 @@ def read(path: str | os.PathLike) -> Checkpoint:
     InputError where a newer version of this program wrote it.
     """
     path = Path(path)
-    with _saying_damaged(path):
+    with _raise_as_damaged(path):
         manifest = _read_manifest(path)
         for name, expected in manifest["files"].items():
             if name != Path(name).name:
-                raise DamagedError(f"{path}: its manifest names {name!r}, which is no file of it")
+                raise DamagedError(f"{path}: its manifest names {name!r}, not one of its files")
             _check_file(path / name, expected)
         state = json.loads(_checked_bytes(path / STATE, manifest["files"]))
         step, named = state.pop("step"), NAME.fullmatch(path.name.removesuffix(UNFINISHED))
@@ -225,8 +213,8 @@ def read(path: str | os.PathLike) -> Checkpoint:
 
 
 @contextlib.contextmanager
-def _saying_damaged(path: Path) -> Iterator[None]:
-    """Turn what a damaged file can raise into DamagedError."""
+def _raise_as_damaged(path: Path) -> Iterator[None]:
+    """Convert errors of damaged files to DamagedError."""
     try:
         with naming(path):
             yield
@@ -242,7 +230,7 @@ def _saying_damaged(path: Path) -> Iterator[None]:
 
 def _read_manifest(path: Path) -> dict[str, Any]:
     name = path / MANIFEST
-    with _saying_damaged(name):
+    with _raise_as_damaged(name):
         manifest = json.loads(name.read_bytes())
         if manifest.pop("manifest_sha256") != json_digest(manifest) or manifest["format"] != FORMAT:
             raise DamagedError(f"{name}: differs from its own checksum: damaged, or edited")
@@ -255,8 +243,8 @@ def _read_manifest(path: Path) -> dict[str, Any]:
 
 
 def _check_file(path: Path, expected: Mapping[str, Any]) -> None:
-    if not path.is_file():  # a device or a pipe would be read for ever
-        raise DamagedError(f"{path}: there is no such file")
+    if not path.is_file():  # reading a device or a pipe may never end
+        raise DamagedError(f"{path}: no such file")
     size = os.path.getsize(path)
     if size != expected["bytes"]:
         raise DamagedError(
@@ -282,11 +270,9 @@ def _checked_bytes(path: Path, manifest: Mapping[str, Mapping[str, Any]]) -> byt
 
 
 def newest(folder: str | os.PathLike) -> Checkpoint | None:
-    """Return the newest checkpoint that is whole, saying which were skipped and why; None where
-    there is none at all.
+    """Read the newest whole checkpoint, with a warning for each one skipped; None without any.
 
-    Raises InputError where there are some and all are damaged: what to lose is not for a program to
-    choose.
+    Raises InputError where all are damaged: the user decides what to lose, not the program.
     """
     problems = []
     for path in exist(folder):
@@ -309,7 +295,7 @@ def newest(folder: str | os.PathLike) -> Checkpoint | None:
 
 
 def content_digest(tensors: Mapping[str, torch.Tensor]) -> str:
-    """Return the SHA-256 of names, dtypes, shapes and bytes of tensors."""
+    """Return the SHA-256 of the names, dtypes, shapes and bytes of tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
         tensor = tensor.detach().cpu().contiguous()

@@ -741,7 +741,7 @@ BAD = {
     "input": (["--file_path", "{tmp}/text", "--report", "{tmp}/text"], "would overwrite"),
     "inside input": (
         ["--file_path", "{tmp}/latin", "--token_counts_dump", "{tmp}/latin/x"],
-        "latin is no folder",
+        "latin is not a folder",
     ),
     "format": (["--file_path", "{tmp}/text", "--format", "numpy"], "invalid choice: 'numpy'"),
 }

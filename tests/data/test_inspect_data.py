@@ -478,7 +478,7 @@ BAD = {
         "token file's own file or card",
     ),
     "json folder": (["{tmp}/data", "--json", "{tmp}"], "--json {tmp}: is a folder"),
-    "json place": (["{tmp}/data", "--json", "{tmp}/text/x.json"], "text is no folder"),
+    "json place": (["{tmp}/data", "--json", "{tmp}/text/x.json"], "text is not a folder"),
 }
 
 
