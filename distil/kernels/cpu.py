@@ -1,18 +1,15 @@
-"""What the step computes faster on a CPU than torch does by itself: dropout, attention with
-dropout, float32 products.
+"""Operations that run faster on a CPU than torch's: dropout, attention, tied embeddings, products.
 
-`faster()` is a context in which a model's own calls of torch.nn.functional come here; no module is
-changed, so it serves every architecture. Outside it, on other devices and for whatever is not
-handled, torch's own functions run.
+Within the context `faster()` a model's calls of torch.nn.functional are redirected to this module;
+no model code is changed, so it serves every architecture. Outside it, on other devices and for
+cases that are not handled, torch's functions run.
 
-- Dropout: torch draws a float32 per element from a serial generator (6 ms a million); here an
-  element takes 16 bits of it.
-- Attention with dropout: torch's fused CPU kernel has none, its fallback keeps three matrices of B
-  x H x T x T; here one, and a byte an element.
+- Dropout: torch draws a float32 per element from a serial generator (6 ms a million); here 16 bits.
+- Attention with dropout: torch's fused CPU kernel supports no dropout, and its fallback keeps three
+  matrices of B x H x T x T; here one, and one byte an element.
 - The gradient of an embedding that is tied to the head: only the rows that occurred, where torch
-  makes a second V x D.
-- float32 linear maps: torch gives them to MKL, which is slow on AMD; oneDNN, in the same package,
-  is not.
+  makes a second V x D matrix.
+- float32 linear maps: torch calls MKL, which is slow on AMD; here oneDNN, from the same package.
 
 Shape suffixes: B sequences, H heads, T query positions, S key positions, N rows, I and O width of
 input and output.
@@ -25,7 +22,7 @@ import torch.nn.functional as F
 from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
-LANES = 2**16  # a share of dropped elements is rounded to a multiple of 1 / LANES
+LANES = 2**16  # the share of dropped elements is rounded to a multiple of 1 / LANES
 
 # --------------------------------------------------------------------------------------------------
 # Dropout
@@ -33,13 +30,13 @@ LANES = 2**16  # a share of dropped elements is rounded to a multiple of 1 / LAN
 
 
 def draw_kept(shape: torch.Size, probability: float) -> tuple[torch.Tensor, float]:
-    """Draw which elements stay, from torch's default generator: (bool, factor that keeps the mean).
+    """Draw kept elements from torch's default generator: (bool, factor that preserves the mean).
 
-    probability: of being dropped, rounded to a multiple of 2^-16 below 1 (0.1 becomes 0.100006);
-        the factor is for the rounded one.
+    probability: of dropping an element, rounded to a multiple of 2^-16 below 1 (0.1 becomes
+    0.100006); the factor fits the rounded probability.
     """
-    # Differs from the original: the share is rounded. torch draws a number of its own for each
-    # element, which takes longer.
+    # Differs from the original: the probability is rounded. torch draws one number an element,
+    # which takes longer.
     num_dropped = min(round(probability * LANES), LANES - 1)
     num_words = -(-shape.numel() // 4)
     words = torch.empty(num_words, dtype=torch.int64).random_(-(2**63), None)  # all 64 bits
@@ -61,7 +58,7 @@ class _Dropout(torch.autograd.Function):
 
 
 def dropout(input, p: float = 0.5, training: bool = True, inplace: bool = False) -> torch.Tensor:
-    """Do as torch.nn.functional.dropout does."""
+    """Compute torch.nn.functional.dropout."""
     if not training or inplace or not 0 < p < 1 or not _is_float_on_cpu(input):
         return F.dropout(input, p, training, inplace)
     return _Dropout.apply(input, p)
@@ -73,9 +70,7 @@ def dropout(input, p: float = 0.5, training: bool = True, inplace: bool = False)
 
 
 class _DroppedAttention(torch.autograd.Function):
-    """softmax(q k' scale + mask), elements dropped, times v. Saves probabilities and what was kept,
-    once each.
-    """
+    """dropout(softmax(q k' scale + mask)) v. Saves the probabilities and the kept elements."""
 
     @staticmethod
     def forward(ctx, query_BHTD, key_BHSD, value_BHSD, mask, probability: float, scale: float):
@@ -125,7 +120,7 @@ def attention(
     scale: float | None = None,
     enable_gqa: bool = False,
 ) -> torch.Tensor:
-    """Do as torch.nn.functional.scaled_dot_product_attention does."""
+    """Compute torch.nn.functional.scaled_dot_product_attention."""
     tensors, is_cast = (query, key, value), torch.is_autocast_enabled("cpu")
     is_handled = (
         0 < dropout_p < 1
@@ -157,9 +152,7 @@ def attention(
 
 
 def _sees_nothing(mask: torch.Tensor) -> torch.Tensor:
-    """Mark the queries that no key is shown to: torch's attention gives them zeros, a softmax alone
-    NaN.
-    """
+    """Mark queries that see no key: torch's attention returns zeros for them, a softmax NaN."""
     return (~mask if mask.dtype == torch.bool else mask == -torch.inf).all(-1, keepdim=True)
 
 
@@ -171,7 +164,7 @@ def _sees_nothing(mask: torch.Tensor) -> torch.Tensor:
 def _product(
     left_NI: torch.Tensor, right_OI: torch.Tensor, bias_O: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """left times right', in oneDNN."""
+    """Compute left right' + bias in oneDNN."""
     return torch.ops.mkldnn._linear_pointwise(left_NI, right_OI, bias_O, "none", [], "")
 
 
@@ -192,7 +185,7 @@ class _Linear(torch.autograd.Function):
 
 
 def linear(input, weight, bias=None) -> torch.Tensor:
-    """Do as torch.nn.functional.linear does. In half precision torch calls oneDNN itself."""
+    """Compute torch.nn.functional.linear; in half precision torch already calls oneDNN."""
     return (
         _linear(input, weight, bias)
         if _is_for_onednn(input, weight, bias)
@@ -201,7 +194,7 @@ def linear(input, weight, bias=None) -> torch.Tensor:
 
 
 def addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None) -> torch.Tensor:
-    """Do as torch.addmm does; GPT-2's linear maps are written with it."""
+    """Compute torch.addmm, which GPT-2 uses for its linear maps."""
     is_linear = (beta, alpha, out) == (1, 1, None) and mat1.dim() == mat2.dim() == 2
     if is_linear and _is_for_onednn(mat1, mat2.t(), input):
         return _linear(mat1, mat2.t(), input)
@@ -237,7 +230,7 @@ def _is_float_on_cpu(tensor: torch.Tensor) -> bool:
 
 
 # --------------------------------------------------------------------------------------------------
-# Looking up weights that are the head's, too
+# Embeddings that are tied to the head
 # --------------------------------------------------------------------------------------------------
 
 
@@ -262,12 +255,10 @@ class _TiedLookup(torch.autograd.Function):
 
 
 class TiedGradient:
-    """A context of forward and backward in which the rows of an embedding's gradient are added to
-    the head's, in place.
+    """Context of forward and backward that adds an embedding's gradient to the head's, in place.
 
-    weight_VD: the embedding's weights, to which something else gives a dense gradient in every
-    backward. Autograd alone makes a second matrix of V x D for the embedding, mostly zeros, and
-    adds the two.
+    weight_VD: the tied weights, which get a dense gradient from the head in every backward.
+    Autograd alone would make a second V x D matrix for the embedding, mostly zeros, and add both.
     """
 
     def __init__(self, weight_VD: torch.Tensor):
@@ -284,7 +275,7 @@ class TiedGradient:
         scale_grad_by_freq=False,
         sparse=False,
     ):
-        """Do as torch.nn.functional.embedding does."""
+        """Compute torch.nn.functional.embedding."""
         if (
             max_norm is not None
             or scale_grad_by_freq
@@ -298,8 +289,7 @@ class TiedGradient:
         return _TiedLookup.apply(input, weight, padding_idx, self._found)
 
     def __enter__(self) -> "TiedGradient":
-        # Called with the sum of all dense gradients, before it is accumulated and before ranks
-        # exchange it.
+        # The hook gets the sum of all dense gradients, before accumulation and the all-reduce.
         self._hook = self.weight_VD.register_hook(self._add_rows)
         return self
 
@@ -308,7 +298,7 @@ class TiedGradient:
         self._found.clear()
 
     def _add_rows(self, grad_VD: torch.Tensor | None) -> None:
-        assert grad_VD is not None, "nothing but look-ups gave the weights a gradient"
+        assert grad_VD is not None, "the weights got a gradient from look-ups only"
         while self._found:
             ids, rows = self._found.pop()
             grad_VD.index_add_(0, ids, rows.to(grad_VD.dtype))
@@ -327,8 +317,9 @@ HANDLED = {
 
 
 class _Faster(TorchFunctionMode):
-    """Sends the calls of HANDLED's keys to their values, and looking up tied weights to `look_up`,
-    which run outside of it.
+    """Redirect calls of HANDLED's keys to its values, and look-ups of tied weights to `look_up`.
+
+    The redirected functions run outside this mode.
     """
 
     def __init__(self, tied: TiedGradient | None = None):
@@ -348,14 +339,15 @@ class _Faster(TorchFunctionMode):
 
 
 def faster(tied: TiedGradient | None = None) -> contextlib.AbstractContextManager:
-    """Return the context of a forward pass."""
+    """Return the context for a forward pass."""
     return _Faster(tied)
 
 
 def checkpointing_contexts() -> tuple[
     contextlib.AbstractContextManager, contextlib.AbstractContextManager
 ]:
-    """Return what torch.utils.checkpoint wants for a forward inside `faster`: nothing, then
-    `faster` for doing it again.
+    """Return torch.utils.checkpoint's contexts for a forward inside `faster`.
+
+    The first forward needs no further context, the recomputation needs `faster` again.
     """
     return contextlib.nullcontext(), _Faster()
