@@ -1,9 +1,9 @@
-"""The sequences that a model is trained on, out of a token file.
+"""The training sequences as views of a token file, and their batches.
 
-`LmSeqsDataset` splits long sequences and filters short and unknown ones as index arithmetic over
-one flat array of ids: a sequence is a view, 14 bytes, and no id is copied before it goes into a
-batch. What a store's card already tells (no boundary token inside a sequence, where unknown tokens
-abound) is not looked up again, so that a store is not read when it is opened.
+`LmSeqsDataset` splits long sequences and removes short and unknown ones by index arithmetic over
+one flat array of ids: a sequence is a view of 14 bytes, and ids are copied only into batches. Facts
+of the file's card (no boundary token inside a sequence, which sequences have many unknown tokens)
+are not recomputed, so that opening a store does not read its ids.
 """
 
 import dataclasses
@@ -24,22 +24,21 @@ from distil.data.token_files import (
 )
 from utils import InputError, logger
 
-CHUNK_SEQUENCES = 2**18  # that are split and filtered in one go
-CHUNK_IDS = 2**22
+CHUNK_SEQUENCES = 2**18  # split and filtered at a time
+CHUNK_IDS = 2**22  # searched for unknown ids at a time
 
 
 def read_token_counts(
     path: str | os.PathLike, vocab_size: int, model: str, vocabulary: str | None = None
 ) -> np.ndarray:
-    """Read the occurrences of each id, int64 (V,), for the model that `model` names (its flag and
-    name).
+    """Read the occurrences of each id, int64 (V,).
 
-    vocabulary: fingerprint of the model's vocabulary, compared with the card's where there is one.
-    Raises InputError for anything but a list of vocab_size non-negative ints, and for counts of
-    another vocabulary.
+    model: flag and name of the model, for messages. vocabulary: fingerprint of its vocabulary,
+    compared with the card's if there is one. Raises InputError for anything but a list of
+    vocab_size non-negative ints, and for counts of another vocabulary.
     """
-    what = "--token_counts"
-    content = read_pickle(path, what)
+    flag = "--token_counts"
+    content = read_pickle(path, flag)
     try:
         counts_V = np.asarray(content)
     except ValueError:
@@ -51,15 +50,15 @@ def read_token_counts(
         or counts_V.min() < 0
     ):
         raise InputError(
-            f"{what} {path}: expected a list of counts, one a token id; make it with"
+            f"{flag} {path}: expected a list of counts, one per token id; make it with"
             " token_counts.py"
         )
     if len(counts_V) != vocab_size:
         raise InputError(
-            f"{what} {path}: has {len(counts_V)} entries, the vocabulary of {model} has"
+            f"{flag} {path}: has {len(counts_V)} entries, the vocabulary of {model} has"
             f" {vocab_size}; count again with --vocab_size {vocab_size}"
         )
-    check_vocabulary(read_verified_card(path, what), vocabulary, f"{what} {path}", model)
+    check_vocabulary(read_verified_card(path, flag), vocabulary, f"{flag} {path}", model)
     return counts_V.astype(np.int64)
 
 
@@ -70,9 +69,7 @@ def read_token_counts(
 
 @dataclasses.dataclass(frozen=True)
 class SpecialIds:
-    """Token ids by role. start, unknown: None where the tokenizer has no such token; sequences then
-    begin without.
-    """
+    """Token ids by role; start and unknown are None if the tokenizer has no such token."""
 
     start: int | None
     end: int
@@ -83,18 +80,16 @@ class SpecialIds:
 class LmSeqsDataset:
     """Sequences of token ids, cut to the model's maximum and filtered, as views of one flat array.
 
-    A sequence is ids[start : start + its own ids], with the start id in front and the end id behind
-    where the cut took them away. Steps and order as in 2019: split, remove short, remove unknown.
-    starts (int64), lengths (int32, boundary tokens included), adds_start, adds_end (bool): one
-    entry a sequence.
+    The steps are those of 2019, in the same order: split, remove short, remove unknown. A sequence
+    is a slice of the file's ids, with the start id prepended and the end id appended if the split
+    took them away. One entry per sequence: starts (int64, of the slice), lengths (int32, boundary
+    tokens included), adds_start, adds_end (bool).
     """
 
     def __init__(
         self, tokens: TokenFile, special: SpecialIds, max_length: int, source: str = "the data"
     ):
-        """tokens: the token file; source: names it in an error. Raises InputError where boundary
-        tokens are missing.
-        """
+        """source: the token file's name in messages. Raises InputError without boundary tokens."""
         if max_length <= MIN_LENGTH:
             raise InputError(
                 f"--max_length {max_length}: sequences of {MIN_LENGTH} ids or fewer are removed;"
@@ -103,7 +98,7 @@ class LmSeqsDataset:
         self.tokens = tokens
         self.special = special
         self.max_length = max_length
-        self._known = _what_the_card_tells(tokens, special)
+        self._known = _facts_of_the_card(tokens, special)
         self._select(source)
 
     @classmethod
@@ -116,23 +111,19 @@ class LmSeqsDataset:
         model: str,
         vocabulary: str | None = None,
     ):
-        """Open, check and filter a token file for the model that `model` names (its flag and name).
+        """Open, check, split and filter a token file.
 
-        vocabulary: fingerprint of the model's vocabulary, compared with the file's where that has a
-        card. Raises InputError naming the file where it is unreadable, of another vocabulary, has
-        ids outside the vocabulary, sequences without boundary tokens, or nothing left after
-        filtering.
+        model: flag and name of the model, for messages. vocabulary: fingerprint of its vocabulary,
+        compared with the file's if that has a card. Raises InputError naming the file if it is
+        unreadable, of another vocabulary, has ids outside the vocabulary or sequences without
+        boundary tokens, or if no sequence is left after filtering.
         """
         source = f"--data_file {path}"
         tokens = open_token_file(path)
         check_vocabulary(tokens.card, vocabulary, source, model)
         largest_id = (tokens.card.get("counts") or {}).get("largest_id")
-        check_ids_below(
-            tokens.ids_M if largest_id is None else np.array([largest_id]),
-            vocab_size,
-            source,
-            model,
-        )
+        checked_ids = tokens.ids_M if largest_id is None else np.array([largest_id])
+        check_ids_below(checked_ids, vocab_size, source, model)
         dataset = cls(tokens, special, max_length, source)
         if len(dataset) == 0:
             raise InputError(
@@ -143,13 +134,13 @@ class LmSeqsDataset:
         return dataset
 
     def _select(self, source: str) -> None:
-        """Split and filter, a chunk of the file's sequences at a time."""
+        """Split and filter the file's sequences, a chunk at a time."""
         raw_N = self.tokens.lengths_N
         num_views = sum(
             int(self._num_pieces(raw_N[k : k + CHUNK_SEQUENCES]).sum())
             for k in range(0, len(raw_N), CHUNK_SEQUENCES)
         )
-        self.starts = np.empty(num_views, np.int64)  # pages that stay untouched take no memory
+        self.starts = np.empty(num_views, np.int64)  # untouched pages take no memory
         self.lengths = np.empty(num_views, np.int32)
         self.adds_start, self.adds_end = np.empty(num_views, bool), np.empty(num_views, bool)
         num_kept = first_id = num_short = num_unknown = num_long = 0
@@ -165,10 +156,8 @@ class LmSeqsDataset:
             for name, values in views.items():
                 getattr(self, name)[place] = values[kept]
             num_long += int((raw_lengths > self.max_length).sum())
-            num_short, num_unknown = (
-                num_short + int(is_short.sum()),
-                num_unknown + int(is_unknown.sum()),
-            )
+            num_short += int(is_short.sum())
+            num_unknown += int(is_unknown.sum())
             num_kept, first_id = place.stop, int(ends[-1])
         for name in ("starts", "lengths", "adds_start", "adds_end"):
             getattr(self, name).resize(num_kept, refcheck=False)
@@ -211,7 +200,7 @@ class LmSeqsDataset:
                 f"{source}: sequence {first + number} begins with id {begins} and ends with id"
                 f" {finishes}, expected"
                 f" {'any' if self.special.start is None else self.special.start} and"
-                f" {self.special.end} ({int(wrong.sum())} such sequences around it); binarize the"
+                f" {self.special.end} ({int(wrong.sum())} such sequences near it); binarize the"
                 " text with the teacher's tokenizer and its --tokenizer_type"
             )
 
@@ -220,9 +209,7 @@ class LmSeqsDataset:
         return np.where(lengths > self.max_length, -(-lengths // size), 1)
 
     def _split(self, starts: np.ndarray, lengths: np.ndarray) -> dict[str, np.ndarray]:
-        """Cut sequences longer than max_length into pieces of max_length - 2 ids, and restore their
-        boundaries.
-        """
+        """Cut sequences longer than max_length into pieces of max_length - 2 ids of the file."""
         size = self.max_length - 2
         num_pieces = self._num_pieces(lengths)
         piece = np.arange(num_pieces.sum()) - np.repeat(
@@ -242,9 +229,7 @@ class LmSeqsDataset:
     def _lacks(
         self, is_inside: np.ndarray, places: np.ndarray, boundary_id: int | None
     ) -> np.ndarray:
-        """Say which pieces do not have the boundary id at their end, of those whose end is inside a
-        sequence.
-        """
+        """Return which pieces lack the boundary id at a cut, given by is_inside and places."""
         if boundary_id is None:
             return np.zeros_like(is_inside)
         if self._known.has_inner_boundaries:
@@ -268,16 +253,12 @@ class LmSeqsDataset:
         return counts / views["lengths"] >= MAX_UNKNOWN_SHARE
 
     def _places_of(self, unknown: int, first: int, first_id: int, ends: np.ndarray) -> np.ndarray:
-        """Find the unknown ids in a chunk of sequences, in ascending order; those that can't matter
-        may be left out.
-        """
+        """Return the ascending places of unknown ids in a chunk, or only those that can matter."""
         ranges = [(first_id, int(ends[-1]))]
         if self._known.many_unknown is not None:
             listed = self._known.many_unknown
-            numbers = (
-                listed[np.searchsorted(listed, first) : np.searchsorted(listed, first + len(ends))]
-                - first
-            )
+            begin, end = np.searchsorted(listed, (first, first + len(ends)))
+            numbers = listed[begin:end] - first
             ranges = [(int(ends[k - 1]) if k else first_id, int(ends[k])) for k in numbers.tolist()]
         found = [
             np.flatnonzero(self.tokens.ids_M[k : min(k + CHUNK_IDS, end)] == unknown) + k
@@ -290,22 +271,21 @@ class LmSeqsDataset:
         return len(self.lengths)
 
     def __getitem__(self, index: int) -> np.ndarray:
-        """Return one sequence's ids as int64, its boundary tokens included."""
+        """Return one sequence's ids as int64, boundary tokens included."""
         return self.collate([index])[0][0].numpy()
 
     def collate(self, indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make a batch: token_ids_BT padded to the longest with the pad id, and lengths_B, both
-        int64. One gather.
+        """Make a batch by one gather: token_ids_BT, padded to the longest, and lengths_B; int64.
 
-        Raises InputError where the ids' bytes differ from their checksum.
+        Raises InputError if the ids' bytes differ from their checksum.
         """
         index_B = np.asarray(indices)
         starts_B, lengths_B = self.starts[index_B], self.lengths[index_B].astype(np.int64)
         adds_start_B, adds_end_B = self.adds_start[index_B], self.adds_end[index_B]
         self.tokens.check(starts_B, starts_B + lengths_B - adds_start_B - adds_end_B)
         column_T = np.arange(lengths_B.max())
-        # Places before the file's first id and behind its last hold boundary tokens or padding: any
-        # id will do there.
+        # Places before the file's first id and after its last become boundary tokens or padding:
+        # any id will do there.
         token_ids_BT = self.tokens.ids_M.take(
             (starts_B - adds_start_B)[:, None] + column_T, mode="clip"
         ).astype(np.int64)
@@ -318,8 +298,9 @@ class LmSeqsDataset:
 
 @dataclasses.dataclass(frozen=True)
 class _Known:
-    """What need not be looked up in the ids. many_unknown: see token_files.MANY_UNKNOWN; None: not
-    known.
+    """Facts that need not be computed from the ids.
+
+    many_unknown: numbers of the sequences with MANY_UNKNOWN unknown ids or more; None if unlisted.
     """
 
     has_boundaries: bool = False
@@ -327,12 +308,11 @@ class _Known:
     many_unknown: np.ndarray | None = None
 
 
-def _what_the_card_tells(tokens: TokenFile, special: SpecialIds) -> _Known:
+def _facts_of_the_card(tokens: TokenFile, special: SpecialIds) -> _Known:
     ids = (tokens.card.get("tokenizer") or {}).get("special_ids") or {}
     if (ids.get("start"), ids.get("end")) != (special.start, special.end):
         return _Known()
     listed = tokens.card.get("many_unknown") if ids.get("unknown") == special.unknown else None
     many_unknown = None if listed is None else np.array(listed, np.int64)
-    return _Known(
-        True, (tokens.card.get("counts") or {}).get("boundary_ids_inside") != 0, many_unknown
-    )
+    counts = tokens.card.get("counts") or {}
+    return _Known(True, counts.get("boundary_ids_inside") != 0, many_unknown)
