@@ -1,6 +1,4 @@
-"""What is trained on: splitting and filtering as in 2019, batches, and pickles that cannot execute
-anything.
-"""
+"""Training sequences: split and filtered as in 2019, batches, pickles that execute nothing."""
 
 import os
 import pickle

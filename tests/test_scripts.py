@@ -77,7 +77,7 @@ def test_text_of_a_special_token_becomes_that_token(teachers, tmp_path):
 @pytest.mark.parametrize(
     "text", [b"bake\n\n  \r\nlimo\n\t\n", b"\xef\xbb\xbfbake\r\nlimo", b"bake\nlimo\n\n"]
 )
-def test_blank_lines_marks_and_line_ends_are_no_text(text, teachers, tmp_path):
+def test_blank_lines_byte_order_marks_and_line_ends_are_not_text(text, teachers, tmp_path):
     plain = binarize(tmp_path, teachers["bert"], "bert", "bake\nlimo")
     assert sorted(map(list, binarize(tmp_path, teachers["bert"], "bert", text))) == sorted(
         map(list, plain)

@@ -1,6 +1,4 @@
-"""From text to ids: sources of any kind, remembered chunks, the shuffle from the disk, and the
-program around them.
-"""
+"""Text to ids: sources of any kind, cached chunks, the shuffle from the disk, the program."""
 
 import gc
 import gzip
@@ -104,7 +102,7 @@ def write_parquet(path: Path, texts: list, **columns) -> None:
     pyarrow.parquet.write_table(pyarrow.table({"text": texts, **columns}), path)
 
 
-def test_a_files_name_is_no_pattern(tmp_path):
+def test_a_file_name_is_not_a_pattern(tmp_path):
     write_parquet(tmp_path / "a[1].parquet", ["mine"])
     write_parquet(tmp_path / "a1.parquet", ["another's"])
     (tmp_path / "b*.json").write_text('{"text": "mine"}')
@@ -113,7 +111,7 @@ def test_a_files_name_is_no_pattern(tmp_path):
         assert all_texts(tmp_path / name) == ["mine"]
 
 
-def test_shards_without_rows_or_bytes_are_passed_over(tmp_path):
+def test_shards_without_rows_or_bytes_are_skipped(tmp_path):
     write_parquet(tmp_path / "a.parquet", [])
     (tmp_path / "b.parquet").touch()
     (tmp_path / "c.txt").touch()
@@ -136,7 +134,7 @@ def test_only_the_texts_column_of_parquet_is_read(tmp_path):
         assert all_texts(tmp_path / f"{name}.parquet") == ["ein", "zwei"]
 
 
-def test_tables_of_text_are_read_to_the_letter(tmp_path):
+def test_tables_of_text_are_read_verbatim(tmp_path):
     rows = ["NA", "null", "12", "a, b", 'say "x"', '"quoted', "ein\u2028zwei"]
     quoted = "".join(f'"{row.replace(chr(34), chr(34) * 2)}",1\n' for row in rows)
     (tmp_path / "a.csv").write_text("text,id\n" + quoted, encoding="utf-8")
@@ -182,7 +180,7 @@ def test_blocks_may_end_anywhere(block_bytes, tmp_path):
     assert numbers == sorted(numbers) and numbers[-1] <= len(expected)
 
 
-def test_text_that_is_no_utf8_is_named_skipped_or_replaced(tmp_path):
+def test_text_that_is_not_utf8_is_named_skipped_or_replaced(tmp_path):
     path = tmp_path / "a.txt"
     path.write_bytes(b"\xef\xbb\xbfgut\r\nab\xfcc\nend\xe2\x82\n\xff\n")
     for errors, expected in (
@@ -245,7 +243,7 @@ def test_a_line_of_ten_megabytes_is_text(tmp_path):
     assert list(map(len, all_texts(tmp_path / "a.txt"))) == [3, 10_000_000, 1]
 
 
-def test_a_line_without_end_is_no_text(tmp_path, monkeypatch):
+def test_a_line_without_end_is_not_text(tmp_path, monkeypatch):
     monkeypatch.setattr(text_sources, "MAX_LINE_BYTES", 1000)
     (tmp_path / "a.txt").write_bytes(b"ab\nc\n" + bytes(5000))
     with pytest.raises(InputError, match=r"a\.txt:3: the line has more than"):
@@ -305,8 +303,8 @@ def odd_lines(num: int, seed: int, words: list[str]) -> list[str]:
 
 
 @pytest.mark.parametrize("kind", TYPES)
-def test_remembered_chunks_give_the_librarys_ids(kind, teachers, lines):
-    """Words of the text, and what Unicode has in store, in any company."""
+def test_cached_chunks_give_the_librarys_ids(kind, teachers, lines):
+    """Compare on words of the text and odd Unicode characters in any combination."""
     how, tokenizer = make_encoding(kind, teachers[kind])
     cached, plain = LineEncoder(how), LineEncoder(how, is_cached=False)
     assert cached.rule is not None
@@ -322,7 +320,7 @@ def test_remembered_chunks_give_the_librarys_ids(kind, teachers, lines):
     assert [i for ids in own for i in ids] == expected[0].tolist()
 
 
-def test_remembering_stays_bounded_and_exact(teachers, lines, monkeypatch):
+def test_the_cache_stays_bounded_and_exact(teachers, lines, monkeypatch):
     monkeypatch.setattr(encoding, "MAX_CACHED", 50)
     how, _ = make_encoding("bert", teachers["bert"])
     cached, plain = LineEncoder(how), LineEncoder(how, is_cached=False)
@@ -334,7 +332,7 @@ def test_remembering_stays_bounded_and_exact(teachers, lines, monkeypatch):
     assert not any("longlong" in chunk for chunk in cached.old)
 
 
-def test_chunks_are_remembered_only_where_that_is_exact(teachers):
+def test_chunks_are_cached_only_if_that_is_exact(teachers):
     for kind, change in (
         ("bert", {"content": "New York"}),
         ("gpt2", {"content": "<x>", "rstrip": True}),
@@ -344,7 +342,7 @@ def test_chunks_are_remembered_only_where_that_is_exact(teachers):
         assert encoding.chunk_rule(tokenizer.backend_tokenizer, how.end_id) is None
 
 
-def test_words_are_what_white_space_separates():
+def test_words_are_separated_by_white_space():
     for line in ["a b  c", "a\tb", "a\u00a0b\u3000c", "a", "é b", "a \x1c b", "天地 玄黃"]:
         assert encoding.count_words(line) == len(line.split())
 
@@ -370,14 +368,14 @@ def test_an_error_in_a_worker_is_the_programs(teachers, tmp_path):
         )
 
 
-def test_a_worker_that_dies_at_its_start_is_said(teachers, monkeypatch):
+def test_a_worker_that_dies_at_its_start_is_reported(teachers, monkeypatch):
     how, _ = make_encoding("bert", teachers["bert"])
     monkeypatch.setattr(encoding, "_start_worker", lambda *_: os._exit(9))
     with pytest.raises(InputError, match="a worker process was killed"):
         WorkerPool(how, 2)
 
 
-def test_a_worker_that_dies_is_said(teachers, text_file):
+def test_a_worker_that_dies_is_reported(teachers, text_file):
     how, _ = make_encoding("bert", teachers["bert"])
     with WorkerPool(how, 2) as pool:
         os.kill(pool.executor.submit(os.getpid).result(), signal.SIGKILL)
@@ -393,10 +391,8 @@ def hand_over_half_a_result(block: object = None) -> None:
     os.kill(os.getpid(), signal.SIGKILL)
 
 
-def test_a_worker_that_dies_handing_over_a_result_is_said(teachers, tmp_path, monkeypatch):
-    """Its half message left the parent waiting for the rest, once in 150 times that SIGTERM came to
-    all.
-    """
+def test_a_worker_that_dies_sending_a_result_is_reported(teachers, tmp_path, monkeypatch):
+    """A half-written message kept the parent waiting, once in 150 SIGTERMs to all processes."""
     how, _ = make_encoding("bert", teachers["bert"])
     monkeypatch.setattr(encoding, "WORKER_CHECK_S", 0.1)
     (tmp_path / "a.txt").write_text("bake limo\n")
@@ -408,7 +404,7 @@ def test_a_worker_that_dies_handing_over_a_result_is_said(teachers, tmp_path, mo
         list(pool.map(read_blocks(find_sources(str(tmp_path / "a.txt"))[0], "text")))
 
 
-def test_an_error_ends_workers_that_are_handing_over_a_result(teachers):
+def test_an_error_ends_workers_that_are_sending_a_result(teachers):
     how, _ = make_encoding("bert", teachers["bert"])
     with pytest.raises(ZeroDivisionError), WorkerPool(how, 2) as pool:
         pool.executor.submit(hand_over_half_a_result)
@@ -474,7 +470,7 @@ def test_every_place_is_as_likely_as_any_other(tmp_path, monkeypatch):
 
 
 def run(tmp_path, teacher, kind, source, *flags) -> Path:
-    """Run the program into tmp_path/out..; return what --data_file takes."""
+    """Run the program into tmp_path/out..; return the value for --data_file."""
     binarized_data.main(
         [
             "--file_path",
@@ -592,7 +588,9 @@ def test_ids_above_16_bits_are_kept(file_format, large_vocabulary, tmp_path):
 
 
 @pytest.mark.parametrize("file_format", ["pickle", "store"])
-def test_counts_on_the_way_equal_counts_afterwards(file_format, teachers, text_file, tmp_path):
+def test_counts_during_binarizing_equal_counts_afterwards(
+    file_format, teachers, text_file, tmp_path
+):
     size = str(vocab_size_of(teachers["bert"]) + 7)
     path = run(
         tmp_path,
@@ -634,7 +632,7 @@ def test_counts_on_the_way_equal_counts_afterwards(file_format, teachers, text_f
     assert np.array_equal(2 * once, twice) and once.sum() == len(open_token_file(path).ids_M)
 
 
-def test_the_card_counts_what_is_there(teachers, tmp_path):
+def test_the_card_counts_the_files_content(teachers, tmp_path):
     text = "\ufeffbake limo\n\n \nbake [UNK] limo\r\n" + "[UNK] " * 9 + "\nb\xe4 [CLS]\n"
     (tmp_path / "text").write_bytes(text.encode() + b"\xff\n")
     path = run(
@@ -860,7 +858,7 @@ def test_an_interrupted_run_leaves_nothing_under_a_final_name(
 
 @pytest.mark.parametrize("limit", [2**12, 2**16])
 def test_a_full_disk_is_one_line_and_leaves_the_old_file(limit, teachers, lines, tmp_path):
-    """A limit on the size of files stands for the full disk: in the spool, and in the output."""
+    """A limit on file sizes simulates the full disk: in the spool, and in the output."""
     (tmp_path / "text").write_text("\n".join(lines * 4))
     (tmp_path / "out.tiny-bert.pickle").write_text("old")
     code = f"""

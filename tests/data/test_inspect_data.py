@@ -1,6 +1,4 @@
-"""inspect_data: what it prints is what a plain recount gives, and --verify notices whatever was
-changed.
-"""
+"""inspect_data: the report equals a plain recount, and --verify notices every change."""
 
 import json
 import os
@@ -29,9 +27,7 @@ ROLES = {"start": START, "end": END, "pad": PAD, "unknown": UNKNOWN}
 
 
 def make_sequences(num: int, seed: int = 0, longest: int = 700) -> list[np.ndarray]:
-    """Make sequences of unequal lengths between boundary ids, some with unknown ids, some mostly
-    unknown.
-    """
+    """Make sequences between boundary ids: some with unknown ids, some mostly unknown."""
     rng = np.random.default_rng(seed)
     sequences = []
     for k in range(num):
@@ -80,7 +76,7 @@ def make_card(sequences: list[np.ndarray], **tokenizer) -> dict:
 def make_file(
     folder: Path, file_format: str, sequences: list[np.ndarray], card: dict | None = None
 ) -> str:
-    """Write a token file with a card; return what names it: the pickle, or the store's prefix."""
+    """Write a token file with a card; return its path or prefix."""
     path = str(folder / ("data.pickle" if file_format == "pickle" else "data"))
     with writing_tokens(path, file_format, np.uint16) as (writer, written):
         writer.append(np.concatenate(sequences), np.array([len(ids) for ids in sequences]))
@@ -165,7 +161,7 @@ def test_sequences_shown_are_those_of_the_file(file_format, tmp_path):
     )
 
 
-def test_no_sequences_and_no_ids_are_shown_where_none_are_wanted(tmp_path):
+def test_no_sequences_and_no_ids_are_shown_on_request(tmp_path):
     path = make_file(tmp_path, "store", make_sequences(5))
     report = report_of(tmp_path, path, "--num_sequences", 0, "--top", 0)
     assert report["shown"] == report["most_frequent"] == []
@@ -173,7 +169,7 @@ def test_no_sequences_and_no_ids_are_shown_where_none_are_wanted(tmp_path):
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_what_is_printed_is_what_the_json_says(file_format, tmp_path, capsys):
+def test_the_printed_report_equals_the_json(file_format, tmp_path, capsys):
     path = make_file(tmp_path, file_format, make_sequences(30))
     report = report_of(tmp_path, path, "--verify")
     printed = capsys.readouterr().out
@@ -210,7 +206,7 @@ def test_a_store_is_named_by_its_prefix_or_any_of_its_files(suffix, tmp_path):
     ("file_format", "suffix"),
     [("store", ".bin"), ("store", ".idx"), ("store", ".json"), ("pickle", ""), ("pickle", ".json")],
 )
-def test_a_changed_byte_is_noticed_wherever_it_is(file_format, suffix, tmp_path, status_and_errors):
+def test_any_changed_byte_is_noticed(file_format, suffix, tmp_path, status_and_errors):
     path = make_file(tmp_path, file_format, make_sequences(900))
     file = Path(path + suffix)
     whole = file.read_bytes()
@@ -266,7 +262,7 @@ CONTRADICTIONS = {
 
 @pytest.mark.parametrize("file_format", FORMATS)
 @pytest.mark.parametrize("name", CONTRADICTIONS)
-def test_a_card_that_contradicts_its_file_is_told_and_fails_verify(
+def test_a_card_that_contradicts_its_file_is_reported_and_fails_verify(
     name, file_format, tmp_path, capsys, status_and_errors
 ):
     changes, expected = CONTRADICTIONS[name]
@@ -297,7 +293,7 @@ def test_the_sequences_without_boundaries_are_counted(special, wrong, first_wron
 
 
 @pytest.mark.parametrize("chunk", [1, 2, 2**20])
-def test_unknown_ids_belong_to_the_sequence_that_they_stand_in(chunk, tmp_path, monkeypatch):
+def test_unknown_ids_are_counted_in_their_sequence(chunk, tmp_path, monkeypatch):
     monkeypatch.setattr(survey, "CHUNK_IDS", chunk)
     sequences = as_uint16([[9, 9, 9, 9], [1, 9], [1], [9, 1, 1], [1, 9, 9], [9, 9]])
     report = report_of(
@@ -346,7 +342,7 @@ ODD_CARDS = [
 
 
 @pytest.mark.parametrize("card", ODD_CARDS)
-def test_a_card_without_the_usual_facts_is_shown_as_far_as_it_goes(card, tmp_path):
+def test_a_card_without_the_usual_facts_is_shown(card, tmp_path):
     path = make_file(tmp_path, "store", make_sequences(5), card)
     report = report_of(tmp_path, path, "--verify")
     assert report["problems"] == [] and report["boundaries"] is None and report["unknown"] is None
@@ -408,7 +404,7 @@ def test_sequences_are_decoded_with_the_tokenizer_of_the_flags(kind, teachers, l
     assert tokens == {number: tokenizer.convert_ids_to_tokens(number) for number in tokens}
 
 
-def test_a_tokenizer_of_the_card_is_taken_only_where_it_is_still_the_same(teachers, tmp_path):
+def test_a_tokenizer_of_the_card_is_used_only_if_it_is_unchanged(teachers, tmp_path):
     tokenizer = load_tokenizer("bert", str(teachers["bert"]), "")
     sequences = as_uint16([[START, *range(5, 40), END]])
     for fingerprint in (vocabulary_fingerprint(tokenizer), "0" * 64):
@@ -427,7 +423,7 @@ def test_a_tokenizer_of_the_card_is_taken_only_where_it_is_still_the_same(teache
     )
 
 
-def test_a_tokenizer_of_the_card_that_is_gone_is_said_in_one_line(tmp_path, capsys):
+def test_a_missing_tokenizer_of_the_card_is_reported_in_one_line(tmp_path, capsys):
     inspect_data.main([make_file(tmp_path, "store", make_sequences(9))])
     (line,) = [
         line for line in capsys.readouterr().out.splitlines() if line.startswith("tokenizer")
@@ -559,7 +555,7 @@ def test_memory_does_not_grow_with_a_store(tmp_path, monkeypatch):
     assert counted.length_counts == {32: 2**17} and peak < 2**20 < tokens.ids_M.nbytes / 7
 
 
-def test_the_program_needs_no_torch_and_bears_a_reader_that_leaves(teachers, tmp_path):
+def test_the_program_needs_no_torch_and_ignores_a_closed_pipe(teachers, tmp_path):
     sequences = make_sequences(300)
     path = make_file(tmp_path, "store", sequences, make_card(sequences, name=str(teachers["bert"])))
     program = ROOT / "scripts" / "inspect_data.py"

@@ -1,6 +1,4 @@
-"""Documents to lines of whole sentences: nothing lost, documents apart, languages sampled by
-n^s.
-"""
+"""Documents to lines of whole sentences: nothing lost, languages sampled in proportion to n^s."""
 
 import collections
 import gzip
@@ -58,7 +56,7 @@ def numbered(num: int, name: str = "Sentence") -> list[str]:
 # Sentences
 # --------------------------------------------------------------------------------------------------
 
-# A bar stands where a sentence ends and another begins.
+# A bar marks the end of a sentence and the beginning of the next.
 SENTENCES = [
     "The cat sat. |Then it left! |Did it? |Yes … |No.",
     "He came in 1990. |She left at 3.14 p.m. on a day. |All 24 were won.",
@@ -187,9 +185,7 @@ SPACES = [
 
 
 def random_line(rng: random.Random) -> str:
-    """Make some text without \\n and \\r, in one or several scripts, now and then with very long
-    words.
-    """
+    """Make text without \\n and \\r in one or several scripts, sometimes with very long words."""
     pieces = []
     alphabets = rng.sample(ALPHABETS, rng.randint(1, 3))
     for _ in range(rng.randint(1, 60)):
@@ -260,7 +256,7 @@ SAMPLES = {
 
 
 @pytest.mark.parametrize("language", SAMPLES)
-def test_languages_come_through_whole(language, tmp_path):
+def test_no_text_of_any_language_is_lost(language, tmp_path):
     text = " ".join([SAMPLES[language]] * 30)
     lines = prepare(tmp_path, write(tmp_path / "in.txt", text), max_chars=300, min_chars=0)
     assert (
@@ -284,7 +280,7 @@ def test_no_character_is_cut_from_its_marks(text):
     assert all(pattern.fullmatch(line) for line in [*lines, rest])
 
 
-def test_marks_without_end_are_cut_all_the_same():
+def test_endless_marks_are_cut():
     lines, rest, _ = pack("e" + "\u0301" * 1000, 50, 20)
     assert len("".join(lines) + rest) == 1001 and max(map(len, lines)) == 50
 
@@ -344,7 +340,7 @@ def test_files_are_kept_apart(tmp_path):
 
 
 @pytest.mark.parametrize("documents", ["line", "blank_lines", "file"])
-def test_headings_part_documents_and_are_left_out(documents, tmp_path):
+def test_headings_separate_documents_and_are_left_out(documents, tmp_path):
     text = " = Title = \n \n First text = here .\n = = Section = = \n==Other==\n Second text ==\n"
     lines = prepare(tmp_path, write(tmp_path / "in", text), documents=documents, min_chars=0)
     assert lines == ["First text = here .", "Second text =="]
@@ -376,14 +372,14 @@ def test_compressed_files_and_patterns_are_read(tmp_path):
     ]
 
 
-def test_characters_that_some_take_for_line_ends_become_spaces(tmp_path):
+def test_unicode_line_ends_become_spaces(tmp_path):
     path = write(
         tmp_path / "in.jsonl", json.dumps({"text": "a\u2028b\u2029c\x85d\x0be\x0cf\x1cg\rh\u00a0i"})
     )
     assert prepare(tmp_path, path, min_chars=0) == ["a b c d e f g h i"]
 
 
-def test_bytes_that_are_no_text_are_left_out_or_mended(tmp_path, capsys):
+def test_invalid_bytes_are_skipped_or_replaced(tmp_path, capsys):
     path = tmp_path / "in.txt"
     path.write_bytes(
         b"\xef\xbb\xbfThe first good line.\nA bad \xfc in this line.\nThe other good line.\n"
@@ -411,8 +407,7 @@ def test_lines_do_not_depend_on_the_parts_of_a_document():
     rng = random.Random(3)
     for _ in range(60):
         text = " ".join(" ".join(random_line(rng).split()) for _ in range(5))
-        # Within a sentence cut in the midst of a word, what stands before the cut is seen by one
-        # and not by the other.
+        # If a sentence is cut inside a word, only one of the two sees the text before the cut.
         text = re.sub(r"[^\W\d]{15,}", "", text)
         whole, parted = Corpus("whole", []), Corpus("parted", [])
         expected = list(document_lines([(text, True)], 200, 20, whole))
@@ -519,7 +514,7 @@ def test_languages_are_sampled_to_exact_counts(wiki, tmp_path, capsys):
     assert [row[0] for row in rows[1:]] == ["en", "is", "sw"]
 
 
-def test_a_path_each_is_a_language_each(wiki, tmp_path):
+def test_each_path_is_a_language(wiki, tmp_path):
     paths = [wiki / "sw", wiki / "en.txt", wiki / "is.txt.gz"]
     lines = prepare(tmp_path, *paths, by_language=True, sampling_exponent=0, num_lines=30)
     counts = by_language(lines)
@@ -543,7 +538,7 @@ def test_the_sample_is_reproduced_from_the_seed(wiki, tmp_path):
     assert first == again != other and len(first) == len(other)
 
 
-def test_a_language_draws_the_same_whatever_the_others_are_called(wiki, tmp_path):
+def test_a_languages_sample_does_not_depend_on_other_names(wiki, tmp_path):
     flags = {"by_language": True, "sampling_exponent": 0, "num_lines": 60}
     before = prepare(tmp_path, wiki, **flags)
     (wiki / "sw").rename(wiki / "ax")

@@ -1,6 +1,4 @@
-"""Token files: both formats hold the same; the store's layout, byte by byte; damage is named;
-nothing is executed.
-"""
+"""Token files: formats of equal content, the store's layout, damage is named, nothing executed."""
 
 import json
 import math
@@ -36,7 +34,7 @@ def random_sequences(num: int, seed: int = 0, largest: int = 99) -> list[list[in
 def write_tokens(
     path, file_format: str, sequences, dtype=np.uint16, card=None, pieces: int = 3
 ) -> str:
-    """Write sequences in several appends; return what --data_file takes."""
+    """Write sequences in several appends; return the value for --data_file."""
     with writing_tokens(str(path), file_format, np.dtype(dtype)) as (writer, written_card):
         for k in range(0, len(sequences), max(len(sequences) // pieces, 1)):
             part = sequences[k : k + max(len(sequences) // pieces, 1)]
@@ -70,7 +68,7 @@ def test_the_pickle_is_a_plain_list_of_writable_arrays(tmp_path):
 
 
 @pytest.mark.parametrize("protocol", [*range(2, 6), "ours"])
-def test_arrays_are_taken_out_of_a_pickle_without_being_made(protocol, tmp_path):
+def test_ids_are_read_from_a_pickle_without_making_arrays(protocol, tmp_path):
     sequences = random_sequences(300)
     path = tmp_path / "data"
     if protocol == "ours":
@@ -84,7 +82,7 @@ def test_arrays_are_taken_out_of_a_pickle_without_being_made(protocol, tmp_path)
     assert lengths_N.tolist() == list(map(len, sequences))
 
 
-def test_pickles_that_are_no_plain_list_of_arrays_are_read_the_long_way(tmp_path):
+def test_pickles_that_are_not_plain_lists_of_arrays_are_read_as_objects(tmp_path):
     one = np.array([1, 5, 2], np.uint16)
     readable = [[one, one], [one, np.array([1, 5, 2])], [one, [1, 5, 2]]]
     others = [[one.reshape(1, 3)], [one[:0]], [one * 1.5], (one,), [one, [one]]]
@@ -99,9 +97,7 @@ def test_pickles_that_are_no_plain_list_of_arrays_are_read_the_long_way(tmp_path
 
 
 def test_the_stores_bytes_follow_the_published_layout(tmp_path):
-    """Megatron-LM's indexed dataset, version 1: header, lengths, byte offsets, document index;
-    field by field.
-    """
+    """Check Megatron-LM's indexed dataset, version 1, field by field."""
     sequences = random_sequences(7)
     write_tokens(tmp_path / "data", "store", sequences)
     index = (tmp_path / "data.idx").read_bytes()
@@ -153,7 +149,7 @@ def test_sequences_from_either_format_equal_the_2019_code(case, file_format, tmp
 
 
 def card_for(sequences, many_unknown="list") -> dict:
-    """Make the part of a card that spares a look at the ids."""
+    """Make the part of a card that saves reading the ids."""
     flat = [i for sequence in sequences for i in sequence]
     listed = [k for k, s in enumerate(sequences) if s.count(3) >= token_files.MANY_UNKNOWN]
     inside = flat.count(1) + flat.count(2) - 2 * len(sequences)
@@ -167,7 +163,7 @@ def card_for(sequences, many_unknown="list") -> dict:
 @pytest.mark.parametrize("many_unknown", ["list", "too many to list"])
 @pytest.mark.parametrize("inner_boundaries", [False, True])
 @pytest.mark.parametrize("max_length", [12, 20, 64])
-def test_a_card_spares_a_look_but_changes_nothing(
+def test_a_card_saves_reading_ids_but_changes_nothing(
     many_unknown, inner_boundaries, max_length, tmp_path
 ):
     rng = random.Random(max_length)
@@ -190,10 +186,8 @@ def test_a_card_spares_a_look_but_changes_nothing(
         assert np.array_equal(*(getattr(dataset, name) for dataset in datasets)), name
 
 
-def test_a_list_of_sequences_with_many_unknown_ids_is_enough():
-    """The shortest piece that stays has MIN_LENGTH + 1 ids; half of them unknown make
-    MANY_UNKNOWN.
-    """
+def test_many_unknown_is_the_smallest_number_that_matters():
+    """The shortest piece that is kept has MIN_LENGTH + 1 ids, half of them MANY_UNKNOWN."""
     assert (
         math.ceil((token_files.MIN_LENGTH + 1) * token_files.MAX_UNKNOWN_SHARE)
         == token_files.MANY_UNKNOWN
@@ -222,7 +216,7 @@ def written(tmp_path, file_format: str, num: int = 3000) -> tuple[str, list]:
 
 
 @pytest.mark.parametrize("file_format", FORMATS)
-def test_no_flipped_bit_is_trained_on_in_silence(file_format, tmp_path):
+def test_no_flipped_bit_is_trained_on_silently(file_format, tmp_path):
     path, files = written(tmp_path, file_format)
     read_everything(path)
     rng = random.Random(1)
@@ -265,7 +259,7 @@ def test_a_damaged_block_is_named_with_its_place(tmp_path):
         read_everything(path)
 
 
-def test_files_of_two_stores_do_not_go_together(tmp_path):
+def test_mixed_files_of_two_stores_are_refused(tmp_path):
     """As a crash between two renames leaves them, or a hand that copies one file only."""
     first, _ = written(tmp_path, "store")
     other = write_tokens(tmp_path / "other", "store", random_sequences(3000)[::-1])
@@ -338,7 +332,7 @@ def test_a_pickle_is_found_by_its_card_and_not_mixed_up_with_a_store(tmp_path):
         open_token_file(tmp_path / "both")
 
 
-def test_checksums_that_are_none_are_named(tmp_path):
+def test_invalid_checksums_are_named(tmp_path):
     for digests in (7, "%%", "YWJj"):
         path = write_tokens(tmp_path / "data", "store", random_sequences(5))
         card = cards.read_card(f"{path}.json", "")
@@ -396,7 +390,7 @@ def test_damaged_counts_are_named(tmp_path):
         read_token_counts(path, 100, "X")
 
 
-def test_a_changed_pickle_is_refused_until_its_card_goes(tmp_path):
+def test_a_changed_pickle_is_refused_until_its_card_is_removed(tmp_path):
     path = write_tokens(tmp_path / "data", "pickle", random_sequences(5))
     write_pickle(tmp_path / "data", as_uint16(random_sequences(6)))
     with pytest.raises(InputError, match=r"differs from the checksum in .*data\.json"):
@@ -419,7 +413,7 @@ def test_a_failed_write_leaves_the_old_files(tmp_path):
 
 
 def test_nothing_is_read_when_a_store_is_opened(tmp_path):
-    """The ids of a store whose card tells what matters are touched by batches only."""
+    """Only batches read the ids of a store with a full card."""
     sequences = random_sequences(3000)
     path = write_tokens(tmp_path / "data", "store", sequences, card=card_for(sequences))
     dataset = LmSeqsDataset.from_file(path, SpecialIds(1, 2, 0, 3), 64, 100, "X")
