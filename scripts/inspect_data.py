@@ -17,12 +17,11 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.data import store
 from distil.data.inspection import make_report, section, special_of
 from distil.data.inspection_text import report_lines
 from distil.data.store import BLOCK_BYTES
 from distil.data.survey import Survey
-from distil.data.token_files import TokenFile, files_of, open_token_file
+from distil.data.token_files import TokenFile, files_of, find_token_file, open_token_file
 from distil.system.files import require_output, write_json
 from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging
 
@@ -149,7 +148,7 @@ def check_output(path: str, inputs: Sequence[str]) -> None:
     """Raise InputError if --json can't be written, or takes the name of a token file or card."""
     require_output(path, "--json", inputs)
     names_card = path.endswith(".json") and os.path.isfile(path.removesuffix(".json"))
-    if names_card or store.find(path) is not None:
+    if names_card or find_token_file(path)[0] != "pickle":
         raise InputError(
             f"--json {path}: is the name of a token file's own file or card; choose another name"
         )

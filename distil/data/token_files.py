@@ -99,7 +99,7 @@ def open_token_file(path: str | os.PathLike, flag: str = "--data_file") -> Token
 
     Raises InputError naming the file if it is missing, cut off, damaged or of another kind.
     """
-    name, place = _find(path)
+    name, place = find_token_file(path)
     for file in files_of(path)[:-1]:
         require_file(file, flag)
     return TokenFile(place, *FORMATS[name].read(place, flag), format=name)
@@ -117,11 +117,11 @@ def token_file_problem(path: str | os.PathLike, flag: str) -> str | None:
 
 def files_of(path: str | os.PathLike) -> list[str]:
     """List the files of the token file that `path` names, the card last."""
-    name, place = _find(path)
+    name, place = find_token_file(path)
     return FORMATS[name].files(place)
 
 
-def _find(path: str | os.PathLike) -> tuple[str, str]:
+def find_token_file(path: str | os.PathLike) -> tuple[str, str]:
     """Return (format, path or prefix) of the token file that `path` names."""
     found = ((name, row.find(os.fspath(path))) for name, row in FORMATS.items())
     return next((name, place) for name, place in found if place is not None)
@@ -154,11 +154,12 @@ def writing_tokens(
 
 
 def require_counts_output(path: str, flag: str, inputs: Sequence[str] = ()) -> None:
-    """Raise InputError if counts and their card can't be written, or take the name of a store's."""
+    """Raise InputError if counts and their card can't be written, or take a name of a store's."""
     require_output(path, flag, inputs)
-    if store.find(path) is not None:
+    name = find_token_file(path)[0]
+    if name != "pickle":
         raise InputError(
-            f"{flag} {path}: is the prefix of a store, whose card is {path}.json; choose another"
+            f"{flag} {path}: is the prefix of a {name}, whose card is {path}.json; choose another"
             " name"
         )
     require_card_output(f"{path}.json", flag, inputs)
