@@ -1,9 +1,8 @@
-"""train.py with faults on order, for faults/ranks.py: `faulty_train.py FOLDER FAULT SECONDS
-flags..`.
+"""train.py with planted faults, for faults/ranks.py: faulty_train.py FOLDER FAULT SECONDS flags..
 
-Every update takes SECONDS more, and each process leaves a file `FOLDER/training.ATTEMPT.RANK` with
-its id once it trains.
-FAULT: "none", or "exit0:RANK:UPDATE": that rank calls os._exit(0) in the first attempt's update.
+Every update takes SECONDS longer, and each process writes a file `FOLDER/training.ATTEMPT.RANK`
+with its id once it trains. FAULT: "none", or "exit0:RANK:UPDATE": this rank calls os._exit(0) in
+that update of the first attempt.
 """
 
 import os

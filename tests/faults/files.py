@@ -1,8 +1,6 @@
-"""Trials of files: damaged ones (T5), which must not be read in silence, and mutated ones (T20),
-which must not crash.
+"""Trials of files: damage, which must be noticed (T5), and mutations, which must not crash (T20).
 
-Also what these and the trials of faults/programs.py and faults/malicious.py share: programs in
-forked processes.
+Also the forked programs that these trials share with faults/programs.py and faults/malicious.py.
 """
 
 import contextlib
@@ -51,8 +49,9 @@ from utils import InputError, keyed_seed, logger, one_line
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """How a child ended. status: as its parent gets it, negative for a signal, None where it hung;
-    text: what it printed.
+    """The end of a child.
+
+    status: negative for a signal, None where it hung; text: its output.
     """
 
     status: int | None
@@ -60,7 +59,7 @@ class Ended:
 
     @property
     def errors(self) -> list[str]:
-        """List what the program itself said was wrong."""
+        """List the errors that the program printed."""
         return [
             line.split(": error: ", 1)[1] for line in self.text.splitlines() if ": error: " in line
         ]
@@ -75,9 +74,7 @@ class Ended:
 
 
 def start_child(action: Callable[[], None], log: Path) -> int:
-    """Call a program's main in a forked process, its output in `log`, a user who says yes to
-    everything at its keyboard.
-    """
+    """Start a program's main in a forked process, output to `log`, with yes to every question."""
 
     def prepare() -> None:
         keyboard = log.with_name("keyboard")
@@ -92,13 +89,13 @@ def start_child(action: Callable[[], None], log: Path) -> int:
 
 
 def in_child(action: Callable[[], None], log: Path, limit_s: float = 60) -> Ended:
-    """Call a program's main in a forked process and say how it ended."""
+    """Run a program's main in a forked process; return how it ended."""
     status = end_of(start_child(action, log), limit_s)
     return Ended(status, log.read_text(errors="replace"))
 
 
 def quietly(main: Callable, *arguments: object) -> None:
-    """Call a program's main in this process without its log and progress bars."""
+    """Run a program's main in this process without its log and progress bars."""
     with contextlib.redirect_stderr(io.StringIO()), contextlib.redirect_stdout(io.StringIO()):
         main([str(argument) for argument in arguments])
     logger.handlers.clear()
@@ -113,7 +110,7 @@ def binarize(
     tokenizer: Path | None = None,
     *more,
 ) -> Path:
-    """Make a token file; return what --data_file takes."""
+    """Make a token file; return the value for --data_file."""
     tokenizer = tokenizer or world.teachers[kind]
     quietly(
         binarized_data.main,
@@ -148,7 +145,7 @@ def write_text(path: Path, num_lines: int, seed: int) -> Path:
 
 @dataclasses.dataclass
 class Reader:
-    """Read files for one teacher, and digest what was read."""
+    """Read files for one teacher, and digest their content."""
 
     kind: str
     special: SpecialIds
@@ -183,7 +180,7 @@ class Reader:
 
 
 def read_checkpoint(path: Path) -> str:
-    """Read everything that a checkpoint holds."""
+    """Read everything in a checkpoint."""
     found = checkpointing.read(path)
     contents = [
         checkpointing.content_digest(found.tensors(name)) for name in ("student", "optimizer")
@@ -197,9 +194,7 @@ def digest(content: bytes) -> str:
 
 
 def write_checkpoint(folder: Path, student: Mapping[str, torch.Tensor], step: int = 2) -> Path:
-    """Write a checkpoint of a size that is fast to read: some of a student's weights, with
-    moments.
-    """
+    """Write a checkpoint that is fast to read: some of a student's weights, with moments."""
     names = sorted(student)[:8]
     moments = {
         f"{name}/{kind}": torch.rand_like(student[name].float())
@@ -224,18 +219,18 @@ def flip(content: bytes, other: bytes, rng) -> bytes:
 
 
 def cut(content: bytes, other: bytes, rng) -> bytes:
-    """Cut off at a random place."""
+    """Truncate at a random place."""
     return content[: rng.randrange(len(content))]
 
 
 def cut_at_block(content: bytes, other: bytes, rng) -> bytes:
-    """Cut off where a block of the disk ends, as a crash does."""
+    """Truncate at the end of a disk block, as a crash does."""
     size = rng.choice([512, 4096])
     return content[: rng.randrange(0, len(content), size)]
 
 
 def zero_block(content: bytes, other: bytes, rng) -> bytes:
-    """Zero one block, as a lost write does; a small file's half."""
+    """Zero one block, as a lost write does; half of a small file."""
     size = min(rng.choice([512, 4096]), -(-len(content) // 2))
     place = rng.randrange(-(-len(content) // size)) * size
     return content[:place] + bytes(len(content[place : place + size])) + content[place + size :]
@@ -267,8 +262,9 @@ DAMAGES: dict[str, Callable[[bytes, bytes, Any], bytes]] = {
 
 @dataclasses.dataclass
 class Subject:
-    """Files that are read together. others: those of another run, under the same names; read:
-    digests their content.
+    """Files that are read together.
+
+    others: another run's files under the same names; read: digests their content.
     """
 
     files: list[Path]
@@ -277,9 +273,7 @@ class Subject:
 
 
 def make_subjects(bench) -> Iterator[Subject]:
-    """Make a token file in both formats, counts and a checkpoint, each with its like of another
-    run.
-    """
+    """Make a token file in both formats, counts and a checkpoint, each of two runs."""
     mine, other = bench.folder / "mine", bench.folder / "other"
     kind = bench.rng.choice(["bert", "roberta"])
     reader = Reader.of(bench.world, kind)
@@ -311,9 +305,7 @@ def make_subjects(bench) -> Iterator[Subject]:
 
 
 def damaged(bench) -> None:
-    """T5: damage a file; what is read of it must be an error that names it, or what was there
-    before.
-    """
+    """T5: damage a file; reading must raise an error that names it, or give the old content."""
     for subject in make_subjects(bench):
         expected = subject.read()
         for file, other in zip(subject.files, subject.others, strict=True):
@@ -329,7 +321,7 @@ def damaged(bench) -> None:
 
 
 def one_damage(content: bytes, other: bytes, rng) -> tuple[str, bytes]:
-    """Damage a file: (kind of damage, what it holds then), which is not what it held."""
+    """Damage a file: (kind of damage, new content different from the old)."""
     while True:
         kind = rng.choice(list(DAMAGES))
         changed = DAMAGES[kind](content, other, rng)
@@ -338,16 +330,14 @@ def one_damage(content: bytes, other: bytes, rng) -> tuple[str, bytes]:
 
 
 def put(path: Path, content: bytes) -> None:
-    """Replace a file: what an earlier reading has mapped into memory must not shrink."""
+    """Replace a file without shrinking what an earlier reading has mapped into memory."""
     fresh = path.with_name("fresh")
     fresh.write_bytes(content)
     os.replace(fresh, path)
 
 
 def judge(bench, subject: Subject, file: Path, kind: str, expected: str) -> None:
-    """Read a damaged subject, and record whether the damage was silent, or told without the file's
-    name.
-    """
+    """Read a damaged subject; record silent damage, and errors without the file's name."""
     try:
         found = subject.read()
     except InputError as error:
@@ -407,7 +397,7 @@ def flip_bit(content: bytearray, rng) -> None:
 
 
 def edit_field(content: bytearray, rng) -> None:
-    """Make an integer of 2, 4 or 8 bytes nothing, or huge."""
+    """Set an integer of 2, 4 or 8 bytes to zero or a huge value."""
     size = rng.choice([2, 4, 8])
     place = rng.randrange(max(len(content) - size, 1))
     head = rng.choice([b"", rng.randbytes(1)])
@@ -415,26 +405,26 @@ def edit_field(content: bytearray, rng) -> None:
 
 
 def delete(content: bytearray, rng) -> None:
-    """Take a piece out."""
+    """Delete a piece."""
     place = rng.randrange(len(content))
     del content[place : place + rng.choice([1, 2, 8, 100, 5000])]
 
 
 def insert(content: bytearray, rng) -> None:
-    """Put noise in."""
+    """Insert noise."""
     place = rng.randrange(len(content))
     content[place:place] = rng.randbytes(rng.choice([1, 2, 8, 100]))
 
 
 def duplicate(content: bytearray, rng) -> None:
-    """Repeat a piece, there or elsewhere."""
+    """Repeat a piece, in place or elsewhere."""
     place, size = rng.randrange(len(content)), rng.choice([1, 4, 16, 300])
     target = rng.choice([place, rng.randrange(len(content))])
     content[target:target] = content[place : place + size]
 
 
 def splice(content: bytearray, rng) -> None:
-    """Put a piece of the file over another."""
+    """Copy a piece of the file over another."""
     size = rng.choice([1, 4, 16, 300])
     source, target = rng.randrange(len(content)), rng.randrange(len(content))
     content[target : target + size] = content[source : source + size]
@@ -444,7 +434,7 @@ MUTATIONS = [edit_bytes, flip_bit, edit_field, delete, insert, duplicate, splice
 
 
 def mutate(content: bytes, rng) -> bytes:
-    """Change a file in one to four ways, mostly near its ends, where the structure is."""
+    """Change a file in one to four ways, mostly near its ends, where its structure is."""
     mutated = bytearray(content)
     margin = rng.choice([0, 60, 200, 1000])
     if 0 < 2 * margin < len(mutated):  # the middle stays
@@ -459,7 +449,7 @@ def mutate(content: bytes, rng) -> bytes:
 
 
 def mutate_json(content: bytes, rng) -> bytes:
-    """Change values of a JSON object, on any level, and keep it JSON."""
+    """Change values of a JSON object at any level; the result is valid JSON."""
     parsed = json.loads(content)
     for _ in range(rng.randint(1, 3)):
         place = parsed
@@ -475,8 +465,9 @@ def mutate_json(content: bytes, rng) -> bytes:
 
 @dataclasses.dataclass
 class Target:
-    """A file to be mutated. read: what opens it; mutate, settle: how it is changed, and what puts
-    its checksums right.
+    """A file to be mutated.
+
+    read: opens it; mutate: changes it; settle: corrects its checksums.
     """
 
     name: str
@@ -487,7 +478,7 @@ class Target:
 
 
 def make_targets(bench) -> list[Target]:
-    """Make the files, small ones, each in a folder of its own."""
+    """Make small files, each in its own folder."""
     reader = Reader.of(bench.world, "bert")
     text = write_text(bench.folder / "text.txt", 30, bench.number)
     store = binarize(bench.world, "bert", text, bench.folder / "data", "store")
@@ -500,7 +491,7 @@ def make_targets(bench) -> list[Target]:
 
 
 def pickle_targets(folder: Path, store: Path, reader: Reader) -> Iterator[Target]:
-    """Write token files and counts in the protocols that there are."""
+    """Write token files and counts in every pickle protocol."""
     tokens = open_token_file(store)
     sequences = np.split(np.array(tokens.ids_M), np.cumsum(tokens.lengths_N)[:-1])
     counts = np.bincount(tokens.ids_M, minlength=reader.vocab_size)
@@ -516,9 +507,7 @@ def pickle_targets(folder: Path, store: Path, reader: Reader) -> Iterator[Target
 
 
 def store_targets(folder: Path, store: Path, reader: Reader) -> Iterator[Target]:
-    """Copy a store: without a card, with one, and with one whose own checksum is right whatever it
-    says.
-    """
+    """Copy a store: without a card, with one, and with one whose checksum is always corrected."""
     for name, suffix, change, settle in (
         ("bare", "bin", mutate, None),
         ("bare", "idx", mutate, None),
@@ -539,7 +528,7 @@ def store_targets(folder: Path, store: Path, reader: Reader) -> Iterator[Target]
 
 
 def settle_card(path: Path) -> None:
-    """Give a card the checksum of what it says now."""
+    """Correct a card's checksum."""
     card = json.loads(path.read_bytes())
     card.pop("card_sha256", None)
     write_card(
@@ -570,7 +559,7 @@ def weight_targets(folder: Path, world: World) -> Iterator[Target]:
 
 
 def checkpoint_targets(folder: Path, world: World) -> Iterator[Target]:
-    """Write a checkpoint: each file as it is, then with a manifest that has its checksum."""
+    """Write a checkpoint for each file: unchanged, and with a corrected manifest."""
     state = torch.load(world.first_weights("bert"), weights_only=True)
     whole = write_checkpoint(folder / "checkpoints", state)
     for name in sorted(path.name for path in whole.iterdir()):
@@ -590,7 +579,7 @@ def checkpoint_targets(folder: Path, world: World) -> Iterator[Target]:
 
 
 def settle_manifest(folder: Path) -> None:
-    """Give a manifest the checksums of the files that are there, and its own."""
+    """Correct a manifest's checksums of its files and of itself."""
     path = folder / checkpointing.MANIFEST
     manifest = json.loads(path.read_bytes())
     manifest.pop("manifest_sha256", None)
@@ -605,9 +594,7 @@ def settle_manifest(folder: Path) -> None:
 
 
 def mutated(bench) -> None:
-    """T20: open mutated files in a child, which may refuse them, but neither crash, hang, nor fill
-    the memory.
-    """
+    """T20: open mutated files in a child: may refuse, but not crash, hang or fill the memory."""
     logger.disabled = True
     targets, seed = make_targets(bench), bench.rng.getrandbits(32)
     for target in targets:
@@ -653,7 +640,7 @@ def watch(pid: int, progress: mmap.mmap) -> int | None:
 
 
 def read_mutants(targets: list[Target], seed: int, first: int, progress: mmap.mmap) -> None:
-    """Open one mutant after the other."""
+    """Open one mutant after another."""
     size = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
     resource.setrlimit(resource.RLIMIT_AS, (size + 3 * MAX_BYTES, size + 8 * MAX_BYTES))
     for number in range(first, NUM_MUTANTS):
@@ -671,7 +658,7 @@ def read_mutants(targets: list[Target], seed: int, first: int, progress: mmap.mm
 
 
 def problem_of(target: Target, content: bytes, rng) -> str | None:
-    """Open one mutant: what is wrong with how that ended, None where nothing is."""
+    """Open one mutant; return the problem of how that ended, or None."""
     put(target.path, target.mutate(content, rng))
     if target.settle:
         with contextlib.suppress(ValueError, AttributeError, TypeError, RecursionError):
@@ -691,7 +678,7 @@ ASKS_FOR_TOO_MUCH = "asks for more memory than there is"
 
 @contextlib.contextmanager
 def more_address_space() -> Iterator[None]:
-    """Let this process have a few GB more than the others may."""
+    """Raise this process's address limit by a few GB."""
     soft, hard = resource.getrlimit(resource.RLIMIT_AS)
     resource.setrlimit(resource.RLIMIT_AS, (soft + 5 * MAX_BYTES, hard))
     yield
@@ -699,9 +686,7 @@ def more_address_space() -> Iterator[None]:
 
 
 def problem_of_reading(read: Callable[[], Any]) -> str | None:
-    """Open a file: an InputError within a second is right, and so is none; anything else is
-    said.
-    """
+    """Open a file; return a problem unless it opens or raises InputError within a second."""
     started, before = time.monotonic(), resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     problem = None
     try:

@@ -1,6 +1,4 @@
-"""Programs in forked processes: a second where a new interpreter that imports torch takes five. For
-the fault-injection trials.
-"""
+"""Programs in forked processes, for the trials: one second, where a new interpreter takes five."""
 
 import contextlib
 import os
@@ -14,10 +12,9 @@ from utils import run_program
 
 
 def fork_program(prepare: Callable[[], None], action: Callable[[], None]) -> int:
-    """Fork a process that calls `prepare`, then a program's main as the command line does; return
-    its id.
+    """Fork a process that calls `prepare`, then a program's main; return its id.
 
-    It ends with the program's status; 1, with a traceback, for what no program should raise.
+    It ends with the program's status, or with 1 and a traceback for unexpected exceptions.
     """
     sys.stdout.flush()
     sys.stderr.flush()
@@ -41,13 +38,13 @@ def fork_program(prepare: Callable[[], None], action: Callable[[], None]) -> int
 
 
 def ended(pid: int) -> int | None:
-    """Return the status of a child that has ended, negative for a signal; None while it runs."""
+    """Return the status of an ended child, negative for a signal; None while it runs."""
     done, status = os.waitpid(pid, os.WNOHANG)
     return os.waitstatus_to_exitcode(status) if done else None
 
 
 def end_of(pid: int, limit_s: float) -> int | None:
-    """Wait for a child: its status; None where it had to be killed."""
+    """Wait for a child and return its status; None where it had to be killed."""
     deadline = time.monotonic() + limit_s
     while time.monotonic() < deadline:
         if (status := ended(pid)) is not None:

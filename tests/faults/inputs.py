@@ -1,9 +1,8 @@
-"""Trials of what users give: data of any size, targets of --force, corpora, arguments and
-environments.
+"""Trials of user input: data of any size, targets of --force, corpora, arguments and environments.
 
-Called by scripts/fault_injection.py (T14, T21, T22, T24). What could do harm runs in a forked
-process whose every attempt to make, change or remove a file outside the trial's own folder ends it
-and is reported.
+Called by scripts/fault_injection.py (T14, T21, T22, T24). Programs that could do harm run in a
+forked process: a guard ends it, and reports it, at any attempt to make, change or delete a file
+outside the trial's folder.
 """
 
 import contextlib
@@ -48,14 +47,15 @@ from utils import InputError, one_line, run_program
 
 KINDS = ("bert", "roberta", "gpt2")
 LIMIT_S = 10  # a program that takes longer has hung
-MAX_FAILURES = 5  # of one call; more say no more
+MAX_FAILURES = 5  # of one call
 
 
 def generate(
     bench, num: int, strategy: st.SearchStrategy, check: Callable, *, shrinks: bool = False
 ) -> None:
-    """Call check(value) for `num` values. Failed assertions are recorded; with `shrinks` the first
-    ends it, made small.
+    """Call check(value) for `num` values; record failed assertions.
+
+    With `shrinks` the first failure ends the call, reduced to a small example.
     """
     os.environ["HYPOTHESIS_STORAGE_DIRECTORY"] = str(bench.folder / "hypothesis")
     phases = [hypothesis.Phase.generate, *[hypothesis.Phase.shrink] * shrinks]
@@ -91,9 +91,7 @@ def generate(
 # Programs in forked processes
 # --------------------------------------------------------------------------------------------------
 
-LIBRARIES_CACHE = os.path.expanduser(
-    "~/.cache/huggingface"
-)  # where datasets keeps the tables that it has read
+LIBRARIES_CACHE = os.path.expanduser("~/.cache/huggingface")  # where datasets caches tables
 GUARDED = 99  # status of a process that the guard has ended
 CHANGES = {
     "os.rename": (0, 1),
@@ -120,9 +118,7 @@ FOLDER_DESCRIPTOR = {
 
 
 def keep_inside(folder: Path) -> None:
-    """End this process, from now on, at any attempt to make, change or remove a file outside
-    `folder`.
-    """
+    """End this process at any later attempt to make, change or delete a file outside `folder`."""
     folder = os.path.realpath(folder)
 
     def look(event: str, arguments: tuple) -> None:
@@ -138,9 +134,7 @@ def keep_inside(folder: Path) -> None:
 
 
 def changed_places(event: str, arguments: tuple) -> list[str]:
-    """List the absolute names that an audited call would change, the links on the way to them
-    resolved.
-    """
+    """List the absolute names that an audited call would change, links resolved."""
     if event == "open" and not (arguments[2] or 0) & (
         os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
     ):
@@ -160,9 +154,7 @@ def changed_places(event: str, arguments: tuple) -> list[str]:
 
 
 def place_of(path: str) -> str:
-    """Resolve the folder that a name stands in; the name itself only where a slash at its end asks
-    for it.
-    """
+    """Resolve the folder of a name; the name's last part only where it ends in a slash."""
     head, tail = os.path.split(path)
     return (
         os.path.realpath(path)
@@ -173,20 +165,18 @@ def place_of(path: str) -> str:
 
 @dataclasses.dataclass(frozen=True)
 class Ended:
-    """What became of a program: its exit status (None: hung, negative: the signal), and what it
-    printed.
-    """
+    """The end of a program: exit status (None: hung, negative: the signal) and output."""
 
     status: int | None
     printed: str
 
     @property
     def errors(self) -> list[str]:
-        """The problems that it named."""
+        """The problems in its error lines."""
         return [line for line in self.printed.splitlines() if ": error: " in line]
 
     def last_lines(self) -> str:
-        """The end of what it printed, on one line."""
+        """The end of its output, on one line."""
         return f"status {self.status}: {ascii(' | '.join(self.printed.splitlines()[-3:]))[-600:]}"
 
 
@@ -200,7 +190,7 @@ def run_forked(
     prepare: Callable[[], None] = lambda: None,
     encoding: str = "utf-8",
 ) -> Ended:
-    """Run a program's main in a process of its own, which may change files in `folder` only."""
+    """Run a program's main in a forked process, which may change files in `folder` only."""
     with tempfile.TemporaryFile(dir=folder) as output:
 
         def set_up() -> None:
@@ -218,7 +208,7 @@ def _prepare_child(folder, cwd, environment, output: int, encoding: str) -> None
     sys.stdout = open(1, "w", encoding=encoding, closefd=False)  # noqa: SIM115
     options = {"errors": "backslashreplace", "closefd": False}
     sys.stderr = open(2, "w", encoding=encoding, **options)  # noqa: SIM115
-    huggingface_hub.constants.HF_HUB_OFFLINE = True  # a random name is none to ask the hub for
+    huggingface_hub.constants.HF_HUB_OFFLINE = True  # never query the hub for a random name
     tempfile.tempdir = None
     for name in [name for name in os.environ if name in LAUNCHER_VARIABLES]:
         del os.environ[name]
@@ -242,7 +232,7 @@ def run_here(main: Callable, argv: Sequence[str]) -> Ended:
 
 
 def check_ended(ended: Ended) -> None:
-    """Assert what holds for every program: it ends, with success or with a line a problem."""
+    """Assert that a program ended, with success or with one line a problem."""
     assert ended.status is not None, f"hung for more than {LIMIT_S} s; {ended.last_lines()}"
     assert "Traceback" not in ended.printed, f"traceback; {ended.last_lines()}"
     is_non_finite = ended.status == 1 and " ERROR   Stopped: " in ended.printed
@@ -261,8 +251,9 @@ def check_ended(ended: Ended) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class PlanCase:
-    """A run's data and how it is divided. room: max_tokens above the longest sequence's length;
-    None: no max_tokens.
+    """A run's data and its division.
+
+    room: max_tokens minus the longest sequence's length; None: no max_tokens.
     """
 
     num_sequences: int
@@ -294,7 +285,7 @@ class PlanCase:
         )
 
     def sampler(self) -> GroupedBatchSampler:
-        """Make the sampler anew, as every process and every resumed run does."""
+        """Make a new sampler, as every process and every resumed run does."""
         lengths = self.lengths()
         max_length = int(lengths.max()) + self.spare_length
         return GroupedBatchSampler(
@@ -339,7 +330,7 @@ def plans(bench) -> None:
 
 
 def check_plan(case: PlanCase) -> None:
-    """Assert all that a plan promises."""
+    """Assert all properties of a plan."""
     of_rank = [
         case.updates(rank, case.world_size, case.accumulation) for rank in range(case.world_size)
     ]
@@ -386,7 +377,7 @@ def check_batches(case: PlanCase, planned: list) -> None:
 
 
 def check_epochs(case: PlanCase, planned: list) -> None:
-    """Assert that an epoch holds every sequence once, in an order of its own."""
+    """Assert that each epoch holds every sequence once, in another order than the others."""
     orders = []
     for epoch in range(case.num_epochs):
         order = np.concatenate([batch.sequences for batch in planned if batch.epoch == epoch])
@@ -408,17 +399,13 @@ def check_epochs(case: PlanCase, planned: list) -> None:
 
 
 def num_orders_log(case: PlanCase) -> float:
-    """Bound from below, by its logarithm, the number of orders that a plan tells apart: those
-    inside each group.
-    """
+    """Bound the log of the number of distinct orders from below: the orders within each group."""
     groups = (case.lengths() + 1) // 4 if case.is_grouped else np.zeros(case.num_sequences, int)
     return sum(math.lgamma(count + 1) for count in np.bincount(groups).tolist())
 
 
 def check_shares(case: PlanCase, of_rank: list[list[Update]]) -> None:
-    """Assert that ranks plan alike, and that their shares are the update, without overlap and of
-    like number.
-    """
+    """Assert that ranks plan alike and divide the update evenly, without overlap."""
     assert all(keys_of(updates) == keys_of(of_rank[0]) for updates in of_rank), (
         "ranks plan different updates"
     )
@@ -436,9 +423,7 @@ def check_shares(case: PlanCase, of_rank: list[list[Update]]) -> None:
 
 
 def check_resumed(case: PlanCase, of_rank: list[list[Update]]) -> None:
-    """Assert that a run resumed at an update goes on as the uninterrupted one did, on every
-    rank.
-    """
+    """Assert that a run resumed at an update continues as the uninterrupted one, on every rank."""
     position = case.position % len(of_rank[0])
     first = of_rank[0][position].planned[0]
     place = first.number % len(case.sampler())
@@ -454,7 +439,7 @@ def check_resumed(case: PlanCase, of_rank: list[list[Update]]) -> None:
 
 
 def resumed_updates(case: PlanCase, rank: int, position: int, number: int) -> list[Update]:
-    """Plan on from an update whose first micro-batch has this number, as a new process does."""
+    """Plan the updates from this micro-batch number on, as a new process does."""
     sampler = case.sampler()
     arguments = case.num_micro_batches(), case.accumulation, rank, case.world_size
     if "first" in inspect.signature(sampler.updates).parameters:
@@ -471,7 +456,7 @@ OLD = re.compile(r"\.old-\d{8}-\d{6}(-\d+)?")
 
 
 class Arena:
-    """A folder with a user's files, in which one target of --force is set up and tried."""
+    """A folder with a user's files, in which one target of --force is made and tried."""
 
     def __init__(self, folder: Path, world):
         self.folder, self.world = folder, world
@@ -510,7 +495,7 @@ class Arena:
         return str(self.folder / name)
 
     def run(self, name: str, *files: str) -> str:
-        """Make a run's folder, with some files of the user's in it."""
+        """Make a run's folder with some of the user's files in it."""
         shutil.copytree(self.first_run, self.folder / name, dirs_exist_ok=True)
         for file in files:
             (self.folder / name / file).write_text("mine\n")
@@ -518,8 +503,9 @@ class Arena:
         return str(self.folder / name)
 
     def holding(self, flag: str, path: str, through: str = "") -> str:
-        """Make a run's folder with a copy of an input in it, which is given by its flag; through:
-        by way of a link.
+        """Make a run's folder with a copy of an input in it, named by its flag.
+
+        through: the flag names a link to it.
         """
         folder = self.run("holding")
         self.movable.clear()
@@ -534,7 +520,7 @@ class Arena:
         return folder
 
     def holding_store(self, suffix: str) -> str:
-        """Make a run's folder with a store in it, which is given by its prefix and a suffix."""
+        """Make a run's folder with a store in it, named by its prefix and a suffix."""
         folder = self.run("holding")
         self.movable.clear()
         argv = [
@@ -556,7 +542,7 @@ class Arena:
         return folder
 
     def link(self, name: str, target: str) -> str:
-        """Make a link; of a link and a run's folder behind it only the link is to be moved."""
+        """Make a link; of a link to a run's folder only the link is moved."""
         os.symlink(target, self.folder / name)
         behind = os.path.relpath(target, self.folder)
         if behind in self.movable:
@@ -564,9 +550,7 @@ class Arena:
         return str(self.folder / name)
 
     def around(self, spelling: str) -> str:
-        """Make a run's folder that is reached over a link and "..", where the name without both is
-        a user's folder.
-        """
+        """Make a run's folder behind a link and "..", where the plain path is a user's folder."""
         self.foreign("run")
         self.run("elsewhere/run")
         self.link("link", self.foreign("elsewhere/place"))
@@ -590,7 +574,7 @@ class Arena:
         return str(self.folder / name)
 
     def in_read_only(self, name: str) -> str:
-        """Make a run's folder in a folder that may not be written to, not even by root."""
+        """Make a run's folder in a folder that is not writable, not even by root."""
         path = self.run(f"closed/{name}")
         os.chmod(self.folder / "closed", 0o555)
         self.prepare = drop_privileges
@@ -598,7 +582,7 @@ class Arena:
 
 
 def drop_privileges() -> None:
-    """Make permissions hold for this process though root runs it: give up every capability."""
+    """Give up every capability, so that permissions hold for this process even as root."""
     header, nothing = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     if os.geteuid() == 0 and ctypes.CDLL(None, use_errno=True).capset(header, nothing):
         raise OSError(ctypes.get_errno(), "capset")
@@ -606,9 +590,7 @@ def drop_privileges() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Target:
-    """What --force is pointed at. ends: how that is to end; make: (arena, spelling) ->
-    --dump_path.
-    """
+    """A target of --force. ends: the expected end; make: (arena, spelling) -> --dump_path."""
 
     ends: str
     make: Callable[[Arena, str], str]
@@ -683,9 +665,7 @@ TARGETS = [
 
 
 def snapshot(folder: Path) -> dict[str, str]:
-    """List all that is below a folder: relative name -> what it is, a file by its SHA-256, a link
-    by its target.
-    """
+    """List all below a folder: relative name -> content; SHA-256 of files, targets of links."""
     found = {}
     for place, folders, files in os.walk(folder):
         for path in (os.path.join(place, name) for name in folders + files):
@@ -698,9 +678,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def content_of(path: Path) -> str:
-    """Return a file's SHA-256; of a run's lock, which the next run writes anew, only that it is
-    one.
-    """
+    """Return a file's SHA-256; for a run's lock, which each run rewrites, a constant."""
     content = path.read_bytes()
     return (
         "lock"
@@ -710,9 +688,7 @@ def content_of(path: Path) -> str:
 
 
 def forced(bench) -> None:
-    """T21: point --force at a target, in every spelling of it, and look what became of the files
-    around.
-    """
+    """T21: point --force at a target in every spelling, and check the files around it."""
     target = TARGETS[bench.number % len(TARGETS)]
     for number, spelling in enumerate(target.spellings):
         bench.count(1)
@@ -732,9 +708,7 @@ def forced(bench) -> None:
 def harm(
     ends: str, movable: set[str], before: dict[str, str], after: dict[str, str], ended: Ended
 ) -> list[str]:
-    """Say what went wrong: files lost, folders moved that are not a run's, or another end than
-    expected.
-    """
+    """List the harm: lost files, moved folders that are not a run's, another end than expected."""
     problems = [f"lost {name}" for name in lost(before, after)[:3]]
     moved = {OLD.sub("", name) for name in after if OLD.search(Path(name).name)}
     problems += [f"moved {name} aside" for name in moved - movable]
@@ -755,7 +729,7 @@ def harm(
 
 
 def lost(before: dict[str, str], after: dict[str, str]) -> list[str]:
-    """List what is neither where it was, as it was, nor in a folder that was moved aside."""
+    """List files that are neither unchanged in place nor in a folder that was moved aside."""
     remaining: dict[str, set[str]] = {}
     for name, what in after.items():
         for known in (name, OLD.sub("", name)):
@@ -836,8 +810,9 @@ BAD_BYTES = (
 
 @dataclasses.dataclass(frozen=True)
 class Corpus:
-    """A file of text. num_texts: that are not blank, bad_line: the first that is at fault; None:
-    not known, or none.
+    """A text file.
+
+    num_texts: texts that are not blank; bad_line: the first faulty line; None: unknown, or none.
     """
 
     name: str
@@ -859,7 +834,7 @@ class Corpus:
 
 @st.composite
 def texts(draw) -> list[str]:
-    """Make texts: plain ones, odd ones, and random characters."""
+    """Make texts: plain, odd, and of random characters."""
     words = st.lists(
         st.sampled_from(["ba", "ke", "Dafi", "vuze", "limo", *ODD_TEXTS]), max_size=40
     ).map(" ".join)
@@ -878,7 +853,7 @@ def texts(draw) -> list[str]:
 
 @st.composite
 def line_files(draw) -> dict:
-    """Make a file with a text a line, or one that is no text at all."""
+    """Make a file with one text a line, or a file without text."""
     parts = [text.encode() + draw(st.sampled_from(LINE_ENDS)).encode() for text in draw(texts())]
     parts = [draw(st.sampled_from([b"", b"", BYTE_ORDER_MARK])), *parts]
     for bad in draw(st.one_of(st.just([]), st.lists(st.sampled_from(BAD_BYTES), max_size=2))):
@@ -901,9 +876,7 @@ def recoded(data: bytes) -> bytes:
 
 
 def by_hand(data: bytes, errors: str) -> dict:
-    """Count a file's texts in the plainest way, a line at a time, and find the first that is no
-    UTF-8.
-    """
+    """Count a file's texts line by line, and find the first that is not UTF-8."""
     lines = re.split(rb"\r\n|\n|\r", data.removeprefix(BYTE_ORDER_MARK))
     bad = [number for number, line in enumerate(lines, start=1) if not is_utf8(line)]
     kept = [line for line in lines if errors != "skip" or is_utf8(line)]
@@ -921,7 +894,7 @@ def is_utf8(data: bytes) -> bool:
 
 @st.composite
 def record_files(draw) -> dict:
-    """Make a .jsonl, with a record here and there that is none."""
+    """Make a .jsonl with an invalid record here and there."""
     lines, good = [], draw(texts())
     for text in good:
         lines.append(json.dumps({"text": text}, ensure_ascii=draw(st.booleans())).encode())
@@ -956,7 +929,7 @@ def record_files(draw) -> dict:
 
 @st.composite
 def table_files(draw) -> dict:
-    """Make a .csv or .tsv, whole or cut off; or bytes that only are called so."""
+    """Make a .csv or .tsv, whole or cut off, or other bytes under such a name."""
     suffix, rows, table = (
         draw(st.sampled_from([".csv", ".tsv"])),
         draw(texts()),
@@ -1003,7 +976,7 @@ def json_files(draw) -> dict:
 
 @st.composite
 def corpora_cases(draw) -> Corpus:
-    """Make a corpus of any kind; some packed by gzip, some of these damaged."""
+    """Make a corpus of any kind; some packed with gzip, some of these damaged."""
     made = draw(
         st.one_of(*[line_files()] * 5, *[record_files()] * 3, *[table_files()] * 2, json_files())
     )
@@ -1017,7 +990,7 @@ def corpora_cases(draw) -> Corpus:
             data = data[: draw(st.integers(0, len(data) - 1))]
         must_fail = packing in ("cut", "false")
         made |= {"num_texts": None, "bad_line": None} if must_fail else {}
-    # datasets takes a bracket in a packed file's name for a network address, and says so.
+    # datasets reads a bracket in a packed file's name as a network address, and raises.
     name = (
         draw(
             st.sampled_from(
@@ -1031,9 +1004,7 @@ def corpora_cases(draw) -> Corpus:
 
 
 def long_line(number: int) -> Corpus:
-    """Make a corpus with a line of 10 MB between two others: of words, of one word, of unknown
-    characters.
-    """
+    """Make a corpus with a line of 10 MB: of words, of one word, or of unknown characters."""
     word = ("ba ke ", "ba", "語")[number // 10 % 3].encode()
     line = word * (10_000_000 // len(word))
     return Corpus(
@@ -1046,7 +1017,7 @@ def long_line(number: int) -> Corpus:
 
 
 def corpora(bench) -> None:
-    """T22: binarize what may be text, count it, and open it as training does."""
+    """T22: binarize possible text, count it, and open it as training does."""
     opened = {
         kind: tokenizer_facts(kind, str(folder)) for kind, folder in bench.world.teachers.items()
     }
@@ -1065,7 +1036,7 @@ def corpora(bench) -> None:
 
 
 def tokenizer_facts(kind: str, name: str) -> dict:
-    """Return what training knows of a tokenizer when it opens a token file."""
+    """Return the facts of a tokenizer with which training opens a token file."""
     tokenizer = load_tokenizer(kind, name, "--teacher_name")
     special = SpecialIds(**special_ids(kind, tokenizer))
     return {
@@ -1076,9 +1047,7 @@ def tokenizer_facts(kind: str, name: str) -> dict:
 
 
 def check_corpus(corpus: Corpus, folder: Path, teacher: str, facts: dict) -> None:
-    """Assert that a corpus becomes a sound token file, or an error that names it and leaves
-    nothing.
-    """
+    """Assert that a corpus gives a sound token file, or an error naming it and no file."""
     path = folder / corpus.name
     path.write_bytes(corpus.data)
     argv = [
@@ -1121,9 +1090,7 @@ def check_corpus(corpus: Corpus, folder: Path, teacher: str, facts: dict) -> Non
 
 
 def check_refused(corpus: Corpus, path: Path, ended: Ended) -> None:
-    """Assert that the error names the file, and the line where one is at fault, and that nothing
-    was left behind.
-    """
+    """Assert that the error names the file and the faulty line, and that no file is left."""
     assert sorted(os.listdir(path.parent)) == [path.name], (
         f"left behind: {sorted(os.listdir(path.parent))}"
     )
@@ -1140,9 +1107,7 @@ def check_refused(corpus: Corpus, path: Path, ended: Ended) -> None:
 
 
 def check_tokens(corpus: Corpus, written: str, facts: dict) -> None:
-    """Assert that a token file holds the corpus's texts, and that a model's dataset made of it is
-    sound.
-    """
+    """Assert that a token file holds the corpus's texts and gives a sound dataset."""
     tokens = open_token_file(written)
     num = len(tokens.lengths_N)
     assert corpus.num_texts in (None, num), f"{num} sequences of {corpus.num_texts} texts"
@@ -1390,7 +1355,7 @@ LAST = ["--max_steps=1"]  # of train.py: whatever came before, it ends at the fi
 
 
 def programs() -> dict[str, tuple[Callable, Callable[[str], list[list[str]]]]]:
-    """List the programs: name -> (main, kind -> a command line that works, flag by flag)."""
+    """List the programs: name -> (main, kind -> a valid command line, flag by flag)."""
     masked = [
         ["--alpha_mlm", "2.0"],
         ["--alpha_clm", "0"],
@@ -1504,9 +1469,7 @@ PROGRAMS = programs()
 
 @dataclasses.dataclass(frozen=True)
 class Command:
-    """A program to be started, with its arguments and environment. encoding: of what it prints
-    to.
-    """
+    """A program call with arguments and environment. encoding: of its output streams."""
 
     program: str
     argv: list[str]
@@ -1515,7 +1478,7 @@ class Command:
 
 
 def _odd_value(draw, item: list[str]) -> str:
-    """Make a value for a flag: mostly of its kind, as a command line that works shows it."""
+    """Make a value for a flag: mostly of the same kind as in a valid command line."""
     is_number, is_path = (
         re.fullmatch(r"[\d.e-]+", item[-1]),
         re.search(r"[./]|^(run|out|counts)$", item[-1]),
@@ -1584,7 +1547,7 @@ MUTATIONS = (
 
 @st.composite
 def environments(draw) -> dict[str, str]:
-    """Make an environment: a launcher's with something changed, or any."""
+    """Make an environment: a launcher's with a change, or any."""
     found = {}
     if draw(st.integers(0, 3)):
         port = str(draw(st.integers(20_000, 60_000)))
@@ -1603,9 +1566,7 @@ def environments(draw) -> dict[str, str]:
 
 
 def alone(environment: dict[str, str]) -> dict[str, str]:
-    """Give an environment of several processes an address that does not exist: waiting for the
-    others is no fault.
-    """
+    """Replace the address in an environment of several processes: their waiting is no fault."""
     try:
         is_alone = int(environment.get("WORLD_SIZE") or 1) <= 1
     except ValueError:  # no number: an error by itself
@@ -1615,7 +1576,7 @@ def alone(environment: dict[str, str]) -> dict[str, str]:
 
 @st.composite
 def commands(draw) -> Command:
-    """Make a command line: one that works, with up to three mistakes."""
+    """Make a command line: a valid one with up to three mistakes."""
     program = draw(st.sampled_from(["train"] * len(PROGRAMS) + list(PROGRAMS)))
     words = [list(item) for item in PROGRAMS[program][1](draw(st.sampled_from(KINDS)))]
     environment = draw(st.just({}) | st.just({}) | environments())
@@ -1631,7 +1592,7 @@ def commands(draw) -> Command:
 
 
 def lay_out(folder: Path, world) -> None:
-    """Fill a folder with every file that a command line may name."""
+    """Fill a folder with every file that a command line can name."""
     for kind in KINDS:
         shutil.copy(world.config(kind), folder / f"student.{kind}.json")
         shutil.copy(world.first_weights(kind), folder / f"first.{kind}.pth")

@@ -1,7 +1,6 @@
-"""Trials of malicious files (T19): 60 of them, each at every place that reads its kind. None may
-execute anything.
+"""Trials of malicious files (T19): 60 files, each read in every place that reads its kind.
 
-A payload is caught by what it leaves (a file, the canary) and by Python's audit events in the
+A payload is detected by the file that it writes (the canary) and by Python's audit events in the
 process that reads it.
 """
 
@@ -55,7 +54,7 @@ ENDS_TORCH = "tuples as a key"  # which torch.load and transformers read by weig
 
 
 class Call:
-    """What a pickle turns into a call of `function`, when it is loaded."""
+    """An object whose pickle calls `function` when it is loaded."""
 
     def __init__(self, function: Any, *arguments: Any):
         self.function, self.arguments = function, arguments
@@ -68,7 +67,7 @@ class Call:
 
 
 class With(Call):
-    """What a pickle turns into a call, and then gives a state."""
+    """An object whose pickle makes a call, then sets a state."""
 
     def __reduce__(self):
         return self.function, *self.arguments
@@ -76,9 +75,7 @@ class With(Call):
 
 @dataclasses.dataclass
 class Site:
-    """Where a malicious file is made. kind: of the teacher that it imitates; canary: what a payload
-    would write.
-    """
+    """A folder for a malicious file. kind: of the imitated teacher; canary: the payload's file."""
 
     world: World
     folder: Path
@@ -87,12 +84,12 @@ class Site:
 
     @property
     def command(self) -> str:
-        """A shell's command that leaves the canary."""
+        """A shell command that writes the canary."""
         return f"touch {self.canary}"
 
     @property
     def code(self) -> str:
-        """Python that leaves the canary."""
+        """Python code that writes the canary."""
         return f"open({str(self.canary)!r}, 'w').close()"
 
     def write(self, name: str, content: bytes | str) -> Path:
@@ -103,7 +100,7 @@ class Site:
         return path
 
     def module(self, name: str = "evil_module.py", more: str = "") -> Path:
-        """Write a module that leaves the canary when it is imported."""
+        """Write a module that writes the canary when it is imported."""
         return self.write(name, f"{self.code}\n{more}\n")
 
     def teacher(self) -> Path:
@@ -127,7 +124,7 @@ class Site:
 
 
 def listed(site: Site, payload: Any, protocol: int = 4) -> Path:
-    """Write a list of sequences that holds a payload, too."""
+    """Pickle a list of sequences together with a payload."""
     return site.write(
         "evil.pickle", pickle.dumps([np.arange(20, dtype=np.uint16), payload], protocol)
     )
@@ -141,39 +138,39 @@ def raw(site: Site, *parts: bytes | str) -> Path:
 
 
 def text_of(text: str) -> bytes:
-    """Write a string as an opcode."""
+    """Encode a string as opcodes."""
     return b"X" + struct.pack("<I", len(text)) + text.encode()
 
 
 def extended(site: Site) -> Path:
-    """Call by a number of the extension registry."""
+    """Call through a number of the extension registry."""
     if ("posix", "system") not in copyreg._extension_registry:
         copyreg.add_extension("posix", "system", 0x71)
     return raw(site, b"\x80\x02\x82\x71", text_of(site.command), b"\x85R.")
 
 
 def marshalled(site: Site) -> Call:
-    """Make a function of code in bytes."""
+    """Make a function from code in bytes."""
     code = marshal.dumps(compile(site.code, "evil_code", "exec"))
     return Call(Call(Call(type, os.path.join), Call(marshal.loads, code), {}))
 
 
 def loaded_array(site: Site) -> Call:
-    """Let numpy.load unpickle another file."""
+    """Make numpy.load unpickle another file."""
     path = site.folder / "evil.npy"
     np.save(path, np.array([Call(os.system, site.command)], dtype=object), allow_pickle=True)
     return Call(np.load, str(path), None, True)
 
 
 def forged_state(site: Site) -> Call:
-    """Give a structured dtype a state without the flag that says that it has objects."""
+    """Set a structured dtype's state without the flag for objects."""
     state = list(np.dtype([("a", "O")]).__reduce__()[2])
     state[-1] = 0
     return Call(np.ndarray, (1,), With(np.dtype, ("V8", False, True), tuple(state)), b"A" * 8)
 
 
 def partial_by_state(site: Site) -> Call:
-    """Make a harmless partial, and a harmful one of it by its state."""
+    """Make a harmless partial harmful through its state."""
     return Call(With(functools.partial, (print,), (os.system, (site.command,), {}, {})))
 
 
@@ -241,14 +238,14 @@ PICKLES: dict[str, Callable[[Site], Path]] = {
 
 
 def saved(site: Site, content: Any, **options: Any) -> Path:
-    """Write a file of torch's."""
+    """Save a file with torch."""
     path = site.folder / "evil.pth"
     torch.save(content, path, **options)
     return path
 
 
 def old_tar(site: Site) -> Path:
-    """Write the tar of torch's first versions."""
+    """Write the tar format of torch's first versions."""
     path = site.folder / "evil.pth"
     payload = pickle.dumps(Call(os.system, site.command), 2)
     with tarfile.open(path, "w") as archive:
@@ -260,10 +257,10 @@ def old_tar(site: Site) -> Path:
 
 
 class Script(torch.nn.Module):
-    """Something to be scripted."""
+    """A module to be scripted."""
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Do next to nothing."""
+        """Return the input plus 1."""
         return x + 1
 
 
@@ -282,20 +279,20 @@ def torchscript(site: Site) -> Path:
 
 
 def hooks(site: Site) -> dict[str, Any]:
-    """Hide a call in what a tensor is rebuilt from."""
+    """Hide a call in the arguments that rebuild a tensor."""
     tensor = torch.zeros(3)
     parts = (tensor.untyped_storage(), 0, (3,), (1,), False, Call(os.system, site.command))
     return {"a": With(torch._utils._rebuild_tensor_v2, parts)}
 
 
 def header(site: Site, text: str, size: int | None = None) -> Path:
-    """Write a safetensors file with a header that lies."""
+    """Write a safetensors file with a false header."""
     content = struct.pack("<Q", len(text) if size is None else size) + text.encode() + bytes(64)
     return site.write("evil.safetensors", content)
 
 
 def tensors(**rows: list[int]) -> str:
-    """Describe float tensors by their bytes' range."""
+    """Describe float tensors by their byte ranges."""
     return json.dumps(
         {name: {"dtype": "F32", "shape": [2], "data_offsets": span} for name, span in rows.items()}
     )
@@ -334,7 +331,7 @@ AUTO_MAP = {
 
 
 def with_code(folder: Path, site: Site, name: str = "evil_module.py") -> Path:
-    """Put a module into a folder."""
+    """Add a module to a folder."""
     made = site.module(more=EVIL_CLASSES)
     if made != folder / name:
         shutil.copy(made, folder / name)
@@ -342,14 +339,14 @@ def with_code(folder: Path, site: Site, name: str = "evil_module.py") -> Path:
 
 
 def with_pickle(site: Site, folder: Path, name: str = "pytorch_model.bin") -> Path:
-    """Put a pickle in the weights' place."""
+    """Replace the weights with a pickle."""
     (folder / "model.safetensors").unlink(missing_ok=True)
     torch.save({"a": Call(os.system, site.command)}, folder / name)
     return folder
 
 
 def sharded(site: Site, index: str, target: str) -> Path:
-    """Say that the weights are in a file elsewhere."""
+    """Refer to weights in a file elsewhere."""
     folder = site.teacher()
     state = safetensors.torch.load_file(folder / "model.safetensors")
     (folder / "model.safetensors").unlink()
@@ -369,7 +366,7 @@ def linked(site: Site) -> Path:
 
 
 def elsewhere(site: Site, name: str, key: str) -> Path:
-    """Point at another folder, whose weights are a pickle."""
+    """Refer to another folder whose weights are a pickle."""
     other = with_code(with_pickle(site, site.teacher()), site).rename(site.folder / "evil-other")
     return site.edited(name, **{key: str(other), "peft_type": "LORA", "auto_map": AUTO_MAP})
 
@@ -383,7 +380,7 @@ def templated(site: Site) -> Path:
 
 
 def custom_generate(site: Site) -> Path:
-    """Bring a generate() of its own."""
+    """Add a custom generate()."""
     folder = site.edited("generation_config.json", custom_generate=".")
     (folder / "custom_generate").mkdir()
     with_code(folder / "custom_generate", site, "generate.py")
@@ -446,7 +443,7 @@ CONFIGS: dict[str, Callable[[Site], Path]] = {
 
 
 def with_script(site: Site) -> Path:
-    """Put a loading script, and a card that names it, beside data."""
+    """Add a loading script, and a card that names it, to a folder of data."""
     folder = site.folder / "dump"
     folder.mkdir()
     for name in ("dump.py", "evil_module.py"):
@@ -467,7 +464,7 @@ def with_script(site: Site) -> Path:
 
 
 def arrow_table(site: Site) -> pyarrow.Table:
-    """Make a table whose column is of a type that was once unpickled when it was read."""
+    """Make a table with a column type that reading once unpickled."""
     payload = pickle.dumps(Call(os.system, site.command), 2)
     of_type = {
         "ARROW:extension:name": "arrow.py_extension_type",
@@ -508,7 +505,7 @@ TEXTS: dict[str, Callable[[Site], Path]] = {
 
 
 def checkpoint(site: Site, change: Callable[[Path], None]) -> Path:
-    """Make a run's folder with one checkpoint, changed, which its manifest admits."""
+    """Make a run's folder with a changed checkpoint and a matching manifest."""
     run = site.folder / "run"
     ended = in_child(
         lambda: train.main(site.world.flags("bert", run, **SHORT)), site.folder / "first-log"
@@ -526,7 +523,7 @@ SHORT = {"max_steps": 1, "gradient_accumulation_steps": 1}
 
 
 def pickled_file(site: Site) -> Callable[[Path], None]:
-    """Put a pickle in the optimizer's place, and others where torch's own checkpoints have them."""
+    """Replace the optimizer with a pickle; add others under the names of torch's checkpoints."""
 
     def change(path: Path) -> None:
         for name in ("optimizer.safetensors", "optimizer.pt", ".metadata", "__0_0.distcp"):
@@ -536,14 +533,14 @@ def pickled_file(site: Site) -> Callable[[Path], None]:
 
 
 def endless(path: Path) -> None:
-    """Name a device that has no end in the manifest."""
+    """Name an endless device in the manifest."""
     manifest = json.loads((path / checkpointing.MANIFEST).read_bytes())
     manifest["files"]["/dev/zero"] = {"bytes": 0, "sha256": "0" * 64}
     (path / checkpointing.MANIFEST).write_text(json.dumps(manifest))
 
 
 def odd_state(path: Path) -> None:
-    """Say nothing of what a run needs."""
+    """Leave out everything that a run needs."""
     (path / checkpointing.STATE).write_text(json.dumps({"step": 1, "flags": [], "identity": 7}))
 
 
@@ -647,7 +644,7 @@ def of_config(site: Site, path: Path) -> Iterator[Entry]:
 
 
 def of_pickle(site: Site, path: Path) -> Iterator[Entry]:
-    """Read as whatever a pickle may be taken for."""
+    """Read as everything that may be a pickle."""
     yield training(site, "data_file", data_file=path)
     yield training(site, "token_counts", token_counts=path)
     yield (
@@ -663,7 +660,7 @@ def of_pickle(site: Site, path: Path) -> Iterator[Entry]:
 
 
 def of_run(site: Site, run: Path) -> Iterator[Entry]:
-    """Go on from a checkpoint."""
+    """Resume from a checkpoint."""
     for mode in (True, "auto"):
         name, program, flags = training(site, "resume", resume=mode)
         flags[flags.index("--dump_path") + 1] = str(run)
@@ -706,9 +703,7 @@ WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 
 
 def watch(site: Site, places: list[Path]) -> None:
-    """Say, from now on, what this process executes of a malicious file, and what it writes outside
-    `places`.
-    """
+    """Report what this process later executes of a malicious file or writes outside `places`."""
     allowed = tuple(map(str, [*places, "/dev/"]))
     sys.dont_write_bytecode = True
 
@@ -734,7 +729,7 @@ def watch(site: Site, places: list[Path]) -> None:
 
 
 def told(arguments: tuple) -> str:
-    """Put an event's arguments into words; of code, its file and constants."""
+    """Describe an event's arguments; code by its file and constants."""
     return " ".join(
         (
             f"{part.co_filename} {part.co_consts} {part.co_names}"
@@ -746,9 +741,7 @@ def told(arguments: tuple) -> str:
 
 
 def malicious(bench) -> None:
-    """T19: read one malicious file at every place that reads its kind. Nothing is executed, and no
-    traceback is shown.
-    """
+    """T19: read one malicious file in every place: executes nothing, prints no traceback."""
     name, make, entries = CASES[bench.number % len(CASES)]
     kinds = ["bert", "gpt2"] if entries is of_folder else ["bert"]
     for kind in kinds:
@@ -762,7 +755,7 @@ def malicious(bench) -> None:
 def attempt(
     bench, site: Site, where: str, program: Callable[[list[str]], None], flags: list[str]
 ) -> None:
-    """Run a program that reads a malicious file, in a child."""
+    """Run a program that reads a malicious file in a child."""
     temporary = bench.folder / "tmp"
     temporary.mkdir(exist_ok=True)
 

@@ -1,8 +1,7 @@
-"""Trials of the tests themselves: mistakes that a person could make, planted one at a time into a
-copy of the program.
+"""Trials of the tests: realistic mistakes, planted one at a time into a copy of the program.
 
-Called by scripts/fault_injection.py (T18). The mistakes are of the silent kind, made to train on
-as if nothing were wrong.
+Called by scripts/fault_injection.py (T18). The mistakes are silent ones: training continues as if
+nothing were wrong.
 """
 
 import dataclasses
@@ -25,9 +24,7 @@ CAUGHT = 1  # pytest's status where tests ran and some failed
 
 @dataclasses.dataclass(frozen=True)
 class Mistake:
-    """One mistake: what it is, the text of a file that becomes another, and the test that guards
-    it, by its pytest id.
-    """
+    """One mistake: description, file, its text and the replacement, the guarding test's id."""
 
     what: str
     file: str
@@ -187,7 +184,7 @@ MISTAKES = [
 
 
 def copy_checkout(target: Path) -> Path:
-    """Copy what the tests need, and nothing compiled."""
+    """Copy the files that the tests need, without compiled ones."""
     target.mkdir()
     for path in (path for pattern in COPIED for path in sorted(ROOT.glob(pattern))):
         if path.is_dir():
@@ -200,7 +197,7 @@ def copy_checkout(target: Path) -> Path:
 
 
 def plant(mistake: Mistake, checkout: Path) -> bool:
-    """Make the mistake in a copy; False where its text is not there exactly once."""
+    """Make the mistake in a copy; False unless its text occurs exactly once."""
     path = checkout / mistake.file
     text = path.read_text(encoding="utf-8")
     path.write_text(text.replace(mistake.text, mistake.replacement), encoding="utf-8")
@@ -208,7 +205,7 @@ def plant(mistake: Mistake, checkout: Path) -> bool:
 
 
 def run_guard(guard: str, checkout: Path) -> subprocess.CompletedProcess:
-    """Run one test of a copy, all its cases, as far as the first that fails."""
+    """Run one test of a copy, with all its cases, up to the first failure."""
     options = ["-x", "-q", "-p", "no:cacheprovider", "--basetemp", str(checkout.parent / "tests")]
     environment = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"} | {
         "OMP_NUM_THREADS": "1"
@@ -225,9 +222,7 @@ def run_guard(guard: str, checkout: Path) -> subprocess.CompletedProcess:
 
 
 def planted_mistake(bench) -> None:
-    """T18: one mistake, planted, must make a test fail; an error on the way to the test does not
-    count.
-    """
+    """T18: a planted mistake must make a test fail; an error before the test doesn't count."""
     bench.count(1)
     mistake = MISTAKES[bench.number % len(MISTAKES)]
     checkout = copy_checkout(bench.folder / "checkout")

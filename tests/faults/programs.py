@@ -1,6 +1,4 @@
-"""Trials of programs: files that do not belong together (T23), and preprocessing that is killed and
-run again (T26).
-"""
+"""Trials of programs: mismatched files (T23), and preprocessing that is killed and rerun (T26)."""
 
 import contextlib
 import dataclasses
@@ -47,7 +45,7 @@ from utils import InputError
 
 @dataclasses.dataclass
 class Mix:
-    """One mismatch in the making: flags of train.py, in a folder of its own."""
+    """One mismatch in the making: flags of train.py and a separate folder."""
 
     world: World
     folder: Path
@@ -56,7 +54,7 @@ class Mix:
 
     @property
     def vocab_size(self) -> int:
-        """Entries of the teacher's vocabulary."""
+        """Number of entries of the teacher's vocabulary."""
         return vocab_size_of(self.world.teachers[self.kind])
 
     def config(self, **values) -> None:
@@ -66,7 +64,7 @@ class Mix:
         self.changes["student_config"].write_text(json.dumps(content))
 
     def teacher(self) -> Path:
-        """Copy the teacher's folder, to be changed."""
+        """Copy the teacher's folder, for changes."""
         self.changes["teacher_name"] = self.folder / "teacher"
         shutil.copytree(self.world.teachers[self.kind], self.changes["teacher_name"])
         return self.changes["teacher_name"]
@@ -91,14 +89,14 @@ class Mix:
         self.changes["token_counts"].write_bytes(pickle.dumps(counts))
 
     def weights(self, change: Callable[[dict], None], kind: str | None = None) -> None:
-        """Begin with the first weights, changed."""
+        """Start from changed first weights."""
         state = torch.load(self.world.first_weights(kind or self.kind), weights_only=True)
         change(state)
         self.changes["student_pretrained_weights"] = self.folder / "first.pth"
         torch.save(state, self.folder / "first.pth")
 
     def without_token(self, token: str) -> None:
-        """Take a special token out of the teacher's tokenizer."""
+        """Remove a special token from the teacher's tokenizer."""
 
         def change(content: dict) -> None:
             vocabulary = content["model"]["vocab"]
@@ -132,12 +130,12 @@ def of_other_tokenizer(mix: Mix) -> tuple[Path, Path]:
 
 
 def data_of_other_tokenizer(mix: Mix) -> None:
-    """Take the data only: its ids are within the teacher's vocabulary."""
+    """Use only the data: its ids are within the teacher's vocabulary."""
     mix.changes["data_file"] = of_other_tokenizer(mix)[0]
 
 
 def counts_of_other_tokenizer(mix: Mix) -> None:
-    """Take the counts only, of as many entries as the teacher's vocabulary has."""
+    """Use only the counts, with as many entries as the teacher's vocabulary."""
     counts = of_other_tokenizer(mix)[1]
     path = counts.with_name("equal.pickle")
     card = read_card(f"{counts}.json", "")
@@ -150,7 +148,7 @@ def counts_of_other_tokenizer(mix: Mix) -> None:
 
 
 def fill(value: float) -> Callable[[dict], None]:
-    """Put a value into one tensor."""
+    """Set one tensor to a value."""
     return lambda state: state["distilbert.embeddings.LayerNorm.bias"].__setitem__(3, value)
 
 
@@ -168,7 +166,7 @@ def change_teacher(change: Callable[[dict], None]) -> Callable[[Mix], None]:
 
 
 def without_card(mix: Mix) -> None:
-    """Take RoBERTa's data to BERT, without the card that would tell."""
+    """Use RoBERTa's data for BERT, without the card that would reveal it."""
     path = mix.folder / "data.pickle"
     shutil.copy(mix.world.data("roberta"), path)
     mix.changes["data_file"] = path
@@ -188,8 +186,7 @@ def fingerprints(*names: str) -> Callable[[Mix], list[str]]:
 FFN, NORM = "distilbert.transformer.layer.1.ffn.lin1.weight", "distilbert.embeddings.LayerNorm.bias"
 SENTENCE = [2, *range(5, 25), 3]
 
-# name -> (how it is made, texts that one line of the message must hold: both values; or what gives
-# them).
+# name -> (makes the mismatch, both values, as texts in one line of the message, or their function).
 MISMATCHES: dict[str, tuple[Callable[[Mix], None], list[str] | Callable[[Mix], list[str]]]] = {
     "smaller vocabulary": (
         lambda mix: mix.config(vocab_size=77),
@@ -287,12 +284,12 @@ MISMATCHES: dict[str, tuple[Callable[[Mix], None], list[str] | Callable[[Mix], l
         lambda mix: mix.changes.update(teacher_name=mix.world.teachers["roberta"]),
         ["Roberta", "bert"],
     ),
-    # The other six go on from a checkpoint: see RESUMED.
+    # The other six resume from a checkpoint: see RESUMED.
 }
 
 
 def of_newer_version(mix: Mix) -> None:
-    """Say in the manifests that a newer program wrote them."""
+    """Set a newer program's version in the manifests."""
     for folder in (mix.folder / "run" / "checkpoints").iterdir():
         path = folder / checkpointing.MANIFEST
         path.write_text(json.dumps(json.loads(path.read_text()) | {"version": 2}))
@@ -300,13 +297,13 @@ def of_newer_version(mix: Mix) -> None:
 
 
 def other_data(mix: Mix) -> None:
-    """Go on with other text."""
+    """Resume with other text."""
     text = write_text(mix.folder / "other.txt", 200, 5)
     mix.changes["data_file"] = binarize(mix.world, "bert", text, mix.folder / "data", "pickle")
 
 
 def other_student(mix: Mix) -> None:
-    """Go on with the checkpoint of a deeper student, whose flags are the same."""
+    """Resume from the checkpoint of a deeper student with the same flags."""
     for folder in (mix.folder / "run" / "checkpoints").iterdir():
         path = folder / "student.safetensors"
         state = safetensors.torch.load_file(path)
@@ -332,9 +329,7 @@ KIND_OF = {"gpt2": "gpt2", "roberta": "roberta"}
 
 
 def mismatched(bench) -> None:
-    """T23: train with what does not belong together: refused before anything is written, both
-    values on one line.
-    """
+    """T23: train with mismatched files: refused before writing, both values in one line."""
     name, (make, expected) = [*MISMATCHES.items(), *RESUMED.items()][bench.number % 40]
     kind = name.rpartition(", ")[2]
     mix = Mix(bench.world, bench.folder, kind if kind in World.STUDENTS else "bert")
@@ -360,7 +355,7 @@ def mismatched(bench) -> None:
 
 
 def quietly_made(make: Callable[[Mix], None], mix: Mix) -> None:
-    """Make a mismatch without what the programs that help print."""
+    """Make a mismatch without the output of the programs that help."""
     with contextlib.redirect_stderr(io.StringIO()):
         make(mix)
 
@@ -379,7 +374,7 @@ def content_of(folder: Path) -> dict[str, str]:
 
 @dataclasses.dataclass(frozen=True)
 class Job:
-    """A program that prepares data. outputs: what it writes into its folder, by name."""
+    """A program that prepares data. outputs: the files that it writes into its folder, by name."""
 
     main: Callable[[list[str]], None]
     flags: Callable[["Site", Path], list[object]]
@@ -388,7 +383,7 @@ class Job:
 
 @dataclasses.dataclass(frozen=True)
 class Site:
-    """What all jobs of a call read."""
+    """The inputs of all jobs of a call."""
 
     world: World
     text: Path
@@ -462,7 +457,7 @@ NUM_KILLED = 3  # a call
 
 
 def preprocessing_killed(bench) -> None:
-    """T26: kill a program that prepares data, look at what it left, and run it again."""
+    """T26: kill a program that prepares data, check its files, and run it again."""
     job = JOBS[bench.number % len(JOBS)]
     text = make_long_text(bench)
     reader = Reader.of(bench.world, "bert")
@@ -504,7 +499,7 @@ def make_long_text(bench) -> Path:
 
 
 def program(job: Job, site: Site, folder: Path, *more: str) -> Callable[[], None]:
-    """Make what the program's own `if __name__ ..` calls."""
+    """Return the call that the program's `if __name__ ..` makes."""
 
     def run() -> None:
         exit_on_sigterm()
@@ -523,9 +518,7 @@ def finish(bench, job: Job, site: Site, folder: Path, *more: str) -> dict[str, b
 
 
 def kill_at_random(bench, job: Job, site: Site, folder: Path, duration_s: float) -> str:
-    """Start a job in a process group of its own, and kill that at a random moment, in half of the
-    cases near the end.
-    """
+    """Kill a job's process group at a random moment, in half of the cases near the end."""
     folder.mkdir(exist_ok=True)
     number = bench.rng.choice(SIGNALS)
     share = bench.rng.choice([bench.rng.random(), bench.rng.uniform(0.8, 1.02)])
@@ -559,9 +552,7 @@ def kill_at_random(bench, job: Job, site: Site, folder: Path, duration_s: float)
 def check_left(
     bench, job: Job, folder: Path, expected: dict, older: dict, how: str, reader: Reader
 ) -> None:
-    """Check what a killed program left under final names: each file old or new and whole; together
-    they open or not.
-    """
+    """Check the files that a killed program left: each old or new, whole, and consistent."""
     for path in folder.iterdir():
         if path.name.startswith("."):
             continue
@@ -583,7 +574,7 @@ def check_left(
 
 
 def read_whole(outputs: Mapping[str, bytes], folder: Path, reader: Reader) -> dict[str, str | None]:
-    """Open what is there as training would; None for what does not open."""
+    """Open the files as training would; None for those that can't be opened."""
     shutil.rmtree(folder, ignore_errors=True)
     folder.mkdir()
     for name, content in outputs.items():

@@ -1,4 +1,4 @@
-"""Trials under the real launcher: ranks killed, stopped, gone; launchers killed; two nodes.
+"""Trials under the real launcher: killed, stopped, missing ranks; killed launchers; two nodes.
 
 Called by scripts/fault_injection.py.
 """
@@ -23,7 +23,7 @@ LAUNCHER_WAITS_S = 30  # from SIGTERM to SIGKILL
 
 
 class Launcher:
-    """torchrun on this machine, with faulty_train.py; bounded waits."""
+    """torchrun on this machine with faulty_train.py, and bounded waits."""
 
     def __init__(
         self,
@@ -71,9 +71,7 @@ class Launcher:
         )
 
     def wait(self, limit_s: float) -> tuple[int, float]:
-        """Wait for the launcher: (its status, seconds waited). Ends it, and says so, where it
-        hangs.
-        """
+        """Wait for the launcher: (status, seconds). End it where it hangs, and report that."""
         started = time.monotonic()
         try:
             status = self.process.wait(limit_s)
@@ -91,14 +89,12 @@ class Launcher:
         self.process.wait()
 
     def output(self) -> str:
-        """Return what launcher and processes printed."""
+        """Return the output of launcher and processes."""
         return self.log.read_text(encoding="utf-8", errors="replace")
 
 
 def two_ranks(bench, dump_path: Path, **options) -> Launcher:
-    """Start the run of SHAPE by torchrun on two processes, to be started again up to three
-    times.
-    """
+    """Start the run of SHAPE by torchrun on two processes, with up to three restarts."""
     force = options.pop("flags", [])
     flags = [*run_flags(bench, SHAPE, dump_path), *force]
     return Launcher(
@@ -114,9 +110,7 @@ SHAPE = ("bert", 2, 1)  # 24 updates
 
 
 def killed_rank(bench, flags: tuple[str, ...] = ()) -> None:
-    """T9: kill -9 of a random rank up to three times, or a rank that leaves with status 0; the
-    launcher recovers.
-    """
+    """T9: kill -9 a random rank up to three times, or let one exit with 0: the run recovers."""
     expected, _ = reference(bench, SHAPE)
     run, exits = bench.folder / "run", bench.number % 4 == 3
     fault = f"exit0:{bench.rng.randrange(2)}:{bench.rng.randint(2, 20)}" if exits else "none"
@@ -142,7 +136,7 @@ def killed_rank(bench, flags: tuple[str, ...] = ()) -> None:
 
 
 def killed_rank_with_force(bench) -> None:
-    """T10: the same with --force among the arguments: no checkpoint is lost."""
+    """T10: as T9 with --force among the arguments: no checkpoint is lost."""
     killed_rank(bench, ("--force",))
 
 
@@ -152,9 +146,7 @@ def killed_rank_with_force(bench) -> None:
 
 
 def stopped_rank(bench) -> None:
-    """T11: SIGSTOP one rank: the run ends within the timeout and what the launcher waits, and names
-    it.
-    """
+    """T11: SIGSTOP one rank: the run ends within both timeouts and names the rank."""
     rank = bench.number % 2
     flags = [
         *run_flags(bench, SHAPE, bench.folder / "run"),
@@ -182,7 +174,7 @@ def stopped_rank(bench) -> None:
 
 
 def terminated_launcher(bench) -> None:
-    """T8 at the launcher: its processes agree on an update and save; it ends, not with 0."""
+    """T8 at the launcher: its processes agree on an update and save; its status is not 0."""
     expected, _ = reference(bench, SHAPE)
     launcher = two_ranks(bench, bench.folder / "run")
     launcher.rank(0, 0)
@@ -205,9 +197,7 @@ def terminated_launcher(bench) -> None:
 
 
 def two_nodes(bench) -> None:
-    """T16: two launchers of two processes each on loopback: equal to one of four; or one launcher
-    is killed.
-    """
+    """T16: two launchers of two processes on loopback equal one of four; or kill one launcher."""
     run, port = bench.folder / "run", open_port()
     flags = [*run_flags(bench, FOUR, run), "--distributed_timeout_s", "20"]
     options = [

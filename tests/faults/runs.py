@@ -1,9 +1,9 @@
-"""Trials of whole runs: killed, asked to stop, given numbers that are not finite, dealt anew.
+"""Trials of whole runs: killed, stopped by signals, poisoned with NaN, on other numbers of ranks.
 
 Called by scripts/fault_injection.py.
 
-A run is train.main in processes forked from one that has imported everything: a second instead of
-five. Several ranks are as many forks, with a launcher's variables in their environments.
+A run is train.main in processes forked from one that has imported everything: one second rather
+than five. Several ranks are as many forks, with a launcher's variables in their environments.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ LIMIT_S = 90
 
 
 class Ranks:
-    """A run of one process or several, forked; their output goes to LOG.RANK."""
+    """A forked run of one or several processes; their output goes to LOG.RANK."""
 
     def __init__(
         self,
@@ -44,7 +44,7 @@ class Ranks:
         world_size: int = 1,
         before: Callable[[int], None] = lambda rank: None,
     ):
-        """before: called in each process ahead of train.main, with its rank, to plant a fault."""
+        """before: called with its rank in each process ahead of train.main, to plant a fault."""
         self.logs = [log.with_name(f"{log.name}.{rank}") for rank in range(world_size)]
         port = str(open_port())
         self.pids = [self._fork(argv, rank, world_size, port, before) for rank in range(world_size)]
@@ -72,8 +72,9 @@ class Ranks:
         return None not in self.statuses
 
     def wait(self, limit_s: float = LIMIT_S) -> list[int]:
-        """Wait for all; return their statuses (-N: ended by signal N). Raises TimeoutError, having
-        ended them.
+        """Wait for all and return their statuses (-N: ended by signal N).
+
+        Raises TimeoutError after ending them.
         """
         deadline = time.monotonic() + limit_s
         while not self.is_over():
@@ -91,9 +92,7 @@ class Ranks:
 
 
 def become_rank(log: Path, rank: int, world_size: int, port: str) -> None:
-    """Send this process's output to a file, and give it a launcher's variables where it is one of
-    several.
-    """
+    """Redirect this process's output to a file, and set a launcher's variables for a rank."""
     descriptor = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     os.dup2(descriptor, 1)
     os.dup2(descriptor, 2)
@@ -112,12 +111,12 @@ def become_rank(log: Path, rank: int, world_size: int, port: str) -> None:
 
 
 def points(run: Path) -> list[tuple]:
-    """List every point in a run's log files, but for times, memory and texts."""
+    """List every point of a run's log files, except times, memory and texts."""
     return [point for point in logged(run) if not is_text(point)]
 
 
 def digest(run: Path) -> str:
-    """Hash what a run left: weights under all names, moments, counters, learning rate, log."""
+    """Hash a run's results: weights under all names, moments, counters, learning rate, log."""
     total = hashlib.sha256()
     newest = checkpointing.newest(run / "checkpoints")
     state = {
@@ -134,7 +133,7 @@ def digest(run: Path) -> str:
     return total.hexdigest()
 
 
-# kind, ranks, accumulation; of three or more ranks the order matters in which gradients are summed.
+# kind, ranks, accumulation. With three ranks or more the order of summing gradients matters.
 SHAPES = [("bert", 3, 1), ("gpt2", 3, 2)]
 SHAPES += [
     (kind, ranks, accumulation)
@@ -172,13 +171,13 @@ def reference(bench, shape: tuple) -> tuple[str, float]:
 
 
 def finish(bench, shape: tuple, run: Path, expected: str, what: str) -> None:
-    """Go on to the end, and compare with the undisturbed run."""
+    """Resume to the end, and compare with the undisturbed run."""
     ranks = Ranks(
         [*run_flags(bench, shape, run), "--resume", "auto"], bench.folder / "finish.log", shape[1]
     )
     statuses = ranks.wait()
     if any(statuses):
-        bench.fail(f"{shape} {what}: going on ended with {statuses}: {ranks.output()[-800:]}")
+        bench.fail(f"{shape} {what}: resuming ended with {statuses}: {ranks.output()[-800:]}")
     elif digest(run) != expected:
         bench.fail(f"{shape} {what}: another digest than the undisturbed run's")
 
@@ -189,9 +188,7 @@ def finish(bench, shape: tuple, run: Path, expected: str, what: str) -> None:
 
 
 def killed_at_random(bench) -> None:
-    """T1: SIGKILL every process of a run at random moments, start it again each time, compare the
-    end.
-    """
+    """T1: SIGKILL every process of a run at random moments, restart each time, compare the end."""
     shape, run = SHAPES[bench.number % len(SHAPES)], bench.folder / "run"
     expected, _ = reference(bench, shape)
     num_kills = 0
@@ -210,9 +207,7 @@ def killed_at_random(bench) -> None:
 
 
 def wait_at_random(bench, shape: tuple, counted: "Counted", ranks: Ranks) -> None:
-    """Wait for a moment in one of the next updates; one time in four for one while the run
-    starts.
-    """
+    """Wait for a moment in one of the next updates, or, one time in four, in the start."""
     if bench.rng.random() < 0.25:
         time.sleep(bench.rng.uniform(0, 0.5))
         return
@@ -222,7 +217,7 @@ def wait_at_random(bench, shape: tuple, counted: "Counted", ranks: Ranks) -> Non
 
 
 class Pipe:
-    """Marks that a run's processes leave as they go on, read by this one."""
+    """Marks that a run's processes leave, read by this process."""
 
     def __init__(self) -> None:
         self.read_end, self.write_end = os.pipe()
@@ -233,7 +228,7 @@ class Pipe:
         os.write(self.write_end, mark)
 
     def wait_for(self, mark: bytes, num: int, ranks: Ranks) -> bool:
-        """Wait until so many of a mark were left; False where the run ended before."""
+        """Wait for so many marks of a kind; return False where the run ended before."""
         while num > 0:
             with contextlib.suppress(BlockingIOError):
                 num -= os.read(self.read_end, 1) == mark
@@ -245,7 +240,7 @@ class Pipe:
 
 
 class Announced(Pipe):
-    """Have a run's processes announce when a save begins and ends; the save goes on meanwhile."""
+    """Processes of a run that announce when a save begins and ends; the save is not delayed."""
 
     def plant(self, rank: int) -> None:
         """Wrap RunFolder.save_checkpoint in this process."""
@@ -259,16 +254,14 @@ class Announced(Pipe):
         train.RunFolder.save_checkpoint = save_checkpoint
 
     def is_inside(self) -> bool:
-        """True where the save that was waited for has not ended."""
+        """True where the awaited save has not ended."""
         with contextlib.suppress(BlockingIOError):
             return b")" not in os.read(self.read_end, 100)
         return True
 
 
 def killed_in_a_save(bench) -> None:
-    """T2: SIGKILL between the first and the last moment of a save; every checkpoint before is
-    there, and loads.
-    """
+    """T2: SIGKILL within a save; every earlier checkpoint must exist and load."""
     run, announced = bench.folder / "run", Announced()
     flags = bench.world.flags(
         "bert",
@@ -298,12 +291,12 @@ def killed_in_a_save(bench) -> None:
 
 
 # --------------------------------------------------------------------------------------------------
-# T8: asked to stop
+# T8: signals to stop
 # --------------------------------------------------------------------------------------------------
 
 
 class Counted(Pipe):
-    """Have every update announced, rank 0's, and take a little time."""
+    """Ranks whose rank 0 announces every update and takes a little longer for it."""
 
     def __init__(self, slow_s: float = 0.0) -> None:
         super().__init__()
@@ -323,9 +316,7 @@ class Counted(Pipe):
 
 
 def terminated(bench) -> None:
-    """T8: a signal to one rank, all, during a save, or twice; every tenth call to a real
-    launcher.
-    """
+    """T8: send a signal to one rank or all, in a save, or twice; every tenth call to torchrun."""
     if bench.number % 10 == 9:
         from faults import ranks
 
@@ -342,17 +333,13 @@ def terminated(bench) -> None:
 
 
 def wanted_statuses(number: int, shape: tuple, how: str) -> set[int]:
-    """Return what processes may end with: of several, those that did not get Ctrl-C themselves stop
-    as by SIGTERM.
-    """
+    """List the allowed statuses; of several ranks, those without a Ctrl-C end as by SIGTERM."""
     status = 130 if number == signal.SIGINT else 143
     return {status, 143} if how == "one rank" and shape[1] > 1 else {status}
 
 
 def check_stop(bench, shape: tuple, run: Path, how: str, number: int, ranks: Ranks) -> None:
-    """Check statuses, and that the checkpoint is of the update that the run says it stopped
-    after.
-    """
+    """Check the statuses, and that the checkpoint's update is the one that the run reports."""
     statuses = ranks.wait()
     if not set(statuses) <= wanted_statuses(number, shape, how):
         bench.fail(f"{shape} {how}: statuses {statuses}: {ranks.output()[-600:]}")
@@ -389,9 +376,7 @@ def stopped_in_a_save(bench, shape: tuple, run: Path, how: str, number: int) -> 
 
 
 def stopped_twice(bench, shape: tuple, run: Path, how: str, number: int) -> None:
-    """Send a second signal more than a second after the first, within a long update: the processes
-    end at once.
-    """
+    """Send a second signal after more than a second within a long update: must end at once."""
     counted = Counted(3.0)
     ranks = Ranks(run_flags(bench, shape, run), bench.folder / "stop.log", shape[1], counted.plant)
     counted.wait_for(b".", 1, ranks)
@@ -416,9 +401,7 @@ def stopped_twice(bench, shape: tuple, run: Path, how: str, number: int) -> None
 
 
 def not_finite(bench) -> None:
-    """T12: NaN or Inf from somewhere, at some update, on some rank; nothing of it is applied or
-    saved.
-    """
+    """T12: NaN or Inf at some place, update and rank: must be neither applied nor saved."""
     where = ("teacher", "loss", "gradient", "initial weights")[bench.number % 4]
     value = (float("nan"), float("inf"))[bench.number // 4 % 2]
     world_size = 1 + bench.number // 8 % 2
@@ -452,9 +435,7 @@ def not_finite(bench) -> None:
 
 
 def require_finite_files(bench, run: Path) -> None:
-    """Check that no file of weights holds anything that is not finite, and that the batch was
-    kept.
-    """
+    """Check that all weights in files are finite and that the batch was kept."""
     states = {path: torch.load(path, weights_only=True) for path in run.glob("*.pth")}
     states |= {path: load_file(path) for path in run.glob("checkpoints/step-*/*.safetensors")}
     for path, state in states.items():
@@ -465,9 +446,7 @@ def require_finite_files(bench, run: Path) -> None:
 
 
 def poison_step(poison: Callable, update: int) -> None:
-    """Wrap Distiller.begin_step: at one update call `poison` first; say whether weights changed
-    where it raises.
-    """
+    """Wrap Distiller.begin_step to call `poison` at one update; report weights changed by then."""
     kept, calls = train.Distiller.begin_step, []
 
     def step(distiller, *arguments, **options):
@@ -512,7 +491,7 @@ def poison_loss(bench, update: int, rank: int, value: float) -> Callable[[int], 
 
 
 def poison_gradient(bench, update: int, rank: int, value: float) -> Callable[[int], None]:
-    """Make a gradient NaN or infinite, on one rank; the losses stay as they are."""
+    """Make a gradient NaN or infinite, on one rank; the losses stay finite."""
 
     def poison(distiller) -> None:
         distiller.model.student.vocab_projector.bias.register_hook(
@@ -526,7 +505,7 @@ POISONS = {"teacher": poison_teacher, "loss": poison_loss, "gradient": poison_gr
 
 
 def refused_weights(bench, run: Path, value: float, flags: dict, world_size: int) -> None:
-    """Give first weights that are not finite: refused before anything is made."""
+    """Pass first weights that are not finite: must be refused before anything is made."""
     state = torch.load(bench.world.first_weights("bert"), weights_only=True)
     state[bench.rng.choice(sorted(state))].view(-1)[0] = value
     torch.save(state, bench.folder / "first.pth")
@@ -545,8 +524,9 @@ def refused_weights(bench, run: Path, value: float, flags: dict, world_size: int
 
 
 def other_world_size(bench) -> None:
-    """T15: stop, go on with as many micro-batches an update on another number of ranks; else a
-    refusal.
+    """T15: stop, then resume with another number of ranks; other updates must be refused.
+
+    The number of micro-batches an update stays equal, or the resumption must be refused.
     """
     before, after = ((2, 2), (1, 4)) if bench.number % 2 == 0 else ((1, 4), (2, 2))
     kind = ("bert", "gpt2")[bench.number // 2 % 2]
@@ -555,7 +535,7 @@ def other_world_size(bench) -> None:
 
         def plant(rank: int, name=name, counted=counted) -> None:
             counted.plant(rank)
-            write_down(bench.folder / f"{name}.seen")
+            record_micro_batches(bench.folder / f"{name}.seen")
 
         argv = run_flags(bench, (kind, *before), bench.folder / name)
         ranks = Ranks(argv, bench.folder / f"{name}.log", before[0], plant)
@@ -565,24 +545,21 @@ def other_world_size(bench) -> None:
         ranks.wait()
     refuse_other_product(bench, kind, after)
     argv = [*run_flags(bench, (kind, *after), bench.folder / "run"), "--resume"]
-    statuses = (
-        ranks := Ranks(
-            argv,
-            bench.folder / "after.log",
-            after[0],
-            lambda rank: write_down(bench.folder / "run.seen"),
-        )
-    ).wait()
+    ranks = Ranks(
+        argv,
+        bench.folder / "after.log",
+        after[0],
+        lambda rank: record_micro_batches(bench.folder / "run.seen"),
+    )
+    statuses = ranks.wait()
     if any(statuses):
         bench.fail(f"{kind} {before} -> {after}: {statuses}: {ranks.output()[-500:]}")
         return
     compare_worlds(bench, f"{kind} {before} -> {after}")
 
 
-def write_down(path: Path) -> None:
-    """Have each micro-batch's number, input, labels and dropout written to a file as it is
-    computed.
-    """
+def record_micro_batches(path: Path) -> None:
+    """Write each micro-batch's number, input, labels and dropout to a file as it is computed."""
     kept = train.Distiller._backward
 
     def backward(distiller, batch, *arguments):
@@ -591,12 +568,10 @@ def write_down(path: Path) -> None:
         line = [
             batch.number,
             checkpointing.content_digest(tensors),
-            torch.rand(1).item(),
+            torch.rand(1).item(),  # drawn after dropout: identifies the state of its stream
             means_K.tolist(),
         ]
-        with open(
-            path, "a", encoding="utf-8"
-        ) as file:  # the number that comes after dropout's tells its stream
+        with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
         return means_K
 
@@ -604,20 +579,18 @@ def write_down(path: Path) -> None:
 
 
 def refuse_other_product(bench, kind: str, shape: tuple) -> None:
-    """Check that another number of micro-batches an update is refused in one line with both."""
+    """Check that another number of micro-batches an update is refused in a line with both."""
     argv = [*run_flags(bench, (kind, shape[0], shape[1] + 1), bench.folder / "run"), "--resume"]
     ranks = Ranks(argv, bench.folder / "refused.log", shape[0])
-    statuses, lines = (
-        ranks.wait(),
-        [line for line in ranks.output().splitlines() if ": error: " in line],
-    )
+    statuses = ranks.wait()
+    lines = [line for line in ranks.output().splitlines() if ": error: " in line]
     expected = rf"{(shape[1] + 1) * shape[0]} micro-batches an update, .* was made with 4"
     if set(statuses) != {2} or not lines or not re.search(expected, lines[0]):
         bench.fail(f"another product was not refused: {statuses} {lines}")
 
 
 def compare_worlds(bench, what: str) -> None:
-    """Compare what both runs computed, micro-batch by micro-batch, and the logged losses."""
+    """Compare both runs' computations, micro-batch by micro-batch, and their logged losses."""
     runs = []
     for name in ("run", "whole"):
         lines = map(json.loads, (bench.folder / f"{name}.seen").read_text().splitlines())

@@ -1,8 +1,7 @@
-"""Trials of saves: each system call fails (T3), their order (T4), damaged checkpoints (T6), a full
-or read-only disk (T7).
+"""Trials of saves: failing system calls (T3), their order (T4), damage (T6), full disks (T7).
 
-System calls are listed, and made to fail, by strace. It is attached to a forked process that waits
-at a gate, so that it sees the save and nothing of what came before.
+strace lists the system calls and makes them fail. It is attached to a forked process that waits at
+a gate, so that it traces the save and nothing before it.
 """
 
 import collections
@@ -32,7 +31,7 @@ from distil.training import checkpointing
 from utils import InputError, logger
 
 STRACE = "/usr/bin/strace"
-BEGIN, END = "/begin-of-trial", "/end-of-trial"  # asked for with access(), to be found in a trace
+BEGIN, END = "/begin-of-trial", "/end-of-trial"  # arguments of access(), as marks in a trace
 TENSORS = {
     "student": {"weight": torch.arange(64.0).reshape(8, 8), "bias": torch.ones(8)},
     "optimizer": {"exp_avg/weight": torch.zeros(8, 8)},
@@ -46,8 +45,10 @@ TENSORS = {
 
 @dataclasses.dataclass(frozen=True)
 class Call:
-    """A system call. paths: of its files, whether it names them or has them open; result: what it
-    returned, if it did.
+    """A system call.
+
+    paths: of the files that it names or has open; result: its return value, None where it did not
+    return.
     """
 
     name: str
@@ -69,16 +70,15 @@ class Call:
         return found + ([folder] if folder else [])
 
 
-PATH = re.compile(
-    r'(?:AT_FDCWD|\d+)<([^>]*)>|"([^"]*)"(\.\.\.)?'
-)  # content is cut to nothing (-s 0), paths never are
+# Content is cut to nothing (-s 0), paths never are.
+PATH = re.compile(r'(?:AT_FDCWD|\d+)<([^>]*)>|"([^"]*)"(\.\.\.)?')
 CALL = re.compile(r"\d+ +(\w+)\((.*)\) += (-?\d+|\?)")
 INTERRUPTED = re.compile(r"(\d+) +(.*) <unfinished \.\.\.>$")
 RESUMED = re.compile(r"(\d+) +<\.\.\. \w+ resumed>(.*)$")
 
 
 def parse(trace: str) -> list[Call]:
-    """Read what strace wrote; a call that another thread's came between stands where it ended."""
+    """Parse strace's output; an interrupted call is listed where it ended."""
     calls, begun = [], {}
     for line in trace.splitlines():
         if found := INTERRUPTED.match(line):
@@ -93,13 +93,13 @@ def parse(trace: str) -> list[Call]:
 
 @dataclasses.dataclass(frozen=True)
 class Traced:
-    """How a traced process ended, and its calls since strace was attached."""
+    """The end of a traced process, and its calls since strace was attached."""
 
     ended: Ended
     calls: list[Call]
 
     def numbered(self) -> Iterator[tuple[Call, int]]:
-        """Yield the calls between the marks, each with its number among those of its name."""
+        """Yield each call between the marks with its number among the calls of its name."""
         counts, is_inside = collections.Counter(), False
         for call in self.calls:
             counts[call.name] += 1
@@ -110,14 +110,12 @@ class Traced:
 
     @property
     def injected(self) -> Call | None:
-        """The call that was made to fail."""
+        """The call that strace made to fail."""
         return next((call for call in self.calls if call.line.endswith("(INJECTED)")), None)
 
 
 def traced(action: Callable[[], None], folder: Path, *options: str, limit_s: float = 60) -> Traced:
-    """Call a program's main in a forked process, traced with strace's options from a mark on to its
-    end.
-    """
+    """Run a program's main in a forked process, traced with strace's options from a mark on."""
     ready_out, ready_in = os.pipe()
     gate_out, gate_in = os.pipe()
     pid = start_child(
@@ -139,7 +137,7 @@ def traced(action: Callable[[], None], folder: Path, *options: str, limit_s: flo
 
 
 def behind_gate(action: Callable[[], None], ready_in: int, gate_out: int, gate_in: int) -> None:
-    """Say that this process is ready, wait for the gate, then act between two marks."""
+    """Signal that this process is ready, wait for the gate, then act between two marks."""
     os.close(gate_in)
     os.write(ready_in, b".")
     gate = select.poll()  # a call that no save makes
@@ -154,9 +152,7 @@ def behind_gate(action: Callable[[], None], ready_in: int, gate_out: int, gate_i
 
 @contextlib.contextmanager
 def attached(pid: int, trace: Path, options: Sequence[str]) -> Iterator[None]:
-    """Trace a process, and the threads that it has and makes, until it ends. Raises PermissionError
-    where that may not be.
-    """
+    """Trace a process and its threads until it ends. Raises PermissionError where not allowed."""
     command = [STRACE, "-f", "-y", "-s", "0", "-o", str(trace), *options, "-p", str(pid)]
     with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as strace:
         try:
@@ -169,7 +165,7 @@ def attached(pid: int, trace: Path, options: Sequence[str]) -> Iterator[None]:
 
 
 def why_not_traced(folder: Path) -> str | None:
-    """Say why strace can't be used here; None where it can."""
+    """Explain why strace can't be used here, or return None."""
     if not os.path.exists(STRACE):
         return "no strace"
     pid = os.fork()
@@ -199,13 +195,13 @@ def write(folder: Path, step: int, keep: int = 2) -> None:
 
 
 def found_step(folder: Path) -> int | None:
-    """Read the newest whole checkpoint; None where there is none at all."""
+    """Read the step of the newest whole checkpoint; None without any."""
     found = checkpointing.newest(folder)
     return found.step if found else None
 
 
 def make_two(folder: Path) -> None:
-    """Make two checkpoints, and what a killed save and a killed removal leave."""
+    """Make two checkpoints, and the leftovers of a killed save and a killed removal."""
     for step in (1, 2):
         write(folder, step)
     shutil.copytree(folder / "step-00000002", folder / "step-00000003.tmp")
@@ -213,14 +209,14 @@ def make_two(folder: Path) -> None:
 
 
 def make_damaged(folder: Path) -> None:
-    """Make three checkpoints, the newest damaged: its step is done again."""
+    """Make three checkpoints, the newest damaged: its step is repeated."""
     for step in (1, 2, 3):
         write(folder, step, keep=3)
     (folder / "step-00000003" / "state.json").write_text("{}")
 
 
 def save_third(folder: Path) -> None:
-    """Save, which must raise nothing but InputError."""
+    """Save; nothing but InputError may be raised."""
     try:
         write(folder, 3)
     except OSError as error:
@@ -228,15 +224,17 @@ def save_third(folder: Path) -> None:
 
 
 def read_newest(folder: Path) -> None:
-    """Read as --resume does, which must not find nothing where there are checkpoints."""
+    """Read as --resume does; it must find something where there are checkpoints."""
     if found_step(folder) is None:
         raise RuntimeError("newest says that there is no checkpoint")
 
 
 @dataclasses.dataclass(frozen=True)
 class Scene:
-    """What is done to which folder. steps: that may be the newest whole one after a fault, the last
-    when all went well.
+    """An action and its folder.
+
+    steps: allowed as the newest whole one after a fault; the last of them is expected without a
+    fault.
     """
 
     make: Callable[[Path], None]
@@ -254,7 +252,7 @@ SCENES = {
 
 
 def place(scene: Scene, folder: Path) -> Path:
-    """Make a scene's folder, once; return where it is."""
+    """Make a scene's folder, once; return its path."""
     target = folder / "run" / "checkpoints"
     target.parent.mkdir(parents=True)
     scene.make(target)
@@ -262,7 +260,7 @@ def place(scene: Scene, folder: Path) -> Path:
 
 
 def quiet() -> None:
-    """Keep this process's log of skipped checkpoints from the screen."""
+    """Suppress this process's log of skipped checkpoints."""
     logger.handlers.clear()
     logger.propagate = False
     logger.setLevel("CRITICAL")
@@ -275,8 +273,9 @@ def quiet() -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Point:
-    """One fault: at the number-th call of a name. how: strace's words for it; is_cleaning: a call
-    of the clean-up.
+    """One fault, at the number-th call of a name.
+
+    how: strace's words for it; is_cleaning: a call of the clean-up.
     """
 
     scene: str
@@ -291,9 +290,8 @@ class Point:
 
 
 FAULTS = {"killed": "signal=KILL", "EIO": "error=EIO", "ENOSPC": "error=ENOSPC"}
-# Memory and threads: the C library may end the process where these fail, as long as what is on the
-# disk is safe. How often they are called depends on the heap, so that some of these points may not
-# be reached.
+# Memory and threads: the C library may end the process where these fail; the disk must stay safe.
+# How often they are called depends on the heap: some of these points may not be reached.
 OF_MEMORY = {
     "brk",
     "mmap",
@@ -305,21 +303,19 @@ OF_MEMORY = {
     "sched_yield",
     "rt_sigreturn",
 }
-# Can't return EIO or ENOSPC in reality; must be safe all the same.
+# These can't return EIO or ENOSPC in reality; must be safe nevertheless.
 NEVER_SO = {"lseek", "fcntl", "ioctl", "getpid", "gettid"} | OF_MEMORY
 MUST_BE_SAID = {"write", "fsync", "rename", "mkdir"}
 NUM_WORKERS = 2
 
 
 def every() -> int:
-    """Say which share of the points is tried: every n-th."""
+    """Return n where every n-th point is tried."""
     return int(os.environ.get("TORTURE_EVERY", 60 if "PYTEST_CURRENT_TEST" in os.environ else 1))
 
 
 def system_call_fails(bench) -> None:
-    """T3: at every system call of a save, a kill, EIO, ENOSPC; for a write also that it is lost
-    without an error.
-    """
+    """T3: a kill, EIO and ENOSPC at every system call of a save; lost writes without an error."""
     if reason := why_not_traced(bench.folder):
         bench.note(f"skipped: {reason}")
         return
@@ -327,9 +323,7 @@ def system_call_fails(bench) -> None:
     points = []
     for name, scene in SCENES.items():
         template = place(scene, bench.folder / name)
-        scene.act(
-            place(scene, bench.folder / f"{name}, warm")
-        )  # what a first call sets up is no part of a save
+        scene.act(place(scene, bench.folder / f"{name}, warm"))  # a first call does set-up work
         points += points_of(bench, name, template)
     chosen = points[:: every()]
     for result in in_workers(
@@ -345,16 +339,15 @@ def system_call_fails(bench) -> None:
 
 
 def points_of(bench, name: str, template: Path) -> list[Point]:
-    """List the faults of a scene from a trace of it undisturbed."""
+    """List the faults of a scene from its undisturbed trace."""
     folder = copy_of(template, bench.folder / "plain")
     undisturbed = traced(functools.partial(SCENES[name].act, folder), bench.folder)
     if undisturbed.ended.status != 0:
         raise RuntimeError(f"{name}, undisturbed: {undisturbed.ended}")
     calls = list(undisturbed.numbered())
     shutil.rmtree(bench.folder / "plain")
-    room = next(
-        (k for k, (call, _) in enumerate(calls) if call.name == "statfs"), 0
-    )  # asked for after the clean-up
+    # statfs follows the clean-up.
+    room = next((k for k, (call, _) in enumerate(calls) if call.name == "statfs"), 0)
     points = [
         Point(name, call.name, number, fault, how, k < room)
         for k, (call, number) in enumerate(calls)
@@ -371,19 +364,19 @@ def points_of(bench, name: str, template: Path) -> list[Point]:
 
 
 def faults_of(call: Call) -> list[tuple[str, str]]:
-    """List what can happen to a call, with strace's words for it."""
+    """List the faults of a call, in strace's words."""
     lost = [("lost", f"retval={call.result}")] if call.name == "write" else []
     return [*FAULTS.items(), *lost]
 
 
 def copy_of(template: Path, folder: Path) -> Path:
-    """Copy what is around a scene's folder; return the copy of that folder."""
+    """Copy the surroundings of a scene's folder; return the copy of that folder."""
     shutil.copytree(template.parent, folder / "run")
     return folder / "run" / template.name
 
 
 def in_workers(work: Callable[[list], dict], shares: Sequence[list], bench) -> list[dict]:
-    """Do the shares at the same time, in forked processes; return what they gave."""
+    """Run the shares in parallel, in forked processes; return their results."""
     results = [bench.folder / f"share-{k}.json" for k in range(len(shares))]
 
     def work_and_tell(share: list, result: Path) -> None:
@@ -403,7 +396,7 @@ def in_workers(work: Callable[[list], dict], shares: Sequence[list], bench) -> l
 
 
 def try_points(bench, points: Sequence[Point]) -> dict:
-    """Try points one after the other, in a folder of this process's own; what failed stays."""
+    """Try points one after the other in this process's folder; keep the folders of failed ones."""
     quiet()
     failures, missed, seen = [], 0, collections.Counter()
     for index, point in enumerate(points):
@@ -420,7 +413,7 @@ def try_points(bench, points: Sequence[Point]) -> dict:
 
 
 def try_point(point: Point, checkpoints: Path, folder: Path) -> tuple[list[str], str]:
-    """Inject one fault; return what is wrong after it, and how the save ended."""
+    """Inject one fault; return the problems after it, and how the save ended."""
     scene = SCENES[point.scene]
     options = [
         f"-etrace={point.name},access",
@@ -442,7 +435,7 @@ def try_point(point: Point, checkpoints: Path, folder: Path) -> tuple[list[str],
 
 
 def end_problems(point: Point, outcome: str, ended: Ended, folder: Path) -> list[str]:
-    """Say what is wrong with how the process ended."""
+    """List the problems of how the process ended."""
     if point.name in OF_MEMORY:
         return []
     if outcome == "crashed":
@@ -455,10 +448,9 @@ def end_problems(point: Point, outcome: str, ended: Ended, folder: Path) -> list
 
 
 def folder_problems(scene: Scene, outcome: str, checkpoints: Path, may_leave: bool) -> list[str]:
-    """Say where the promise is broken: a whole checkpoint at every instant, nothing half-written
-    under its name.
+    """List broken promises: one whole checkpoint always, nothing half-written under its name.
 
-    may_leave: the call that failed was to remove what an earlier save left.
+    may_leave: the call that failed was to delete the leftovers of an earlier save.
     """
     expected, problems = scene.steps[-1:] if outcome == "done" else scene.steps, []
     if (step := found_step(checkpoints)) not in expected:
@@ -481,7 +473,7 @@ def folder_problems(scene: Scene, outcome: str, checkpoints: Path, may_leave: bo
 
 
 def again_problems(checkpoints: Path) -> list[str]:
-    """Say what is wrong after a save that nothing disturbs."""
+    """List the problems after an undisturbed save."""
     before = [path.name for path in checkpointing.exist(checkpoints)]
     write(checkpoints, 4)
     names, expected = sorted(os.listdir(checkpoints)), sorted(["step-00000004", *before[:1]])
@@ -502,9 +494,7 @@ FLAGS = {"batch_size": 24, "n_epoch": 2, "log_interval": 4, "checkpoint_interval
 
 
 class Disk:
-    """What would outlive a power cut, as the system calls tell it, and which of them broke the
-    order.
-    """
+    """A model of what would survive a power cut, by the system calls, and of calls out of order."""
 
     def __init__(self, root: Path):
         self.root = root
@@ -516,13 +506,13 @@ class Disk:
         self.num_checked = self.num_saves = 0
 
     def know_checkpoints(self) -> None:
-        """Take the checkpoints that are there as they should be."""
+        """Assume that the existing checkpoints are correct."""
         for path in self.root.rglob("step-*"):
             self.renamed[os.path.relpath(path, self.root)] = 1
             self.written |= {os.path.relpath(file, self.root) for file in path.iterdir()}
 
     def take(self, call: Call) -> None:
-        """Take in one call; those that failed, and those elsewhere, changed nothing."""
+        """Apply one call; failed calls, and those elsewhere, change nothing."""
         paths = [
             os.path.relpath(path, self.root)
             for path in call.paths
@@ -575,7 +565,7 @@ class Disk:
         self.renamed[new] += 1
 
     def _check_published(self, call: Call, old: str, new: str) -> None:
-        """A file or a folder gets the name by which it is looked for."""
+        """Check a file or folder that gets the name under which it is read."""
         contents = [at for path, at in self.contents.items() if is_within(path, old)]
         self._require(not contents, "renamed before its content was flushed", call, *contents)
         entries = [at for path, at in self.entries.items() if is_within(path, old) and path != old]
@@ -586,7 +576,7 @@ class Disk:
         self._require(
             not above, "renamed into a folder whose own name was not flushed", call, *above.values()
         )
-        for path in above:  # said once
+        for path in above:  # reported once
             del self.entries[path]
         if OWN_NAME.search(new):
             logs = [at for path, at in self.contents.items() if "/log/" in path]
@@ -599,7 +589,7 @@ class Disk:
             )
 
     def _check_dropped(self, call: Call, old: str, new: str) -> None:
-        """An old checkpoint loses its name."""
+        """Check an old checkpoint that loses its name."""
         del self.renamed[old]
         self._require(
             os.path.basename(new).startswith(checkpointing.DISCARDED),
@@ -632,7 +622,7 @@ class Disk:
         self.written.discard(path)
 
     def check_end(self) -> None:
-        """Check what is left when the program is done."""
+        """Check what is left at the end of the program."""
         for path, call in {**self.contents, **self.entries}.items():
             self._require(is_temporary(path) or is_in_place(path), "never flushed", call)
         for folder in self.root.rglob("step-*"):
@@ -657,31 +647,27 @@ class Disk:
 
 
 def is_within(path: str, folder: str) -> bool:
-    """True for the folder and what is in it."""
+    """True for the folder and its content."""
     return path == folder or path.startswith(f"{folder}/")
 
 
 def moved(path: str, old: str, new: str) -> str:
-    """Name a path after a rename."""
+    """Return a path's name after a rename."""
     return new + path[len(old) :] if is_within(path, old) else path
 
 
 def is_temporary(path: str) -> bool:
-    """True for a name that nobody looks for."""
+    """True for a name that nothing reads."""
     return any(part.startswith(".") or part.endswith(".tmp") for part in path.split("/"))
 
 
 def is_in_place(path: str) -> bool:
-    """True for TensorBoard's files, which grow under their own names, their folders, and the
-    lock.
-    """
+    """True for TensorBoard's files, which grow under their names, their folders, and the lock."""
     return "/log/train/" in f"{path}/" or path.endswith(("/log", f"/{locks.LOCK}"))
 
 
 def order_of_calls(bench) -> None:
-    """T4: trace saves, and a run that saves; check each call against what must have been flushed
-    before it.
-    """
+    """T4: trace saves, and a run that saves; check that all needed flushes come first."""
     if reason := why_not_traced(bench.folder):
         bench.note(f"skipped: {reason}")
         return
@@ -699,7 +685,7 @@ def order_of_calls(bench) -> None:
 
 
 def audit(bench, name: str, action: Callable[[], None], root: Path) -> None:
-    """Trace an action in `root`; each rule that was looked at counts as a trial."""
+    """Trace an action in `root`; each checked rule counts as a trial."""
     disk = Disk(root)
     disk.know_checkpoints()
     found = traced(action, bench.folder, "-etrace=%file,%desc")
@@ -736,7 +722,7 @@ FINAL = "pytorch_model.bin"
 
 
 def reference(bench, kind: str) -> Path:
-    """Make the run that nothing disturbs, with all its checkpoints; once for all calls."""
+    """Make the undisturbed run with all its checkpoints, once for all calls."""
     made = bench.world.folder / f"undisturbed-{kind}"
     if not made.exists():
         own = bench.folder / "undisturbed"
@@ -752,9 +738,7 @@ def reference(bench, kind: str) -> Path:
 
 
 def cut_short(bench, whole: Path, run: Path) -> list[Path]:
-    """Copy a run as if it had died after one of its checkpoints, with three of them left; return
-    these, the newest first.
-    """
+    """Copy a run as if it had died after a checkpoint; keep three, return them newest first."""
     shutil.copytree(whole, run)
     (run / FINAL).unlink()
     found = checkpointing.exist(run / "checkpoints")
@@ -771,7 +755,7 @@ def flip(content: bytearray, other: bytes, rng: random.Random) -> bytes:
 
 
 def zero(content: bytearray, other: bytes, rng: random.Random) -> bytes:
-    """Zero a block that is not zero already."""
+    """Zero a block that holds other bytes."""
     place = rng.choice([place for place, byte in enumerate(content) if byte])
     size = min(rng.choice([1, 64, 512]), len(content) - place)
     content[place : place + size] = bytes(size)
@@ -789,20 +773,20 @@ DAMAGES: dict[str, Callable[[bytearray, bytes, random.Random], bytes | None]] = 
 
 @dataclasses.dataclass(frozen=True)
 class Damage:
-    """What was done to a checkpoint. named: what the message must name."""
+    """A change to a checkpoint. named: the text that the message must contain."""
 
     what: str
     named: str
 
 
 def damage(path: Path, other: Path, rng: random.Random) -> Damage:
-    """Damage one file of a checkpoint; `other` is the one that a swapped file comes from."""
+    """Damage one file of a checkpoint; `other` is the source of swapped files."""
     file, kind = rng.choice(sorted(path.iterdir())), rng.choice(list(DAMAGES))
     content = DAMAGES[kind](bytearray(file.read_bytes()), (other / file.name).read_bytes(), rng)
     file.unlink()
     if content is not None:
         file.write_bytes(content)
-    # With another's manifest it is the other files that differ from it.
+    # With a swapped manifest the other files differ from it.
     is_mixed = kind == "swapped" and file.name == checkpointing.MANIFEST
     return Damage(
         f"{path.name}/{file.name} {kind}", path.name if is_mixed else f"{path.name}/{file.name}"
@@ -810,7 +794,7 @@ def damage(path: Path, other: Path, rng: random.Random) -> Damage:
 
 
 def newest_is_damaged(bench) -> None:
-    """T6: damage the newest of three checkpoints, in every third call all of them, then go on."""
+    """T6: damage the newest of three checkpoints, in every third call all, then resume."""
     kind = KINDS[bench.number // 3 % 3]
     whole, run = reference(bench, kind), bench.folder / "run"
     newest, *older = cut_short(bench, whole, run)
@@ -830,9 +814,7 @@ def newest_is_damaged(bench) -> None:
 def resume_from_the_one_before(
     bench, whole: Path, flags: list[str], paths: list[Path], done: Damage
 ) -> None:
-    """Go on: the damaged checkpoint is named and skipped, and the run ends as if nothing had
-    happened.
-    """
+    """Resume: the damaged checkpoint is named and skipped, the run ends undisturbed."""
     mode = bench.rng.choice([["--resume"], ["--resume", "auto"], ["--force", "--resume"]])
     ended = in_child(training([*flags, *mode]), bench.folder / "log")
     newest, before = paths
@@ -846,9 +828,7 @@ def resume_from_the_one_before(
 
 
 def differences(whole: Path, run: Path) -> list[str]:
-    """List what differs from the undisturbed run: the student, and the newest checkpoint's
-    tensors.
-    """
+    """List differences from the undisturbed run: the student, the newest checkpoint's tensors."""
     last = checkpointing.exist(whole / "checkpoints")[0].name
     names = [FINAL, *(f"checkpoints/{last}/{name}.safetensors" for name in TENSORS)]
     return [
@@ -868,9 +848,7 @@ def contents(folder: Path) -> dict[str, bytes]:
 
 
 def refuse_all(bench, run: Path, flags: list[str], done: list[Damage]) -> None:
-    """Go on where every checkpoint is damaged: refused, all of them named, nothing changed, nothing
-    started anew.
-    """
+    """Resume with every checkpoint damaged: refused, all named, nothing changed or started anew."""
     before = contents(bench.folder)
     what = "; ".join(damage.what for damage in done)
     for mode in (
@@ -901,8 +879,9 @@ CLONE_NEWNS = 0x20000
 
 @contextlib.contextmanager
 def small_disk(folder: Path) -> Iterator[Path]:
-    """Mount a small disk for this process and its children alone: it is gone with them. Raises
-    OSError where it may not.
+    """Mount a small disk for this process and its children, which ends with them.
+
+    Raises OSError where mounting is not allowed.
     """
     if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
         raise OSError(ctypes.get_errno(), "no mounts of its own for this process")
@@ -925,9 +904,7 @@ def mount(*words: object) -> None:
 
 @contextlib.contextmanager
 def read_only(folder: Path) -> Iterator[None]:
-    """Let nobody write below a folder, not even into what is open there under its name: root minds
-    no permission bits.
-    """
+    """Make a folder read-only, also for files open there: root ignores permission bits."""
     make_read_only(folder)
     try:
         yield
@@ -942,9 +919,7 @@ def make_read_only(folder: Path) -> None:
 
 
 def disk_full(bench) -> None:
-    """T7: fill a disk of 6 MB by checkpoints; during a run; make it read-only before a run or
-    during one.
-    """
+    """T7: fill a disk of 6 MB by checkpoints or in a run; make it read-only before or in a run."""
     quiet()
     with contextlib.ExitStack() as stack:
         try:
@@ -962,7 +937,7 @@ def disk_full(bench) -> None:
 
 
 def big_tensors(rng: random.Random, num_bytes: int) -> dict[str, dict[str, torch.Tensor]]:
-    """Make a state of so many bytes, dealt to two files at random."""
+    """Make tensors of so many bytes, divided between two files at random."""
     share = rng.randint(1, num_bytes // 4 - 1)
     return {
         "student": {"weight": torch.ones(share)},
@@ -972,7 +947,7 @@ def big_tensors(rng: random.Random, num_bytes: int) -> dict[str, dict[str, torch
 
 @contextlib.contextmanager
 def claimed_room(folder: Path, rng: random.Random) -> Iterator[None]:
-    """Say that there is room, so that the write itself meets the end of the disk."""
+    """Fake free space, so that the write itself meets the end of the disk."""
     kept = shutil.disk_usage
     claim_room()
     try:
@@ -982,13 +957,13 @@ def claimed_room(folder: Path, rng: random.Random) -> Iterator[None]:
 
 
 def claim_room() -> None:
-    """Have the standard library say that any disk has room."""
+    """Make the standard library report free space on any disk."""
     shutil.disk_usage = lambda path: shutil._ntuple_diskusage(10**12, 0, 10**12)
 
 
 @contextlib.contextmanager
 def no_names(folder: Path, rng: random.Random) -> Iterator[None]:
-    """Leave bytes, but few or no files to be made."""
+    """Leave bytes free, but few or no inodes."""
     shutil.rmtree(checkpointing.exist(folder)[-1])
     disk, facts = folder.parent.parent, os.statvfs(folder)
     mount("-o", f"remount,nr_inodes={facts.f_files - facts.f_ffree + rng.randrange(5)}", disk)
@@ -1011,9 +986,7 @@ FULL = {
 
 
 def fill_by_checkpoints(bench, place: Path) -> None:
-    """Write checkpoints until the disk is full; each way to find that out leaves those that were
-    there.
-    """
+    """Write checkpoints until the disk is full; each refusal must leave the earlier ones."""
     folder, size = place / "checkpoints", bench.rng.randrange(400_000, 1_300_000)
     tensors, step = big_tensors(bench.rng, size), 0
     for name, (condition, expected) in FULL.items():
@@ -1029,7 +1002,7 @@ def fill_by_checkpoints(bench, place: Path) -> None:
 
 
 def write_until_refused(folder: Path, tensors: Mapping, step: int) -> tuple[str, int]:
-    """Write checkpoints until one fails: (why, the last step that was written)."""
+    """Write checkpoints until one fails: (reason, last written step)."""
     for number in range(step + 1, step + 100):
         try:
             checkpointing.write(folder, number, tensors, {}, 100)
@@ -1039,7 +1012,7 @@ def write_until_refused(folder: Path, tensors: Mapping, step: int) -> tuple[str,
 
 
 def left_by_refusal(folder: Path, step: int) -> list[str]:
-    """Say what is wrong with a folder whose last good step was `step`."""
+    """List the problems of a folder whose last good step is `step`."""
     names = sorted(path.name for path in checkpointing.exist(folder))
     problems = [] if sorted(os.listdir(folder)) == names else [f"left {sorted(os.listdir(folder))}"]
     problems += (
@@ -1068,7 +1041,7 @@ MOMENTS = [
 
 
 def at_a_moment(rng: random.Random, action: Callable[[], None]) -> tuple[Callable[[], None], str]:
-    """Choose a moment of a run: (what makes a forked run act then, the moment's name)."""
+    """Choose a moment of a run: (hook that makes a forked run act then, the moment's name)."""
     owner, name, num_calls = rng.choice(MOMENTS)
     number = rng.randint(1, num_calls)
 
@@ -1087,7 +1060,7 @@ def at_a_moment(rng: random.Random, action: Callable[[], None]) -> tuple[Callabl
 
 
 def fill(disk: Path, num_left: int) -> None:
-    """Fill the disk by a file, up to some bytes."""
+    """Fill the disk with a file, up to some bytes."""
     facts = os.statvfs(disk)
     num_bytes = facts.f_bavail * facts.f_frsize - num_left
     if num_bytes > 0:
@@ -1096,7 +1069,7 @@ def fill(disk: Path, num_left: int) -> None:
 
 
 def fill_in_a_run(bench, place: Path) -> None:
-    """Have another program fill the disk at some moment of a run, then make room and go on."""
+    """Let another program fill the disk at some moment of a run, then free space and resume."""
     num_left = bench.rng.randrange(bench.rng.choice([1, 30_000, 300_000, 1_800_000]))
     claims = bench.rng.random() < 0.7
     prepare, moment = at_a_moment(bench.rng, lambda: fill(place.parent, num_left))
@@ -1114,7 +1087,7 @@ def fill_in_a_run(bench, place: Path) -> None:
 def disturbed_run(
     bench, run: Path, preparations: Sequence, what: str, repair: Callable[[], None]
 ) -> None:
-    """Run what is refused half-way or gets through; repair the cause, go on, and compare."""
+    """Run until refused or done; repair the cause, resume, and compare."""
     kind = bench.rng.choice(KINDS)
     whole, flags = reference(bench, kind), bench.world.flags(kind, run, **FLAGS, keep_checkpoints=2)
 
@@ -1139,7 +1112,7 @@ def disturbed_run(
 
 
 def refusal_problems(ended: Ended, run: Path, has_begun: bool) -> list[str]:
-    """Say what is wrong with how a run gave up, and with what it left."""
+    """List the problems of how a run gave up and of what it left."""
     problems = [] if ended.status == 2 else [str(ended)]
     problems += [f"a traceback: {ended.text[-1500:]}"] if "Traceback" in ended.text else []
     if len(ended.errors) != 1 or str(run.parent.parent) not in ended.errors[0]:
@@ -1161,7 +1134,7 @@ def refusal_problems(ended: Ended, run: Path, has_begun: bool) -> list[str]:
 
 
 def read_only_write(bench, place: Path) -> None:
-    """Save into a folder that is read-only."""
+    """Save into a read-only folder."""
     folder = place / "checkpoints"
     for step in (1, 2):
         write(folder, step)
@@ -1174,7 +1147,7 @@ def read_only_write(bench, place: Path) -> None:
 
 
 def read_only_resume(bench, place: Path) -> None:
-    """Go on, or begin anew, in a folder that is read-only."""
+    """Resume, or start anew, in a read-only folder."""
     kind, run = bench.rng.choice(KINDS), place / "run"
     whole, flags = reference(bench, kind), bench.world.flags(kind, run, **FLAGS)
     cut_short(bench, whole, run)
@@ -1192,7 +1165,7 @@ def read_only_resume(bench, place: Path) -> None:
 
 
 def read_only_run(bench, place: Path) -> None:
-    """Make the run's folder, or that of its checkpoints, read-only at some moment."""
+    """Make the run's folder, or its checkpoints' folder, read-only at some moment."""
     run = place / "run"
     target = bench.rng.choice([run, run / "checkpoints"])
 
@@ -1211,7 +1184,7 @@ READ_ONLY = [read_only_write, read_only_run, read_only_resume, read_only_run]
 
 
 def fill_a_file(bench) -> None:
-    """Where nothing may be mounted: let the system admit no file as large as a checkpoint's."""
+    """Where mounting is not allowed: limit the file size below a checkpoint's."""
     folder = bench.folder / "checkpoints"
     tensors = big_tensors(bench.rng, 1_500_000)
     checkpointing.write(folder, 1, tensors, {}, 100)

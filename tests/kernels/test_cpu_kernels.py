@@ -859,7 +859,7 @@ def test_two_ranks_exchange_the_rows_too(tmp_path):
     """The mean of both ranks' sums, on both. In a program of its own: where torch has begun
     threads, a fork can hang.
     """
-    done = run_process(sys.executable, __file__, tmp_path, PYTHONPATH=str(ROOT))
+    done = run_process(sys.executable, __file__, tmp_path, PYTHONPATH=f"{ROOT}:{ROOT}/tests")
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-3000:]
     summed = accumulated(
         TiedModel(num_lookups=2, padding_id=0), RANK_BATCHES[0] + RANK_BATCHES[1], is_tied=False
