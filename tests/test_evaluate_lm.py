@@ -1,6 +1,4 @@
-"""Held-out figures: against slow loops, by the program, and on the way of a run, which they must
-not touch.
-"""
+"""Held-out figures: against slow loops, by the program, and in a run, which stays unchanged."""
 
 import copy
 import dataclasses
@@ -48,7 +46,7 @@ KINDS = ("bert", "roberta", "gpt2")
 
 @pytest.fixture(scope="module")
 def held_out(teachers, tmp_path_factory) -> dict[str, str]:
-    """Text that no one trains on, and its token files: "text", or a model type."""
+    """Text that is not trained on, and its token files: "text", or a model type."""
     folder = tmp_path_factory.mktemp("held_out")
     text = folder / "held_out.txt"
     text.write_text("\n".join(make_lines(14, seed=9)) + "\n", encoding="utf-8")
@@ -71,7 +69,7 @@ def held_out(teachers, tmp_path_factory) -> dict[str, str]:
 
 
 def disturbed(model):
-    """Copy a model and move its weights somewhat: it agrees with the first in part."""
+    """Copy a model and change its weights a little: it partly agrees with the original."""
     copied, generator = copy.deepcopy(model), torch.Generator().manual_seed(5)
     with torch.no_grad():
         for parameter in copied.parameters():
@@ -80,9 +78,7 @@ def disturbed(model):
 
 
 class Setting:
-    """A model, its teacher, tokenizer and held-out sequences, loaded without the program under
-    test.
-    """
+    """A model, its teacher, tokenizer and sequences, loaded without the program under test."""
 
     def __init__(self, kind: str, teachers, held_out):
         self.tokenizer = load_tokenizer(kind, str(teachers[kind]), "")
@@ -121,9 +117,7 @@ def setting(request, teachers, held_out) -> Setting:
 
 
 def questions_one_by_one(setting: Setting, kind: str):
-    """Yield (input ids, positions read, ids expected there), one unpadded sequence and pass at a
-    time.
-    """
+    """Yield (input ids, read positions, expected ids), one unpadded sequence and pass at a time."""
     special = set(setting.tokenizer.all_special_ids)
     for number in range(len(setting.dataset)):
         ids = setting.dataset[number].tolist()
@@ -140,7 +134,7 @@ def questions_one_by_one(setting: Setting, kind: str):
 
 
 def slow_figures(setting: Setting, kind: str) -> dict[str, float]:
-    """Do the same by definition: float64, one position at a time."""
+    """Compute the figures by definition: float64, one position at a time."""
     sums, num = (
         dict.fromkeys(
             ("loss", "accuracy", "kl", "agreement", "cosine", "teacher_loss", "teacher_accuracy"),
@@ -407,9 +401,7 @@ def test_a_model_of_any_family_is_measured_as_a_slow_loop_does(
 
 
 def sequences_by_hand(tokenizer, lines: list[str]) -> list[torch.Tensor]:
-    """Put the boundary tokens that a tokenizer has around lines; leave those of 11 ids or fewer
-    out.
-    """
+    """Add a tokenizer's boundary tokens to lines; skip those of 11 ids or fewer."""
     start = [
         token for token in (tokenizer.cls_token_id, tokenizer.bos_token_id) if token is not None
     ][:1]
@@ -660,7 +652,7 @@ def assert_same_weights(one: Path, two: Path) -> None:
 
 @pytest.fixture(scope="module")
 def evaluated(world, held_out, tmp_path_factory) -> Path:
-    """A whole run with an evaluation every 3 updates, and at the end, the 10th."""
+    """Make a whole run with an evaluation every 3 updates and at the end, the 10th."""
     folder = tmp_path_factory.mktemp("evaluated") / "run"
     train.main(world.flags("bert", folder, **RUN, eval_data_file=held_out["bert"], eval_interval=3))
     return folder
@@ -712,7 +704,7 @@ def test_the_best_student_is_the_one_of_the_lowest_kl_and_scores_what_best_json_
 
 
 def stop_during(monkeypatch, owner, name: str, call: int) -> None:
-    """Have the process signal itself while its function is called for the call-th time."""
+    """Let the process signal itself in the call-th call of its function."""
     kept, calls = getattr(owner, name), []
 
     def stopping(*arguments, **options):
@@ -849,7 +841,7 @@ def test_a_student_that_is_not_a_number_is_never_the_best(evaluated, world, held
 
 @pytest.mark.slow
 def test_two_ranks_give_the_figures_of_one(world, held_out, tmp_path):
-    """After one update, at learning rate 0: the student is the same on both, to the bit."""
+    """After one update, at learning rate 0: the student is equal on both, to the bit."""
     flags = {
         "max_steps": 1,
         "batch_size": 12,

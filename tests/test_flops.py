@@ -1,6 +1,4 @@
-"""Model FLOPs against torch's own count of a forward pass, and the peak that they are a share of;
-no speed is asserted.
-"""
+"""Model FLOPs against torch's count of a forward pass, and the peak; no speed is asserted."""
 
 import dataclasses
 
@@ -25,7 +23,7 @@ def ids(length: int) -> torch.Tensor:
 
 
 def counted(model, token_ids_BT: torch.Tensor) -> int:
-    """Have torch count a forward pass, products of the attention one by one."""
+    """Let torch count a forward pass, with the attention's products one by one."""
     model.set_attn_implementation("eager")
     with torch.no_grad(), FlopCounterMode(display=False) as counter:
         model(token_ids_BT)
@@ -87,7 +85,7 @@ def test_what_can_not_be_counted_has_no_figure(model_type):
 
 
 class Lacking:
-    """A configuration in which an entry is missing."""
+    """A configuration without one entry."""
 
     def __init__(self, config, entry: str | None):
         self.config, self.entry = config, entry
@@ -163,9 +161,7 @@ def test_an_unknown_device_is_measured_and_no_random_number_is_drawn(precision, 
     ],
 )
 def test_a_product_is_as_fast_as_the_faster_way_of_the_step(dtype, own_s, expected_s, monkeypatch):
-    """By a clock that only the products move: torch's takes 2 s, that of the step, which is for
-    float32, own_s.
-    """
+    """On a clock that only products move: torch's takes 2 s, the step's float32 product own_s."""
     now = [0.0]
 
     def taking(function, seconds):
@@ -176,7 +172,7 @@ def test_a_product_is_as_fast_as_the_faster_way_of_the_step(dtype, own_s, expect
         return slow
 
     monkeypatch.setattr(torch, "matmul", taking(torch.matmul, 2.0))
-    monkeypatch.setattr(flops.cpu_kernels, "linear", taking(flops.cpu_kernels.linear, own_s))
+    monkeypatch.setattr(flops.cpu, "linear", taking(flops.cpu.linear, own_s))
     monkeypatch.setattr(flops, "clock_s", lambda device: now[0])
     left = torch.ones(8, 8, dtype=dtype)
     assert flops.product_rate(left, left) == 2 * 8**3 / expected_s
@@ -184,7 +180,7 @@ def test_a_product_is_as_fast_as_the_faster_way_of_the_step(dtype, own_s, expect
 
 @pytest.mark.parametrize(("seconds_of_128", "expected"), [(1e-4, 4), (1.0, 1), (1e-9, 6)])
 def test_a_slow_device_is_asked_for_small_products_only(seconds_of_128, expected, monkeypatch):
-    """By a clock that only the products move: 4 of each size, the time of one growing by 8."""
+    """On a clock that only products move: 4 of each size, each 8 times as long as the last."""
     now, sizes = [0.0], []
 
     def rate(left, right, limit_s):

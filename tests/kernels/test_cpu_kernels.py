@@ -1,8 +1,7 @@
-"""cpu_kernels beside torch's own functions, value and gradient; the draws by their statistics; tied
-weights beside autograd.
+"""The CPU kernels against torch: values, gradients, statistics of the draws, tied weights.
 
-A dropout of 10^-7 is rounded to 0, and still goes the kernels' way: so they are compared where
-nothing is drawn.
+A dropout of 10^-7 is rounded to 0 but still handled by the kernels: comparisons use it to draw
+nothing.
 """
 
 import contextlib
@@ -32,8 +31,7 @@ from distil.models.language_model import freeze_embeddings
 from distiller import DistillationModel, Distiller
 
 NOTHING_DROPPED = 1e-7
-# Half precision has 8 bits, and the kernels round in other places than torch's: a few units of the
-# last one.
+# Half precision has 8 bits, and the kernels round in other places than torch: a few last units.
 TOLERANCES = {torch.float64: {}, torch.float32: {}, torch.bfloat16: {"rtol": 2**-5, "atol": 2**-5}}
 DTYPES = list(TOLERANCES)
 
@@ -45,9 +43,7 @@ def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
 def results(
     function: Callable[..., torch.Tensor], *inputs: torch.Tensor | None, seed: int = 0
 ) -> list[torch.Tensor]:
-    """Call it under a seed; return the value, and the gradient by every input of a weighted sum of
-    it.
-    """
+    """Call `function` under a seed; return its value and the gradients of a weighted sum of it."""
     leaves = [
         tensor if tensor is None else tensor.detach().clone().requires_grad_() for tensor in inputs
     ]
@@ -58,7 +54,7 @@ def results(
 
 
 def assert_same(found: list[torch.Tensor], expected: list[torch.Tensor]) -> None:
-    """Equal to the bit, for it must be torch's own function that ran."""
+    """Assert equality to the bit: torch's function must have run."""
     assert len(found) == len(expected)
     for one, other in zip(found, expected, strict=True):
         assert one.dtype == other.dtype and torch.equal(one, other)
@@ -73,9 +69,7 @@ def assert_close(
 
 
 def six_sigma(probability: float, n: int) -> float:
-    """Bound of a share's deviation over n draws: six standard deviations, passed by chance once in
-    5 x 10^8.
-    """
+    """Bound a share's deviation over n draws: six sigma, exceeded by chance once in 5 x 10^8."""
     return 6 * math.sqrt(probability * (1 - probability) / n)
 
 
@@ -98,9 +92,7 @@ def test_each_lane_of_a_word_keeps_its_share(probability):
 
 @pytest.mark.parametrize("probability", [0.1, 0.5, 0.9])
 def test_elements_are_dropped_independently_of_their_neighbours(probability):
-    """Both of a pair are kept as often as two independent ones: of the same word, and of words
-    beside each other.
-    """
+    """Pairs are kept as often as independent ones: within a word, and in adjacent words."""
     kept = draw_kept(torch.Size([2**20]), probability)[0]
     for distance in range(1, 9):
         n = len(kept) - distance
@@ -116,9 +108,7 @@ def test_elements_are_dropped_independently_of_their_neighbours(probability):
 @pytest.mark.parametrize("num_rare", [4, 16])
 @pytest.mark.parametrize("are_dropped", [True, False])
 def test_the_ends_of_the_scale_are_exact(num_rare, are_dropped):
-    """A share of 4 or 16 in 2^16, dropped or kept: 64 or 256 of a million elements, in each lane of
-    a word; none would show.
-    """
+    """4 or 16 in 2^16, dropped or kept: 64 or 256 of a million elements, in each lane of a word."""
     rare, n = num_rare / LANES, 2**20
     kept, factor = draw_kept(torch.Size([n, 4]), rare if are_dropped else 1 - rare)
     for count in (kept != are_dropped).sum(0).tolist():
@@ -228,16 +218,12 @@ B, H, T, S, D = 2, 3, 5, 7, 4
 
 
 def qkv(dtype: torch.dtype = torch.float32, num_keys: int = S) -> list[torch.Tensor]:
-    shapes = (
-        (B, H, T, D),
-        (B, H, num_keys, D),
-        (B, H, num_keys, 6),
-    )  # values of another width than keys
+    shapes = ((B, H, T, D), (B, H, num_keys, D), (B, H, num_keys, 6))  # values and keys differ
     return [random(*shape, seed=seed, dtype=dtype) for seed, shape in enumerate(shapes)]
 
 
 def shown(*shape: int) -> torch.Tensor:
-    """Make a mask that shows each query some keys, the first one always."""
+    """Make a mask that shows each query some keys, and always the first."""
     mask = random(*shape, seed=5) > 0
     mask[..., 0] = True
     return mask
@@ -306,7 +292,7 @@ def test_keys_may_be_fewer_or_more_than_queries(num_keys):
 
 
 def slow_attention(query, key, value, kept, factor, attn_mask=None, is_causal=False, scale=None):
-    """softmax, dropout and sum by loops, in float64."""
+    """Compute softmax, dropout and sum by loops in float64."""
     value_of = torch.zeros(B, H, T, value.shape[-1], dtype=torch.float64)
     mask = None if attn_mask is None else attn_mask.expand(B, H, T, S)
     for b, h, t in ((b, h, t) for b in range(B) for h in range(H) for t in range(T)):
@@ -357,9 +343,7 @@ def test_attentions_gradient_is_that_of_its_value(name):
 
 
 def test_attention_keeps_the_mean():
-    """Of values that are all 1 each query gets a sum of probabilities kept; its mean over all is
-    1.
-    """
+    """With values of 1 each query gets its sum of kept probabilities, whose mean is 1."""
     torch.manual_seed(3)
     query, key = random(8, 8, 128, 8), random(8, 8, 128, 8, seed=1)
     found = cpu.attention(query, key, torch.ones_like(key), dropout_p=0.1)
@@ -447,7 +431,7 @@ def test_a_linear_map_is_torchs(shape, has_bias):
 
 
 def test_a_linear_map_of_tensors_that_lie_otherwise_is_torchs():
-    """Transposed, cut out, repeated; and a gradient that is one number, repeated."""
+    """Transposed, sliced, expanded; and a gradient that is one number, expanded."""
     views = (
         random(5, 12, 6)[:, ::2].transpose(0, 1),
         random(6, 8, seed=1).t(),
@@ -469,7 +453,7 @@ def test_a_linear_map_of_tensors_that_lie_otherwise_is_torchs():
 
 
 class Products(TorchDispatchMode):
-    """Counts oneDNN's products."""
+    """Count oneDNN's products."""
 
     num = 0
 
@@ -568,9 +552,7 @@ def test_gpt2s_linear_maps_are_torchs():
         inputs = random(2, 5, 6).requires_grad_()
         with context():
             value = module(inputs)
-        assert is_own(value._base) == (
-            context is faster
-        )  # the module gives it the shape of its inputs
+        assert is_own(value._base) == (context is faster)  # the module reshapes the result
         value.backward(random(2, 5, 8, seed=99))
         found.append(
             [value.detach(), inputs.grad, module.weight.grad.clone(), module.bias.grad.clone()]
@@ -641,9 +623,7 @@ VOCAB, WIDTH = 11, 6
 
 
 class TiedModel(nn.Module):
-    """Embedding, one linear map, a head of the embedding's weights; the embedding is looked up once
-    or twice.
-    """
+    """Embedding, looked up once or twice, one linear map, a head with the embedding's weights."""
 
     def __init__(
         self, num_lookups: int = 1, padding_id: int | None = None, freezes_inner: bool = False
@@ -665,18 +645,14 @@ class TiedModel(nn.Module):
         return F.cross_entropy(logits_BTV.flatten(0, 1).float(), ids_BT.flatten())
 
 
-IDS = [
-    torch.tensor([[1, 3, 3, 0], [9, 1, 0, 0]]),
-    torch.tensor([[2, 3, 9, 9]]),
-]  # some more than once, 0 last
+# Some ids more than once, 0 last.
+IDS = [torch.tensor([[1, 3, 3, 0], [9, 1, 0, 0]]), torch.tensor([[2, 3, 9, 9]])]
 
 
 def accumulated(
     model: nn.Module, batches: list[torch.Tensor], is_tied: bool, is_cast: bool = False
 ) -> list[torch.Tensor]:
-    """Run forward and backward of each batch; return the gradients summed up, the tied weight's
-    first.
-    """
+    """Run forward and backward of each batch; return the summed gradients, the tied one first."""
     model.zero_grad()
     weight = next(model.parameters())
     for ids_BT in batches:
@@ -717,9 +693,7 @@ def test_tied_weights_get_autograds_gradient(options, num_batches, is_cast):
 
 
 def test_the_rows_are_looked_up_our_way_and_padding_counts():
-    """What the comparisons above would not show: that autograd's way was left, and that padding has
-    a gradient without it.
-    """
+    """Autograd's way is not taken, and without padding_id padding has a gradient."""
     model = TiedModel()
     with TiedGradient(model.weight) as tied, faster(tied):
         assert F.embedding(IDS[0], model.weight).grad_fn.name() == "_TiedLookupBackward"
@@ -792,16 +766,12 @@ class Failing(torch.autograd.Function):
 
 @pytest.mark.parametrize("fails_in_forward", [True, False])
 def test_nothing_stays_behind_an_error(fails_in_forward):
-    """The rows of one look-up are found, then backward fails in the other's; the next gradient is
-    as if nothing had been.
-    """
+    """Backward fails between two look-ups; the next gradient is unaffected."""
     model, num_found = TiedModel(), 0
     tied = TiedGradient(model.weight)
     with pytest.raises(KeyError), tied:
         with faster(tied):
-            late = Failing.apply(
-                F.embedding(IDS[0], model.weight)
-            )  # backward goes the way back: this comes last
+            late = Failing.apply(F.embedding(IDS[0], model.weight))  # last in backward
             early = F.embedding(IDS[0], model.weight)
             if fails_in_forward:
                 raise KeyError
@@ -825,7 +795,7 @@ RANK_BATCHES = [[IDS[0], IDS[1]], [IDS[1] - 1, IDS[0].flip(-1)]]
 
 
 def gradients_of_rank(rank: int) -> list[torch.Tensor]:
-    """Do two micro-batches, the first without exchange."""
+    """Run two micro-batches, the first without a gradient exchange."""
     model = TiedModel(num_lookups=2, padding_id=0)
     wrapped = DistributedDataParallel(model, gradient_as_bucket_view=True)
     for number, ids_BT in enumerate(RANK_BATCHES[rank]):
@@ -844,7 +814,7 @@ def run_rank(rank: int, folder: str) -> None:
         "gloo", init_method=f"file://{folder}/meeting", rank=rank, world_size=2
     )
     torch.save(gradients_of_rank(rank), f"{folder}/{rank}.pt")
-    # When the model is gone: the other way round it hangs now and then
+    # After the model is deleted: in the other order it hangs now and then.
     torch.distributed.destroy_process_group()
 
 
@@ -856,8 +826,9 @@ def run_ranks(folder: str) -> None:
 
 
 def test_two_ranks_exchange_the_rows_too(tmp_path):
-    """The mean of both ranks' sums, on both. In a program of its own: where torch has begun
-    threads, a fork can hang.
+    """Both ranks get the mean of both sums.
+
+    In a separate program: after torch has started threads, a fork can hang.
     """
     done = run_process(sys.executable, __file__, tmp_path, PYTHONPATH=f"{ROOT}:{ROOT}/tests")
     assert done.returncode == 0 and "Warning" not in done.stderr, done.stderr[-3000:]
@@ -902,7 +873,7 @@ def make_student(kind: str, dropout: float) -> nn.Module:
 
 
 def make_batches(kind: str) -> list:
-    """Two micro-batches with padding, of masked or of next tokens."""
+    """Make two micro-batches with padding, of masked or of next tokens."""
     prepare = prepare_clm
     if kind != "gpt2":
         weights_V = masking_weights(torch.ones(WORDS), 0.7, range(5))
@@ -925,7 +896,7 @@ def make_batches(kind: str) -> list:
 
 
 def gradients(kind: str, student: nn.Module, **options) -> dict[str, torch.Tensor]:
-    """Return the gradient of an update of two micro-batches by every parameter of a student."""
+    """Return each parameter's gradient in an update of two micro-batches."""
     own, dtype = "clm" if kind == "gpt2" else "mlm", next(student.parameters()).dtype
     teacher = (
         make_model("bert" if kind == "distilbert" else kind, WORDS)
@@ -956,7 +927,7 @@ def gradients(kind: str, student: nn.Module, **options) -> dict[str, torch.Tenso
 
 @pytest.fixture
 def plainly(monkeypatch):
-    """Compute gradients by torch's own functions."""
+    """Compute gradients by torch's functions."""
 
     def compute(*arguments, **options):
         with monkeypatch.context() as patch:
@@ -969,9 +940,7 @@ def plainly(monkeypatch):
 def assert_relative(
     found: dict[str, torch.Tensor], expected: dict[str, torch.Tensor], bound: float
 ) -> None:
-    """Compare each parameter's gradient by its norm; one that is rounding alone, by the norm of
-    all.
-    """
+    """Compare each gradient by its norm, or by the norm of all if it is mere rounding."""
     assert set(found) == set(expected)
     of_all = torch.stack([grad.norm() for grad in expected.values()]).norm()
     for name, grad in expected.items():
@@ -984,11 +953,8 @@ def assert_relative(
         (torch.float32, 0.0, 1e-6),
         (torch.float64, 0.0, 1e-13),
         (torch.float64, NOTHING_DROPPED, 1e-13),
-        (
-            torch.float32,
-            NOTHING_DROPPED,
-            5e-6,
-        ),  # attention's sums are in another order: either is 10^-6 away from float64's
+        # Attention sums in another order: both are 10^-6 away from float64's.
+        (torch.float32, NOTHING_DROPPED, 5e-6),
     ],
 )
 @pytest.mark.parametrize("kind", KINDS)
@@ -1016,9 +982,7 @@ def test_a_model_with_frozen_embeddings_gets_torchs_gradient(kind, plainly):
 def test_a_model_under_autocast_gets_torchs_gradient(kind, plainly):
     found = gradients(kind, make_student(kind, NOTHING_DROPPED), amp_dtype=torch.bfloat16)
     expected = plainly(kind, make_student(kind, 0.0), amp_dtype=torch.bfloat16)
-    assert_relative(
-        found, expected, 0.05
-    )  # 8 bits: scores are rounded before the softmax, which torch's kernel does not
+    assert_relative(found, expected, 0.05)  # 8 bits: scores are rounded before the softmax
 
 
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])

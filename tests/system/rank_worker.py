@@ -1,8 +1,7 @@
-"""Run under a launcher by test_distributed.py: the gradient of the first update, and how often
-gradients are reduced.
+"""Measure the first update's gradient and the number of reductions, for test_distributed.py.
 
-Arguments: an output file, then train.py's flags. Everything is train.py's own but for float64, in
-which two ways to sum the same numbers differ by rounding only.
+Run under a launcher. Arguments: an output file, then train.py's flags. Everything is train.py's but
+float64, in which two orders of one sum differ by rounding only.
 """
 
 import sys

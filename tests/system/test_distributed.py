@@ -1,6 +1,4 @@
-"""Several processes: equal to one, through the real launchers; the documentation's commands; the
-launcher's variables.
-"""
+"""Several processes equal one, by both launchers; the documented commands; launchers' variables."""
 
 import re
 import shutil
@@ -29,8 +27,9 @@ def check(done) -> None:
 
 @pytest.fixture(scope="module")
 def world_sizes(world, tmp_path_factory):
-    """What the worker found on 1 rank at accumulation 8, and on 2 ranks at 4; 21 micro-batches: a
-    last update of 5.
+    """Return the worker's results on 1 rank at accumulation 8 and on 2 ranks at 4.
+
+    21 micro-batches: the last update has 5.
     """
     folder, found = tmp_path_factory.mktemp("ranks"), {}
     for world_size, accumulation in ((1, 8), (2, 4)):
@@ -78,7 +77,7 @@ def test_gradients_are_reduced_once_an_update(world_sizes):
 
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory):
-    """Three updates by train.py: one rank at 8; two ranks at 4 by each launcher."""
+    """Train three updates: one rank at 8, and two ranks at 4 by each launcher."""
     folder = tmp_path_factory.mktemp("trained")
 
     def flags(name, accumulation):
@@ -190,9 +189,7 @@ def test_an_error_of_the_ranks_is_said_once_and_ends_them_all(world, tmp_path):
 
 @pytest.fixture(scope="module")
 def checkout(tmp_path_factory, text_file, teachers) -> Path:
-    """A folder that looks like the checkout, with small stand-ins for text, teachers and
-    configurations.
-    """
+    """Make a folder like the checkout, with small stand-ins for its inputs."""
     folder = tmp_path_factory.mktemp("checkout")
     for name in ("scripts", "train.py"):
         (folder / name).symlink_to(ROOT / name)
@@ -216,7 +213,7 @@ def checkout(tmp_path_factory, text_file, teachers) -> Path:
 
 
 def run_block(block: str, checkout: Path, teachers, **environment: str) -> None:
-    """Run a printed block by bash, with sizes, addresses and processes substituted."""
+    """Run a printed block in bash, with sizes, addresses and processes substituted."""
     substitutes = {
         "30522": str(vocab_size_of(teachers["bert"])),
         "50265": str(vocab_size_of(teachers["roberta"])),

@@ -1,4 +1,4 @@
-"""Small pieces that every program leans on."""
+"""Small parts that every program uses."""
 
 import errno
 import threading
