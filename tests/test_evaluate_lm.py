@@ -555,7 +555,7 @@ BAD = {
     ),
     "over the text": (
         ["--model", "{bert}", "--text_file", "{text}", "--output", "{text}"],
-        ["would overwrite {text}"],
+        ["would overwrite the input {text}"],
     ),
     "over the model": (
         ["--model", "{bert}", "--text_file", "{text}", "--output", "{bert}/config.json"],
@@ -632,7 +632,7 @@ RUN = {
     "n_epoch": 2,
     "log_interval": 5,
     "checkpoint_interval": 4,
-    "learning_rate": 0.4,
+    "learning_rate": 0.2,
 }  # 10 updates
 
 

@@ -881,7 +881,7 @@ BAD_FLAGS = {
     "no text": (["--data", "no"], r"--data no: no such file; check the path"),
     "inside the student": (
         ["--output_dir", "{student}/report"],
-        r"--output_dir .*: would overwrite .*, which is read",
+        r"--output_dir .*: would overwrite the input .*",
     ),
     "something foreign": (
         ["--output_dir", "{foreign}"],
