@@ -1,13 +1,13 @@
-"""How well a language model predicts held-out text, and how near a student is to its teacher.
+"""Figures of a language model on held-out text, alone and against a teacher.
 
-Asked by train.py while it trains, by scripts/evaluate_lm.py and scripts/quickstart.py. Every figure
-is a sum over positions that is divided once, at the end: it depends neither on how the text is cut
-into batches nor on who computes which of them.
+Called by train.py during training, by scripts/evaluate_lm.py and scripts/quickstart.py. Every
+figure is a sum over positions that is divided once, at the end: it depends neither on the division
+of the text into batches nor on the division of batches among ranks.
 
-A causal model is asked for each next token. A masked one is asked for every token once
-(FixedMasks): every k-th token is masked, in k passes, so that two models, or one at two moments,
-are asked the same. With k as large as the text is long each token is masked alone: that is the
-pseudo-perplexity of Salazar et al., 2020, "Masked Language Model Scoring", section 2.
+A causal model predicts each next token. A masked model predicts every token once (FixedMasks):
+every k-th token is masked, in k passes, so that two models, or one model at two times, predict the
+same. With k as large as the longest text each token is masked alone: the pseudo-perplexity of
+Salazar et al., 2020, "Masked Language Model Scoring", section 2.
 
 Shape suffixes: B sequences, T padded length, N positions, V vocabulary, D width, S sums.
 """
@@ -27,26 +27,23 @@ from distil.losses import IGNORED_LABEL, at_least_float32, cosine_distance
 from distil.models.forward import last_hidden_state
 from distil.models.heads import Head, prediction_head
 
-MASK_EVERY = 7  # about the 15 % of training are masked at once
-EVALUATED_TOKENS = (
-    2**12
-)  # padded tokens a batch: the same everywhere, so that what is drawn for a batch is, too
-MAX_LOSS = 100.0  # of a perplexity: beyond e^100 it says nothing, and JSON has no infinity
+MASK_EVERY = 7  # masks 14 % of the tokens in a pass, about training's 15 %
+EVALUATED_TOKENS = 2**12  # padded tokens a batch: equal everywhere, so that drawn masks are equal
+MAX_LOSS = 100.0  # of a perplexity: beyond e^100 it means nothing, and JSON has no infinity
 
 Passes = Callable[[int, torch.Tensor, torch.Tensor], Iterable[MicroBatch]]
 
 # --------------------------------------------------------------------------------------------------
-# What a model is asked
+# Predictions asked of a model
 # --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class FixedMasks:
-    """Mask every k-th token of each sequence in k passes: no chance in it, and every token is asked
-    for once.
+    """Mask every k-th token of each sequence in k passes: deterministic, each token once.
 
-    special_ids: tokens that are never asked for. every: k; MASK_EVERY if not given, the longest
-    sequence's length for pseudo-perplexity.
+    special_ids: tokens that are never masked. every: k; MASK_EVERY by default, the longest
+    sequence's length for the pseudo-perplexity.
     """
 
     mask_id: int
@@ -56,9 +53,7 @@ class FixedMasks:
     def __call__(
         self, number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor
     ) -> Iterator[MicroBatch]:
-        """Yield the passes over a batch; sequences in which a pass masks nothing are left out of
-        it.
-        """
+        """Yield the passes over a batch, each without the sequences in which it masks nothing."""
         real_BT = real_positions(lengths_B, token_ids_BT.shape[1])
         asked_BT = real_BT & ~torch.isin(token_ids_BT, torch.tensor(list(self.special_ids)))
         turn_T = torch.arange(token_ids_BT.shape[1]) % self.every
@@ -83,13 +78,14 @@ class FixedMasks:
 def next_tokens(
     number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor
 ) -> list[MicroBatch]:
-    """Ask a causal model for every token but the first: one pass."""
+    """Predict every token but the first with a causal model: one pass."""
     return [prepare_clm(number, token_ids_BT, lengths_B)]
 
 
 def plan_batches(lengths: np.ndarray, max_tokens: int = EVALUATED_TOKENS) -> list[np.ndarray]:
-    """Cut sequences, the longest first, into batches of at most max_tokens padded tokens (one
-    sequence at least).
+    """Divide sequences, longest first, into batches of at most max_tokens padded tokens.
+
+    A batch has one sequence at least.
     """
     order, batches, first = np.argsort(-lengths.astype(np.int64), kind="stable"), [], 0
     while first < len(order):
@@ -106,24 +102,24 @@ def passes_over(
     rank: int = 0,
     world_size: int = 1,
 ) -> Iterator[MicroBatch]:
-    """Yield the passes over a rank's share of the batches: over all ranks, each batch once.
+    """Yield the passes over a rank's share of the batches: each batch once over all ranks.
 
-    collate: sequences' numbers -> (token_ids_BT, lengths_B), as LmSeqsDataset's.
+    collate: sequence numbers -> (token_ids_BT, lengths_B), as LmSeqsDataset's.
     """
     for number in range(rank, len(batches), world_size):
         yield from passes(number, *collate(batches[number]))
 
 
 # --------------------------------------------------------------------------------------------------
-# What it answers, as sums
+# Sums over the predictions
 # --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class Reader:
-    """A model in two steps, from a batch to hidden states and from those to predictions.
+    """A model in two steps: from a batch to hidden states, from these to predictions.
 
-    amp_dtype: the dtype of torch's mixed precision, in which both are done; None: the model's own.
+    amp_dtype: dtype of torch's mixed precision for both steps; None: the model's dtype.
     """
 
     model: nn.Module
@@ -136,7 +132,7 @@ class Reader:
             return last_hidden_state(self.model, batch).flatten(0, 1)
 
     def predict(self, hidden_ND: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return the ids put first (N,), and log-probabilities_NV, in float32 or wider."""
+        """Return the most likely ids (N,), and log-probabilities_NV, in float32 or wider."""
         with self._precision():
             logits_NV = at_least_float32(self.head(hidden_ND))
         return logits_NV.argmax(-1), logits_NV.log_softmax(-1)
@@ -147,11 +143,11 @@ class Reader:
 
 
 def reader_of(model: nn.Module) -> Reader:
-    """Read a whole language model with its own head."""
+    """Read a whole language model with its head."""
     return Reader(model, prediction_head(model))
 
 
-# What is summed over the positions that are asked for; without a teacher the last are 0.
+# The sums over labels; without a teacher the last five are 0.
 SUMS = (
     "positions",
     "loss",
@@ -166,11 +162,10 @@ SUMS = (
 
 @torch.no_grad()
 def measure(student: Reader, teacher: Reader | None, batches: Iterable[MicroBatch]) -> torch.Tensor:
-    """Sum a model's figures, and those against its teacher, over the labels of `batches`: (S,),
-    float64, as in SUMS.
+    """Sum a model's figures over the labels of `batches`: (S,), float64, as in SUMS.
 
-    Sums of several ranks may be added. The model is in evaluation mode meanwhile; no random number
-    is drawn.
+    The sums of several ranks can be added. The model is in evaluation mode meanwhile; no random
+    number is drawn.
     """
     device = next(student.model.parameters()).device
     sums_S = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
@@ -196,13 +191,13 @@ def _sums_of_batch(student: Reader, teacher: Reader | None, batch: MicroBatch) -
 
 
 def _asked(batch: MicroBatch) -> tuple[torch.Tensor, torch.Tensor]:
-    """Return the positions that have something to predict, and what."""
+    """Return the positions with a label, and the labels."""
     kind = "masked" if "masked" in batch.rows else "next"
     return batch.rows[kind], label_of_row(kind, batch.labels_BT, batch.rows[kind])
 
 
 def _chunks(device: torch.device, *tensors_N: torch.Tensor):
-    """Cut tensors, on the device, so that a chunk's logits fit: no (B, T, V) tensor is made."""
+    """Divide tensors, on the device, so that a chunk's logits fit: no (B, T, V) tensor is made."""
     return zip(
         *(tensor_N.to(device).split(rows_per_chunk(device.type)) for tensor_N in tensors_N),
         strict=True,
@@ -230,17 +225,15 @@ Predicted = tuple[torch.Tensor, torch.Tensor]  # see Reader.predict
 
 
 def _label_sums(predicted: Predicted, labels_C: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum -log p(label), and how often the label is put first."""
+    """Sum -log p(label), and count the labels that are ranked first."""
     first_C, log_probs_CV = predicted
     return -log_probs_CV.gather(1, labels_C[:, None]).double().sum(), (first_C == labels_C).sum()
 
 
 def _distance_sums(student: Predicted, teacher: Predicted) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum KL(teacher || student) at temperature 1, and how often both put the same token first."""
-    (student_first_C, student_log_probs_CV), (teacher_first_C, teacher_log_probs_CV) = (
-        student,
-        teacher,
-    )
+    """Sum KL(teacher || student) at temperature 1; count the positions of equal first tokens."""
+    student_first_C, student_log_probs_CV = student
+    teacher_first_C, teacher_log_probs_CV = teacher
     kl = F.kl_div(
         student_log_probs_CV, teacher_log_probs_CV, reduction="none", log_target=True
     ).sum(-1)
@@ -250,11 +243,11 @@ def _distance_sums(student: Predicted, teacher: Predicted) -> tuple[torch.Tensor
 def figures_of(
     sums_S: torch.Tensor, has_teacher: bool, same_width: bool = True
 ) -> dict[str, float]:
-    """Make means of `measure`'s sums; NaN where nothing was asked for.
+    """Divide `measure`'s sums to means; NaN without a label.
 
-    loss: natural log; perplexity: its exponential; accuracy, agreement: shares, top-1; kl: teacher
-    || student; cosine: of last hidden states, where both have the same width; teacher_*: the
-    teacher's own.
+    loss: natural log; perplexity: its exponential; accuracy, agreement: shares, top-1; kl:
+    KL(teacher || student); cosine: of last hidden states, where both have the same width;
+    teacher_*: the teacher's figures.
     """
     sums = dict(zip(SUMS, sums_S.tolist(), strict=True))
     num = sums.pop("positions") or math.nan
@@ -276,12 +269,12 @@ def figures_of(
 
 
 def perplexity(loss: float) -> float:
-    """Return e^loss, e^MAX_LOSS at most."""
+    """Return e^loss, at most e^MAX_LOSS."""
     return math.exp(min(loss, MAX_LOSS))
 
 
 # --------------------------------------------------------------------------------------------------
-# Against the teacher at every real token, as in the quickstart's table
+# Comparison at every real token, for the quickstart's table
 # --------------------------------------------------------------------------------------------------
 
 
@@ -295,10 +288,9 @@ def evaluate(
 ) -> dict:
     """Compare a student with its teacher on held-out batches.
 
-    Returns means in natural log: loss and accuracy (top-1) where a label is to be predicted; over
-    every real token, kl (teacher || student, T = 1) and agreement (share of positions where both
-    put the same token first). With the teacher as its own student, loss and accuracy are the
-    teacher's.
+    Returns means in natural log: loss and accuracy (top-1) over the labels; over every real token,
+    kl (teacher || student, T = 1) and agreement (share of positions where both rank the same
+    token first). With the teacher as student, loss and accuracy are the teacher's.
     """
     student.eval()
     own, others = Reader(student, head), Reader(teacher, teacher_head)

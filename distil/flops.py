@@ -1,9 +1,8 @@
-"""Model FLOPs of an update, and the FLOP/s that a device can reach: the share of these that a step
-uses is its MFU.
+"""Model FLOPs of an update and a device's peak FLOP/s; their ratio over time is the MFU.
 
-Model FLOPs are those that the mathematics needs for the real tokens, whatever an implementation
-spends beyond them (padding, recomputation, logits of padding). Source: Chowdhery et al., 2022,
-"PaLM", appendix B.
+Model FLOPs are those that the mathematics needs for the real tokens, without an implementation's
+extra work (padding, recomputation, logits of padding). Source: Chowdhery et al., 2022, "PaLM",
+appendix B.
 """
 
 import dataclasses
@@ -18,17 +17,16 @@ from torch.utils.flop_counter import FlopCounterMode
 from distil.kernels import cpu
 
 # --------------------------------------------------------------------------------------------------
-# What the mathematics needs
+# Model FLOPs
 # --------------------------------------------------------------------------------------------------
 
 
 @dataclasses.dataclass(frozen=True)
 class ModelSize:
-    """What a forward pass multiplies with: entries of the layers' matrices and of the prediction
-    head's; layers; width.
+    """The sizes that determine a forward pass's products.
 
-    attention_width: heads x width of a head, in some families another than the hidden states'
-    width.
+    in_layers, in_head: entries of the layers' and the prediction head's matrices. attention_width:
+    heads x head width, which in some families differs from the width of the hidden states.
     """
 
     in_layers: int
@@ -37,12 +35,10 @@ class ModelSize:
     attention_width: int
 
     def forward_flops(self, lengths_B: np.ndarray, num_head_rows: int | None = None) -> int:
-        """Count a forward pass over sequences, num_head_rows of their tokens (None: all) projected
-        to the vocabulary.
+        """Count a forward pass, with num_head_rows tokens (None: all) projected to the vocabulary.
 
-        2 a matrix entry and token; 4 T d a token, layer and sequence of T tokens for the attention.
-        A causal model's attention is counted whole too, as is customary, though half of it is
-        masked; so is one within a window.
+        2 per matrix entry and token; for the attention 4 T d per token, layer and sequence of T
+        tokens. Causal and windowed attention are counted as full attention, as is customary.
         """
         lengths_B = lengths_B.astype(np.int64)
         num_tokens, num_pairs = int(lengths_B.sum()), int((lengths_B**2).sum())
@@ -52,8 +48,7 @@ class ModelSize:
 
 
 def size_of(model: torch.nn.Module) -> ModelSize:
-    """Count the entries of a model's matrices; tables that are looked up are none, nor is what
-    reads one token (a pooler).
+    """Count the entries of a model's matrices, without embeddings and poolers.
 
     Raises AttributeError or TypeError where the configuration names no layers, heads or width.
     """
@@ -87,12 +82,11 @@ TOLERANCE = 0.01
 
 
 def shown_size(model: torch.nn.Module, token_ids_BT: torch.Tensor) -> ModelSize | None:
-    """Count a model's matrices and compare with a forward pass over ids on the CPU; None where that
-    does something else.
+    """Count a model's matrices and check by a forward pass on the CPU; None where these differ.
 
-    Nothing is known of a family but its conventions: it may use its layers twice (ALBERT), or pad
-    (Longformer). Experts, of which a token sees some, and convolutions have weights of more than
-    two dimensions.
+    A family's conventions don't tell everything: it may reuse layers (ALBERT) or pad (Longformer).
+    Experts, which see some of the tokens, and convolutions have weights of more than two
+    dimensions.
     """
     if any(parameter.dim() > 2 for parameter in model.parameters()):
         return None
@@ -102,8 +96,7 @@ def shown_size(model: torch.nn.Module, token_ids_BT: torch.Tensor) -> ModelSize 
         with torch.no_grad(), FlopCounterMode(display=False) as counter:
             model.eval()(token_ids_BT)
         whole = size.forward_flops(np.full(*token_ids_BT.shape))
-    # What a configuration lacks, or a class refuses, has no end: then there is no figure, and no
-    # harm
+    # Configurations and classes can raise anything: then there is no figure.
     except Exception:
         return None
     finally:
@@ -111,7 +104,7 @@ def shown_size(model: torch.nn.Module, token_ids_BT: torch.Tensor) -> ModelSize 
     attention = (
         4 * size.attention_width * size.num_layers * token_ids_BT.numel() * token_ids_BT.shape[1]
     )
-    found = counter.get_total_flops()  # a fused attention's are left out, on a CPU
+    found = counter.get_total_flops()  # without those of a fused attention, on a CPU
     return (
         size
         if any(abs(found - wanted) <= TOLERANCE * wanted for wanted in (whole, whole - attention))
@@ -125,21 +118,19 @@ def update_flops(
     lengths_B: np.ndarray,
     num_head_rows: int | None = None,
 ) -> int:
-    """Count an update: the teacher's forward pass, if there is one; the student's, and twice as
-    much for its backward pass.
-    """
+    """Count an update: teacher's forward pass, student's forward and twice that for backward."""
     of_teacher = 0 if teacher is None else teacher.forward_flops(lengths_B, num_head_rows)
     return of_teacher + 3 * student.forward_flops(lengths_B, num_head_rows)
 
 
 # --------------------------------------------------------------------------------------------------
-# What a device can do
+# Peaks of devices
 # --------------------------------------------------------------------------------------------------
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
-# Dense peaks of the data sheets, TFLOP/s: (tensor cores in half precision, float32 without tensor
-# cores). The first name that is part of the device's counts.
+# Dense peaks by data sheet, TFLOP/s: (tensor cores in half precision, float32 without tensor
+# cores). The first name that is part of the device's name applies.
 NOMINAL_PEAKS = {
     "H100 PCIe": (756, 51),
     "H100 NVL": (835, 60),
@@ -150,7 +141,7 @@ NOMINAL_PEAKS = {
 
 
 def nominal_peak(device_name: str, precision: str) -> float | None:
-    """Return a GPU's peak by its data sheet, FLOP/s; None where it is not in the table."""
+    """Return a GPU's peak by its data sheet, FLOP/s; None where the table lacks it."""
     for name, (half, single) in NOMINAL_PEAKS.items():
         if name in device_name:
             return 1e12 * (single if precision == "fp32" else half)
@@ -158,14 +149,14 @@ def nominal_peak(device_name: str, precision: str) -> float | None:
 
 
 def clock_s(device: str) -> float:
-    """Read the host's clock when the device has done all that it was given."""
+    """Read the host's clock after the device has finished all its work."""
     if device == "cuda":
         torch.cuda.synchronize()
     return time.perf_counter()
 
 
 def best_seconds(device: str, work: Callable[[], object], limit_s: float = 1.0) -> float:
-    """Return the shortest of 3 to 30 runs after one to warm up; for a ceiling the best counts."""
+    """Return the shortest of 3 to 30 runs after a warm-up: a ceiling needs the best run."""
     work()
     times: list[float] = []
     while len(times) < 3 or (sum(times) < limit_s and len(times) < 30):
@@ -176,24 +167,21 @@ def best_seconds(device: str, work: Callable[[], object], limit_s: float = 1.0) 
 
 
 def product_rate(left: torch.Tensor, right: torch.Tensor, limit_s: float = 1.0) -> float:
-    """Measure the product of two square matrices, FLOP/s: the faster way, where the step has one of
-    its own.
-    """
+    """Measure the product of two square matrices, FLOP/s, in the fastest way that the step uses."""
     ways = [functools.partial(torch.matmul, left, right, out=torch.empty_like(left))]
     if left.device.type == "cpu" and left.dtype == torch.float32:
         ways.append(functools.partial(cpu.linear, left, right))
     return 2 * len(left) ** 3 / min(best_seconds(left.device.type, way, limit_s) for way in ways)
 
 
-PEAK_SIZES = (128, 256, 512, 1024, 2048, 4096)  # rows of the matrices whose product is timed
+PEAK_SIZES = (128, 256, 512, 1024, 2048, 4096)  # rows of the timed square matrices
 PEAK_LIMIT_S = 0.1
 
 
 def measured_peak(device: str, dtype: torch.dtype, limit_s: float = PEAK_LIMIT_S) -> float:
-    """Measure the fastest matrix product, FLOP/s: larger and larger ones, while the next is
-    expected within limit_s in all.
+    """Measure the fastest matrix product, FLOP/s, with growing sizes within limit_s in all.
 
-    Float16 on a CPU may be a thousand times slower than float32: the first is small. No random
+    The first size is small: float16 on a CPU can be a thousand times slower than float32. No random
     number is drawn.
     """
     best, started, expected_s = 0.0, clock_s(device), 0.0
@@ -208,9 +196,7 @@ def measured_peak(device: str, dtype: torch.dtype, limit_s: float = PEAK_LIMIT_S
 
 
 def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return what a device can do, FLOP/s: by its data sheet where the table has it, else
-    measured.
-    """
+    """Return a device's peak, FLOP/s: by its data sheet if known, else measured."""
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
     precision = next(key for key, value in DTYPES.items() if value == dtype)
     return nominal_peak(name, precision) or measured_peak(device.type, dtype)

@@ -1,10 +1,8 @@
-"""Which process this is, where it computes, how it meets the others, and how it learns that it is
-to stop.
+"""This process's rank, device and process group, read from a launcher's environment variables.
 
-`start_runtime` reads what a launcher left in the environment (torchrun, torch.distributed.launch,
-or nothing), chooses the device and joins the process group. From then on a thread of each process
-sends heartbeats (`Watch`), so that one that hangs or is gone is named: the collectives' own errors
-name none. `StopSignals` notes what asks the run to end.
+`start_runtime` reads the variables that a launcher has set (torchrun, torch.distributed.launch, or
+none), chooses the device and joins the process group. From then on a thread of each process sends
+heartbeats (`Watch`), so that a hung or lost rank is named: the errors of collectives name none.
 """
 
 import contextlib
@@ -22,12 +20,12 @@ from torch import distributed
 from distil.system.watch import Watch
 from utils import InputError, RankError, logger, one_line
 
-TIMEOUT_S = 600  # that processes wait for each other
+TIMEOUT_S = 600  # for which processes wait for each other
 
 
 @dataclasses.dataclass(frozen=True)
 class Runtime:
-    """What is found out when a process starts: its place among the others, and its device."""
+    """Facts of a process's start: its rank among the others, and its device."""
 
     rank: int = 0
     world_size: int = 1
@@ -37,14 +35,12 @@ class Runtime:
 
     @property
     def is_main(self) -> bool:
-        """True in the one process that writes files and talks to the user."""
+        """True in the process that writes files and prints."""
         return self.rank == 0
 
     @contextlib.contextmanager
     def sharing_errors(self) -> Iterator[None]:
-        """Raise an input or system error of any rank on every rank: none is left waiting, and rank
-        0 can say it.
-        """
+        """Raise any rank's input or system error on all ranks: none waits, and rank 0 reports."""
         problem = None
         try:
             yield
@@ -63,7 +59,7 @@ class Runtime:
             raise InputError("\n".join(lines))
 
     def from_main(self, value):
-        """Give every rank the object of rank 0 (one that pickle knows)."""
+        """Return rank 0's object, which pickle must support, on every rank."""
         if self.world_size == 1:
             return value
         box = [value]
@@ -71,9 +67,7 @@ class Runtime:
         return box[0]
 
     def tensors_from_main(self, tensors: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
-        """Give every rank the tensors of rank 0, on the CPU; on other ranks the argument is not
-        looked at.
-        """
+        """Return rank 0's tensors, on the CPU, on every rank; others' arguments are ignored."""
         shapes = self.from_main(
             {name: (tensor.shape, tensor.dtype) for name, tensor in tensors.items()}
         )
@@ -89,10 +83,9 @@ class Runtime:
 
     @contextlib.contextmanager
     def watching(self, on_orphaned: Callable[[], None]) -> Iterator[None]:
-        """Turn a collective's failure into LostRankError, which says who is missing.
+        """Convert a collective's failure to LostRankError, which names the missing ranks.
 
-        on_orphaned: called, from another thread, where the launcher that started this process is
-        gone.
+        on_orphaned: called from another thread when the launcher of this process has ended.
         """
         if self.watch is not None:
             self.watch.on_orphaned = on_orphaned
@@ -108,7 +101,7 @@ class Runtime:
 
 
 class LostRankError(RuntimeError):
-    """Another process of the run is gone, or hangs."""
+    """Another process of the run has ended or hangs."""
 
 
 def _is_of_collective(error: RuntimeError) -> bool:
@@ -143,11 +136,10 @@ def is_another_rank(environment: Mapping[str, str]) -> bool:
 def read_launcher(
     environment: Mapping[str, str], local_rank_flag: int
 ) -> tuple[int, int, int, int] | None:
-    """Read (rank, world size, local rank, processes on this machine) from a launcher's variables.
+    """Read (rank, world size, local rank, processes a machine) from a launcher's variables.
 
-    Returns None for a process that no launcher started: it is one of several if and only if RANK
-    and LOCAL_RANK are set. Raises InputError that names every variable missing, malformed or
-    contradicting another.
+    Returns None for a process that no launcher started: RANK and LOCAL_RANK are set if and only if
+    one did. Raises InputError that names every missing, malformed or contradictory variable.
     """
     if not is_one_of_several(environment):
         if local_rank_flag >= 0:
@@ -200,81 +192,80 @@ def _processes_on_machine(value: Mapping[str, int]) -> int:
     return max(value["WORLD_SIZE"] // max(value.get("N_NODES", 1), 1), 1)
 
 
+Check = tuple[bool, str]  # (is it wrong, the message)
+
+
 def _check_launcher(value: Mapping[str, int], local_rank_flag: int) -> None:
-    """Raise RankError or InputError for variables that contradict each other, on this rank or on
-    all.
-    """
-    rank, world_size, local_rank = value["RANK"], value["WORLD_SIZE"], value["LOCAL_RANK"]
+    """Raise RankError or InputError for contradictory variables, on this rank or on all."""
     per_machine = value.get("N_GPU_NODE", _processes_on_machine(value))
-    source = "N_GPU_NODE" if "N_GPU_NODE" in value else "LOCAL_WORLD_SIZE"
-    machines = value.get("N_NODES", max(world_size // max(per_machine, 1), 1))
-    machine = value.get("NODE_RANK", 0)
-    expected_machine = value.get("GROUP_RANK", rank // max(per_machine, 1))
-    of_all = [
-        (world_size < 1, f"WORLD_SIZE={world_size}: at least 1 is expected"),
-        (per_machine < 1, f"{source}={per_machine}: at least 1 is expected"),
+    machines = value.get("N_NODES", max(value["WORLD_SIZE"] // max(per_machine, 1), 1))
+    of_all = _checks_of_sizes(value, per_machine, machines)
+    of_this_rank = _checks_of_rank(value, per_machine, machines, local_rank_flag)
+    remedy = "; export the launcher's value, or unset it"
+    for kind, checks in ((RankError, of_this_rank), (InputError, of_all)):
+        if any(is_wrong for is_wrong, _ in checks):
+            problems = [message for is_wrong, message in of_all + of_this_rank if is_wrong]
+            raise kind("\n".join(message + remedy for message in problems))
+
+
+def _checks_of_sizes(value: Mapping[str, int], per_machine: int, machines: int) -> list[Check]:
+    world_size, has_n_gpu_node = value["WORLD_SIZE"], "N_GPU_NODE" in value
+    source = "N_GPU_NODE" if has_n_gpu_node else "LOCAL_WORLD_SIZE"
+    local_world_size = value.get("LOCAL_WORLD_SIZE", per_machine)
+    return [
+        (world_size < 1, f"WORLD_SIZE={world_size}: expected at least 1"),
+        (per_machine < 1, f"{source}={per_machine}: expected at least 1"),
         (
             per_machine > max(world_size, 1),
             f"{source}={per_machine} contradicts WORLD_SIZE={world_size}",
         ),
         (
-            "N_GPU_NODE" in value and value.get("LOCAL_WORLD_SIZE", per_machine) != per_machine,
-            (
-                f"N_GPU_NODE={per_machine} contradicts"
-                f" LOCAL_WORLD_SIZE={value.get('LOCAL_WORLD_SIZE')}"
-            ),
+            has_n_gpu_node and local_world_size != per_machine,
+            f"N_GPU_NODE={per_machine} contradicts LOCAL_WORLD_SIZE={local_world_size}",
         ),
         (
             "N_NODES" in value and machines * per_machine != world_size,
-            (
-                f"N_NODES={machines} x {per_machine} processes a machine contradicts"
-                f" WORLD_SIZE={world_size}"
-            ),
+            f"N_NODES={machines} x {per_machine} processes a machine contradicts"
+            f" WORLD_SIZE={world_size}",
         ),
         (
-            "N_GPU_NODE" in value and world_size % max(per_machine, 1) != 0,
+            has_n_gpu_node and world_size % max(per_machine, 1) != 0,
             f"N_GPU_NODE={per_machine} does not divide WORLD_SIZE={world_size}",
         ),
     ]
-    of_this_rank = [
+
+
+def _checks_of_rank(
+    value: Mapping[str, int], per_machine: int, machines: int, local_rank_flag: int
+) -> list[Check]:
+    rank, world_size, local_rank = value["RANK"], value["WORLD_SIZE"], value["LOCAL_RANK"]
+    machine = value.get("NODE_RANK", 0)
+    expected_machine = value.get("GROUP_RANK", rank // max(per_machine, 1))
+    return [
         (
             not 0 <= rank < max(world_size, 1),
             f"RANK={rank}: expected 0 to WORLD_SIZE - 1 = {world_size - 1}",
         ),
         (
             not 0 <= local_rank < max(per_machine, 1),
-            (
-                f"LOCAL_RANK={local_rank}: expected 0 to {per_machine - 1}, for {per_machine}"
-                " processes run on a machine"
-            ),
+            f"LOCAL_RANK={local_rank}: expected 0 to {per_machine - 1}, as {per_machine} processes"
+            " run on a machine",
         ),
         (
             local_rank_flag >= 0 and local_rank_flag != local_rank,
-            (
-                f"--local_rank {local_rank_flag} contradicts LOCAL_RANK={local_rank}; leave the"
-                " flag out"
-            ),
+            f"--local_rank {local_rank_flag} contradicts LOCAL_RANK={local_rank}; leave the flag"
+            " out",
         ),
         (
             "NODE_RANK" in value and machine != expected_machine,
-            (
-                f"NODE_RANK={machine} contradicts RANK={rank}, which runs on machine"
-                f" {expected_machine}"
-            ),
+            f"NODE_RANK={machine} contradicts RANK={rank}, which runs on machine"
+            f" {expected_machine}",
         ),
         (
             "NODE_RANK" in value and not 0 <= machine < max(machines, 1),
             f"NODE_RANK={machine}: expected 0 to N_NODES - 1 = {machines - 1}",
         ),
     ]
-    remedy = "; export what the launcher is told, or unset it"
-    for kind, checks in ((RankError, of_this_rank), (InputError, of_all)):
-        if any(is_wrong for is_wrong, _ in checks):
-            raise kind(
-                "\n".join(
-                    message + remedy for is_wrong, message in of_all + of_this_rank if is_wrong
-                )
-            )
 
 
 def start_runtime(
@@ -283,11 +274,11 @@ def start_runtime(
     environment: Mapping[str, str] | None = None,
     timeout_s: float = TIMEOUT_S,
 ) -> Runtime:
-    """Find out which process this is, choose its device, and join the others where there are any.
+    """Read the launcher's variables, choose the device, and join the process group, if any.
 
     n_gpu: GPUs over all processes; 0 = the CPU. timeout_s: how long processes wait for each other.
-    Raises InputError where the launcher's variables are missing or contradict each other, or where
-    there are GPUs but too few.
+    Raises InputError where the launcher's variables are missing or contradictory, or where there
+    are GPUs but too few.
     """
     launched = read_launcher(os.environ if environment is None else environment, local_rank_flag)
     rank, world_size, local_rank, per_machine = launched or (0, 1, 0, 1)
@@ -318,12 +309,11 @@ def start_runtime(
 def _join_the_others(
     backend: str, rank: int, world_size: int, timeout_s: float
 ) -> distributed.Store:
-    """Join the process group; return a store that this attempt has for itself."""
+    """Join the process group; return a store for this attempt alone."""
     timeout = datetime.timedelta(seconds=timeout_s)
     try:
-        socket.getaddrinfo(
-            os.environ["MASTER_ADDR"], None
-        )  # torch would look for the name until the timeout
+        # torch would retry a wrong name until the timeout.
+        socket.getaddrinfo(os.environ["MASTER_ADDR"], None)
         store, rank, world_size = next(distributed.rendezvous("env://", timeout=timeout))
         store.set_timeout(timeout)
         store = distributed.PrefixStore(
@@ -332,11 +322,7 @@ def _join_the_others(
         distributed.init_process_group(
             backend, store=store, rank=rank, world_size=world_size, timeout=timeout
         )
-    except (
-        OSError,
-        RuntimeError,
-        ValueError,
-    ) as error:  # no such host, port in use, a rank that never came
+    except (OSError, RuntimeError, ValueError) as error:  # wrong host, port in use, missing rank
         where = (
             f"MASTER_ADDR={os.environ.get('MASTER_ADDR')}"
             f" MASTER_PORT={os.environ.get('MASTER_PORT')}"
@@ -351,12 +337,12 @@ def _join_the_others(
 def _agree_on_attempt(
     store: distributed.Store, rank: int, world_size: int, timeout_s: float
 ) -> str:
-    """Agree with the others of this attempt on a name that no earlier attempt had.
+    """Agree with the other ranks on a name for this attempt that no earlier attempt had.
 
-    A launcher that starts the processes again keeps its store, with all that the dead ones left in
-    it: of 17 restarted runs of two ranks 6 hung. Nor do several machines count attempts alike. So
-    rank 0 invents a name, and tells it to those who greet with a word of their own, which no dead
-    process can have said.
+    A launcher that restarts the processes keeps its store, with the entries of the dead ones: of 17
+    restarted runs of two ranks 6 hung. Several machines' restart counts can differ. So rank 0 makes
+    up a name and gives it to each rank that sends a random word, which no dead process can have
+    sent.
     """
     word, deadline = uuid.uuid4().hex, time.monotonic() + timeout_s
     if rank == 0:
@@ -393,8 +379,9 @@ def choose_device(
     gpus_here: int,
     is_launched: bool,
 ) -> torch.device:
-    """Choose a process's device. No GPU, or n_gpu 0: the CPU. GPUs, but fewer than asked for:
-    InputError.
+    """Choose a process's device: the CPU without a GPU or with n_gpu 0.
+
+    Raises InputError for fewer GPUs than requested.
     """
     if n_gpu == 0 or gpus_here == 0:
         return torch.device("cpu")
@@ -416,9 +403,7 @@ def choose_device(
 
 
 def check_compiler(device: torch.device) -> None:
-    """Raise InputError where torch.compile does not work on this machine: better now than after
-    moving folders.
-    """
+    """Raise InputError where torch.compile fails on this machine, before folders are moved."""
     try:
         torch.compile(lambda x: (x * 2).sin())(torch.ones(8, device=device))
     except Exception as error:

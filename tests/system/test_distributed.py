@@ -344,7 +344,7 @@ def test_a_process_is_one_of_several_only_with_rank_and_local_rank():
         ({"N_GPU_NODE": "2"}, -1, "N_GPU_NODE=2 contradicts LOCAL_WORLD_SIZE=4"),
         ({"N_NODES": "3"}, -1, "N_NODES=3 x 4 processes a machine contradicts WORLD_SIZE=4"),
         ({"NODE_RANK": "1"}, -1, "NODE_RANK=1 contradicts RANK=1"),
-        ({"WORLD_SIZE": "0"}, -1, "WORLD_SIZE=0: at least 1"),
+        ({"WORLD_SIZE": "0"}, -1, "WORLD_SIZE=0: expected at least 1"),
         ({"MASTER_PORT": "99999"}, -1, "MASTER_PORT=99999: expected 1 to 65535"),
         (
             {"GROUP_RANK": "1", "NODE_RANK": "0"},
