@@ -1,6 +1,4 @@
-"""Make a student's first weights from layers of a teacher of the same architecture (RoBERTa or
-GPT-2).
-"""
+"""Make a student's first weights from layers of a RoBERTa or GPT-2, or a student of any teacher."""
 
 import argparse
 import dataclasses

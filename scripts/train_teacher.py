@@ -1,8 +1,6 @@
-"""Train a small masked-language model (BERT) from scratch on a token file, as a teacher for
-experiments.
+"""Train a small BERT from scratch on a token file, as a teacher for experiments and the quickstart.
 
-The quickstart's teacher comes from here. It is the distillation loop without a teacher: the
-masked-LM loss alone.
+It is the distillation loop without a teacher: the masked-LM loss alone.
 """
 
 import argparse
@@ -73,9 +71,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 
 def check_arguments(args: argparse.Namespace) -> None:
-    """Raise InputError that names every argument out of its range, and an output folder that holds
-    a model already.
-    """
+    """Raise InputError for values out of range and an output folder that holds a model."""
     ranges = {
         "num_steps": (1, 1e9),
         "batch_size": (1, 1e6),
@@ -100,7 +96,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 
 def make_distiller(args: argparse.Namespace, model) -> Distiller:
-    """Put loss, optimizer and schedule around the model; there is no teacher."""
+    """Make the distiller, with loss, optimizer and schedule, without a teacher."""
     objective = DistillationModel(
         model, prediction_head(model), head_parameters(model), {"mlm": 1.0}, temperature=1.0
     )
@@ -113,7 +109,7 @@ def make_distiller(args: argparse.Namespace, model) -> Distiller:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Run the program: read, train, write the model's folder."""
+    """Run the program: load, train, save the model's folder."""
     args = parse(argv)
     setup_logging(logging.INFO)
     check_arguments(args)
