@@ -6,9 +6,12 @@ of the file's card (no boundary token inside a sequence, which sequences have ma
 are not recomputed, so that opening a store does not read its ids.
 """
 
+from __future__ import annotations
+
 import dataclasses
 import os
 from collections.abc import Iterable
+from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
@@ -18,24 +21,25 @@ from distil.data.safe_pickle import read_pickle
 from distil.data.token_files import (
     MAX_UNKNOWN_SHARE,
     MIN_LENGTH,
+    SpecialIds,
     TokenFile,
     check_ids_below,
     open_token_file,
 )
 from utils import InputError, logger
 
+if TYPE_CHECKING:  # a caller that makes a LanguageModel has paid for its imports
+    from distil.models.language_model import LanguageModel
+
 CHUNK_SEQUENCES = 2**18  # split and filtered at a time
 CHUNK_IDS = 2**22  # searched for unknown ids at a time
 
 
-def read_token_counts(
-    path: str | os.PathLike, vocab_size: int, model: str, vocabulary: str | None = None
-) -> np.ndarray:
-    """Read the occurrences of each id, int64 (V,).
+def read_token_counts(path: str | os.PathLike, model: LanguageModel) -> np.ndarray:
+    """Read the occurrences of each id of a model's vocabulary: int64 (V,).
 
-    model: flag and name of the model, for messages. vocabulary: fingerprint of its vocabulary,
-    compared with the card's if there is one. Raises InputError for anything but a list of
-    vocab_size non-negative ints, and for counts of another vocabulary.
+    Raises InputError for anything but a list of V non-negative ints, and for counts of another
+    vocabulary, where the file has a card.
     """
     flag = "--token_counts"
     content = read_pickle(path, flag)
@@ -53,28 +57,19 @@ def read_token_counts(
             f"{flag} {path}: expected a list of counts, one per token id; make it with"
             " token_counts.py"
         )
-    if len(counts_V) != vocab_size:
+    if len(counts_V) != model.vocab_size:
         raise InputError(
-            f"{flag} {path}: has {len(counts_V)} entries, the vocabulary of {model} has"
-            f" {vocab_size}; count again with --vocab_size {vocab_size}"
+            f"{flag} {path}: has {len(counts_V)} entries, the vocabulary of {model.source} has"
+            f" {model.vocab_size}; count again with --vocab_size {model.vocab_size}"
         )
-    check_vocabulary(read_verified_card(path, flag), vocabulary, f"{flag} {path}", model)
+    card = read_verified_card(path, flag)
+    check_vocabulary(card, model.vocabulary, f"{flag} {path}", model.source)
     return counts_V.astype(np.int64)
 
 
 # --------------------------------------------------------------------------------------------------
 # The dataset
 # --------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class SpecialIds:
-    """Token ids by role; start and unknown are None if the tokenizer has no such token."""
-
-    start: int | None
-    end: int
-    pad: int
-    unknown: int | None = None
 
 
 class LmSeqsDataset:
@@ -105,26 +100,24 @@ class LmSeqsDataset:
     def from_file(
         cls,
         path: str | os.PathLike,
-        special: SpecialIds,
-        max_length: int,
-        vocab_size: int,
-        model: str,
-        vocabulary: str | None = None,
+        model: LanguageModel,
+        max_length: int | None = None,
+        flag: str = "--data_file",
     ):
-        """Open, check, split and filter a token file.
+        """Open, check and filter a token file for a model; max_length: the model's, if not lower.
 
-        model: flag and name of the model, for messages. vocabulary: fingerprint of its vocabulary,
-        compared with the file's if that has a card. Raises InputError naming the file if it is
-        unreadable, of another vocabulary, has ids outside the vocabulary or sequences without
-        boundary tokens, or if no sequence is left after filtering.
+        Raises InputError naming flag and path where the file is unreadable, of another vocabulary,
+        has ids outside the vocabulary, sequences without boundary tokens, or nothing left after
+        filtering.
         """
-        source = f"--data_file {path}"
-        tokens = open_token_file(path)
-        check_vocabulary(tokens.card, vocabulary, source, model)
+        source = f"{flag} {path}"
+        tokens = open_token_file(path, flag)
+        check_vocabulary(tokens.card, model.vocabulary, source, model.source)
         largest_id = (tokens.card.get("counts") or {}).get("largest_id")
-        checked_ids = tokens.ids_M if largest_id is None else np.array([largest_id])
-        check_ids_below(checked_ids, vocab_size, source, model)
-        dataset = cls(tokens, special, max_length, source)
+        ids = tokens.ids_M if largest_id is None else np.array([largest_id])
+        check_ids_below(ids, model.vocab_size, source, model.source)
+        longest = min(max_length or model.max_length, model.max_length)
+        dataset = cls(tokens, model.special_ids, longest, source)
         if len(dataset) == 0:
             raise InputError(
                 f"{source}: none of its {len(tokens.lengths_N)} sequences is left after filtering"

@@ -14,7 +14,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -115,6 +115,13 @@ def _leave_together(status: int) -> NoReturn:
     sys.stdout.flush()
     sys.stderr.flush()
     os._exit(status)
+
+
+def raise_problems(problems: Iterable[str | None]) -> None:
+    """Raise InputError with a line for each problem, where there are any."""
+    found = [problem for problem in problems if problem]
+    if found:
+        raise InputError("\n".join(found))
 
 
 def one_line(error: Exception, limit: int | None = 160) -> str:

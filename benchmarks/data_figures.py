@@ -12,6 +12,7 @@ from distil.data.decoding import texts_of
 from distil.data.encoding import Encoding, LineEncoder, WorkerPool, divide_work
 from distil.data.text_sources import find_sources, read_blocks
 from distil.data.token_files import writing_tokens
+from distil.models.architectures import architecture_named
 from distil.models.tokenizers import load_tokenizer, special_ids
 from utils import InputError
 
@@ -36,10 +37,11 @@ class Table:
 
 def make_encoding(args: argparse.Namespace, name: str) -> tuple[Encoding, object]:
     """Load the tokenizer: (how lines become ids, the tokenizer of transformers)."""
-    tokenizer = load_tokenizer(args.tokenizer_type, name, "--tokenizer_name")
-    special = special_ids(args.tokenizer_type, tokenizer)
+    architecture = architecture_named(args.tokenizer_type)
+    tokenizer = load_tokenizer(architecture, name, "--tokenizer_name")
+    special = special_ids(architecture, tokenizer)
     largest_id = max(tokenizer.get_vocab().values())
-    ids = special["start"], special["end"], largest_id, special["unknown"]
+    ids = special.start, special.end, largest_id, special.unknown
     return Encoding(tokenizer.backend_tokenizer, *ids), tokenizer
 
 

@@ -10,13 +10,14 @@ import pickle
 import subprocess
 import sys
 import time
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import psutil
 
-from distil.data.token_files import open_token_file
+from distil.data.token_files import SpecialIds, open_token_file
 from utils import InputError
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -88,16 +89,25 @@ def in_stage(stage: Callable[[], dict]) -> None:
     print(json.dumps(stage()), flush=True)
 
 
+def of_bert(max_length: int) -> types.SimpleNamespace:
+    """Stand in for the LanguageModel that reads the data: BERT's ids, any vocabulary."""
+    return types.SimpleNamespace(
+        special_ids=SpecialIds(101, 102, 0, 100),
+        max_length=max_length,
+        vocab_size=2**31 - 1,
+        vocabulary=None,
+        source="the benchmark",
+    )
+
+
 def stage_open(path: str, max_length: str) -> None:
     """Open a token file, filter, plan an epoch, make the first batch."""
     from grouped_batch_sampler import GroupedBatchSampler
-    from lm_seqs_dataset import LmSeqsDataset, SpecialIds
+    from lm_seqs_dataset import LmSeqsDataset
 
     def work() -> dict:
         started = time.perf_counter()
-        dataset = LmSeqsDataset.from_file(
-            path, SpecialIds(101, 102, 0, 100), int(max_length), 2**31 - 1, "the benchmark"
-        )
+        dataset = LmSeqsDataset.from_file(path, of_bert(int(max_length)))
         opened = time.perf_counter()
         sampler = GroupedBatchSampler(
             dataset.lengths, 5, dataset.max_length, group_by_size=True, seed=56
@@ -153,7 +163,7 @@ def stage_collate(path: str) -> None:
     import torch
 
     from grouped_batch_sampler import GroupedBatchSampler
-    from lm_seqs_dataset import LmSeqsDataset, SpecialIds
+    from lm_seqs_dataset import LmSeqsDataset
 
     def one_by_one(dataset: LmSeqsDataset, indices: np.ndarray) -> torch.Tensor:
         ends = dataset.starts[indices] + dataset.lengths[indices]
@@ -164,9 +174,7 @@ def stage_collate(path: str) -> None:
         return torch.nn.utils.rnn.pad_sequence(list(map(torch.from_numpy, parts)), batch_first=True)
 
     def work() -> dict:
-        dataset = LmSeqsDataset.from_file(
-            path, SpecialIds(101, 102, 0, 100), 512, 2**31 - 1, "the benchmark"
-        )
+        dataset = LmSeqsDataset.from_file(path, of_bert(512))
         found = {}
         for size in (5, 256):
             sampler = GroupedBatchSampler(dataset.lengths, size, 512, group_by_size=True, seed=56)

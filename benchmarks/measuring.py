@@ -59,7 +59,7 @@ def watch_stages(watch: Stopwatch, step: Distiller | PlainStep) -> None:
     """
     student = step.model.student if isinstance(step, Distiller) else step.student
     for stage, owner, method in (
-        ("optimizer", step, "begin_step"),
+        ("optimizer", step, "launch"),
         ("backward", step, "_accumulate" if isinstance(step, Distiller) else "accumulate"),
         (
             "head and losses",
@@ -149,9 +149,7 @@ def time_updates(
     marks, begun = [mark(job.device)], []
     for update in updates:
         numbers = [planned.number for planned in update]
-        begun.append(
-            step.begin_step(itertools.islice(batches, len(numbers)), numbers, len(numbers))
-        )
+        begun.append(step.launch(itertools.islice(batches, len(numbers)), numbers, len(numbers)))
         marks.append(mark(job.device))
         for earlier in begun[-2:-1]:
             earlier.read()

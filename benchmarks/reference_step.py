@@ -19,7 +19,7 @@ from distil.data.batches import MicroBatch
 from distil.flops import DTYPES
 from distil.losses import IGNORED_LABEL
 from distil.training.optimizer import ADAM_BETAS, split_for_weight_decay
-from distiller import BegunStep, StepReport
+from distil.training.reports import PendingUpdate, StepReport
 
 
 class PlainStep:
@@ -53,9 +53,9 @@ class PlainStep:
         """Pin a batch for a GPU."""
         return batch.pinned() if next(self.student.parameters()).is_cuda else batch
 
-    def begin_step(
+    def launch(
         self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int
-    ) -> BegunStep:
+    ) -> PendingUpdate:
         """Do one update; its report is ready at once."""
         losses_MK = torch.tensor(self.accumulate(batches, numbers, num_mine))
         self.scaler.unscale_(self.optimizer)
@@ -67,7 +67,7 @@ class PlainStep:
         self.optimizer.zero_grad(set_to_none=False)
         self.schedule.step()
         report = StepReport(losses_MK, norm.item(), {})
-        return BegunStep(lambda: report)
+        return PendingUpdate(lambda: report)
 
     def accumulate(
         self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int

@@ -22,8 +22,9 @@ from benchmarks.workload import (
 )
 from distil.data.cards import write_token_counts
 from distil.flops import size_of, update_flops
+from distil.models.architectures import ARCHITECTURES
 from distil.models.hub import quiet_transformers
-from distil.models.language_model import build_student
+from distil.models.language_model import build_network
 from distil.system.files import write_json
 from utils import InputError
 
@@ -49,7 +50,10 @@ def run_training(job: Job) -> dict:
             )
         clocks = logged_times(folder / "run")
     workload = make_workload(job)
-    sizes = [size_of(build_student(row_type, config)) for row_type, config in configurations(job)]
+    sizes = [
+        size_of(build_network(ARCHITECTURES[row_type], config))
+        for row_type, config in configurations(job)
+    ]
     updates = workload.planned(job, every * (num_windows + 1))
     windows = [
         workload.lengths(itertools.chain(*updates[k * every : (k + 1) * every]))

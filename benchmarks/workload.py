@@ -13,24 +13,23 @@ import numpy as np
 import torch
 import transformers
 
-from distil.data.batches import MicroBatch, MlmPreparation, masking_weights, prepare_clm
+from distil.data.batches import MicroBatch, mlm_preparation, prepare_clm
 from distil.data.token_files import MIN_LENGTH, writing_tokens
 from distil.flops import DTYPES
 from distil.models.architectures import ARCHITECTURES
 from distil.models.first_weights import evenly_spaced_layers, extract_student
-from distil.models.heads import head_parameters, prediction_head
 from distil.models.language_model import (
-    build_student,
+    LanguageModel,
+    build_network,
     freeze_embeddings,
-    max_input_length,
     read_student_config,
 )
 from distil.models.tokenizers import special_ids
 from distil.system.prefetch import prefetched
-from distil.training.optimizer import ADAM_BETAS, make_moments, split_for_weight_decay
+from distil.training.optimizer import make_optimizer
 from distiller import DistillationModel, Distiller
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds
+from lm_seqs_dataset import LmSeqsDataset
 from utils import keep_freed_memory, keyed_numpy_generator, keyed_seed
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -208,20 +207,18 @@ def make_models(job: Job, has_dropout: bool = True) -> tuple[torch.nn.Module, to
     """
     row = PAIR_ROWS[job.pair]
     torch.manual_seed(keyed_seed(job.seed, "models"))
-    teacher = (
-        build_student(row.teacher_type, teacher_config(job.pair, job.size))
-        .eval()
-        .requires_grad_(False)
-    )
-    student = build_student(row.student_type, student_config(job.pair, job.size))
+    of_teacher, of_student = ARCHITECTURES[row.teacher_type], ARCHITECTURES[row.student_type]
+    teacher = build_network(of_teacher, teacher_config(job.pair, job.size))
+    teacher.eval().requires_grad_(False)
+    student = build_network(of_student, student_config(job.pair, job.size))
     layers = evenly_spaced_layers(
         teacher.config.num_hidden_layers, student.config.num_hidden_layers
     )
-    is_masked = ARCHITECTURES[row.student_type].is_masked
+    is_masked = of_student.is_masked
     student.load_state_dict(
         extract_student(teacher, row.student_type, layers, vocab_transform=is_masked), strict=False
     )
-    freeze_embeddings(student, row.student_type, positions=True, token_types=True)
+    freeze_embeddings(student, of_student, positions=True, token_types=True)
     if not has_dropout:
         for module in student.modules():
             if isinstance(module, torch.nn.Dropout):
@@ -231,24 +228,13 @@ def make_models(job: Job, has_dropout: bool = True) -> tuple[torch.nn.Module, to
 
 def make_distiller(job: Job, teacher: torch.nn.Module, student: torch.nn.Module) -> Distiller:
     """Make our step over the models, as train.py does."""
-    model = DistillationModel(
-        student,
-        prediction_head(student),
-        head_parameters(student),
-        PAIR_ROWS[job.pair].alphas,
-        TEMPERATURE,
-    )
-    groups = split_for_weight_decay(student, 0.0)
+    model = DistillationModel(student, PAIR_ROWS[job.pair].alphas, TEMPERATURE)
     if job.device == "cpu":
         keep_freed_memory()  # as train.py does
-    optimizer = torch.optim.AdamW(
-        groups, lr=LEARNING_RATE, betas=ADAM_BETAS, eps=ADAM_EPSILON, fused=True
-    )
-    make_moments(optimizer)
+    optimizer = make_optimizer(model, LEARNING_RATE, 0.0, ADAM_EPSILON)
     return Distiller(
         model,
         teacher,
-        prediction_head(teacher),
         optimizer,
         None,
         max_grad_norm=MAX_GRAD_NORM,
@@ -286,14 +272,14 @@ def write_synthetic(jobs: list[Job], is_mixed: bool = False) -> None:
     job = jobs[0]
     vocab_size = teacher_config(job.pair, job.size).vocab_size
     tokenizer = make_tokenizer(job.pair, vocab_size, job.length)
-    special = special_ids(PAIR_ROWS[job.pair].teacher_type, tokenizer)
+    special = special_ids(ARCHITECTURES[PAIR_ROWS[job.pair].teacher_type], tokenizer)
     generator = keyed_numpy_generator(job.seed, "synthetic")
     lengths = synthetic_lengths(jobs, is_mixed, generator)
     counts_V = synthetic_counts(vocab_size)
     counts_V[tokenizer.all_special_ids] = 0
     ids = generator.choice(vocab_size, int(lengths.sum()), p=counts_V / counts_V.sum())
     ends = np.cumsum(lengths)
-    ids[ends - lengths], ids[ends - 1] = special["start"], special["end"]
+    ids[ends - lengths], ids[ends - 1] = special.start, special.end
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
     with writing_tokens(job.data_file, "store", dtype) as (writer, _card):
         writer.append(ids.astype(dtype), lengths)
@@ -334,20 +320,18 @@ def make_workload(job: Job) -> Workload:
     """Open the job's token file and plan its micro-batches as train.py does."""
     config, row = teacher_config(job.pair, job.size), PAIR_ROWS[job.pair]
     tokenizer = make_tokenizer(job.pair, config.vocab_size, job.length)
-    special = SpecialIds(**special_ids(row.teacher_type, tokenizer))
-    max_length = max_input_length(row.teacher_type, tokenizer, config)
-    dataset = LmSeqsDataset.from_file(
-        job.data_file, special, max_length, config.vocab_size, f"--pair {job.pair}"
-    )
+    architecture = ARCHITECTURES[row.teacher_type]
+    source = f"--pair {job.pair}"
+    with torch.device("meta"):  # only its sizes are read
+        network = build_network(architecture, config)
+    model = LanguageModel(architecture, network, tokenizer, source)
+    dataset = LmSeqsDataset.from_file(job.data_file, model)
     sampler = GroupedBatchSampler(
-        dataset.lengths, job.batch_size, max_length, group_by_size=True, seed=job.seed
+        dataset.lengths, job.batch_size, dataset.max_length, group_by_size=True, seed=job.seed
     )
     prepare = prepare_clm
-    if ARCHITECTURES[row.teacher_type].is_masked:
+    if architecture.is_masked:
         counts_V = torch.from_numpy(synthetic_counts(config.vocab_size))
-        weights_V = masking_weights(counts_V, SMOOTHING, tokenizer.all_special_ids)
-        fates = (MASK_PROP, WORD_MASK, WORD_KEEP, WORD_RAND)
-        prepare = MlmPreparation(
-            weights_V, tokenizer.mask_token_id, *fates, restrict_ce_to_mask=False, seed=job.seed
-        )
+        fates = (WORD_MASK, WORD_KEEP, WORD_RAND)
+        prepare = mlm_preparation(tokenizer, counts_V, SMOOTHING, job.seed, MASK_PROP, fates)
     return Workload(dataset, sampler, prepare)

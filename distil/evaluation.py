@@ -26,6 +26,7 @@ from distil.kernels.head import rows_per_chunk
 from distil.losses import IGNORED_LABEL, at_least_float32, cosine_distance
 from distil.models.forward import last_hidden_state
 from distil.models.heads import Head, prediction_head
+from distil.system.launch import Runtime
 
 MASK_EVERY = 7  # masks 14 % of the tokens in a pass, about training's 15 %
 EVALUATED_TOKENS = 2**12  # padded tokens a batch: equal everywhere, so that drawn masks are equal
@@ -271,6 +272,43 @@ def figures_of(
 def perplexity(loss: float) -> float:
     """Return e^loss, at most e^MAX_LOSS."""
     return math.exp(min(loss, MAX_LOSS))
+
+
+LOGGED_FIGURES = ("loss", "accuracy", "perplexity", "kl", "agreement")
+
+
+@dataclasses.dataclass(frozen=True)
+class HeldOut:
+    """Held-out data that a run is evaluated on.
+
+    batches: numbers of sequences; collate, passes: see passes_over; digest: of the file's content.
+    """
+
+    collate: Callable
+    batches: list[np.ndarray]
+    passes: Passes
+    digest: str
+
+    @classmethod
+    def of(cls, dataset, tokenizer, is_masked: bool) -> "HeldOut":
+        """Plan the batches of an LmSeqsDataset, the same on all ranks."""
+        masks = FixedMasks(tokenizer.mask_token_id, tokenizer.all_special_ids)
+        passes = masks if is_masked else next_tokens
+        return cls(dataset.collate, plan_batches(dataset.lengths), passes, dataset.tokens.digest())
+
+    def figures(
+        self, student: Reader, teacher: Reader | None, runtime: Runtime
+    ) -> dict[str, float]:
+        """Measure a student, and its distance from the teacher if there is one, on all ranks."""
+        with runtime.raise_on_all_ranks():
+            ranks = runtime.rank, runtime.world_size
+            sums_S = measure(
+                student, teacher, passes_over(self.collate, self.batches, self.passes, *ranks)
+            )
+        if runtime.world_size > 1:
+            torch.distributed.all_reduce(sums_S)
+        figures = figures_of(sums_S, teacher is not None)
+        return {name: figures[name] for name in LOGGED_FIGURES if name in figures}
 
 
 # --------------------------------------------------------------------------------------------------

@@ -7,14 +7,17 @@ appendix B.
 
 import dataclasses
 import functools
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distil.kernels import cpu
+from distil.losses import LOSSES
+from utils import logger
 
 # --------------------------------------------------------------------------------------------------
 # Model FLOPs
@@ -79,6 +82,7 @@ def _is_matrix(module: torch.nn.Module) -> bool:
 
 
 TOLERANCE = 0.01
+COUNTED_TOKENS = 16  # of the forward pass that shows what a model computes
 
 
 def shown_size(model: torch.nn.Module, token_ids_BT: torch.Tensor) -> ModelSize | None:
@@ -110,6 +114,65 @@ def shown_size(model: torch.nn.Module, token_ids_BT: torch.Tensor) -> ModelSize 
         if any(abs(found - wanted) <= TOLERANCE * wanted for wanted in (whole, whole - attention))
         else None
     )
+
+
+@dataclasses.dataclass(frozen=True)
+class UpdateFlops:
+    """Model FLOPs of an update.
+
+    teacher: None where no objective reads it. head_rows: lengths_B -> rows that are projected.
+    """
+
+    teacher: ModelSize | None
+    student: ModelSize
+    head_rows: Callable[[np.ndarray], int]
+
+    def of_batch(self, lengths_B: np.ndarray) -> int:
+        """Count a micro-batch's model FLOPs."""
+        return update_flops(self.teacher, self.student, lengths_B, self.head_rows(lengths_B))
+
+
+def count_update(
+    student: torch.nn.Module,
+    teacher: torch.nn.Module,
+    objectives: Sequence[str],
+    token_ids_BT: torch.Tensor,
+    mask_prop: float,
+    ce_at_masks: bool,
+) -> UpdateFlops | None:
+    """Count what an update computes, from a sequence; None where a family does not show it.
+
+    objectives: rows of LOSSES in use. mask_prop: share of tokens that masked-LM predicts.
+    ce_at_masks: distillation reads masked positions only. Both models are on the CPU.
+    """
+    student_size = shown_size(student, token_ids_BT[:, :COUNTED_TOKENS])
+    teacher_size = shown_size(teacher, token_ids_BT[:, :COUNTED_TOKENS])
+    read_of_teacher = {LOSSES[name].reads for name in objectives if LOSSES[name].needs_teacher}
+    if student_size is None or (teacher_size is None and read_of_teacher):
+        logger.info(
+            "How much these models compute is not known for their families: no MFU is shown."
+        )
+        return None
+    if "logits" not in read_of_teacher:
+        teacher_size = dataclasses.replace(teacher_size, in_head=0) if read_of_teacher else None
+    kinds = [LOSSES[name].rows for name in objectives if LOSSES[name].reads == "logits"]
+    rows = functools.partial(_head_rows, kinds, mask_prop, ce_at_masks)
+    return UpdateFlops(teacher_size, student_size, rows)
+
+
+def _head_rows(
+    kinds: Sequence[str], mask_prop: float, ce_at_masks: bool, lengths_B: np.ndarray
+) -> int:
+    """Count the rows of a micro-batch that any objective on logits reads."""
+    num_real = int(lengths_B.sum())
+    num_masked = math.ceil(mask_prop * num_real)
+    num_rows = {
+        "real": num_real,
+        "masked": num_masked,
+        "next": num_real - len(lengths_B),
+        "distilled": num_masked if ce_at_masks else num_real,
+    }
+    return max((num_rows[kind] for kind in kinds), default=0)
 
 
 def update_flops(

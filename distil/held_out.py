@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distil.data.batches import MicroBatch, MlmPreparation, masking_weights
+from distil.data.batches import MicroBatch, mlm_preparation
 from distil.data.decoding import texts_of
 from distil.data.encoding import Encoding, LineEncoder
 from distil.data.text_sources import find_sources, read_blocks
@@ -94,8 +94,7 @@ def drawn_masks(
 
     counts_V, smoothing: weight count ^ -smoothing; share: of the tokens that is drawn.
     """
-    weights_V = masking_weights(torch.from_numpy(counts_V), smoothing, tokenizer.all_special_ids)
-    prepare = MlmPreparation(weights_V, tokenizer.mask_token_id, share, 0.8, 0.1, 0.1, False, seed)
+    prepare = mlm_preparation(tokenizer, torch.from_numpy(counts_V), smoothing, seed, share)
     return functools.partial(_once, prepare)
 
 

@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 
 IGNORED_LABEL = -100
+NORMALIZATIONS = ("micro_batches", "tokens")  # what an update's means are taken over
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -153,13 +154,15 @@ class Loss:
     gradient: the formula's sum with its gradient by the student's logits; None: autograd finds it,
     a block at a time.
     by_row: the same for a compiler; None: the objective is not compiled, the others are.
-    reads: "logits" or "hidden" (last hidden states).
+    reads: "logits", or "hidden" (last hidden states).
     rows: "distilled" (real tokens, or masked positions only with --restrict_ce_to_mask), "real"
         (every real token), "masked" (positions drawn for masked-LM) or "next" (positions whose next
         token is real).
     needs_teacher: False where the teacher need not run for it.
-    default_alpha: the default of its flag; title: its name for people; condition: when its flag may
-    be given.
+    default_alpha: the default of its flag. title: its name for people. condition: when its flag may
+        be given.
+    make_module: (student, teacher) -> a module that the formula gets as its last argument; its
+        parameters are trained, saved and restored with the student's, not exported (hidden only).
     """
 
     formula: Callable[..., torch.Tensor]
@@ -171,6 +174,7 @@ class Loss:
     gradient: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     by_row: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
     condition: str = ""
+    make_module: Callable[[torch.nn.Module, torch.nn.Module], torch.nn.Module] | None = None
 
     @property
     def help(self) -> str:

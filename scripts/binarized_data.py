@@ -31,7 +31,7 @@ from distil.data.text_sources import Block, Source, find_sources, read_blocks
 from distil.data.token_files import FORMATS, require_counts_output, writing_tokens
 from distil.models.architectures import AUTO
 from distil.models.hub import short_name
-from distil.models.tokenizers import describe_tokenizer, load_tokenizer, tokenizer_type
+from distil.models.tokenizers import describe_tokenizer, load_tokenizer, resolve_tokenizer
 from distil.system.files import naming, require_output
 from distil.system.signals import exit_on_sigterm
 from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging
@@ -252,7 +252,7 @@ def check_numbers(args: argparse.Namespace) -> int:
 
 def make_encoding(args: argparse.Namespace) -> tuple[Encoding, dict]:
     """Load the tokenizer: (how lines become ids, the tokenizer's part of the card)."""
-    kind = tokenizer_type(args.tokenizer_type, args.tokenizer_name)
+    kind = resolve_tokenizer(args.tokenizer_type, args.tokenizer_name)
     tokenizer = load_tokenizer(kind, args.tokenizer_name, "--tokenizer_name", args.do_lower_case)
     description = describe_tokenizer(kind, args.tokenizer_name, tokenizer, args.do_lower_case)
     special = description["special_ids"]

@@ -10,7 +10,6 @@ Don't compare a masked model's perplexity with a causal one's.
 """
 
 import argparse
-import dataclasses
 import logging
 import os
 import sys
@@ -36,15 +35,22 @@ from distil.held_out import (
     masked_measurements,
     run_measurement,
 )
-from distil.models.architectures import Architecture, row_of
-from distil.models.hub import load_config
-from distil.models.language_model import find_out, kind_of, load_teacher, max_input_length
-from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
+from distil.models.architectures import Architecture
+from distil.models.checks import tokenizer_problem
+from distil.models.language_model import LanguageModel, load_language_model, resolve_by_name
 from distil.system.files import file_problem, output_problem
 from distil.tasks.loading import require_same_vocabulary
 from distil.tasks.scores import write_scores
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
-from utils import InputError, OneLineParser, keep_freed_memory, logger, run_program, setup_logging
+from lm_seqs_dataset import LmSeqsDataset, read_token_counts
+from utils import (
+    InputError,
+    OneLineParser,
+    keep_freed_memory,
+    logger,
+    raise_problems,
+    run_program,
+    setup_logging,
+)
 
 RANGES = {
     "max_length": (MIN_LENGTH + 1, 1e6),
@@ -175,37 +181,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         problems.append(
             "--device cuda: this machine has no GPU that torch can use; pass --device cpu"
         )
-    problems = [problem for problem in problems if problem]
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
 
 
 # --------------------------------------------------------------------------------------------------
 # Models and text
 # --------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Model:
-    """A checked model and its tokenizer.
-
-    source: its flag and name; model_type: a named type, or the row found by conventions.
-    """
-
-    source: str
-    model_type: str | Architecture
-    network: torch.nn.Module
-    tokenizer: object
-
-    @property
-    def is_masked(self) -> bool:
-        """True for masked-language models, False for causal ones."""
-        return row_of(self.model_type).is_masked
-
-    @property
-    def max_length(self) -> int:
-        """The longest sequence that the model admits, in token ids."""
-        return max_input_length(self.model_type, self.tokenizer, self.network.config)
 
 
 # The files of a model's folder that are read: the scores may lie beside them, not over them.
@@ -223,27 +204,23 @@ def model_files(*names: str | None) -> list[str]:
     ]
 
 
-def model_types(args: argparse.Namespace) -> list[str | Architecture]:
-    """Resolve the types of the model and its teacher before loading either.
+def resolve_models(args: argparse.Namespace) -> list[Architecture]:
+    """Resolve the architectures of the model and its teacher before loading either.
 
     Raises InputError with a line for each problem.
     """
-    types: dict[str, str | Architecture] = {}
+    found: dict[str, Architecture] = {}
     problems: list[str] = []
     for flag, name in names_of(args).items():
-        source = f"{flag} {name}"
         try:
-            config = load_config(None, name, flag, args.trust_remote_code)
-            types[source] = find_out(
-                config, kind_of(config, source), source, args.trust_remote_code
-            )
+            trust = args.trust_remote_code
+            found[f"{flag} {name}"] = resolve_by_name(name, flag, trust_remote_code=trust)
         except InputError as error:
             problems.append(str(error))
-    if problems:
-        raise InputError("\n".join(problems))
-    kinds = ["masked" if row_of(found).is_masked else "causal" for found in types.values()]
+    raise_problems(problems)
+    kinds = ["masked" if architecture.is_masked else "causal" for architecture in found.values()]
     if kinds[0] != kinds[-1]:
-        model, teacher = types
+        model, teacher = found
         problems.append(
             f"{teacher}: is a {kinds[1]} model, {model} a {kinds[0]} one; compare with a {kinds[0]}"
             " model"
@@ -254,9 +231,8 @@ def model_types(args: argparse.Namespace) -> list[str | Architecture]:
             for name in ("pseudo_perplexity", "token_counts")
             if getattr(args, name) is not None
         ]
-    if problems:
-        raise InputError("\n".join(problems))
-    return list(types.values())
+    raise_problems(problems)
+    return list(found.values())
 
 
 def names_of(args: argparse.Namespace) -> dict[str, str]:
@@ -264,34 +240,29 @@ def names_of(args: argparse.Namespace) -> dict[str, str]:
     return {"--model": args.model} | ({} if args.teacher is None else {"--teacher": args.teacher})
 
 
-def load(model_type: str | Architecture, name: str, flag: str, device: str) -> Model:
+def load(architecture: Architecture, name: str, flag: str, device: str) -> LanguageModel:
     """Load a model and its tokenizer, in evaluation mode. Raises InputError."""
-    tokenizer = load_tokenizer(model_type, name, flag)
-    if row_of(model_type).is_masked and tokenizer.mask_token_id is None:
+    model = load_language_model(architecture, name, flag)
+    if model.is_masked and model.tokenizer.mask_token_id is None:
         raise InputError(
             f"{flag} {name}: its tokenizer has no mask_token; set it in tokenizer_config.json"
         )
-    network = load_teacher(model_type, name, flag).to(device)
-    largest_id = max(tokenizer.get_vocab().values())
-    if largest_id >= network.config.vocab_size:
-        raise InputError(
-            f"{flag} {name}: its tokenizer has ids up to {largest_id}, the model's vocabulary"
-            f" {network.config.vocab_size} entries; take a model and tokenizer that belong together"
-        )
-    return Model(f"{flag} {name}", model_type, network, tokenizer)
+    raise_problems([tokenizer_problem(model)])
+    model.network.to(device)
+    return model
 
 
-def load_both(args: argparse.Namespace) -> list[Model]:
+def load_both(args: argparse.Namespace) -> list[LanguageModel]:
     """Load the model and, if there is one, its teacher. Raises InputError for other tokens."""
-    types, names = model_types(args), names_of(args).items()
+    found, names = resolve_models(args), names_of(args).items()
     loaded = [
-        load(found, name, flag, args.device)
-        for found, (flag, name) in zip(types, names, strict=True)
+        load(architecture, name, flag, args.device)
+        for architecture, (flag, name) in zip(found, names, strict=True)
     ]
     if len(loaded) > 1:
         model, teacher = loaded
         require_same_vocabulary(model.tokenizer, teacher.tokenizer, args.model, args.teacher)
-        sizes = [one.network.config.vocab_size for one in loaded]
+        sizes = [one.vocab_size for one in loaded]
         if sizes[0] != sizes[1]:
             raise InputError(
                 f"{teacher.source}: gives {sizes[1]} logits, {model.source} {sizes[0]}; take one of"
@@ -300,15 +271,13 @@ def load_both(args: argparse.Namespace) -> list[Model]:
     return loaded
 
 
-def read_sequences(args: argparse.Namespace, model: Model, max_length: int) -> LmSeqsDataset:
+def read_sequences(
+    args: argparse.Namespace, model: LanguageModel, max_length: int
+) -> LmSeqsDataset:
     """Read the held-out sequences, split and filtered as in training. Raises InputError."""
-    tokenizer = model.tokenizer
-    special = SpecialIds(**special_ids(model.model_type, tokenizer))
     if args.data_file is not None:
-        vocabulary, size = vocabulary_fingerprint(tokenizer), model.network.config.vocab_size
-        return LmSeqsDataset.from_file(
-            args.data_file, special, max_length, size, model.source, vocabulary
-        )
+        return LmSeqsDataset.from_file(args.data_file, model, max_length)
+    tokenizer, special = model.tokenizer, model.special_ids
     encoding = Encoding(
         tokenizer.backend_tokenizer,
         special.start,
@@ -329,15 +298,16 @@ def read_sequences(args: argparse.Namespace, model: Model, max_length: int) -> L
     return dataset
 
 
-def measurements(args: argparse.Namespace, model: Model, lengths: np.ndarray) -> list[Measurement]:
+def measurements(
+    args: argparse.Namespace, model: LanguageModel, lengths: np.ndarray
+) -> list[Measurement]:
     """List the measurements by the model's kind and the flags."""
     if not model.is_masked:
         return causal_measurements(lengths)
     tokenizer = model.tokenizer
-    counts_V, smoothing = np.ones(model.network.config.vocab_size, np.int64), 0.0
+    counts_V, smoothing = np.ones(model.vocab_size, np.int64), 0.0
     if args.token_counts is not None:
-        vocabulary, smoothing = vocabulary_fingerprint(tokenizer), args.mlm_smoothing
-        counts_V = read_token_counts(args.token_counts, len(counts_V), model.source, vocabulary)
+        counts_V, smoothing = read_token_counts(args.token_counts, model), args.mlm_smoothing
     fixed = FixedMasks(tokenizer.mask_token_id, tokenizer.all_special_ids, args.mask_every)
     drawn = drawn_masks(counts_V, smoothing, args.mlm_mask_prop, tokenizer, args.seed)
     return masked_measurements(lengths, fixed, drawn, args.pseudo_perplexity)

@@ -10,11 +10,15 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.models.architectures import PAIRS
+from distil.models.architectures import ARCHITECTURES, PAIRS
 from distil.models.first_weights import evenly_spaced_layers, extract_student, student_of_pair
 from distil.models.hub import load_config, quiet_transformers
-from distil.models.language_model import find_out, kind_of, load_teacher
-from distil.models.tokenizers import load_tokenizer
+from distil.models.language_model import (
+    kind_of,
+    load_language_model,
+    load_network,
+    resolve_architecture,
+)
 from distil.system.files import atomic_folder, require_output, save_weights, write_json
 from utils import InputError, OneLineParser, logger, run_program, setup_logging
 
@@ -164,7 +168,7 @@ def extract(defaults: Defaults, argv: list[str] | None = None) -> None:
 def write_state_dict(args: argparse.Namespace, defaults: Defaults) -> None:
     """Write the state dict of a student's first weights, as in 2019."""
     require_output(args.dump_checkpoint, "--dump_checkpoint", [args.model_name])
-    teacher = load_teacher(args.model_type, args.model_name, "--model_name")
+    teacher = load_network(ARCHITECTURES[args.model_type], args.model_name, "--model_name")
     layers = choose_layers(teacher.config.num_hidden_layers, args.num_layers, args.layers)
     state = extract_student(
         teacher,
@@ -191,15 +195,16 @@ def write_student(args: argparse.Namespace) -> None:
     if os.path.isdir(args.output) and os.listdir(args.output):
         raise InputError(f"--output {args.output}: holds something already; name a new folder")
     config = load_config(None, args.teacher, "--teacher", args.trust_remote_code)
-    row = find_out(config, kind_of(config, source), source, args.trust_remote_code)
-    tokenizer = load_tokenizer(row, args.teacher, "--teacher")
+    trust = args.trust_remote_code
+    architecture = resolve_architecture(config, kind_of(config, source), source, trust)
     num_layers = getattr(config, "num_hidden_layers", None)
     layers = (
         choose_layers(num_layers, args.num_layers, args.layers)
         if isinstance(num_layers, int)
         else []
     )
-    teacher = load_teacher(row, args.teacher, "--teacher")
+    model = load_language_model(architecture, args.teacher, "--teacher")
+    teacher, tokenizer = model.network, model.tokenizer
     student = make_student(teacher, args, layers, source)
     with atomic_folder(args.output) as folder:
         with quiet_transformers():

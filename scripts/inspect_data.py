@@ -95,12 +95,13 @@ def choose_tokenizer(args: argparse.Namespace, card: Mapping[str, Any]) -> tuple
         text = "unknown, so ids are not decoded; name it with --tokenizer_type and --tokenizer_name"
         return None, text
     # Imported here: transformers takes half a second.
+    from distil.models.architectures import architecture_named
     from distil.models.tokenizers import load_tokenizer, vocabulary_fingerprint
 
     lower_case = of_card.get("do_lower_case") if args.do_lower_case is None else args.do_lower_case
     label = f"{name} ({kind})"
     try:
-        tokenizer = load_tokenizer(kind, name, "--tokenizer_name", lower_case)
+        tokenizer = load_tokenizer(architecture_named(kind), name, "--tokenizer_name", lower_case)
     except InputError as error:
         if is_named:
             raise

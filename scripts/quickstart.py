@@ -21,21 +21,21 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.data.batches import MicroBatch, MlmPreparation, masking_weights, prepare_clm
+from distil.data.batches import MicroBatch, mlm_preparation, prepare_clm
 from distil.data.token_files import MIN_LENGTH
 from distil.evaluation import evaluate
-from distil.models.architectures import PAIRS
+from distil.models.architectures import ARCHITECTURES, PAIRS
 from distil.models.first_weights import load_student_weights
 from distil.models.heads import head_of
 from distil.models.hub import load_config
 from distil.models.language_model import (
-    build_student,
-    load_model,
-    load_teacher,
-    max_input_length,
+    LanguageModel,
+    build_network,
+    load_language_model,
+    load_network,
     read_student_config,
 )
-from distil.models.tokenizers import load_tokenizer, special_ids
+from distil.models.tokenizers import load_tokenizer
 from distil.reporting.curves import draw_curves
 from distil.reporting.tables import markdown
 from distil.system.files import require_file, require_output, write_json
@@ -54,7 +54,7 @@ from distil.workflow import (
     write_student_config,
 )
 from grouped_batch_sampler import GroupedBatchSampler
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
+from lm_seqs_dataset import LmSeqsDataset, read_token_counts
 from utils import InputError, OneLineParser, run_program, setup_logging
 
 MARKER = "quickstart.json"  # in the output folder: its flags, and the sign of a quickstart's folder
@@ -100,29 +100,23 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 # --------------------------------------------------------------------------------------------------
 
 
-def held_out_batches(plan: Plan, tokenizer, teacher_config) -> list[MicroBatch]:
+def held_out_batches(plan: Plan, teacher: LanguageModel) -> list[MicroBatch]:
     """Make the held-out batches, with masks that depend on the text alone.
 
     Raises InputError where no sequence is left.
     """
-    max_length = min(
-        max_input_length(plan.teacher_type, tokenizer, teacher_config), plan.max_length
-    )
-    special = SpecialIds(**special_ids(plan.teacher_type, tokenizer))
-    vocab_size, model = teacher_config.vocab_size, f"--teacher {plan.teacher}"
-    dataset = LmSeqsDataset.from_file(
-        plan.token_file("held_out"), special, max_length, vocab_size, model
-    )
+    dataset = LmSeqsDataset.from_file(plan.token_file("held_out"), teacher, plan.max_length)
     prepare = prepare_clm
     if plan.objective == "mlm":
-        counts_V = torch.from_numpy(read_token_counts(plan.counts, vocab_size, model))
+        counts_V = torch.from_numpy(read_token_counts(plan.counts, teacher))
         # Smoothing 0: positions uniform over the text, for figures of all tokens alike.
-        weights_V = masking_weights(counts_V, 0.0, tokenizer.all_special_ids)
-        prepare = MlmPreparation(
-            weights_V, tokenizer.mask_token_id, 0.15, 0.8, 0.1, 0.1, False, MASKS_SEED
-        )
+        prepare = mlm_preparation(teacher.tokenizer, counts_V, 0.0, MASKS_SEED)
     sampler = GroupedBatchSampler(
-        dataset.lengths, plan.scale.batch_size, max_length, group_by_size=True, seed=MASKS_SEED
+        dataset.lengths,
+        plan.scale.batch_size,
+        dataset.max_length,
+        group_by_size=True,
+        seed=MASKS_SEED,
     )
     num_batches = min(len(sampler), max(plan.scale.num_held_out // plan.scale.batch_size, 1))
     return [
@@ -145,15 +139,14 @@ def latency_ms(model, batch: MicroBatch) -> float:
 
 def table_rows(plan: Plan) -> dict[str, dict[str, float]]:
     """Measure the table's four models on held-out text."""
-    teacher = load_teacher(plan.teacher_type, plan.teacher)
-    tokenizer = load_tokenizer(plan.teacher_type, plan.teacher, "--teacher")
-    batches = held_out_batches(plan, tokenizer, teacher.config)
-    before = build_student(
-        plan.student_type, read_student_config(plan.student_type, str(plan.student_config))
-    )
-    load_student_weights(before, plan.student_type, str(plan.folder / "first_weights.pth"))
+    of_student = ARCHITECTURES[plan.student_type]
+    model = load_language_model(ARCHITECTURES[plan.teacher_type], plan.teacher, "--teacher")
+    teacher, batches = model.network, held_out_batches(plan, model)
+    config = read_student_config(plan.student_type, str(plan.student_config))
+    before = build_network(of_student, config)
+    load_student_weights(before, of_student, str(plan.folder / "first_weights.pth"))
     trained = {
-        name: load_model(plan.student_type, str(plan.folder / folder), "student").eval()
+        name: load_network(of_student, str(plan.folder / folder), "student").eval()
         for name, folder in TRAINED.items()
     }
     models = {"teacher": teacher, "student before": before.eval(), **trained}
@@ -284,7 +277,7 @@ def main(argv: list[str] | None = None) -> None:
     is_embedded = args.teacher is None
     if is_embedded:
         train_vocabulary(plan)
-    tokenizer = load_tokenizer(plan.teacher_type, plan.teacher, "--teacher")
+    tokenizer = load_tokenizer(ARCHITECTURES[plan.teacher_type], plan.teacher, "--teacher")
     if is_embedded:
         teacher_config = transformers.BertConfig(**TEACHER, vocab_size=len(tokenizer))
     else:

@@ -15,16 +15,17 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.data.batches import MlmPreparation, masking_weights
+from distil.data.batches import MlmPreparation, mlm_preparation
 from distil.data.token_files import MIN_LENGTH
-from distil.models.heads import head_parameters, prediction_head
-from distil.models.language_model import build_student, max_input_length, read_student_config
-from distil.models.tokenizers import load_tokenizer, special_ids
+from distil.models.architectures import ARCHITECTURES
+from distil.models.language_model import LanguageModel, build_network, read_student_config
+from distil.models.tokenizers import load_tokenizer
 from distil.system.files import output_problem, write_json
 from distil.training.optimizer import ADAM_BETAS, split_for_weight_decay
-from distiller import DistillationModel, Distiller, NonFiniteError
+from distil.training.post_mortem import NonFiniteError
+from distiller import DistillationModel, Distiller
 from grouped_batch_sampler import GroupedBatchSampler
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
+from lm_seqs_dataset import LmSeqsDataset, read_token_counts
 from utils import (
     InputError,
     OneLineParser,
@@ -97,15 +98,13 @@ def check_arguments(args: argparse.Namespace) -> None:
 
 def make_distiller(args: argparse.Namespace, model) -> Distiller:
     """Make the distiller, with loss, optimizer and schedule, without a teacher."""
-    objective = DistillationModel(
-        model, prediction_head(model), head_parameters(model), {"mlm": 1.0}, temperature=1.0
-    )
+    objective = DistillationModel(model, {"mlm": 1.0}, temperature=1.0)
     optimizer = torch.optim.AdamW(
         split_for_weight_decay(model, 0.01), lr=args.learning_rate, betas=ADAM_BETAS
     )
     num_warmup = int(args.warmup_prop * args.num_steps)
     schedule = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup, args.num_steps)
-    return Distiller(objective, None, None, optimizer, schedule, max_grad_norm=1.0, seed=args.seed)
+    return Distiller(objective, None, optimizer, schedule, max_grad_norm=1.0, seed=args.seed)
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -114,27 +113,20 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging(logging.INFO)
     check_arguments(args)
     config = read_student_config("bert", args.config, flag="--config")
-    tokenizer = load_tokenizer("bert", args.tokenizer_name, "--tokenizer_name")
+    source, architecture = f"--config {args.config}", ARCHITECTURES["bert"]
+    tokenizer = load_tokenizer(architecture, args.tokenizer_name, "--tokenizer_name")
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= config.vocab_size:
         raise InputError(
-            f"--config {args.config}: vocab_size is {config.vocab_size}, the tokenizer has ids up"
-            f" to {largest_id}"
+            f"{source}: vocab_size is {config.vocab_size}, the tokenizer has ids up to {largest_id}"
         )
-    special = SpecialIds(**special_ids("bert", tokenizer))
-    max_length = min(max_input_length("bert", tokenizer, config), args.max_length)
-    model_name = f"--config {args.config}"
-    dataset = LmSeqsDataset.from_file(
-        args.data_file, special, max_length, config.vocab_size, model_name
-    )
-    counts_V = torch.from_numpy(read_token_counts(args.token_counts, config.vocab_size, model_name))
-    # Smoothing 0: a teacher learns every token's prediction, frequent ones too, as BERT did.
-    weights_V = masking_weights(counts_V, 0.0, tokenizer.all_special_ids)
-    prepare = MlmPreparation(
-        weights_V, tokenizer.mask_token_id, args.mlm_mask_prop, 0.8, 0.1, 0.1, False, args.seed
-    )
     torch.manual_seed(keyed_seed(args.seed, "teacher"))
-    model = build_student("bert", config, model_name)
+    model = build_network(architecture, config, source)
+    teacher = LanguageModel(architecture, model, tokenizer, source)
+    dataset = LmSeqsDataset.from_file(args.data_file, teacher, args.max_length)
+    counts_V = torch.from_numpy(read_token_counts(args.token_counts, teacher))
+    # Smoothing 0: a teacher learns every token's prediction, frequent ones too, as BERT did.
+    prepare = mlm_preparation(tokenizer, counts_V, 0.0, args.seed, args.mlm_mask_prop)
     try:
         curve = train(make_distiller(args, model), dataset, prepare, args)
     except NonFiniteError as error:

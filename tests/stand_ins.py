@@ -8,6 +8,7 @@ import json
 import random
 import socket
 import sys
+import types
 from pathlib import Path
 
 import torch
@@ -136,6 +137,19 @@ def student_config_of(kind: str, vocab_size: int) -> dict:
         "max_position_embeddings": POSITIONS,
         "sinusoidal_pos_embds": True,
     }
+
+
+def model_facts(
+    vocab_size: int, source: str, special_ids=None, max_length: int = 64, vocabulary=None
+) -> types.SimpleNamespace:
+    """Stand in for the LanguageModel that reads data: what LmSeqsDataset asks of it."""
+    return types.SimpleNamespace(
+        special_ids=special_ids,
+        max_length=max_length,
+        vocab_size=vocab_size,
+        vocabulary=vocabulary,
+        source=source,
+    )
 
 
 class World:

@@ -11,11 +11,14 @@ from stand_ins import make_model
 
 from distil.data.batches import MlmPreparation, masking_weights, prepare_clm
 from distil.evaluation import evaluate
+from distil.losses import NORMALIZATIONS
+from distil.models.architectures import architecture_named
 from distil.models.forward import last_hidden_state, recompute_activations
-from distil.models.heads import head_of, head_parameters, prediction_head
-from distil.models.language_model import build_student, freeze_embeddings, read_student_config
+from distil.models.heads import head_of
+from distil.models.language_model import build_network, freeze_embeddings, read_student_config
 from distil.training.optimizer import split_for_weight_decay
-from distiller import NORMALIZATIONS, DistillationModel, Distiller, NonFiniteError
+from distil.training.post_mortem import NonFiniteError
+from distiller import DistillationModel, Distiller
 
 VOCAB, MASK_ID, SPECIAL_IDS = 60, 4, [0, 1, 2, 3, 4]
 
@@ -189,16 +192,17 @@ def make_student(tmp_path, dropout=0.0, dtype=torch.float64):
     path = tmp_path / "student.json"
     path.write_text(json.dumps(config))
     torch.manual_seed(2)
-    return build_student("distilbert", read_student_config("distilbert", str(path))).to(dtype)
+    return build_network(
+        architecture_named("distilbert"), read_student_config("distilbert", str(path))
+    ).to(dtype)
 
 
 def make_distiller(student, teacher, alphas=MLM_ALPHAS, fast_head=True, **changes):
     teacher = teacher.to(student.dtype).eval().requires_grad_(False)
-    head = prediction_head(student)
-    model = DistillationModel(student, head, head_parameters(student), alphas, 2.0, 7, fast_head)
+    model = DistillationModel(student, alphas, 2.0, chunk_rows=7, fast_head=fast_head)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     options = {"max_grad_norm": 1e9, "seed": 5} | changes
-    return Distiller(model, teacher, prediction_head(teacher), optimizer, None, **options)
+    return Distiller(model, teacher, optimizer, None, **options)
 
 
 def gradients(distiller, batches) -> dict[str, torch.Tensor]:
@@ -472,8 +476,8 @@ def test_gradients_are_clipped_to_the_norm(tmp_path):
     norms = [p.grad.norm() for p in distiller.model.parameters() if p.grad is not None]
     assert report.grad_norm > 0.1
     assert torch.stack(norms).norm().item() == pytest.approx(0.01, rel=1e-3)
-    name, (mean, std) = next(iter(report.grad_statistics.items()))
-    after = distiller.model.student.get_parameter(name).grad
+    tag, std = next(item for item in report.statistics.items() if item[0].startswith("grad_std/"))
+    after = distiller.model.student.get_parameter(tag.removeprefix("grad_std/")).grad
     assert std == pytest.approx(after.std().item() * report.grad_norm / 0.01, rel=1e-3), (
         "statistics are from before clipping"
     )
@@ -512,13 +516,13 @@ def test_mixed_precision_comes_close_to_float32(dtype, tmp_path):
 )
 def test_frozen_positions_get_no_gradient(kind, name):
     student = make_model(kind, VOCAB, layers=2)
-    freeze_embeddings(student, kind, positions=True, token_types=False)
+    freeze_embeddings(student, architecture_named(kind), positions=True, token_types=False)
     assert [n for n, p in student.named_parameters() if not p.requires_grad] == [name]
 
 
 def test_frozen_token_types_get_no_gradient():
     student = make_model("roberta", VOCAB, layers=2)
-    freeze_embeddings(student, "roberta", positions=False, token_types=True)
+    freeze_embeddings(student, architecture_named("roberta"), positions=False, token_types=True)
     frozen = [n for n, p in student.named_parameters() if not p.requires_grad]
     assert frozen == ["roberta.embeddings.token_type_embeddings.weight"]
 

@@ -19,7 +19,7 @@ import transformers
 from conftest import as_uint16, run_process, write_pickle
 from families import make_teacher
 from runs import dying_at
-from stand_ins import ROOT, is_text, logged, make_lines, vocab_size_of
+from stand_ins import ROOT, is_text, logged, make_lines, model_facts, vocab_size_of
 
 import binarized_data
 import evaluate_lm
@@ -36,10 +36,10 @@ from distil.evaluation import (
     reader_of,
 )
 from distil.kernels.head import rows_per_chunk
-from distil.models.architectures import ARCHITECTURES
+from distil.models.architectures import ARCHITECTURES, architecture_named
 from distil.models.tokenizers import load_tokenizer, special_ids
 from distil.training import checkpointing
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds
+from lm_seqs_dataset import LmSeqsDataset
 
 KINDS = ("bert", "roberta", "gpt2")
 
@@ -81,7 +81,7 @@ class Setting:
     """A model, its teacher, tokenizer and sequences, loaded without the program under test."""
 
     def __init__(self, kind: str, teachers, held_out):
-        self.tokenizer = load_tokenizer(kind, str(teachers[kind]), "")
+        self.tokenizer = load_tokenizer(architecture_named(kind), str(teachers[kind]), "")
         auto = (
             transformers.AutoModelForMaskedLM
             if ARCHITECTURES[kind].is_masked
@@ -89,9 +89,9 @@ class Setting:
         )
         self.teacher = auto.from_pretrained(teachers[kind]).eval()
         self.student = disturbed(self.teacher)
-        special = SpecialIds(**special_ids(kind, self.tokenizer))
+        special = special_ids(architecture_named(kind), self.tokenizer)
         self.dataset = LmSeqsDataset.from_file(
-            held_out[kind], special, 64, vocab_size_of(teachers[kind]), kind
+            held_out[kind], model_facts(vocab_size_of(teachers[kind]), kind, special)
         )
         masked = ARCHITECTURES[kind].is_masked
         self.passes = (
@@ -672,8 +672,8 @@ def test_evaluation_does_not_change_training(evaluated, world, tmp_path):
 
 def test_evaluations_are_logged_every_interval_and_at_the_end(evaluated):
     points = held_out_points(evaluated)
-    assert {tag for tag, _, _ in points} == {f"eval/{name}" for name in train.LOGGED_FIGURES}
-    for name in train.LOGGED_FIGURES:
+    assert {tag for tag, _, _ in points} == {f"eval/{name}" for name in evaluation.LOGGED_FIGURES}
+    for name in evaluation.LOGGED_FIGURES:
         assert [x for tag, x, _ in points if tag == f"eval/{name}"] == [
             2 * step for step in (3, 6, 9, 10)
         ]
@@ -718,8 +718,8 @@ def stop_during(monkeypatch, owner, name: str, call: int) -> None:
 
 
 STOPS = {
-    "before an evaluation": (train.Distiller, "begin_step", 5, 5),
-    "at an update to be evaluated": (train.Distiller, "begin_step", 6, 6),
+    "before an evaluation": (train.Distiller, "launch", 5, 5),
+    "at an update to be evaluated": (train.Distiller, "launch", 6, 6),
     "during an evaluation": (train, "measure", 2, 7),
 }
 

@@ -70,7 +70,7 @@ def test_an_update_waits_for_nothing(kind, amp_dtype):
     distiller.step(batches, [0, 1, 2], 3)
     torch.cuda.set_sync_debug_mode("error")
     try:
-        begun = distiller.begin_step(batches, [0, 1, 2], 3)
+        begun = distiller.launch(batches, [0, 1, 2], 3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert begun.read().grad_norm > 0
@@ -79,7 +79,7 @@ def test_an_update_waits_for_nothing(kind, amp_dtype):
 def test_an_update_that_is_not_finite_is_left_out_on_the_gpu():
     from test_begun_step import assert_equal, make_batches, make_distiller, state
 
-    from distiller import NonFiniteError
+    from distil.training.post_mortem import NonFiniteError
 
     distiller = make_distiller("bert", None, "cuda")
     batches = [distiller.ready(batch) for batch in make_batches("bert")]
@@ -88,9 +88,9 @@ def test_an_update_that_is_not_finite_is_left_out_on_the_gpu():
     handle = distiller.model.head.projection.bias.register_hook(
         lambda gradient: gradient * float("nan")
     )
-    bad = distiller.begin_step(batches[1:2], [1], 1)
+    bad = distiller.launch(batches[1:2], [1], 1)
     handle.remove()
-    distiller.begin_step(batches[2:], [2], 1)
+    distiller.launch(batches[2:], [2], 1)
     assert_equal(before, state(distiller))
     with pytest.raises(NonFiniteError, match="gradient norm"):
         bad.read()
@@ -122,7 +122,7 @@ def test_a_run_goes_on_on_a_gpu(launcher, world, tmp_path):
     )
     shutil.rmtree(newest)
     done = run_process(*command, "--resume")
-    assert done.returncode == 0 and "Going on from" in done.stderr, done.stderr
+    assert done.returncode == 0 and "Resuming from" in done.stderr, done.stderr
     for name, tensor in weights(tmp_path / "run").items():
         torch.testing.assert_close(
             tensor, whole[name], rtol=0, atol=1e-4

@@ -27,10 +27,7 @@ TOP_LEVEL = {
     *("requirements-dev.txt", "requirements-eval.txt"),
 }
 OVER_BUDGET: dict[str, int] = {
-    "distil/kernels/head.py": 483,
-    "distiller.py": 663,
-    "scripts/evaluate_lm.py": 374,
-    "train.py": 2071,
+    "train.py": 484,
 }
 LONG_FUNCTIONS: dict[str, int] = {}
 

@@ -7,9 +7,10 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_uint16, load_golden, write_pickle
+from stand_ins import model_facts
 
-from distil.data.token_files import TokenFile, check_ids_below, open_token_file
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
+from distil.data.token_files import SpecialIds, TokenFile, check_ids_below, open_token_file
+from lm_seqs_dataset import LmSeqsDataset, read_token_counts
 from utils import InputError
 
 SPECIAL = SpecialIds(start=1, end=2, pad=0, unknown=3)
@@ -22,7 +23,7 @@ def make_dataset(sequences, special: SpecialIds, max_length: int) -> LmSeqsDatas
 
 
 def read_counts(path):
-    return read_token_counts(path, 3, "a teacher")
+    return read_token_counts(path, model_facts(3, "a teacher"))
 
 
 def golden_special(case) -> SpecialIds:

@@ -1,7 +1,6 @@
 """The objectives: against the 2019 code's numbers, and against loops written apart from them."""
 
 import dataclasses
-import functools
 import math
 
 import pytest
@@ -48,9 +47,7 @@ def make_terms(alphas, rows, targets):
         if loss.reads == "logits":
             rows_N = rows[loss.rows]
             labels_N = targets[loss.rows][rows_N] if loss.rows in targets else None
-            terms[name] = Term(
-                loss.formula, rows_N, rows_N, labels_N, alpha / max(len(rows_N), 1), loss.gradient
-            )
+            terms[name] = Term(loss, rows_N, rows_N, labels_N, alpha / max(len(rows_N), 1))
     return terms
 
 
@@ -153,9 +150,9 @@ def random_head_case(num_rows=11, width=6, vocab=17, seed=0, dtype=torch.float64
     labels = torch.randint(vocab, (len(masked),), generator=generator)
     everywhere = torch.arange(num_rows)
     terms = [
-        Term(LOSSES["ce"].formula, everywhere, everywhere, None, 5.0 / num_rows),
-        Term(LOSSES["mlm"].formula, masked, masked, labels, 2.0 / len(masked)),
-        Term(LOSSES["mse"].formula, everywhere, everywhere, None, 0.1 / num_rows),
+        Term(LOSSES["ce"], everywhere, everywhere, None, 5.0 / num_rows),
+        Term(LOSSES["mlm"], masked, masked, labels, 2.0 / len(masked)),
+        Term(LOSSES["mse"], everywhere, everywhere, None, 0.1 / num_rows),
     ]
     return head, student_ND, teacher_ND, terms
 
@@ -197,9 +194,7 @@ def test_an_empty_selection_gives_zero_and_a_zero_gradient(chunk_rows):
     head, student_ND, teacher_ND, _ = random_head_case()
     student_ND, teacher_ND = student_ND[:0], teacher_ND[:0]
     nothing = torch.tensor([], dtype=torch.long)
-    terms = [
-        Term(LOSSES[name].formula, nothing, nothing, nothing, 1.0) for name in ("ce", "mlm", "mse")
-    ]
+    terms = [Term(LOSSES[name], nothing, nothing, nothing, 1.0) for name in ("ce", "mlm", "mse")]
     hidden_ND = student_ND.clone().requires_grad_()
     if chunk_rows is None:
         total, sums_K = weighted_sums(head(hidden_ND), head(teacher_ND), terms, 2.0)
@@ -264,17 +259,7 @@ def projection_case(num_rows, vocab, width=32, seed=0, spread=1.0, names=("ce", 
             else None
         )
         weight = {"ce": 5.0, "mlm": 2.0, "mse": 0.01}[name] / max(len(rows), 1)
-        terms.append(
-            Term(
-                LOSSES[name].formula,
-                rows,
-                rows,
-                labels,
-                weight,
-                LOSSES[name].gradient,
-                LOSSES[name].by_row,
-            )
-        )
+        terms.append(Term(LOSSES[name], rows, rows, labels, weight))
     return student, teacher, terms
 
 
@@ -293,6 +278,13 @@ def run_head(student, teacher, terms, dtype, way, chunk_rows=None):
     return [total.detach(), sums_K, *(leaf.grad for leaf in leaves)]
 
 
+def without_forms(term: Term) -> Term:
+    """Take a term's forms by hand and for a compiler away."""
+    return dataclasses.replace(
+        term, loss=dataclasses.replace(term.loss, gradient=None, by_row=None)
+    )
+
+
 @pytest.fixture
 def uncompiled(monkeypatch):
     """Run what is joined for a compiler without it, which takes half a minute a shape; return the
@@ -302,7 +294,7 @@ def uncompiled(monkeypatch):
 
     def run(*arguments):
         calls.append(1)
-        return head._joined_terms(*arguments)
+        return head._fused_terms(*arguments)
 
     monkeypatch.setattr(head, "_compiled", lambda: run)
     return calls
@@ -348,7 +340,7 @@ def test_the_head_that_torch_compiles_equals_the_one_that_it_does_not(dtype):
 @pytest.mark.parametrize("plain", [0, 1, 2])
 def test_an_objective_without_a_form_for_a_compiler_leaves_the_others_compiled(plain, uncompiled):
     student, teacher, terms = projection_case(20, 57)
-    terms[plain] = dataclasses.replace(terms[plain], gradient=None, by_row=None)
+    terms[plain] = without_forms(terms[plain])
     mixed = run_head(student, teacher, terms, torch.float64, "joined", 7)
     assert len(uncompiled) == 3  # chunks
     for found, expected in zip(
@@ -362,7 +354,7 @@ def test_objectives_without_a_form_for_a_compiler_are_not_compiled(uncompiled):
     run_head(
         student,
         teacher,
-        [dataclasses.replace(term, by_row=None) for term in terms],
+        [without_forms(term) for term in terms],
         torch.float64,
         "joined",
     )
@@ -415,7 +407,7 @@ def test_extreme_logits_give_no_nan(dtype, way, uncompiled):
 
 def test_an_objective_without_a_gradient_by_hand_is_differentiated():
     student, teacher, terms = projection_case(20, 57)
-    by_autograd = [dataclasses.replace(term, gradient=None) for term in terms]
+    by_autograd = [without_forms(term) for term in terms]
     for found, expected in zip(
         run_head(student, teacher, by_autograd, torch.float64, "fast", 7),
         run_head(student, teacher, terms, torch.float64, "fast"),
@@ -432,16 +424,16 @@ def test_a_frozen_projection_gets_no_gradient():
     assert student[0].grad.abs().sum() > 0 and student[1].grad is student[2].grad is None
 
 
-def test_a_filled_up_vocabulary_changes_nothing():
+def test_a_filled_up_vocabulary_changes_nothing(monkeypatch):
     """As on a GPU in half precision; here by hand, for a CPU does not fill up."""
     student, teacher, terms = projection_case(20, 57)
     filled = [
         [rows, torch.nn.functional.pad(w, (0, 0, 0, 71)), torch.nn.functional.pad(b, (0, 71))]
         for rows, w, b in (student, teacher)
     ]
-    overwrite = functools.partial(head._overwrite_by_gradient, terms=terms, temperature=2.0)
-    projections = [Projection(*tensors) for tensors in (student, *filled)]
-    found = head._walk_chunks(*projections, overwrite, len(terms), 6, (True, True))
+    prepared = iter([Projection(*filled[0]), Projection(*filled[1])])
+    monkeypatch.setattr(Projection, "prepared", lambda self, dtype: next(prepared))
+    found = run_head(student, teacher, terms, torch.float64, "fast", 6)
     expected = run_head(student, teacher, terms, torch.float64, "plain")
-    for mine, other in zip([found[0], found[1], *found[2]], expected, strict=True):
+    for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, **FLOAT64)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 from conftest import as_uint16, run_process, write_pickle
-from stand_ins import ROOT
+from stand_ins import ROOT, model_facts
 
 import binarized_data
 import extract
@@ -17,6 +17,7 @@ import extract_distilbert
 import token_counts
 from distil.data.encoding import Encoding
 from distil.data.token_files import open_token_file
+from distil.models.architectures import architecture_named as row
 from distil.models.tokenizers import load_tokenizer
 from lm_seqs_dataset import read_token_counts
 
@@ -45,7 +46,7 @@ def binarize(tmp_path, teacher, kind, text, **flags):
 def test_ids_of_a_line_stand_between_the_boundary_tokens(kind, teachers, lines, tmp_path):
     text = "\n".join(f"  {line}\t" for line in lines)
     found = binarize(tmp_path, teachers[kind], kind, text)
-    tokenizer = load_tokenizer(kind, str(teachers[kind]), "")
+    tokenizer = load_tokenizer(row(kind), str(teachers[kind]), "")
     start, end = {"bert": ("[CLS]", "[SEP]"), "roberta": ("<s>", "</s>")}.get(
         kind, ("<|endoftext|>",) * 2
     )
@@ -71,7 +72,7 @@ def test_the_shuffle_is_seeded(teachers, lines, tmp_path):
 
 def test_text_of_a_special_token_becomes_that_token(teachers, tmp_path):
     (found,) = binarize(tmp_path, teachers["bert"], "bert", "bake [MASK] limo")
-    assert load_tokenizer("bert", str(teachers["bert"]), "").mask_token_id in found
+    assert load_tokenizer(row("bert"), str(teachers["bert"]), "").mask_token_id in found
 
 
 @pytest.mark.parametrize(
@@ -116,7 +117,7 @@ def test_counts_are_a_list_of_the_vocabularys_length(tmp_path):
     assert counts == [0, 0, 2, 2, 0, 2, 0, 0, 0, 1, 0, 0] and {type(count) for count in counts} == {
         int
     }
-    assert read_token_counts(tmp_path / "counts.pickle", 12, "a teacher").sum() == 7
+    assert read_token_counts(tmp_path / "counts.pickle", model_facts(12, "a teacher")).sum() == 7
 
 
 def test_extraction_programs_write_plain_state_dicts(world):
@@ -207,7 +208,7 @@ def test_hub_names_work_like_folders(files, teachers, tmp_path):
         assert done.returncode == 0, done.stderr
     tokens = open_token_file(tmp_path / "out.tiny-bert.pickle")
     found, _ = tokens.ids_M, tokens.lengths_N
-    tokenizer = load_tokenizer("bert", str(teachers["bert"]), "")
+    tokenizer = load_tokenizer(row("bert"), str(teachers["bert"]), "")
     assert found.tolist() == tokenizer.encode("bake limo")
     missing = [*commands[0][1:4], "owner/no-such", "--dump_file", "other"]
     done = run_process(

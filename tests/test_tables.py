@@ -47,14 +47,14 @@ TOY_PAIR = f"""
 import sys
 sys.path[:0] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
 from distil.models import architectures
-import utils
 from distil.system import files
+import utils
 architectures.PAIRS["bert", "bert"] = architectures.Pair()
 import train
-from distil.models.language_model import load_teacher
+from distil.models.language_model import load_network
 from distil.models.first_weights import extract_student
 teacher, first, *flags = sys.argv[1:]
-teacher = load_teacher("bert", teacher)
+teacher = load_network(architectures.ARCHITECTURES["bert"], teacher, "--teacher_name")
 files.save_weights(first, extract_student(teacher, "bert", [0, 3], vocab_transform=True))
 utils.run_program(lambda: train.main(flags))
 """

@@ -148,7 +148,7 @@ BAD_FLAGS = {
             "--teacher_type bert without --mlm",
         ],
     ),
-    "max length": ({"max_length": 11}, ["--max_length 11: expected more than 11"]),
+    "max length": ({"max_length": 11}, ["--max_length 11: expected above 11"]),
     "both language models": ({"alpha_clm": 0.5}, ["--alpha_mlm 2.0 and --alpha_clm 0.5"]),
     "no counts": ({"token_counts": None}, ["--mlm without --token_counts"]),
     "missing counts": ({"token_counts": "nowhere"}, ["--token_counts nowhere: no such file"]),
@@ -159,7 +159,7 @@ BAD_FLAGS = {
         ["--teacher_type bert with --student_type roberta: no such pair"],
     ),
     "share": ({"word_mask": 0.7}, ["--word_mask + --word_keep + --word_rand: their sum is 0.9"]),
-    "proportion": ({"mlm_mask_prop": 1.5}, ["--mlm_mask_prop 1.5: expected 0 to 1"]),
+    "proportion": ({"mlm_mask_prop": 1.5}, ["--mlm_mask_prop 1.5: expected at least 0, at most 1"]),
     "temperature": ({"temperature": 0}, ["--temperature 0.0: expected above 0"]),
     "nan": ({"alpha_ce": "nan"}, ["--alpha_ce nan", "their sum is not above 0"]),
     "negative": ({"alpha_cos": -1.0}, ["--alpha_cos -1.0: expected a finite number, 0 or more"]),
@@ -648,7 +648,8 @@ def test_a_nan_stops_the_run_with_a_message(where, world, tmp_path, monkeypatch,
 
         def make(*arguments):
             student = kept(*arguments)
-            student.vocab_projector.bias.register_hook(lambda gradient: gradient * float("inf"))
+            bias = student.network.vocab_projector.bias
+            bias.register_hook(lambda gradient: gradient * float("inf"))
             return student
 
         monkeypatch.setattr(train, "make_student", make)
@@ -958,7 +959,7 @@ def test_out_of_memory_names_the_micro_batch_and_the_flags(
     def fail(*_arguments, **_options):
         raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB")
 
-    monkeypatch.setattr(train.Distiller, "begin_step", fail)
+    monkeypatch.setattr(train.Distiller, "launch", fail)
     status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run"))
     assert status == 2 and len(errors) == 1
     assert re.match(

@@ -169,6 +169,25 @@ class MlmPreparation:
         return choices_3N.gather(0, fate_N[None])[0]
 
 
+def mlm_preparation(
+    tokenizer,
+    counts_V: torch.Tensor,
+    smoothing: float,
+    seed: int,
+    mask_prop: float = 0.15,
+    fates: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    restrict_ce_to_mask: bool = False,
+) -> MlmPreparation:
+    """Prepare masked-LM batches for a tokenizer's mask and special tokens.
+
+    counts_V, smoothing: see masking_weights. fates: shares of drawn tokens that become [MASK],
+    stay, or become a random token.
+    """
+    weights_V = masking_weights(counts_V, smoothing, tokenizer.all_special_ids)
+    mask_id = tokenizer.mask_token_id
+    return MlmPreparation(weights_V, mask_id, mask_prop, *fates, restrict_ce_to_mask, seed)
+
+
 def prepare_clm(
     number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor, with_mask: bool = False
 ) -> MicroBatch:

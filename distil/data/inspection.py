@@ -1,5 +1,6 @@
 """The report on a token file as plain values: counts, shares, decoded sequences, contradictions."""
 
+import dataclasses
 import itertools
 import os
 from collections.abc import Mapping, Sequence
@@ -29,9 +30,10 @@ def special_of(card: Mapping[str, Any], kind: str | None, tokenizer) -> dict[str
     """Return special ids by role: the card's, else the tokenizer's, else None."""
     found = section(card, "tokenizer", "special_ids")
     if not found and tokenizer is not None:
+        from distil.models.architectures import architecture_named
         from distil.models.tokenizers import special_ids
 
-        found = special_ids(kind, tokenizer)
+        found = dataclasses.asdict(special_ids(architecture_named(kind), tokenizer))
     return {role: found[role] if isinstance(found.get(role), int) else None for role in ROLES}
 
 

@@ -163,3 +163,16 @@ def require_counts_output(path: str, flag: str, inputs: Sequence[str] = ()) -> N
             " name"
         )
     require_card_output(f"{path}.json", flag, inputs)
+
+
+@dataclasses.dataclass(frozen=True)
+class SpecialIds:
+    """Token ids by role.
+
+    start, unknown: None where the tokenizer has no such token; sequences then begin without it.
+    """
+
+    start: int | None
+    end: int
+    pad: int
+    unknown: int | None = None

@@ -1,11 +1,8 @@
-"""What differs from one architecture to the next, as tables: model classes, token roles, frozen
-parameters, layers.
+"""What differs between architectures, as tables: classes, token roles, heads, layers, pairs.
 
-ARCHITECTURES has one row a model type, PAIRS one row a (teacher, student) that can be distilled.
-The functions below load tokenizers, teachers and students by hub name or local folder, and make a
-student's first weights out of a teacher's layers (Sanh et al., 2019, section 3: the student is
-initialized by taking one layer out of two). torch is imported where it is used: programs that want
-a tokenizer only do without.
+ARCHITECTURES has one row for each model type that 2019 knew, PAIRS one for each (teacher, student).
+`language_model.resolve_architecture` makes a row for any other model. torch is not imported here:
+programs that need a tokenizer only do without it.
 """
 
 from __future__ import annotations
@@ -31,9 +28,9 @@ def _roberta_transform(model, hidden_ND):
 
 @dataclasses.dataclass(frozen=True)
 class Architecture:
-    """One model type: a row of ARCHITECTURES, or what find_out found out about a model that has
-    none.
+    """One model type: a row of ARCHITECTURES, or one made by `resolve_architecture`.
 
+    name: the model type of a row, else the class; for messages and cards.
     model_class, config_class, tokenizer_class: names in transformers.
     vocab_files: what a tokenizer folder without tokenizer.json must hold.
     transform: (model, hidden states (N, D)) -> (N, D), the prediction head's own layers before the
@@ -54,6 +51,7 @@ class Architecture:
     runs_remote_code: whether Python files that come with a model are run, where it needs them.
     """
 
+    name: str
     model_class: str
     config_class: str
     tokenizer_class: str
@@ -75,6 +73,11 @@ class Architecture:
     runs_remote_code: bool = False
 
     @property
+    def is_named(self) -> bool:
+        """True for a row of ARCHITECTURES, False for an architecture resolved by conventions."""
+        return ARCHITECTURES.get(self.name) is self
+
+    @property
     def is_masked(self) -> bool:
         """True for masked-language models, False for causal ones."""
         return self.model_class.endswith("MaskedLM") if self.masked is None else self.masked
@@ -82,6 +85,7 @@ class Architecture:
 
 ARCHITECTURES: dict[str, Architecture] = {
     "bert": Architecture(
+        "bert",
         "BertForMaskedLM",
         "BertConfig",
         "BertTokenizer",
@@ -95,6 +99,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         aliases=("cls.predictions.decoder.bias",),
     ),
     "distilbert": Architecture(
+        "distilbert",
         "DistilBertForMaskedLM",
         "DistilBertConfig",
         "BertTokenizer",
@@ -106,6 +111,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         head_transform=("vocab_transform.", "vocab_layer_norm."),
     ),
     "roberta": Architecture(
+        "roberta",
         "RobertaForMaskedLM",
         "RobertaConfig",
         "RobertaTokenizer",
@@ -120,6 +126,7 @@ ARCHITECTURES: dict[str, Architecture] = {
         reserved_positions=2,
     ),
     "gpt2": Architecture(
+        "gpt2",
         "GPT2LMHeadModel",
         "GPT2Config",
         "GPT2Tokenizer",
@@ -136,12 +143,25 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
-AUTO = "auto"  # the model type that is found out
+AUTO = "auto"  # the model type is read from the model's configuration
+
+# A tokenizer of any class, where no model says more about it.
+ANY_TOKENIZER = Architecture(
+    AUTO,
+    "",
+    "",
+    "AutoTokenizer",
+    (),
+    transform=None,
+    projection="",
+    layers="",
+    position_embeddings=None,
+)
 
 
-def row_of(model_type: str | Architecture) -> Architecture:
-    """Return the row of a model type; what was found out is one already."""
-    return ARCHITECTURES[model_type] if isinstance(model_type, str) else model_type
+def architecture_named(model_type: str) -> Architecture:
+    """Return the row of a model type; for AUTO and others that of tokenizers of any class."""
+    return ARCHITECTURES.get(model_type, ANY_TOKENIZER)
 
 
 @dataclasses.dataclass(frozen=True)

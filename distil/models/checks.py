@@ -8,8 +8,19 @@ from typing import Any
 import torch
 from torch import nn
 
-from distil.models.architectures import Architecture, row_of
+from distil.models.architectures import Architecture
 from utils import InputError
+
+
+def tokenizer_problem(model) -> str | None:
+    """Describe the problem of a LanguageModel whose tokenizer has ids beyond its logits."""
+    largest_id = max(model.tokenizer.get_vocab().values())
+    if largest_id < model.vocab_size:
+        return None
+    return (
+        f"{model.source}: its tokenizer has ids up to {largest_id}, the model's vocabulary"
+        f" {model.vocab_size} entries; take a model and tokenizer that belong together"
+    )
 
 
 def check_finite(state_dict: Mapping[str, torch.Tensor], where: str) -> None:
@@ -17,11 +28,12 @@ def check_finite(state_dict: Mapping[str, torch.Tensor], where: str) -> None:
     wrong = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
     if wrong:
         raise InputError(
-            f"{where}: {_some(wrong)} hold NaN or infinite values; take another checkpoint"
+            f"{where}: {some_of(wrong)} hold NaN or infinite values; take another checkpoint"
         )
 
 
-def _some(names: Sequence[str], limit: int = 4) -> str:
+def some_of(names: Sequence[str], limit: int = 4) -> str:
+    """List the first of many names, and count the others."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
@@ -30,23 +42,20 @@ def size_mismatches(
     student_config,
     teacher_config,
     source: str,
-    student_type: str | Architecture | None = None,
+    student: Architecture,
     needs_width: bool = True,
 ) -> list[str]:
-    """Say, a line each, in which sizes a student's configuration and its teacher's disagree though
-    they must not.
+    """List, a line each, the sizes in which a student wrongly differs from its teacher.
 
-    Students of a named type (None: the configuration's own) are like their teachers, as in 2019;
-    one whose type was found out has its teacher's vocabulary, and its width where hidden states are
-    compared (needs_width).
+    Students of ARCHITECTURES equal their teachers, as in 2019; others need the teacher's vocabulary
+    only, and its width where hidden states are compared (needs_width).
     """
-    student_type = student_config.model_type if student_type is None else student_type
     sizes = {"vocab_size": "vocabulary"}
-    if isinstance(student_type, str) or needs_width:
+    if student.is_named or needs_width:
         sizes["hidden_size"] = "width"
-    if isinstance(student_type, str):
+    if student.is_named:
         sizes["max_position_embeddings"] = "number of positions"
-    if row_of(student_type).reserved_positions:  # its positions are counted from the padding id
+    if student.reserved_positions:  # its positions are counted from the padding id
         sizes["pad_token_id"] = "padding id"
     return [
         f"{source}: {what} is {getattr(student_config, name)}, the teacher's is"

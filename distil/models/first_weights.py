@@ -13,11 +13,18 @@ import torch
 import transformers
 from torch import nn
 
-from distil.models.architectures import ARCHITECTURES, PAIRS, Architecture, row_of
-from distil.models.checks import _some, check_finite, evaluating, is_close, some_ids, without_cache
+from distil.models.architectures import ARCHITECTURES, PAIRS, Architecture
+from distil.models.checks import (
+    check_finite,
+    evaluating,
+    is_close,
+    some_ids,
+    some_of,
+    without_cache,
+)
 from distil.models.conventions import NUM_LAYERS, config_with_layers, layer_lists
 from distil.models.heads import replaced
-from distil.models.language_model import build_student
+from distil.models.language_model import build_network
 from distil.system.files import require_file
 from utils import InputError, logger, one_line
 
@@ -99,7 +106,9 @@ def student_of_pair(
         num_hidden_layers=len(layers),
         **{s: getattr(teacher.config, t) for s, t in pair.config_entries.items()},
     )
-    student = build_student(student_type, config, f"{student_type} of {len(layers)} layers")
+    student = build_network(
+        ARCHITECTURES[student_type], config, f"{student_type} of {len(layers)} layers"
+    )
     state = extract_student(
         teacher, student_type, layers, vocab_transform=True, fold_token_types=fold_token_types
     )
@@ -117,9 +126,7 @@ def _names_of_one_architecture(teacher_state: StateDict, row: Architecture) -> d
     return {template: template for template in templates}
 
 
-def load_student_weights(
-    student: torch.nn.Module, model_type: str | Architecture, path: str
-) -> None:
+def load_student_weights(student: torch.nn.Module, row: Architecture, path: str) -> None:
     """Load first weights (a plain state dict) into a student, checked name by name.
 
     Raises InputError naming every tensor that is missing, unexpected, of another shape or not
@@ -127,7 +134,7 @@ def load_student_weights(
     without --vocab_transform.
     """
     source = f"--student_pretrained_weights {path}"
-    row, own = row_of(model_type), student.state_dict()
+    own = student.state_dict()
     given = _read_state_dict(path, "--student_pretrained_weights")
     given = {n: t for n, t in given.items() if n in own or not re.search(row.obsolete, n)}
     storages = {own[n].data_ptr() for n in given if n in own}
@@ -137,7 +144,7 @@ def load_student_weights(
     kinds = {"lacks": [n for n in missing if n not in optional], **_misfits(given, own)}
     remedy = "extract them anew for this student's configuration"
     problems = [
-        f"{source}: {kind} {_some(names)}; {remedy}" for kind, names in kinds.items() if names
+        f"{source}: {kind} {some_of(names)}; {remedy}" for kind, names in kinds.items() if names
     ]
     if problems:
         raise InputError("\n".join(problems))
@@ -145,7 +152,7 @@ def load_student_weights(
     student.load_state_dict(given, strict=False)
     if optional:
         remedy = "they start at random (extract with --vocab_transform to take them)"
-        logger.warning("%s has no %s: %s.", path, _some(optional), remedy)
+        logger.warning("%s has no %s: %s.", path, some_of(optional), remedy)
     logger.info("Loaded %d tensors from %s.", len(given), path)
 
 

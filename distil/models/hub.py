@@ -22,7 +22,8 @@ def short_name(name_or_folder: str) -> str:
     return Path(os.path.abspath(name_or_folder)).name if name_or_folder else ""
 
 
-def _fetch(name: str, files: Sequence[str], flag: str) -> dict[str, str]:
+def fetch_files(name: str, files: Sequence[str], flag: str) -> dict[str, str]:
+    """Fetch files of a hub repository: name -> path, of those that are there. Raises InputError."""
     paths: dict[str, str | None] = {}
     with quiet_transformers():
         try:
@@ -59,7 +60,8 @@ def _not_found(flag: str, name: str, error: Exception) -> str:
     )
 
 
-def _read_json(path: str | None, where: str) -> dict:
+def read_json(path: str | None, where: str) -> dict:
+    """Read a JSON object; {} without a path. Raises InputError naming `where`."""
     if path is None:
         return {}
     try:

@@ -1,5 +1,11 @@
-"""Language models: their architecture, resolved once; networks loaded or built."""
+"""Language models: architecture, network and tokenizer, resolved once where a program begins.
 
+A program resolves each model that it is given, then hands one LanguageModel on. Teachers are
+loaded in evaluation mode without gradients; students are built from a JSON or loaded from a folder.
+"""
+
+import dataclasses
+import functools
 import json
 import re
 from pathlib import Path
@@ -7,29 +13,74 @@ from pathlib import Path
 import torch
 import transformers
 
+from distil.data.token_files import SpecialIds
 from distil.models import conventions
-from distil.models.architectures import ARCHITECTURES, AUTO, Architecture, row_of
-from distil.models.checks import _some, check_finite
+from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
+from distil.models.checks import check_finite, some_of
+from distil.models.heads import Head, prediction_head
 from distil.models.hub import load_config, quiet_transformers
+from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
 from distil.system.files import require_file
 from utils import InputError, logger, one_line
 
+MAX_LENGTH = 2**20  # where neither tokenizer nor model names an end
 
-def find_out(
+
+@dataclasses.dataclass(frozen=True)
+class LanguageModel:
+    """A network with its architecture and tokenizer. source: its flag and name, for messages."""
+
+    architecture: Architecture
+    network: torch.nn.Module
+    tokenizer: transformers.PreTrainedTokenizerBase
+    source: str
+
+    @property
+    def is_masked(self) -> bool:
+        """True for masked-language models, False for causal ones."""
+        return self.architecture.is_masked
+
+    @property
+    def vocab_size(self) -> int:
+        """Number of logits, V: the tokenizer's entries and padded rows."""
+        return self.network.config.vocab_size
+
+    @property
+    def max_length(self) -> int:
+        """Longest sequence, in ids, that both the tokenizer and the position table admit."""
+        return max_input_length(self.architecture, self.tokenizer, self.network.config)
+
+    @functools.cached_property
+    def special_ids(self) -> SpecialIds:
+        """Ids of start, end, padding and the unknown token."""
+        return special_ids(self.architecture, self.tokenizer)
+
+    @functools.cached_property
+    def vocabulary(self) -> str:
+        """Fingerprint of the vocabulary: files of one fingerprint mean the same by their ids."""
+        return vocabulary_fingerprint(self.tokenizer)
+
+    @functools.cached_property
+    def head(self) -> Head:
+        """The projection from last hidden states to logits."""
+        return prediction_head(self.network)
+
+
+def resolve_architecture(
     config, is_masked: bool, source: str, trust_remote_code: bool = False
-) -> str | Architecture:
-    """Find the row of a model by its configuration: a named one where there is one of this kind,
-    else by conventions.
+) -> Architecture:
+    """Return the row of a model's configuration, or one made by conventions where there is none.
 
     trust_remote_code: see load_config. Raises InputError naming `source` where transformers has no
-    such language model, or it lacks what distillation needs.
+    such language model, or where it lacks a part that distillation needs.
     """
     named = ARCHITECTURES.get(config.model_type)
     if named is not None and named.is_masked == is_masked:
-        return config.model_type
+        return named
     skeleton = conventions.skeleton(config, is_masked, source, trust_remote_code)
     parts = conventions.anatomy(skeleton, source)
     return Architecture(
+        type(skeleton).__name__,
         type(skeleton).__name__,
         type(config).__name__,
         "AutoTokenizer",
@@ -45,31 +96,46 @@ def find_out(
     )
 
 
-def max_input_length(model_type: str | Architecture, tokenizer, config) -> int:
-    """Return the longest sequence, in ids, that both the tokenizer and the teacher's position table
-    admit.
+def resolve_by_name(
+    name: str,
+    flag: str,
+    model_type: str = AUTO,
+    is_masked: bool | None = None,
+    trust_remote_code: bool = False,
+) -> Architecture:
+    """Resolve the architecture of a hub name or folder.
 
-    MAX_LENGTH at the most where neither names an end (models without a position table).
+    is_masked: None = as the class that the model was saved from. Raises InputError naming `flag`.
     """
+    if model_type != AUTO:
+        return ARCHITECTURES[model_type]
+    source = f"{flag} {name}"
+    config = load_config(None, name, flag, trust_remote_code)
+    is_masked = kind_of(config, source) if is_masked is None else is_masked
+    return resolve_architecture(config, is_masked, source, trust_remote_code)
+
+
+def load_language_model(architecture: Architecture, name: str, flag: str) -> LanguageModel:
+    """Load a tokenizer and its network, set to evaluation without gradients. Raises InputError."""
+    tokenizer = load_tokenizer(architecture, name, flag)
+    network = load_network(architecture, name, flag).eval().requires_grad_(False)
+    return LanguageModel(architecture, network, tokenizer, f"{flag} {name}")
+
+
+def max_input_length(architecture: Architecture, tokenizer, config) -> int:
+    """Return the longest sequence, in ids, that tokenizer and position table admit."""
     # Differs from the original: not from a table of model names, which fails for any other name.
     positions = getattr(config, "max_position_embeddings", None) or MAX_LENGTH
-    return int(min(tokenizer.model_max_length, positions - row_of(model_type).reserved_positions))
+    return int(min(tokenizer.model_max_length, positions - architecture.reserved_positions))
 
 
-MAX_LENGTH = 2**20
+def load_network(architecture: Architecture, name: str, flag: str) -> torch.nn.Module:
+    """Load a whole language model in float32. Raises InputError where weights are missing or wrong.
 
-
-def load_model(model_type: str | Architecture, name: str, flag: str) -> torch.nn.Module:
-    """Load a whole language model in float32. Raises InputError where weights are missing or not
-    finite.
-
-    One whose type was found out has to show that it is what distillation takes it for
-    (conventions.check_conventions).
+    A model whose architecture has no row must prove the conventions that it was resolved by.
     """
-    row = row_of(model_type)
-    load_config(
-        model_type if isinstance(model_type, str) else None, name, flag, row.runs_remote_code
-    )
+    row = architecture
+    load_config(row.name if row.is_named else None, name, flag, row.runs_remote_code)
     with quiet_transformers():
         try:
             model, report = _loader(row).from_pretrained(
@@ -94,7 +160,7 @@ def load_model(model_type: str | Architecture, name: str, flag: str) -> torch.nn
     ]
     if misfits:
         raise InputError(
-            f"{flag} {name}: {_some(sorted(misfits))} do not fit its config.json; take a whole,"
+            f"{flag} {name}: {some_of(sorted(misfits))} do not fit its config.json; take a whole,"
             " unedited model"
         )
     missing = sorted(
@@ -104,11 +170,11 @@ def load_model(model_type: str | Architecture, name: str, flag: str) -> torch.nn
     )
     if missing:
         raise InputError(
-            f"{flag} {name}: has no weights for {_some(missing)}; a whole {row.model_class} is"
+            f"{flag} {name}: has no weights for {some_of(missing)}; a whole {row.model_class} is"
             " expected, with its head"
         )
     check_finite(model.state_dict(), f"{flag} {name}")
-    if not isinstance(model_type, str):
+    if not row.is_named:
         conventions.check_conventions(model, row.is_masked, f"{flag} {name}")
     return model
 
@@ -117,7 +183,7 @@ def _loader(row: Architecture):
     """Return the class that loads a model: by name where transformers has it, else by its
     configuration.
     """
-    if row.transform is not None:
+    if row.is_named:
         return getattr(transformers, row.model_class)
     return transformers.AutoModelForMaskedLM if row.is_masked else transformers.AutoModelForCausalLM
 
@@ -130,13 +196,6 @@ def _repeated(model: torch.nn.Module, names: set[str]) -> set[str]:
         for name, tensor in model.state_dict().items()
         if name in names and tensor.data_ptr() in others
     }
-
-
-def load_teacher(
-    model_type: str | Architecture, name: str, flag: str = "--teacher_name"
-) -> torch.nn.Module:
-    """Load a teacher: evaluation mode, no gradients."""
-    return load_model(model_type, name, flag).eval().requires_grad_(False)
 
 
 # What a run decides for itself, whatever a configuration that was saved by another run says.
@@ -186,7 +245,7 @@ def read_student_config(
             "%s %s: %s mean nothing to a %s model; misspelt?",
             flag,
             path,
-            _some(unknown),
+            some_of(unknown),
             model_type,
         )
     # Differs from the original: 2019 parsed the flag and ignored it.
@@ -197,18 +256,16 @@ def read_student_config(
     return config
 
 
-def build_student(
-    model_type: str | Architecture, config, source: str = "--student_config"
+def build_network(
+    architecture: Architecture, config, source: str = "--student_config"
 ) -> torch.nn.Module:
-    """Make a student with random weights. Raises InputError naming `source` where the configuration
-    contradicts itself.
-    """
+    """Build a network with random weights. Raises InputError naming `source` and the reason."""
     with quiet_transformers():
         try:
-            row = row_of(model_type)
-            if row.transform is None:
-                return _loader(row).from_config(config, trust_remote_code=row.runs_remote_code)
-            return getattr(transformers, row.model_class)(config)
+            if architecture.is_named:
+                return getattr(transformers, architecture.model_class)(config)
+            trust = architecture.runs_remote_code
+            return _loader(architecture).from_config(config, trust_remote_code=trust)
         except (
             Exception
         ) as error:  # sizes and names of layers that don't exist: each fails in its own way
@@ -218,7 +275,7 @@ def build_student(
 
 
 def freeze_embeddings(
-    student: torch.nn.Module, model_type: str | Architecture, *, positions: bool, token_types: bool
+    student: torch.nn.Module, architecture: Architecture, *, positions: bool, token_types: bool
 ) -> None:
     """Stop the gradients of position embeddings (always where they are sinusoidal) and of token
     types.
@@ -226,7 +283,6 @@ def freeze_embeddings(
     Differs from the original: DistilBERT's positions obey --freeze_pos_embs, which the README
     passes and 2019 ignored.
     """
-    architecture = row_of(model_type)
     if positions and architecture.position_embeddings is None:
         logger.warning(
             "--freeze_pos_embs: a %s has no table of positions; nothing to keep.",
@@ -257,3 +313,19 @@ def kind_of(config, source: str) -> bool:
             f"{source}: is a {config.model_type} model; expected a masked or causal language model"
         )
     return (saved or found or ["AutoModelForMaskedLM" in config.auto_map])[0]
+
+
+@torch.no_grad()
+def check_forward(model: LanguageModel, token_ids_BT: torch.Tensor) -> None:
+    """Raise InputError where a model fails, or gives NaN, on a sequence."""
+    try:
+        hidden_BTD = model.network.base_model(token_ids_BT).last_hidden_state
+        logits_NV = model.head(hidden_BTD[0, :1])
+    except Exception as error:
+        where = f"{model.source}: the model fails on {token_ids_BT.shape[1]} tokens"
+        raise InputError(f"{where} ({one_line(error)}); correct its JSON") from error
+    if not (torch.isfinite(hidden_BTD).all() and torch.isfinite(logits_NV).all()):
+        raise InputError(
+            f"{model.source}: the model gives NaN or infinite values before any training; correct"
+            " its JSON or weights"
+        )

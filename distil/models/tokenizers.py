@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import hashlib
 import json
 import os
@@ -12,34 +13,30 @@ from pathlib import Path
 import tokenizers
 import transformers
 
-from distil.models.architectures import ARCHITECTURES, AUTO, Architecture, row_of
-from distil.models.hub import _fetch, _read_json, quiet_transformers
+from distil.data.token_files import SpecialIds
+from distil.models.architectures import ANY_TOKENIZER, ARCHITECTURES, AUTO, Architecture
+from distil.models.hub import fetch_files, quiet_transformers, read_json
 from utils import InputError, logger, one_line
 
 MASK_TOKENS = {"[MASK]", "<mask>"}
 
 
-def _called(model_type: str | Architecture) -> str:
-    """Name a model type in a message."""
-    return model_type if isinstance(model_type, str) else model_type.model_class
-
-
 def load_tokenizer(
-    model_type: str | Architecture, name: str, flag: str, do_lower_case: bool | None = None
+    architecture: Architecture, name: str, flag: str, do_lower_case: bool | None = None
 ):
-    """Load a model type's tokenizer by hub name or folder; check that it is one of that type (AUTO:
-    of any).
+    """Load an architecture's tokenizer by hub name or folder, and check that it is of that kind.
 
     do_lower_case (BERT only): None = what tokenizer_config.json says; without that file, whether
     the vocabulary has no capitals (transformers 5 would lower-case silently). Raises InputError
     that names `flag`.
     """
     try:
-        return _load_tokenizer(model_type, name, flag, do_lower_case)
+        load = _load_named_tokenizer if architecture.is_named else _load_any_tokenizer
+        return load(architecture, name, flag, do_lower_case)
     except InputError:
         raise
     except Exception as error:  # what a damaged or foreign file can raise has no end
-        kind = "" if _is_any(model_type) else f"{model_type} "
+        kind = f"{architecture.name} " if architecture.is_named else ""
         raise InputError(
             f"{flag} {name}: no {kind}tokenizer could be loaded ({one_line(error)})"
         ) from error
@@ -71,30 +68,24 @@ def train_word_pieces(
     return vocabulary
 
 
-def tokenizer_type(model_type: str, name: str) -> str:
-    """Return a tokenizer's type; for AUTO the named one of the model that lies beside it, where
-    that has one.
-    """
-    if model_type != AUTO:
-        return model_type
-    with quiet_transformers(), contextlib.suppress(Exception):  # a tokenizer may stand alone
+def resolve_tokenizer(tokenizer_type: str, name: str) -> Architecture:
+    """Return a tokenizer type's row; for AUTO that of the model in the same folder."""
+    if tokenizer_type != AUTO:
+        return ARCHITECTURES[tokenizer_type]
+    with quiet_transformers(), contextlib.suppress(Exception):  # a folder may hold no model
         found = transformers.AutoConfig.from_pretrained(name, trust_remote_code=False).model_type
-        return found if found in ARCHITECTURES else AUTO
-    return AUTO
+        return ARCHITECTURES.get(found, ANY_TOKENIZER)
+    return ANY_TOKENIZER
 
 
-def _is_any(model_type: str | Architecture) -> bool:
-    return model_type not in ARCHITECTURES if isinstance(model_type, str) else True
-
-
-def _load_any_tokenizer(name: str, flag: str, do_lower_case: bool | None, trust_remote_code: bool):
-    """Load a tokenizer of whatever class; it has to be one of the tokenizers library, and to know a
-    sequence's end.
-    """
+def _load_any_tokenizer(
+    architecture: Architecture, name: str, flag: str, do_lower_case: bool | None
+):
+    """Load a tokenizer of any class of the tokenizers library that marks a sequence's end."""
     options = {} if do_lower_case is None else {"do_lower_case": do_lower_case}
     with quiet_transformers():
         tokenizer = transformers.AutoTokenizer.from_pretrained(
-            name, trust_remote_code=trust_remote_code, **options
+            name, trust_remote_code=architecture.runs_remote_code, **options
         )
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
@@ -141,20 +132,13 @@ def _first_token(tokenizer, names: Sequence[str]) -> str | None:
     )
 
 
-def _load_tokenizer(
-    model_type: str | Architecture, name: str, flag: str, do_lower_case: bool | None
+def _load_named_tokenizer(
+    architecture: Architecture, name: str, flag: str, do_lower_case: bool | None
 ):
-    if _is_any(model_type):
-        return _load_any_tokenizer(
-            name,
-            flag,
-            do_lower_case,
-            not isinstance(model_type, str) and model_type.runs_remote_code,
-        )
-    architecture = row_of(model_type)
+    """Load the tokenizer class of a row, as 2019 did."""
     files = _tokenizer_files(architecture, name, flag)
-    declared = _read_json(files.get("tokenizer_config.json"), f"{flag} {name}")
-    _check_tokenizer_class(architecture, declared, model_type, name, flag)
+    declared = read_json(files.get("tokenizer_config.json"), f"{flag} {name}")
+    _check_tokenizer_class(architecture, declared, name, flag)
     options = {}
     if architecture.tokenizer_class == "BertTokenizer":
         lower_case = do_lower_case
@@ -170,7 +154,7 @@ def _load_tokenizer(
             f"{flag} {name}: model_max_length is {tokenizer.model_max_length}, expected above 2;"
             " correct it"
         )
-    _check_special_tokens(architecture, tokenizer, files, model_type, name, flag)
+    _check_special_tokens(architecture, tokenizer, files, name, flag)
     return tokenizer
 
 
@@ -186,7 +170,7 @@ def _tokenizer_files(architecture: Architecture, name: str, flag: str) -> dict[s
             if os.path.isfile(os.path.join(name, file))
         }
     else:
-        found = _fetch(name, wanted, flag)
+        found = fetch_files(name, wanted, flag)
     if "tokenizer.json" not in found and any(
         file not in found for file in architecture.vocab_files
     ):
@@ -199,7 +183,7 @@ def _tokenizer_files(architecture: Architecture, name: str, flag: str) -> dict[s
 
 
 def _check_tokenizer_class(
-    architecture: Architecture, declared: dict, model_type: str, name: str, flag: str
+    architecture: Architecture, declared: dict, name: str, flag: str
 ) -> None:
     kinds = {
         row.tokenizer_class.removesuffix("Tokenizer"): row.tokenizer_class
@@ -209,8 +193,8 @@ def _check_tokenizer_class(
     kind = declared_class.removesuffix("Fast").removesuffix("Tokenizer").removeprefix("Distil")
     if kinds.get(kind, architecture.tokenizer_class) != architecture.tokenizer_class:
         raise InputError(
-            f"{flag} {name}: holds a {declared_class}, which is no {model_type} tokenizer; give the"
-            " type that it has"
+            f"{flag} {name}: holds a {declared_class}, which is no {architecture.name} tokenizer;"
+            " give the type that it has"
         )
 
 
@@ -218,12 +202,12 @@ def _has_capitals(files: Mapping[str, str], where: str) -> bool:
     if "vocab.txt" in files:
         tokens = Path(files["vocab.txt"]).read_text(encoding="utf-8").splitlines()
     else:
-        tokens = _read_json(files["tokenizer.json"], where).get("model", {}).get("vocab", {})
+        tokens = read_json(files["tokenizer.json"], where).get("model", {}).get("vocab", {})
     return any(token != token.lower() for token in tokens if not token.startswith("["))
 
 
 def _check_special_tokens(
-    architecture: Architecture, tokenizer, files: dict, model_type: str, name: str, flag: str
+    architecture: Architecture, tokenizer, files: dict, name: str, flag: str
 ) -> None:
     """transformers adds a missing special token to the vocabulary in silence; such an id means
     nothing to the model.
@@ -231,7 +215,7 @@ def _check_special_tokens(
     known = set(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False))
     known |= {
         token["content"]
-        for token in _read_json(files.get("tokenizer.json"), f"{flag} {name}").get(
+        for token in read_json(files.get("tokenizer.json"), f"{flag} {name}").get(
             "added_tokens", []
         )
     }
@@ -246,35 +230,26 @@ def _check_special_tokens(
     if foreign:  # RoBERTa's vocabulary holds GPT-2's boundary token, too
         raise InputError(
             f"{flag} {name}: its vocabulary has {foreign[0]}, a masked model's; expected a"
-            f" {model_type} vocabulary"
+            f" {architecture.name} vocabulary"
         )
     if missing:
         raise InputError(
             f"{flag} {name}: its vocabulary has no {', no '.join(dict.fromkeys(missing))}; "
-            f"expected a {model_type} vocabulary, is the type right?"
+            f"expected a {architecture.name} vocabulary, is the type right?"
         )
 
 
-def special_ids(model_type: str | Architecture, tokenizer) -> dict[str, int | None]:
-    """Read the ids by role: start and end of a sequence, pad, and unknown (None where the tokenizer
-    has none).
-
-    Of a type that is found out start may be None, too.
-    """
-    if _is_any(model_type):
+def special_ids(architecture: Architecture, tokenizer) -> SpecialIds:
+    """Read the ids by role: start and end of a sequence, pad, and unknown."""
+    if not architecture.is_named:
         tokens = {role: _first_token(tokenizer, names) for role, names in ROLES.items()}
-        return {
+        ids = {
             role: None if token is None else tokenizer.convert_tokens_to_ids(token)
             for role, token in tokens.items()
         }
-    row = row_of(model_type)
-    roles = {
-        "start": row.start_token,
-        "end": row.end_token,
-        "pad": row.pad_token,
-        "unknown": "unk_token",
-    }
-    return {role: getattr(tokenizer, f"{token}_id") for role, token in roles.items()}
+        return SpecialIds(**ids)
+    roles = architecture.start_token, architecture.end_token, architecture.pad_token, "unk_token"
+    return SpecialIds(*(getattr(tokenizer, f"{role}_id") for role in roles))
 
 
 def vocabulary_fingerprint(tokenizer) -> str:
@@ -304,14 +279,14 @@ def vocabulary_difference(own, others) -> str | None:
 
 
 def describe_tokenizer(
-    model_type: str | Architecture, name: str, tokenizer, do_lower_case: bool | None = None
+    architecture: Architecture, name: str, tokenizer, do_lower_case: bool | None = None
 ) -> dict:
     """Describe a tokenizer for the card of a token file."""
     return {
-        "type": _called(model_type),
+        "type": architecture.name,
         "name": name,
         "do_lower_case": do_lower_case,
         "vocab_size": max(tokenizer.get_vocab().values()) + 1,
         "vocabulary_sha256": vocabulary_fingerprint(tokenizer),
-        "special_ids": special_ids(model_type, tokenizer),
+        "special_ids": dataclasses.asdict(special_ids(architecture, tokenizer)),
     }

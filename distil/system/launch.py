@@ -39,7 +39,7 @@ class Runtime:
         return self.rank == 0
 
     @contextlib.contextmanager
-    def sharing_errors(self) -> Iterator[None]:
+    def raise_on_all_ranks(self) -> Iterator[None]:
         """Raise any rank's input or system error on all ranks: none waits, and rank 0 reports."""
         problem = None
         try:
@@ -411,3 +411,24 @@ def check_compiler(device: torch.device) -> None:
             f"--compile: torch.compile fails on this machine ({one_line(error)}); install a C++"
             " compiler (for a GPU Triton, too), or leave it out"
         ) from error
+
+
+def check_precision(device: torch.device, bf16: bool, fp16: bool) -> None:
+    """Raise InputError where a device lacks the precision asked for; warn where it is slow."""
+    can_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)
+    if bf16 and not can_bf16:
+        name = torch.cuda.get_device_name(device)
+        raise InputError(
+            f"--bf16: {name} does not compute in bfloat16; use --fp16, or neither for float32"
+        )
+    # avx512_bf16, amx_bf16, or the names that other processors give them.
+    capabilities = torch.cpu.get_capabilities().items()
+    has_bf16 = any(value is True for name, value in capabilities if "bf16" in name)
+    if bf16 and device.type == "cpu" and not has_bf16:
+        logger.warning(
+            "--bf16: this CPU has no instructions for bfloat16, which makes it slower than float32."
+        )
+    if fp16 and device.type == "cpu":
+        logger.warning(
+            "--fp16: on a CPU float16 is slow; --bf16 has the same size and needs no scaling."
+        )

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 import transformers
 
-from distil.models.architectures import ARCHITECTURES, row_of
+from distil.models.architectures import ARCHITECTURES
 from distil.models.checks import check_finite
 from distil.models.hub import load_config, quiet_transformers
-from distil.models.language_model import find_out, kind_of
+from distil.models.language_model import kind_of, resolve_architecture
 from distil.models.tokenizers import load_tokenizer, vocabulary_fingerprint
 from utils import InputError, one_line
 
@@ -20,13 +20,10 @@ def load_any_tokenizer(name: str, flag: str, do_lower_case: bool | None = None):
 
     A model type of ARCHITECTURES gets the checks of distillation. Raises InputError naming `flag`.
     """
-    model_type = (
-        load_config(None, name, flag).model_type
-        if os.path.isfile(Path(name, "config.json"))
-        else None
-    )
+    has_config = os.path.isfile(Path(name, "config.json"))
+    model_type = load_config(None, name, flag).model_type if has_config else None
     if model_type in ARCHITECTURES:
-        return load_tokenizer(model_type, name, flag, do_lower_case)
+        return load_tokenizer(ARCHITECTURES[model_type], name, flag, do_lower_case)
     with quiet_transformers():
         try:
             return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
@@ -43,7 +40,8 @@ def longest_input(config) -> int | None:
     if not isinstance(positions, int) or positions < 1:  # XLNet's is -1
         return None
     try:
-        return positions - row_of(find_out(config, kind_of(config, ""), "")).reserved_positions
+        architecture = resolve_architecture(config, kind_of(config, ""), "")
+        return positions - architecture.reserved_positions
     except InputError:  # not a language model whose structure can be resolved
         return positions
 

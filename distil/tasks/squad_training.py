@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from distil.models.architectures import ARCHITECTURES
 from distil.models.hub import load_config
 from distil.models.language_model import max_input_length
 from distil.models.tokenizers import load_tokenizer
@@ -82,10 +83,10 @@ def load_tokenizers(args: argparse.Namespace):
     # Differs from the original: without --do_lower_case the tokenizer's folder decides. 2019 took
     # the text as cased.
     lower_case = True if args.do_lower_case else None
-    tokenizer = load_tokenizer(args.model_type, name, f"--{flag}", lower_case)
+    tokenizer = load_tokenizer(ARCHITECTURES[args.model_type], name, f"--{flag}", lower_case)
     if teacher:
         teacher_tokenizer = load_tokenizer(
-            args.teacher_type, teacher, "--teacher_name_or_path", lower_case
+            ARCHITECTURES[args.teacher_type], teacher, "--teacher_name_or_path", lower_case
         )
         require_same_vocabulary(tokenizer, teacher_tokenizer, name, teacher)
     return tokenizer
@@ -100,7 +101,7 @@ def require_sizes(
         if model is None:
             continue
         longest, vocab_size = (
-            max_input_length(model.config.model_type, tokenizer, model.config),
+            max_input_length(ARCHITECTURES[model.config.model_type], tokenizer, model.config),
             model.config.vocab_size,
         )
         if args.max_seq_length > longest:

@@ -27,7 +27,8 @@ from benchmarks import (
 )
 from distil.flops import DTYPES, ModelSize, clock_s, nominal_peak, size_of, update_flops
 from distil.kernels import cpu
-from distil.models.language_model import build_student
+from distil.models.architectures import ARCHITECTURES
+from distil.models.language_model import build_network
 from distil.system.launch import check_compiler
 from utils import InputError
 
@@ -46,7 +47,10 @@ def base_sizes(pair: str) -> list[ModelSize]:
     """Count teacher and student at base size, without making their weights."""
     job = benchmark.make_jobs(benchmark.parse(["--pair", pair, "--device", "cpu"]), "unused")[0]
     with torch.device("meta"):
-        return [size_of(build_student(*entry)) for entry in workload.configurations(job)]
+        return [
+            size_of(build_network(ARCHITECTURES[kind], config))
+            for kind, config in workload.configurations(job)
+        ]
 
 
 @pytest.mark.parametrize("pair", workload.PAIR_ROWS)
@@ -100,7 +104,7 @@ def test_a_reference_under_autocast_keeps_its_weights_and_computes_nearly_the_sa
     found = {}
     for one in (job, dataclasses.replace(job, precision="fp32")):
         step = reference_step.PlainStep(one, *workload.make_models(one, has_dropout=False))
-        found[one.precision] = step.begin_step(iter(batches), [0, 1], 2).read()
+        found[one.precision] = step.launch(iter(batches), [0, 1], 2).read()
         assert {p.dtype for model in (step.teacher, step.student) for p in model.parameters()} == {
             torch.float32
         }

@@ -28,6 +28,7 @@ from distil.data.encoding import Encoding, LineEncoder, WorkerPool
 from distil.data.shuffle import Spool, shuffled
 from distil.data.text_sources import Source, find_sources, read_blocks
 from distil.data.token_files import open_token_file
+from distil.models.architectures import architecture_named
 from distil.models.tokenizers import load_tokenizer, special_ids
 from utils import InputError
 
@@ -256,16 +257,16 @@ def test_a_line_without_end_is_not_text(tmp_path, monkeypatch):
 
 
 def make_encoding(kind: str, folder) -> tuple[Encoding, object]:
-    tokenizer = load_tokenizer(kind, str(folder), "")
-    special = special_ids(kind, tokenizer)
+    tokenizer = load_tokenizer(architecture_named(kind), str(folder), "")
+    special = special_ids(architecture_named(kind), tokenizer)
     largest = max(tokenizer.get_vocab().values())
     return (
         Encoding(
             tokenizer.backend_tokenizer,
-            special["start"],
-            special["end"],
+            special.start,
+            special.end,
             largest,
-            special["unknown"],
+            special.unknown,
         ),
         tokenizer,
     )
@@ -648,7 +649,7 @@ def test_the_card_counts_the_files_content(teachers, tmp_path):
     tokens = open_token_file(path)
     sequences = sequences_of(tokens)
     flat = [i for sequence in sequences for i in sequence]
-    tokenizer = load_tokenizer("bert", str(teachers["bert"]), "")
+    tokenizer = load_tokenizer(architecture_named("bert"), str(teachers["bert"]), "")
     many = [
         k for k, sequence in enumerate(sequences) if sequence.count(tokenizer.unk_token_id) >= 6
     ]

@@ -19,6 +19,7 @@ import lm_seqs_dataset
 from distil.data import inspection, inspection_text, survey
 from distil.data.cards import read_card, write_card
 from distil.data.token_files import MANY_UNKNOWN, open_token_file, writing_tokens
+from distil.models.architectures import architecture_named
 from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
 
 FORMATS = ("store", "pickle")
@@ -389,9 +390,9 @@ def test_ids_that_no_vocabulary_has_are_counted_together(teachers, tmp_path):
 
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
 def test_sequences_are_decoded_with_the_tokenizer_of_the_flags(kind, teachers, lines, tmp_path):
-    tokenizer = load_tokenizer(kind, str(teachers[kind]), "")
-    special = special_ids(kind, tokenizer)
-    ids = [special["start"], *tokenizer.encode(lines[0], add_special_tokens=False), special["end"]]
+    tokenizer = load_tokenizer(architecture_named(kind), str(teachers[kind]), "")
+    special = special_ids(architecture_named(kind), tokenizer)
+    ids = [special.start, *tokenizer.encode(lines[0], add_special_tokens=False), special.end]
     path = write_pickle(tmp_path / "data.pickle", as_uint16([ids, ids * 200]))
     report = report_of(tmp_path, path, "--tokenizer_type", kind, "--tokenizer_name", teachers[kind])
     expected = " ".join(tokenizer.decode(ids).split())
@@ -405,7 +406,7 @@ def test_sequences_are_decoded_with_the_tokenizer_of_the_flags(kind, teachers, l
 
 
 def test_a_tokenizer_of_the_card_is_used_only_if_it_is_unchanged(teachers, tmp_path):
-    tokenizer = load_tokenizer("bert", str(teachers["bert"]), "")
+    tokenizer = load_tokenizer(architecture_named("bert"), str(teachers["bert"]), "")
     sequences = as_uint16([[START, *range(5, 40), END]])
     for fingerprint in (vocabulary_fingerprint(tokenizer), "0" * 64):
         card = make_card(sequences, name=str(teachers["bert"]), vocabulary_sha256=fingerprint)
@@ -524,10 +525,10 @@ def test_files_of_binarized_data_are_verified_and_decoded(
     path = tmp_path / f"out.tiny-{kind}{'.pickle' if file_format == 'pickle' else ''}"
     report = report_of(tmp_path, path, "--verify", "--num_sequences", 240)
     assert "verified: " in capsys.readouterr().out and report["problems"] == []
-    tokenizer = load_tokenizer(kind, str(teachers[kind]), "")
+    tokenizer = load_tokenizer(architecture_named(kind), str(teachers[kind]), "")
+    special = special_ids(architecture_named(kind), tokenizer)
     start, end = (
-        tokenizer.convert_ids_to_tokens(special_ids(kind, tokenizer)[role])
-        for role in ("start", "end")
+        tokenizer.convert_ids_to_tokens(getattr(special, role)) for role in ("start", "end")
     )
     words = {
         line: tokenizer.decode(tokenizer.encode(line, add_special_tokens=False)) for line in lines

@@ -10,11 +10,12 @@ import struct
 import numpy as np
 import pytest
 from conftest import as_uint16, load_golden, write_pickle
+from stand_ins import model_facts
 
 from distil.data import cards, safe_pickle, token_files
 from distil.data.cards import write_token_counts
-from distil.data.token_files import open_token_file, writing_tokens
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
+from distil.data.token_files import SpecialIds, open_token_file, writing_tokens
+from lm_seqs_dataset import LmSeqsDataset, read_token_counts
 from utils import InputError
 
 FORMATS = ("pickle", "store")
@@ -24,6 +25,11 @@ TOKENIZER = {
     "vocabulary_sha256": "a" * 64,
     "special_ids": {"start": 1, "end": 2, "pad": 0, "unknown": 3},
 }
+
+
+def of_100(source: str, vocabulary: str | None = None):
+    """Stand in for a model of 100 entries."""
+    return model_facts(100, source, SpecialIds(1, 2, 0, 3), vocabulary=vocabulary)
 
 
 def random_sequences(num: int, seed: int = 0, largest: int = 99) -> list[list[int]]:
@@ -202,7 +208,7 @@ def test_many_unknown_is_the_smallest_number_that_matters():
 
 def read_everything(path: str) -> None:
     """Read a token file as training does: open it, and touch every sequence."""
-    dataset = LmSeqsDataset.from_file(path, SpecialIds(1, 2, 0, 3), 64, 100, "a teacher", "a" * 64)
+    dataset = LmSeqsDataset.from_file(path, of_100("a teacher", "a" * 64))
     dataset.collate(np.arange(len(dataset)))
 
 
@@ -372,11 +378,11 @@ def test_a_file_of_another_vocabulary_is_refused_with_both_names(tmp_path):
             r"made with the tokenizer t \(100 entries.*the vocabulary of the teacher X is another"
         ),
     ):
-        LmSeqsDataset.from_file(path, SpecialIds(1, 2, 0, 3), 64, 100, "the teacher X", "b" * 64)
+        LmSeqsDataset.from_file(path, of_100("the teacher X", "b" * 64))
     write_token_counts(tmp_path / "counts", np.ones(100, np.int64), {"tokenizer": TOKENIZER})
-    assert read_token_counts(tmp_path / "counts", 100, "X", "a" * 64).sum() == 100
+    assert read_token_counts(tmp_path / "counts", of_100("X", "a" * 64)).sum() == 100
     with pytest.raises(InputError, match=r"--token_counts .*counts: was made with the tokenizer t"):
-        read_token_counts(tmp_path / "counts", 100, "X", "b" * 64)
+        read_token_counts(tmp_path / "counts", of_100("X", "b" * 64))
 
 
 def test_damaged_counts_are_named(tmp_path):
@@ -387,7 +393,7 @@ def test_damaged_counts_are_named(tmp_path):
         whole.replace(bytes([75, 41]), bytes([75, 40]))
     )  # 41 becomes 40: a pickle as good as before
     with pytest.raises(InputError, match="counts: differs from the checksum"):
-        read_token_counts(path, 100, "X")
+        read_token_counts(path, model_facts(100, "X"))
 
 
 def test_a_changed_pickle_is_refused_until_its_card_is_removed(tmp_path):
@@ -416,9 +422,9 @@ def test_nothing_is_read_when_a_store_is_opened(tmp_path):
     """Only batches read the ids of a store with a full card."""
     sequences = random_sequences(3000)
     path = write_tokens(tmp_path / "data", "store", sequences, card=card_for(sequences))
-    dataset = LmSeqsDataset.from_file(path, SpecialIds(1, 2, 0, 3), 64, 100, "X")
+    dataset = LmSeqsDataset.from_file(path, of_100("X"))
     assert not dataset.tokens.blocks.is_checked.any()
     (tmp_path / "data.bin").write_bytes(bytes((tmp_path / "data.bin").stat().st_size))
-    assert len(LmSeqsDataset.from_file(path, SpecialIds(1, 2, 0, 3), 64, 100, "X")) == len(dataset)
+    assert len(LmSeqsDataset.from_file(path, of_100("X"))) == len(dataset)
     index = json.loads((tmp_path / "data.json").read_text())
     assert index["kind"] == "store"

@@ -25,7 +25,7 @@ def main() -> None:
         float(sys.argv[3]),
         sys.argv[4:],
     )
-    kept, updates = train.Distiller.begin_step, []
+    kept, updates = train.Distiller.launch, []
 
     def step(distiller, *arguments, **options):
         updates.append(1)
@@ -36,7 +36,7 @@ def main() -> None:
         time.sleep(seconds)
         return kept(distiller, *arguments, **options)
 
-    train.Distiller.begin_step = step
+    train.Distiller.launch = step
     train.main(flags)
 
 

@@ -33,13 +33,14 @@ from stand_ins import World, make_lines
 
 import binarized_data
 from distil.data.cards import write_card
-from distil.data.token_files import open_token_file
+from distil.data.token_files import SpecialIds, open_token_file
+from distil.models.architectures import architecture_named
 from distil.models.first_weights import load_student_weights
-from distil.models.language_model import build_student, read_student_config
+from distil.models.language_model import build_network, read_student_config
 from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
 from distil.system.files import json_digest
 from distil.training import checkpointing
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds, read_token_counts
+from lm_seqs_dataset import LmSeqsDataset, read_token_counts
 from utils import InputError, keyed_seed, logger, one_line
 
 # --------------------------------------------------------------------------------------------------
@@ -148,35 +149,33 @@ class Reader:
     """Read files for one teacher, and digest their content."""
 
     kind: str
-    special: SpecialIds
+    special_ids: SpecialIds
     vocab_size: int
     vocabulary: str
+    max_length: int = 64
+    source: str = "the teacher"
 
     @classmethod
     def of(cls, world: World, kind: str) -> "Reader":
         """Make a reader with the world's teacher of a kind."""
-        tokenizer = load_tokenizer(kind, str(world.teachers[kind]), "")
+        tokenizer = load_tokenizer(architecture_named(kind), str(world.teachers[kind]), "")
         size = max(tokenizer.get_vocab().values()) + 1
         return cls(
             kind,
-            SpecialIds(**special_ids(kind, tokenizer)),
+            special_ids(architecture_named(kind), tokenizer),
             size,
             vocabulary_fingerprint(tokenizer),
         )
 
     def tokens(self, path: Path) -> str:
         """Read every sequence of a token file."""
-        dataset = LmSeqsDataset.from_file(
-            path, self.special, 64, self.vocab_size, "the teacher", self.vocabulary
-        )
+        dataset = LmSeqsDataset.from_file(path, self)
         token_ids_BT, lengths_B = dataset.collate(np.arange(len(dataset)))
         return digest(token_ids_BT.numpy().tobytes() + lengths_B.numpy().tobytes())
 
     def counts(self, path: Path) -> str:
         """Read token counts."""
-        return digest(
-            read_token_counts(path, self.vocab_size, "the teacher", self.vocabulary).tobytes()
-        )
+        return digest(read_token_counts(path, self).tobytes())
 
 
 def read_checkpoint(path: Path) -> str:
@@ -539,7 +538,7 @@ def settle_card(path: Path) -> None:
 def weight_targets(folder: Path, world: World) -> Iterator[Target]:
     """Write first weights in three formats, and the student's configuration."""
     config = read_student_config("distilbert", world.config("bert"))
-    student = build_student("distilbert", config)
+    student = build_network(architecture_named("distilbert"), config)
     state = torch.load(world.first_weights("bert"), weights_only=True)
     torch.save(state, folder / "first.pth")
     torch.save(state, folder / "first.old.pth", _use_new_zipfile_serialization=False)

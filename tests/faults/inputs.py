@@ -30,7 +30,7 @@ import hypothesis
 import numpy as np
 from faults.forked import end_of, fork_program
 from hypothesis import strategies as st
-from stand_ins import POSITIONS, ROOT
+from stand_ins import POSITIONS, ROOT, model_facts
 
 import binarized_data
 import extract
@@ -40,9 +40,10 @@ import prepare_text
 import token_counts
 import train
 from distil.data.token_files import MIN_LENGTH, open_token_file
+from distil.models.architectures import architecture_named
 from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
 from grouped_batch_sampler import GroupedBatchSampler, Update
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds
+from lm_seqs_dataset import LmSeqsDataset
 from utils import InputError, one_line, run_program
 
 KINDS = ("bert", "roberta", "gpt2")
@@ -1037,8 +1038,8 @@ def corpora(bench) -> None:
 
 def tokenizer_facts(kind: str, name: str) -> dict:
     """Return the facts of a tokenizer with which training opens a token file."""
-    tokenizer = load_tokenizer(kind, name, "--teacher_name")
-    special = SpecialIds(**special_ids(kind, tokenizer))
+    tokenizer = load_tokenizer(architecture_named(kind), name, "--teacher_name")
+    special = special_ids(architecture_named(kind), tokenizer)
     return {
         "special": special,
         "vocab_size": len(tokenizer),
@@ -1115,14 +1116,14 @@ def check_tokens(corpus: Corpus, written: str, facts: dict) -> None:
         "an id outside the vocabulary"
     )
     try:
-        dataset = LmSeqsDataset.from_file(
-            written,
-            facts["special"],
-            POSITIONS,
+        teacher = model_facts(
             facts["vocab_size"],
             "--teacher_name t",
+            facts["special"],
+            POSITIONS,
             facts["vocabulary"],
         )
+        dataset = LmSeqsDataset.from_file(written, teacher)
     except InputError as error:
         assert written in str(error) and "\n" not in str(error), f"the file is not named: {error}"
         return

@@ -68,7 +68,7 @@ MISTAKES = [
     ),
     Mistake(
         "the first update after a resume has a new optimizer's learning rate",
-        "distiller.py",
+        "distil/training/state.py",
         'group["lr"] = rate',
         'group.setdefault("lr", rate)',
         GOES_ON,
@@ -118,22 +118,22 @@ MISTAKES = [
     ),
     Mistake(
         "a resume forgets the optimizer's moments: they go into a copy",
-        "distiller.py",
-        "self.optimizer.state[parameters[name]][kind] =",
-        "dict(self.optimizer.state[parameters[name]])[kind] =",
+        "distil/training/state.py",
+        "optimizer.state[parameter][kind] =",
+        "dict(optimizer.state[parameter])[kind] =",
         GOES_ON,
     ),
     Mistake(
         "a checkpoint counts the micro-batches before its last update: a resume does that one"
         " again",
-        "train.py",
-        "self.micro_batches = update.planned[-1].number + 1",
-        "self.micro_batches = update.planned[0].number",
+        "distil/training/progress.py",
+        "self.micro_batches = planned[-1].number + 1",
+        "self.micro_batches = planned[0].number",
         GOES_ON,
     ),
     Mistake(
         "a resume leaves in the log what came after the checkpoint: points are there twice",
-        "train.py",
+        "distil/training/log.py",
         "            os.truncate(file, size)\n",
         "            continue\n",
         f"{RESUME}::test_a_run_that_died_goes_on_from_its_last_checkpoint",

@@ -33,6 +33,7 @@ import prepare_text
 import token_counts
 import train
 from distil.data.cards import read_card, write_card
+from distil.models.architectures import architecture_named as row
 from distil.models.tokenizers import load_tokenizer, vocabulary_fingerprint
 from distil.system.signals import exit_on_sigterm
 from distil.training import checkpointing
@@ -177,7 +178,7 @@ def fingerprints(*names: str) -> Callable[[Mix], list[str]]:
 
     def expect(mix: Mix) -> list[str]:
         card = json.loads(Path(f"{mix.changes[names[0]]}.json").read_text())
-        tokenizer = load_tokenizer(mix.kind, str(mix.world.teachers[mix.kind]), "")
+        tokenizer = load_tokenizer(row(mix.kind), str(mix.world.teachers[mix.kind]), "")
         return [card["tokenizer"]["vocabulary_sha256"][:12], vocabulary_fingerprint(tokenizer)[:12]]
 
     return expect

@@ -303,8 +303,8 @@ class Counted(Pipe):
         self.slow_s = slow_s
 
     def plant(self, rank: int) -> None:
-        """Wrap Distiller.begin_step in this process."""
-        kept = train.Distiller.begin_step
+        """Wrap Distiller.launch in this process."""
+        kept = train.Distiller.launch
 
         def step(distiller, *arguments, **options):
             if rank == 0:
@@ -312,7 +312,7 @@ class Counted(Pipe):
             time.sleep(self.slow_s)
             return kept(distiller, *arguments, **options)
 
-        train.Distiller.begin_step = step
+        train.Distiller.launch = step
 
 
 def terminated(bench) -> None:
@@ -446,8 +446,8 @@ def require_finite_files(bench, run: Path) -> None:
 
 
 def poison_step(poison: Callable, update: int) -> None:
-    """Wrap Distiller.begin_step to call `poison` at one update; report weights changed by then."""
-    kept, calls = train.Distiller.begin_step, []
+    """Wrap Distiller.launch to call `poison` at one update; report weights changed by then."""
+    kept, calls = train.Distiller.launch, []
 
     def step(distiller, *arguments, **options):
         calls.append(1)
@@ -463,7 +463,7 @@ def poison_step(poison: Callable, update: int) -> None:
             print("unchanged" if same else "CHANGED", file=sys.stderr, flush=True)
             raise
 
-    train.Distiller.begin_step = step
+    train.Distiller.launch = step
 
 
 def poison_teacher(bench, update: int, rank: int, value: float) -> Callable[[int], None]:

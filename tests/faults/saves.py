@@ -27,7 +27,7 @@ from faults.forked import end_of
 
 import train
 from distil.system import locks
-from distil.training import checkpointing
+from distil.training import checkpointing, log, run_folder
 from utils import InputError, logger
 
 STRACE = "/usr/bin/strace"
@@ -818,7 +818,7 @@ def resume_from_the_one_before(
     mode = bench.rng.choice([["--resume"], ["--resume", "auto"], ["--force", "--resume"]])
     ended = in_child(training([*flags, *mode]), bench.folder / "log")
     newest, before = paths
-    told = f"skipped the checkpoint {newest.name}: ", f"Going on from {before}: "
+    told = f"skipped the checkpoint {newest.name}: ", f"Resuming from {before}: "
     if ended.status != 0 or not all(text in ended.text for text in told):
         bench.fail(f"{done.what}, {mode}: expected {told}, got {ended}")
     elif not any(told[0] in line and done.named in line for line in ended.text.splitlines()):
@@ -1032,11 +1032,11 @@ MOMENTS = [
     (train.RunFolder, "save_checkpoint", 6),
     (train.RunFolder, "save_epoch", 2),
     (train.RunFolder, "finish", 1),
-    (train.RunFolder, "_log_bytes", 6),
-    (train.Progress, "log", 5),
-    (train.Distiller, "begin_step", 10),
-    (train.checkpointing, "write", 6),
-    (train, "save_weights", 8),
+    (log.Log, "flushed_sizes", 6),
+    (train.Progress, "take_scalars", 5),
+    (train.Distiller, "launch", 10),
+    (checkpointing, "write", 6),
+    (run_folder, "save_weights", 8),
 ]
 
 

@@ -26,7 +26,6 @@ from distil.data.batches import MlmPreparation, masking_weights, prepare_clm
 from distil.kernels import cpu
 from distil.kernels.cpu import LANES, TiedGradient, draw_kept, faster
 from distil.models.forward import recompute_activations
-from distil.models.heads import head_parameters, prediction_head
 from distil.models.language_model import freeze_embeddings
 from distiller import DistillationModel, Distiller
 
@@ -905,14 +904,11 @@ def gradients(kind: str, student: nn.Module, **options) -> dict[str, torch.Tenso
         .requires_grad_(False)
     )
     alphas = {"ce": 5.0, own: 2.0, "cos": 1.0}
-    model = DistillationModel(
-        student, prediction_head(student), head_parameters(student), alphas, 2.0
-    )
+    model = DistillationModel(student, alphas, 2.0)
     optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
     step = Distiller(
         model,
         teacher,
-        prediction_head(teacher),
         optimizer,
         None,
         max_grad_norm=1e9,

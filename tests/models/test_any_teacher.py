@@ -13,7 +13,7 @@ import pytest
 import torch
 import transformers
 from conftest import run_process
-from stand_ins import ROOT
+from stand_ins import ROOT, model_facts
 
 import binarized_data
 import extract
@@ -22,7 +22,8 @@ import train
 from distil.data.batches import MlmPreparation, prepare_clm
 from distil.evaluation import evaluate
 from distil.models import heads, tokenizers
-from lm_seqs_dataset import LmSeqsDataset, SpecialIds
+from distil.models.architectures import architecture_named as row
+from lm_seqs_dataset import LmSeqsDataset
 
 FAMILIES = [(name, True) for name in families.MASKED] + [(name, False) for name in families.CAUSAL]
 
@@ -85,10 +86,12 @@ def held_out_kl(student_folder: Path, teacher_folder: Path, data: Path, is_maske
         auto_class(is_masked).from_pretrained(folder).eval()
         for folder in (teacher_folder, student_folder)
     )
-    kind = tokenizers.tokenizer_type("auto", str(teacher_folder))
-    tokenizer = tokenizers.load_tokenizer(kind, str(teacher_folder), "--teacher")
-    special = SpecialIds(**tokenizers.special_ids(kind, tokenizer))
-    dataset = LmSeqsDataset.from_file(data, special, 64, teacher.config.vocab_size, "the teacher")
+    kind = tokenizers.resolve_tokenizer("auto", str(teacher_folder))
+    tokenizer = tokenizers.load_tokenizer(row(kind), str(teacher_folder), "--teacher")
+    special = tokenizers.special_ids(row(kind), tokenizer)
+    dataset = LmSeqsDataset.from_file(
+        data, model_facts(teacher.config.vocab_size, "the teacher", special)
+    )
     weights_V = torch.ones(teacher.config.vocab_size)
     prepare = (
         MlmPreparation(weights_V, tokenizer.mask_token_id, 0.15, 0.8, 0.1, 0.1, False, 0)

@@ -15,12 +15,15 @@ import transformers
 from conftest import load_golden, run_process
 from stand_ins import LAYERS, ROOT, make_model, save_tokenizer
 
+from distil.data.token_files import SpecialIds
 from distil.models.architectures import ARCHITECTURES
+from distil.models.architectures import architecture_named as row
 from distil.models.first_weights import evenly_spaced_layers, extract_student, load_student_weights
 from distil.models.hub import short_name
 from distil.models.language_model import (
-    build_student,
-    load_teacher,
+    build_network,
+    load_language_model,
+    load_network,
     max_input_length,
     read_student_config,
 )
@@ -58,8 +61,8 @@ def extracted(teacher, layers, tmp_path, **options):
     student_type = STUDENTS[teacher.config.model_type]
     path = tmp_path / "first.pth"
     torch.save(extract_student(teacher, student_type, layers, **options), path)
-    student = build_student(student_type, as_student_config(teacher, len(layers), tmp_path))
-    load_student_weights(student, student_type, str(path))
+    student = build_network(row(student_type), as_student_config(teacher, len(layers), tmp_path))
+    load_student_weights(student, row(student_type), str(path))
     return student.eval()
 
 
@@ -142,7 +145,7 @@ def test_shipped_configurations_have_the_papers_sizes(name):
     config = read_student_config(kind, str(ROOT / "training_configs" / f"{name}.json"))
     with torch.device("meta"):
         base = transformers.AutoModel.from_config(config)
-        whole = build_student(kind, config)
+        whole = build_network(row(kind), config)
     num = sum(parameter.numel() for parameter in base.parameters())
     assert num / 1e6 == pytest.approx(
         millions, abs=0.006 if name != "distilbert-base-german-cased" else 0.06
@@ -207,10 +210,10 @@ def test_first_weights_that_do_not_fit_are_named_and_not_loaded(break_it, tmp_pa
     state = extract_student(teacher, "distilbert", [0, 3], vocab_transform=True)
     break_it(state)
     torch.save(state, tmp_path / "first.pth")
-    student = build_student("distilbert", as_student_config(teacher, 2, tmp_path))
+    student = build_network(row("distilbert"), as_student_config(teacher, 2, tmp_path))
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
     with pytest.raises(InputError, match=BREAKS[break_it]) as caught:
-        load_student_weights(student, "distilbert", str(tmp_path / "first.pth"))
+        load_student_weights(student, row("distilbert"), str(tmp_path / "first.pth"))
     assert "first.pth" in str(caught.value)
     assert all(torch.equal(tensor, before[name]) for name, tensor in student.state_dict().items())
 
@@ -218,8 +221,8 @@ def test_first_weights_that_do_not_fit_are_named_and_not_loaded(break_it, tmp_pa
 def test_an_absent_head_transform_is_a_warning_only(tmp_path, caplog):
     teacher = make_model("roberta", VOCAB)
     torch.save(extract_student(teacher, "roberta", [0, 3]), tmp_path / "first.pth")
-    student = build_student("roberta", as_student_config(teacher, 2, tmp_path))
-    load_student_weights(student, "roberta", str(tmp_path / "first.pth"))
+    student = build_network(row("roberta"), as_student_config(teacher, 2, tmp_path))
+    load_student_weights(student, row("roberta"), str(tmp_path / "first.pth"))
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
     assert (
         len(warnings) == 1
@@ -235,8 +238,8 @@ def test_gpt2s_old_causal_buffers_are_passed_over(tmp_path, caplog):
         state[f"transformer.h.{layer}.attn.bias"] = torch.ones(1, 1, 8, 8).tril()
         state[f"transformer.h.{layer}.attn.masked_bias"] = torch.tensor(-1e4)
     torch.save(state, tmp_path / "first.pth")
-    student = build_student("gpt2", as_student_config(teacher, 2, tmp_path))
-    load_student_weights(student, "gpt2", str(tmp_path / "first.pth"))
+    student = build_network(row("gpt2"), as_student_config(teacher, 2, tmp_path))
+    load_student_weights(student, row("gpt2"), str(tmp_path / "first.pth"))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
@@ -245,10 +248,10 @@ def test_given_positions_win_over_the_sinusoid(tmp_path):
     torch.save(extract_student(teacher, "distilbert", [0, 3]), tmp_path / "first.pth")
     config = as_student_config(teacher, 2, tmp_path)
     config.sinusoidal_pos_embds = True
-    student = build_student("distilbert", config)
+    student = build_network(row("distilbert"), config)
     sinusoid = student.distilbert.embeddings.position_embeddings.weight.clone()
     assert sinusoid[3, :2].tolist() == pytest.approx([0.1411, -0.9900], abs=1e-4)  # sin 3, cos 3
-    load_student_weights(student, "distilbert", str(tmp_path / "first.pth"))
+    load_student_weights(student, row("distilbert"), str(tmp_path / "first.pth"))
     given = student.distilbert.embeddings.position_embeddings.weight
     assert torch.equal(given, teacher.bert.embeddings.position_embeddings.weight)
 
@@ -257,9 +260,11 @@ def test_given_positions_win_over_the_sinusoid(tmp_path):
 def test_a_file_that_is_no_state_dict_is_named(content, tmp_path):
     path = tmp_path / "first.pth"
     path.write_bytes(content)
-    student = build_student("distilbert", as_student_config(make_model("bert", VOCAB), 2, tmp_path))
+    student = build_network(
+        row("distilbert"), as_student_config(make_model("bert", VOCAB), 2, tmp_path)
+    )
     with pytest.raises(InputError, match="first.pth"):
-        load_student_weights(student, "distilbert", str(path))
+        load_student_weights(student, row("distilbert"), str(path))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -270,7 +275,7 @@ def test_a_file_that_is_no_state_dict_is_named(content, tmp_path):
 def test_a_teacher_without_its_prediction_head_is_refused(tmp_path):
     make_model("bert", VOCAB).bert.save_pretrained(tmp_path / "base")
     with pytest.raises(InputError, match="has no weights for .*cls.predictions"):
-        load_teacher("bert", str(tmp_path / "base"))
+        load_network(row("bert"), str(tmp_path / "base"), "--teacher_name")
 
 
 def as_on_the_hub(kind: str, state: dict) -> dict:
@@ -304,21 +309,26 @@ def test_teachers_in_the_form_in_which_the_hub_has_them(kind, tmp_path):
     teacher.config.save_pretrained(tmp_path)
     torch.save(as_on_the_hub(kind, teacher.state_dict()), tmp_path / "pytorch_model.bin")
     ids = torch.arange(5, 25)[None]
-    assert torch.equal(load_teacher(kind, str(tmp_path))(ids).logits, teacher(ids).logits)
+    assert torch.equal(
+        load_network(row(kind), str(tmp_path), "--teacher_name")(ids).logits,
+        teacher(ids).logits,
+    )
 
 
 def test_a_teacher_of_another_type_is_refused(teachers):
     with pytest.raises(InputError, match="is a gpt2 model, expected bert"):
-        load_teacher("bert", str(teachers["gpt2"]))
+        load_network(row("bert"), str(teachers["gpt2"]), "--teacher_name")
 
 
 def test_a_half_precision_teacher_is_loaded_in_float32(tmp_path):
     make_model("bert", VOCAB).half().save_pretrained(tmp_path / "half")
-    assert load_teacher("bert", str(tmp_path / "half")).dtype == torch.float32
+    assert (
+        load_network(row("bert"), str(tmp_path / "half"), "--teacher_name").dtype == torch.float32
+    )
 
 
 def test_a_teacher_does_not_train(teachers):
-    teacher = load_teacher("bert", str(teachers["bert"]))
+    teacher = load_language_model(row("bert"), str(teachers["bert"]), "--teacher_name").network
     assert not teacher.training and not any(
         parameter.requires_grad for parameter in teacher.parameters()
     )
@@ -328,10 +338,10 @@ def test_a_teacher_does_not_train(teachers):
 @pytest.mark.parametrize("wrong", STUDENTS)
 def test_a_tokenizer_of_another_type_is_refused(kind, wrong, teachers):
     if kind == wrong:
-        assert len(load_tokenizer(kind, str(teachers[kind]), "--tokenizer_name")) > 100
+        assert len(load_tokenizer(row(kind), str(teachers[kind]), "--tokenizer_name")) > 100
     else:
         with pytest.raises(InputError, match=f"--tokenizer_name .*{wrong}"):
-            load_tokenizer(wrong, str(teachers[kind]), "--tokenizer_name")
+            load_tokenizer(row(wrong), str(teachers[kind]), "--tokenizer_name")
 
 
 @pytest.mark.parametrize("kind", STUDENTS)
@@ -341,10 +351,10 @@ def test_bare_vocabularies_of_another_type_are_refused(kind, teachers, tmp_path)
         shutil.copytree(teachers[kind], folder)
         (folder / "tokenizer_config.json").unlink()  # nothing declares the type any more
         if other == kind:
-            load_tokenizer(other, str(folder), "--tokenizer_name")
+            load_tokenizer(row(other), str(folder), "--tokenizer_name")
         else:
             with pytest.raises(InputError, match="--tokenizer_name"):
-                load_tokenizer(other, str(folder), "--tokenizer_name")
+                load_tokenizer(row(other), str(folder), "--tokenizer_name")
 
 
 def test_a_vocabulary_of_robertas_is_no_gpt2s_though_it_holds_its_boundary_token(
@@ -357,12 +367,12 @@ def test_a_vocabulary_of_robertas_is_no_gpt2s_though_it_holds_its_boundary_token
     content["model"]["vocab"]["<|endoftext|>"] = len(content["model"]["vocab"])
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="its vocabulary has <mask>"):
-        load_tokenizer("gpt2", str(tmp_path / "both"), "--tokenizer_name")
+        load_tokenizer(row("gpt2"), str(tmp_path / "both"), "--tokenizer_name")
 
 
 def test_an_empty_folder_is_no_tokenizer(tmp_path):
     with pytest.raises(InputError, match="has neither tokenizer.json nor vocab.txt"):
-        load_tokenizer("bert", str(tmp_path), "--tokenizer_name")
+        load_tokenizer(row("bert"), str(tmp_path), "--tokenizer_name")
 
 
 @pytest.mark.parametrize("lowercase", [True, False])
@@ -374,39 +384,33 @@ def test_a_bare_vocabulary_is_lower_cased_only_without_capitals(lowercase, text_
     (bare / "vocab.txt").write_text(
         "\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf-8"
     )
-    declared = load_tokenizer("bert", str(tmp_path), "--tokenizer_name")
-    found = load_tokenizer("bert", str(bare), "--tokenizer_name")
+    declared = load_tokenizer(row("bert"), str(tmp_path), "--tokenizer_name")
+    found = load_tokenizer(row("bert"), str(bare), "--tokenizer_name")
     assert found.encode("Dake Fi go") == declared.encode("Dake Fi go")
     assert (found.encode("Da") == found.encode("da")) == lowercase
-    forced = load_tokenizer("bert", str(bare), "--tokenizer_name", do_lower_case=True)
+    forced = load_tokenizer(row("bert"), str(bare), "--tokenizer_name", do_lower_case=True)
     assert forced.encode("DA") == forced.encode("da")
 
 
 def test_roles_of_special_tokens(teachers):
-    bert = load_tokenizer("bert", str(teachers["bert"]), "")
-    assert special_ids("bert", bert) == {
-        "start": bert.cls_token_id,
-        "end": bert.sep_token_id,
-        "pad": bert.pad_token_id,
-        "unknown": bert.unk_token_id,
-    }
-    gpt2 = load_tokenizer("gpt2", str(teachers["gpt2"]), "")
-    assert special_ids("gpt2", gpt2) == dict.fromkeys(
-        ["start", "end", "pad", "unknown"], gpt2.bos_token_id
-    )
+    bert = load_tokenizer(row("bert"), str(teachers["bert"]), "")
+    ids = (bert.cls_token_id, bert.sep_token_id, bert.pad_token_id, bert.unk_token_id)
+    assert special_ids(row("bert"), bert) == SpecialIds(*ids)
+    gpt2 = load_tokenizer(row("gpt2"), str(teachers["gpt2"]), "")
+    assert special_ids(row("gpt2"), gpt2) == SpecialIds(*[gpt2.bos_token_id] * 4)
 
 
 def test_the_longest_input_is_the_smaller_of_tokenizer_and_positions(teachers):
     for kind, reserved in (("bert", 0), ("roberta", 2), ("gpt2", 0)):
-        tokenizer = load_tokenizer(kind, str(teachers[kind]), "")
+        tokenizer = load_tokenizer(row(kind), str(teachers[kind]), "")
         config = make_model(kind, VOCAB).config
         assert (
-            max_input_length(kind, tokenizer, config)
+            max_input_length(row(kind), tokenizer, config)
             == config.max_position_embeddings - reserved
             == 64
         )
         tokenizer.model_max_length = 20
-        assert max_input_length(kind, tokenizer, config) == 20
+        assert max_input_length(row(kind), tokenizer, config) == 20
 
 
 def test_short_names():
@@ -461,7 +465,7 @@ def test_real_vocabularies_give_the_ids_of_2019(name, tmp_path):
 
 def test_a_vocabulary_is_the_same_in_every_process(text_file):
     program = (
-        "from distil.models.architectures import train_word_pieces;"
+        "from distil.models.tokenizers import train_word_pieces;"
         f" print(sorted(train_word_pieces({str(text_file)!r}, 200).items()))"
     )
     printed = {run_process(sys.executable, "-c", program, cwd=ROOT).stdout for _ in range(3)}

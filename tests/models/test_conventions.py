@@ -105,13 +105,7 @@ def test_a_padded_batch_gives_the_losses_of_its_sequences_one_by_one(model_type,
     ids_BT = ids_of(teacher, 3, 14)
     ids_BT[torch.arange(14) >= torch.tensor(lengths)[:, None]] = pad
     losses = {"ce": 1.0, "cos": 1.0, **({"mlm": 1.0} if is_masked else {"clm": 1.0})}
-    model = DistillationModel(
-        student,
-        heads.prediction_head(student),
-        heads.head_parameters(student),
-        losses,
-        2.0,
-    )
+    model = DistillationModel(student, losses, 2.0)
     teacher_head = heads.prediction_head(teacher)
 
     def sums(ids_BT, lengths) -> torch.Tensor:
@@ -189,7 +183,7 @@ def test_deeper_students_of_a_large_teacher():
 
 
 def found_out(model_type: str, is_masked: bool):
-    return language_model.find_out(
+    return language_model.resolve_architecture(
         transformers.AutoConfig.for_model(model_type), is_masked, "--teacher x"
     )
 
@@ -313,7 +307,7 @@ def outcome_of(model_type: str, is_masked: bool) -> str:
     except Exception:  # sizes that go together with no tiny one
         return "not built"
     try:
-        row = language_model.find_out(model.config, is_masked, model_type)
+        row = language_model.resolve_architecture(model.config, is_masked, model_type)
         conventions.check_conventions(model, is_masked, model_type)
         student = first_weights.student_of_layers(model, [0, families.NUM_LAYERS - 1], model_type)
         whole = first_weights.student_of_layers(model, range(families.NUM_LAYERS), model_type)

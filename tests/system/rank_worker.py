@@ -16,31 +16,41 @@ import train
 import utils
 from distil.system.launch import start_runtime
 
-build_student, load_teacher = train.build_student, train.load_teacher
+make_student, load_teacher = train.make_student, train.load_teacher
+
+
+def doubled(make):
+    """Make a language model in float64."""
+
+    def made(*arguments):
+        model = make(*arguments)
+        model.network.double()
+        return model
+
+    return made
 
 
 def main() -> None:
     output, flags = sys.argv[1], sys.argv[2:]
-    train.build_student = lambda *arguments: build_student(*arguments).double()
-    train.load_teacher = lambda *arguments: load_teacher(*arguments).double()
+    train.make_student, train.load_teacher = doubled(make_student), doubled(load_teacher)
     config = train.parse_config(flags)
     runtime = start_runtime(config.n_gpu, config.local_rank)
-    parts = train.set_up(config, runtime)
-    num_reductions = count_reductions(parts.distiller)
+    trainer = train.set_up(config, runtime)
+    num_reductions = count_reductions(trainer.distiller)
     accumulation = config.gradient_accumulation_steps
     grads, numbers = [], []
-    for update in parts.sampler.updates(
-        parts.num_micro_batches, accumulation, runtime.rank, runtime.world_size
+    for update in trainer.sampler.updates(
+        trainer.num_micro_batches, accumulation, runtime.rank, runtime.world_size
     ):
-        parts.distiller.optimizer.zero_grad()
+        trainer.distiller.optimizer.zero_grad()
         planned = [batch.number for batch in update.planned]
-        losses_MK = parts.distiller.accumulate(
-            train.prepared_batches(parts, update.mine), planned, len(update.mine)
+        losses_MK = trainer.distiller.accumulate(
+            trainer._prepared(update.mine), planned, len(update.mine)
         )
         grads.append(
             {
                 name: p.grad.clone()
-                for name, p in parts.student.named_parameters()
+                for name, p in trainer.student.network.named_parameters()
                 if p.grad is not None
             }
         )

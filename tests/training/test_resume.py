@@ -25,7 +25,7 @@ from distil.training import checkpointing
 
 def stop_after(monkeypatch, num_updates: int, number: int = signal.SIGTERM):
     """Have the process signal itself while its update `num_updates` is computed."""
-    kept, calls = train.Distiller.begin_step, []
+    kept, calls = train.Distiller.launch, []
 
     def step(self, *arguments, **options):
         calls.append(1)
@@ -34,7 +34,7 @@ def stop_after(monkeypatch, num_updates: int, number: int = signal.SIGTERM):
             time.sleep(0.2)  # the system gives it to a thread
         return kept(self, *arguments, **options)
 
-    monkeypatch.setattr(train.Distiller, "begin_step", step)
+    monkeypatch.setattr(train.Distiller, "launch", step)
 
 
 RUNS = {
@@ -165,7 +165,7 @@ def test_the_plain_checkpoint_follows_the_one_gone_on_from(world, stopped, tmp_p
     weights = (run / "checkpoint.pth").read_bytes()
     (run / "checkpoint.pth").write_bytes(b"of an earlier update")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train, "fit", lambda *arguments: sys.exit(9))
+        patch.setattr(train.Trainer, "fit", lambda *arguments: sys.exit(9))
         with pytest.raises(SystemExit):
             train.main([*world.flags("bert", run, **SHORT), "--resume"])
     assert (run / "checkpoint.pth").read_bytes() == weights
@@ -300,7 +300,7 @@ def test_damaged_checkpoints_are_skipped_and_never_started_over(
         patch.setattr(train.logger, "handlers", [])
         train.main(flags)
     assert re.search("skipped the checkpoint step-00000002: .*student.safetensors", caplog.text)
-    assert "Going on from" in caplog.text and "step-00000000: 0 updates" in caplog.text
+    assert "Resuming from" in caplog.text and "step-00000000: 0 updates" in caplog.text
     for path in checkpointing.exist(run / "checkpoints"):
         (path / "state.json").unlink()
     before = contents(run)
@@ -323,14 +323,14 @@ def test_two_runs_do_not_share_a_folder(world, stopped, tmp_path, status_and_err
 
 
 def test_nothing_that_is_not_finite_is_saved(world, tmp_path, monkeypatch, capfd):
-    kept = train.Distiller.begin_step
+    kept = train.Distiller.launch
 
     def step(self, *arguments, **options):
         report = kept(self, *arguments, **options)
         next(self.model.student.parameters()).data[0, 0] = float("inf")
         return report
 
-    monkeypatch.setattr(train.Distiller, "begin_step", step)
+    monkeypatch.setattr(train.Distiller, "launch", step)
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run", **SHORT, checkpoint_interval=1))
     assert end.value.code == train.EXIT_NON_FINITE

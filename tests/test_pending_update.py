@@ -14,13 +14,13 @@ from stand_ins import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import train
-from distil import losses
 from distil.data.batches import MlmPreparation, masking_weights, prepare_clm
+from distil.kernels import head as head_kernels
 from distil.models.forward import last_hidden_state
-from distil.models.heads import head_parameters, prediction_head
 from distil.training import checkpointing
 from distil.training.optimizer import make_moments
-from distiller import DistillationModel, Distiller, NonFiniteError
+from distil.training.post_mortem import NonFiniteError
+from distiller import DistillationModel, Distiller
 
 VOCAB, LENGTHS = 60, [[20, 20], [20, 13], [17, 12]]
 ALPHAS = {
@@ -52,16 +52,13 @@ def make_distiller(kind: str, waits: bool | None, device: str = "cpu", **options
     )
     teacher.requires_grad_(False)
     alphas = ALPHAS["gpt2" if kind == "gpt2" else "bert"]
-    model = DistillationModel(
-        student, prediction_head(student), head_parameters(student), alphas, 2.0
-    )
+    model = DistillationModel(student, alphas, 2.0)
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.01, fused=True)
     make_moments(optimizer)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
     return Distiller(
         model,
         teacher,
-        prediction_head(teacher),
         optimizer,
         schedule,
         max_grad_norm=1.0,
@@ -97,8 +94,7 @@ def test_updates_read_later_are_the_same_updates(kind, amp_dtype):
         distiller = make_distiller(kind, waits, amp_dtype=amp_dtype)
         batches = [distiller.ready(batch) for batch in make_batches(kind)]
         begun = [
-            distiller.begin_step([batch], [batch.number], 1, wants_statistics=True)
-            for batch in batches
+            distiller.launch([batch], [batch.number], 1, wants_statistics=True) for batch in batches
         ]
         found[waits] = [one.read() for one in begun], state(distiller), distiller.values()
     (first, first_state, first_values), (second, second_state, second_values) = found.values()
@@ -106,9 +102,9 @@ def test_updates_read_later_are_the_same_updates(kind, amp_dtype):
     assert first_values == second_values and first_values["schedule"]["last_epoch"] == 3
     for one, two in zip(first, second, strict=True):
         assert torch.equal(one.losses_MK, two.losses_MK)
-        assert (one.grad_norm, one.grad_statistics, one.num_asking) == (
+        assert (one.grad_norm, one.statistics, one.num_asking) == (
             two.grad_norm,
-            two.grad_statistics,
+            two.statistics,
             two.num_asking,
         )
 
@@ -124,14 +120,14 @@ def test_from_an_update_that_is_not_finite_on_none_is_applied_until_it_is_read(w
         kept = bias.detach().clone()
         bias.data[3] = float("inf")
         before["student/cls.predictions.bias"] = bias.detach().clone()
-        bad = distiller.begin_step([batches[1]], [1], 1)
+        bad = distiller.launch([batches[1]], [1], 1)
         bias.data.copy_(kept)
         before["student/cls.predictions.bias"] = kept
     else:
         handle = bias.register_hook(lambda gradient: gradient * float("nan"))
-        bad = distiller.begin_step([batches[1]], [1], 1)
+        bad = distiller.launch([batches[1]], [1], 1)
         handle.remove()
-    after = distiller.begin_step([batches[2]], [2], 1)
+    after = distiller.launch([batches[2]], [2], 1)
     assert_equal(before, state(distiller))
     with pytest.raises(
         NonFiniteError,
@@ -154,7 +150,7 @@ def test_who_must_wait_does(tmp_path):
     distiller = make_distiller("bert", False)
     sgd = torch.optim.SGD(distiller.model.parameters(), lr=0.1)
     again = Distiller(
-        distiller.model, distiller.teacher, None, sgd, None, max_grad_norm=1.0, seed=5, waits=False
+        distiller.model, distiller.teacher, sgd, None, max_grad_norm=1.0, seed=5, waits=False
     )
     assert again.waits, "this optimizer cannot leave an update out"
     assert not distiller.waits
@@ -213,15 +209,14 @@ def test_the_host_asks_the_device_nothing_during_an_update(kind, normalization, 
     """With batches that are ready: padded and not. A CPU's own shortcuts are off, for a GPU has
     them not.
     """
-    monkeypatch.setattr(
-        losses, "_compiled", lambda: head._joined_terms
-    )  # as it is before it is compiled
+    # As it is before it is compiled:
+    monkeypatch.setattr(head_kernels, "_compiled", lambda: head_kernels._fused_terms)
     distiller = make_distiller(kind, waits=False, normalization=normalization)
     distiller.has_cpu_kernels, distiller.model.compiles_head = False, head == "joined"
     batches = [distiller.ready(batch) for batch in make_batches(kind)]
-    distiller.begin_step(batches, [0, 1, 2], 3).read()
+    distiller.launch(batches, [0, 1, 2], 3).read()
     with Refusing():
-        begun = distiller.begin_step(batches, [0, 1, 2], 3)
+        begun = distiller.launch(batches, [0, 1, 2], 3)
     assert begun.read().grad_norm > 0
 
 
@@ -263,14 +258,14 @@ def reads_later(monkeypatch):
     """
     events = []
 
-    class ReadLater(train.BegunStep):
+    class ReadLater(train.PendingUpdate):
         def read(self):
             events.append(("read", self.number))
             return super().read()
 
     class Later(Distiller):
-        def begin_step(self, *arguments, **options):
-            begun = super().begin_step(*arguments, **options)
+        def launch(self, *arguments, **options):
+            begun = super().launch(*arguments, **options)
             later = ReadLater(begun._read)
             later.number = sum(kind == "begun" for kind, _ in events)
             events.append(("begun", later.number))
@@ -305,9 +300,9 @@ def test_a_stop_is_one_update_late_at_most_and_loses_nothing(
     world, tmp_path, reads_later, monkeypatch
 ):
     train.main(world.flags("bert", tmp_path / "whole", **FLAGS | {"checkpoint_interval": 8}))
-    kept, calls = train.Distiller.func.begin_step, []
+    kept, calls = train.Distiller.func.launch, []
 
-    def begin_step(self, *arguments, **options):
+    def launch(self, *arguments, **options):
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
@@ -315,7 +310,7 @@ def test_a_stop_is_one_update_late_at_most_and_loses_nothing(
         return kept(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
-        patch.setattr(train.Distiller.func, "begin_step", begin_step)
+        patch.setattr(train.Distiller.func, "launch", launch)
         with pytest.raises(SystemExit) as end:
             train.main(
                 world.flags("bert", tmp_path / "stopped", **FLAGS | {"checkpoint_interval": 8})
@@ -336,9 +331,9 @@ def test_a_stop_is_one_update_late_at_most_and_loses_nothing(
 def test_a_run_names_the_update_that_was_not_finite_not_the_one_after(
     update, world, tmp_path, reads_later, monkeypatch, capfd
 ):
-    kept, calls = train.Distiller.func.begin_step, []
+    kept, calls = train.Distiller.func.launch, []
 
-    def begin_step(self, *arguments, **options):
+    def launch(self, *arguments, **options):
         calls.append(1)
         bias = self.model.head.projection.bias
         handle = (
@@ -351,7 +346,7 @@ def test_a_run_names_the_update_that_was_not_finite_not_the_one_after(
             handle.remove()
         return begun
 
-    monkeypatch.setattr(train.Distiller.func, "begin_step", begin_step)
+    monkeypatch.setattr(train.Distiller.func, "launch", launch)
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run", **{**FLAGS, "checkpoint_interval": 2}))
     assert end.value.code == train.EXIT_NON_FINITE

@@ -1,0 +1,407 @@
+"""The configuration of a run: every flag of train.py, and what contradicts what.
+
+All problems are raised at once, a line each, with flag, value and remedy; nothing is loaded before.
+"""
+
+import argparse
+import dataclasses
+import math
+import os
+import typing
+
+import torch
+
+from distil.data.token_files import MIN_LENGTH, token_file_problem
+from distil.losses import LOSSES, NORMALIZATIONS
+from distil.models.architectures import ARCHITECTURES, AUTO, PAIRS
+from distil.system.files import file_problem
+from distil.system.launch import TIMEOUT_S, check_compiler, check_precision, is_another_rank
+from distil.training.options import add_options, bound_problems, option
+from distil.training.run_folder import dump_path_problem, resume_mode
+from utils import VERSION, OneLineParser, logger, raise_problems
+
+DESCRIPTION = (
+    "Distil a language model: flags, the loop, the wall clock and the run folder. See README.md."
+)
+STUDENT_TYPES = [*sorted({student for _, student in PAIRS}), AUTO]
+TEACHER_TYPES = [*sorted({teacher for teacher, _ in PAIRS}), AUTO]
+
+
+def add_alphas(parser: argparse.ArgumentParser) -> None:
+    """Add --alpha_NAME for each row of LOSSES."""
+    for name, loss in LOSSES.items():
+        parser.add_argument(
+            f"--alpha_{name}",
+            type=float,
+            default=loss.default_alpha,
+            metavar="X",
+            help=f"weight of the {loss.help} (default: {loss.default_alpha})",
+        )
+
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class TrainConfig:
+    """Every option of a run. Raises InputError that names all problems at once."""
+
+    force: bool = option(
+        "move an existing dump_path aside (to DUMP_PATH.old-TIME) instead of refusing it",
+        False,
+        resumable=True,
+    )
+    resume: str | None = option(
+        "go on from the newest valid checkpoint in DUMP_PATH; with auto, start anew where there is"
+        " none",
+        None,
+        choices=("required", "auto"),
+        bare="required",
+        resumable=True,
+    )
+    keep_checkpoints: int = option(
+        "checkpoints that stay, the newest",
+        3,
+        at_least=2,
+        why="for one may be damaged",
+        resumable=True,
+    )
+    dump_path: str = option("folder that receives log, checkpoints and the student", resumable=True)
+    data_file: str = option(
+        "token file made by scripts/binarized_data.py: a pickle, or a store by its prefix",
+        resumable=True,
+    )
+
+    student: str | None = option(
+        "a whole student made by scripts/extract.py --output, in place of the three flags below",
+        None,
+        resumable=True,
+    )
+    student_type: str = option("student's model type; auto: found out", AUTO, choices=STUDENT_TYPES)
+    student_config: str | None = option("student's configuration, JSON", None, resumable=True)
+    student_pretrained_weights: str | None = option(
+        "student's first weights: of scripts/extract*.py, or .safetensors", None, resumable=True
+    )
+    teacher_type: str = option("teacher's model type; auto: found out", AUTO, choices=TEACHER_TYPES)
+    teacher_name: str = option(
+        "teacher, hub name or local folder; its tokenizer is used", resumable=True
+    )
+    trust_remote_code: bool = option(
+        "run Python files that come with teacher or student, where they need them",
+        False,
+        resumable=True,
+    )
+
+    temperature: float = option(
+        "softmax temperature of the KL divergence", 2.0, above=0, at_most=1_000_000
+    )
+    alphas: dict[str, float] = dataclasses.field(
+        default_factory=lambda: {name: loss.default_alpha for name, loss in LOSSES.items()},
+        metadata={"add_to": add_alphas},
+    )
+    mlm: bool = option("masked-language modelling (default: causal)", False)
+    mlm_mask_prop: float = option(
+        "share of the real tokens to be predicted", 0.15, at_least=0, at_most=1
+    )
+    word_mask: float = option(
+        "share of predicted tokens that become [MASK]", 0.8, at_least=0, at_most=1
+    )
+    word_keep: float = option("share of predicted tokens that stay", 0.1, at_least=0, at_most=1)
+    word_rand: float = option(
+        "share of predicted tokens that become a random token", 0.1, at_least=0, at_most=1
+    )
+    mlm_smoothing: float = option(
+        "tokens are drawn for prediction with weight count ^ -MLM_SMOOTHING", 0.7, at_least=0
+    )
+    token_counts: str | None = option(
+        "token counts made by scripts/token_counts.py; needed with --mlm", None, resumable=True
+    )
+    restrict_ce_to_mask: bool = option(
+        "distil at masked positions only; without --mlm no effect", False
+    )
+    freeze_pos_embs: bool = option("keep the student's position embeddings as they are", False)
+    freeze_token_type_embds: bool = option(
+        "keep the student's token types as they are (roberta)", False
+    )
+
+    n_epoch: int = option("passes over the data", 3, at_least=1)
+    max_steps: int | None = option(
+        "number of updates, in place of N_EPOCH; the schedule spans them", None, at_least=1
+    )
+    max_length: int | None = option(
+        "longest sequence, in token ids; default: what the teacher admits",
+        None,
+        above=MIN_LENGTH,
+        why="for shorter sequences are removed",
+    )
+    batch_size: int = option("sequences a micro-batch, on each process", 5, at_least=1)
+    max_tokens: int | None = option(
+        "padded tokens a micro-batch, at the most, in place of BATCH_SIZE: long and short sequences"
+        " cost alike",
+        None,
+        at_least=1,
+    )
+    # Differs from the original: 2019's flag switched grouping off.
+    group_by_size: bool = option("make batches of sequences of like lengths", True)
+    gradient_accumulation_steps: int = option(
+        "micro-batches an update, on each process", 50, at_least=1, resumable=True
+    )
+    warmup_prop: float = option(
+        "share of the updates over which the learning rate rises", 0.05, at_least=0, at_most=1
+    )
+    weight_decay: float = option("weight decay, biases and layer norms excepted", 0.0, at_least=0)
+    learning_rate: float = option("highest learning rate", 5e-4, above=0, at_most=1000)
+    adam_epsilon: float = option("epsilon of AdamW", 1e-6, above=0)
+    max_grad_norm: float = option("the gradient's norm is clipped to this", 5.0, above=0)
+    initializer_range: float | None = option(
+        "standard deviation of random first weights; default: the student configuration's (0.02 in"
+        " those shipped)",
+        None,
+        above=0,
+        resumable=True,
+    )
+
+    loss_normalization: str = option(
+        "micro_batches: means over each micro-batch, then over the update's, as in 2019; tokens:"
+        " over the update's tokens",
+        "micro_batches",
+        choices=NORMALIZATIONS,
+    )
+
+    bf16: bool = option("mixed precision in bfloat16", False)
+    fp16: bool = option("mixed precision in float16, with a gradient scaler", False)
+    fp16_opt_level: str = option(
+        "accepted for old command lines, without effect: torch's own mixed precision is used",
+        "O1",
+        resumable=True,
+    )
+    activation_checkpointing: bool = option(
+        "compute the student's activations twice, to keep fewer of them", False, resumable=True
+    )
+    compile: bool = option(
+        "compile teacher and student (torch.compile): minutes at first, faster then",
+        False,
+        resumable=True,
+    )
+    n_gpu: int = option(
+        "GPUs over all processes, one a process; 0: CPU", 1, at_least=0, resumable=True
+    )
+    local_rank: int = option("given by old launchers; leave it alone", -1, resumable=True)
+    distributed_timeout_s: int = option(
+        "seconds that processes wait for each other before a missing one ends the run",
+        TIMEOUT_S,
+        at_least=1,
+        resumable=True,
+    )
+    seed: int = option("seed of order, masks, dropout and first weights", 56)
+    log_interval: int = option(
+        "micro-batches of one process between two logs to TensorBoard",
+        500,
+        at_least=1,
+        resumable=True,
+    )
+    checkpoint_interval: int = option(
+        "micro-batches of one process between two checkpoints", 4000, at_least=1, resumable=True
+    )
+    eval_data_file: str | None = option(
+        "token file of held-out text, made as DATA_FILE is: evaluated on fixed masks",
+        None,
+        resumable=True,
+    )
+    eval_interval: int | None = option(
+        "updates between two evaluations of EVAL_DATA_FILE; default: one, at the end",
+        None,
+        at_least=1,
+        resumable=True,
+    )
+
+    @property
+    def active(self) -> list[str]:
+        """The objectives that have a weight."""
+        return [name for name, alpha in self.alphas.items() if alpha > 0]
+
+    def __post_init__(self):
+        raise_problems(
+            [
+                *bound_problems(self),
+                *masking_problems(self),
+                *objective_problems(self),
+                *type_problems(self),
+                *path_problems(self),
+            ]
+        )
+
+
+def masking_problems(config: TrainConfig) -> list[str]:
+    """Check that the shares of what becomes of a predicted token add up to 1."""
+    total = config.word_mask + config.word_keep + config.word_rand
+    if abs(total - 1) <= 1e-6:
+        return []
+    return [f"--word_mask + --word_keep + --word_rand: their sum is {total:g}, expected 1"]
+
+
+def objective_problems(config: TrainConfig) -> list[str]:
+    """Say which objectives contradict each other or --mlm."""
+    alphas = config.alphas
+    problems = [
+        f"--alpha_{name} {alpha}: expected a finite number, 0 or more"
+        for name, alpha in alphas.items()
+        if not (math.isfinite(alpha) and alpha >= 0)
+    ]
+    mlm, clm = alphas["mlm"], alphas["clm"]
+    if config.mlm and not mlm > 0:
+        problems.append(
+            f"--mlm with --alpha_mlm {mlm}: expected --alpha_mlm above 0; set it, or leave"
+            " --mlm out"
+        )
+    if not config.mlm and mlm > 0:
+        problems.append(f"--alpha_mlm {mlm} without --mlm: add --mlm, or set --alpha_mlm 0")
+    if (mlm > 0) == (clm > 0):
+        problems.append(
+            f"--alpha_mlm {mlm} and --alpha_clm {clm}: expected exactly one above 0; set the other"
+            " to 0"
+        )
+    if not sum(alphas.values()) > 0:
+        problems.append(
+            f"{' '.join(f'--alpha_{name}' for name in alphas)}: their sum is not above 0; weigh an"
+            " objective"
+        )
+    if config.mlm and config.token_counts is None:
+        problems.append(
+            "--mlm without --token_counts: expected the file that scripts/token_counts.py makes;"
+            " name it"
+        )
+    if config.eval_interval is not None and config.eval_data_file is None:
+        problems.append(
+            f"--eval_interval {config.eval_interval} without --eval_data_file: name held-out text"
+            " to evaluate"
+        )
+    return problems
+
+
+def type_problems(config: TrainConfig) -> list[str]:
+    """Say why teacher, student and objective don't go together."""
+    student, teacher = config.student_type, config.teacher_type
+    problems = student_problems(config)
+    if AUTO not in (teacher, student) and (teacher, student) not in PAIRS:
+        known = ", ".join(f"{t} -> {s}" for t, s in PAIRS)
+        problems.append(
+            f"--teacher_type {teacher} with --student_type {student}: no such pair; expected one of"
+            f" {known}"
+        )
+    named = {
+        flag: kind
+        for flag, kind in (("--student_type", student), ("--teacher_type", teacher))
+        if kind != AUTO
+    }
+    for flag, model_type in named.items():
+        is_masked = ARCHITECTURES[model_type].is_masked
+        if config.mlm != is_masked:
+            kind = "masked" if is_masked else "causal"
+            remedy = (
+                "add --mlm, with --alpha_mlm above 0 and --alpha_clm 0"
+                if is_masked
+                else "leave --mlm out"
+            )
+            problems.append(
+                f"{flag} {model_type} {'with' if config.mlm else 'without'} --mlm: it is a {kind}"
+                f" model; {remedy}"
+            )
+    if config.bf16 and config.fp16:
+        problems.append("--bf16 and --fp16: two precisions; leave one of them out")
+    if config.max_tokens is not None and not config.group_by_size:
+        problems.append(
+            "--max_tokens with --no-group_by_size: the budget is planned by length; leave one of"
+            " them out"
+        )
+    if (
+        config.freeze_token_type_embds
+        and student != AUTO
+        and ARCHITECTURES[student].token_type_embeddings is None
+    ):
+        problems.append(
+            f"--freeze_token_type_embds with --student_type {student}: it has no token types; leave"
+            " it out"
+        )
+    return problems
+
+
+def student_problems(config: TrainConfig) -> list[str]:
+    """Say where the student is given twice, or not at all."""
+    if config.student is None:
+        missing = (
+            "--student, --student_config: neither is given; name a folder made by"
+            " scripts/extract.py --output, or a JSON"
+        )
+        return [missing] if config.student_config is None else []
+    others = ("student_config", "student_pretrained_weights", "initializer_range")
+    return [
+        f"--{name} {getattr(config, name)} with --student {config.student}: the folder holds"
+        " configuration and weights; leave one of them out"
+        for name in others
+        if getattr(config, name) is not None
+    ]
+
+
+def path_problems(config: TrainConfig) -> list[str]:
+    """Say which files are missing, and whether the run folder is in the way."""
+    files = {name: getattr(config, name) for name in INPUT_FILES}
+    checks = {"data_file": token_file_problem, "eval_data_file": token_file_problem}
+    problems = [
+        checks.get(name, file_problem)(path, f"--{name}")
+        for name, path in files.items()
+        if path is not None
+    ]
+    if not is_another_rank(os.environ):  # rank 0 writes, and may have made the folder already
+        problems.append(folder_problem(config))
+    return [problem for problem in problems if problem]
+
+
+def folder_problem(config: TrainConfig) -> str | None:
+    """Say why the run folder can't be made or moved aside: see `dump_path_problem`."""
+    inputs = [getattr(config, name) for name in INPUT_FILES]
+    inputs += [config.teacher_name, config.student]
+    mode = resume_mode(config.resume, config.dump_path)
+    return dump_path_problem(config.dump_path, config.force, mode, inputs)
+
+
+INPUT_FILES = (
+    "data_file",
+    "student_config",
+    "student_pretrained_weights",
+    "token_counts",
+    "eval_data_file",
+)
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Make the command line from TrainConfig's fields and the LOSSES table."""
+    parser = OneLineParser(prog="train.py", description=DESCRIPTION, allow_abbrev=False)
+    parser.add_argument("--version", action="version", version=f"distil {VERSION}")
+    add_options(parser, TrainConfig)
+    return parser
+
+
+def parse_config(argv: list[str] | None = None) -> TrainConfig:
+    """Read the command line. Raises InputError."""
+    values = vars(make_parser().parse_args(argv))
+    alphas = {name: values.pop(f"alpha_{name}") for name in LOSSES}
+    return TrainConfig(alphas=alphas, **values)
+
+
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Raise InputError where the device can't do what the flags ask; name flags without effect."""
+    if not config.mlm and config.restrict_ce_to_mask:
+        logger.warning("--restrict_ce_to_mask has no effect without --mlm.")
+    check_precision(device, config.bf16, config.fp16)
+    if config.compile:
+        check_compiler(device)
+    if config.fp16:
+        logger.info(
+            "--fp16: torch's own mixed precision; --fp16_opt_level %s has no effect.",
+            config.fp16_opt_level,
+        )
+
+
+def as_flags(config: TrainConfig) -> dict[str, typing.Any]:
+    """List every flag with its value, as parameters.json records it."""
+    values = dataclasses.asdict(config)
+    alphas = values.pop("alphas")
+    return {**values, **{f"alpha_{name}": alpha for name, alpha in alphas.items()}}

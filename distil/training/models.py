@@ -1,0 +1,103 @@
+"""The models of a run: the teacher; the student's configuration, first weights and frozen parts."""
+
+import os
+
+import torch
+
+from distil.losses import LOSSES
+from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
+from distil.models.checks import size_mismatches, tokenizer_problem
+from distil.models.first_weights import load_student_weights
+from distil.models.forward import recompute_activations
+from distil.models.hub import load_config
+from distil.models.language_model import (
+    LanguageModel,
+    build_network,
+    freeze_embeddings,
+    load_language_model,
+    load_network,
+    read_student_config,
+    resolve_architecture,
+    resolve_by_name,
+)
+from distil.models.tokenizers import load_tokenizer, vocabulary_difference
+from distil.training.config import TrainConfig
+from utils import InputError, keyed_seed, raise_problems
+
+TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
+
+
+def student_source(config: TrainConfig) -> str:
+    """Name the student in a message: its flag and path."""
+    if config.student is None:
+        return f"--student_config {config.student_config}"
+    return f"--student {config.student}"
+
+
+def find_student_config(config: TrainConfig):
+    """Load the student's configuration: the folder's, or the JSON. Raises InputError."""
+    if config.student is None:
+        given = config.student_type, config.student_config, config.initializer_range
+        return read_student_config(*given)
+    named = None if config.student_type == AUTO else config.student_type
+    return load_config(named, config.student, "--student", config.trust_remote_code)
+
+
+def load_teacher(config: TrainConfig) -> LanguageModel:
+    """Load the teacher with its tokenizer. Raises InputError."""
+    kind = config.teacher_type, config.mlm, config.trust_remote_code
+    architecture = resolve_by_name(config.teacher_name, "--teacher_name", *kind)
+    return load_language_model(architecture, config.teacher_name, "--teacher_name")
+
+
+def resolve_student(config: TrainConfig, student_config) -> Architecture:
+    """Resolve the student's architecture. Raises InputError."""
+    if config.student_type != AUTO:
+        return ARCHITECTURES[config.student_type]
+    source, trust = student_source(config), config.trust_remote_code
+    return resolve_architecture(student_config, config.mlm, source, trust)
+
+
+def check_models(
+    config: TrainConfig, architecture: Architecture, student_config, teacher: LanguageModel
+) -> None:
+    """Raise InputError, a line each, where student, teacher and tokenizer do not fit together."""
+    check_student_vocabulary(config, architecture, teacher.tokenizer)
+    needs_width = any(LOSSES[name].reads == "hidden" for name in config.active)
+    configs = student_config, teacher.network.config
+    sizes = size_mismatches(*configs, student_source(config), architecture, needs_width)
+    raise_problems([*sizes, tokenizer_problem(teacher)])
+
+
+def check_student_vocabulary(config: TrainConfig, architecture: Architecture, tokenizer) -> None:
+    """Raise InputError where the student's folder holds a tokenizer of another vocabulary."""
+    folder = config.student
+    if folder is None or not any(os.path.exists(f"{folder}/{file}") for file in TOKENIZER_FILES):
+        return
+    own = load_tokenizer(architecture, folder, "--student")
+    difference = vocabulary_difference(own, tokenizer)
+    if difference:
+        raise InputError(
+            f"--student {folder}: {difference}; a student has its teacher's vocabulary"
+        )
+
+
+def make_student(
+    config: TrainConfig, architecture: Architecture, student_config, tokenizer
+) -> LanguageModel:
+    """Load the student's folder, or build it at random from a seed and load its first weights.
+
+    Position embeddings and token types are frozen as the flags say.
+    """
+    torch.manual_seed(keyed_seed(config.seed, "student"))
+    if config.student is not None:
+        student = load_network(architecture, config.student, "--student")
+    else:
+        student = build_network(architecture, student_config, student_source(config))
+    if config.student_pretrained_weights is not None:
+        load_student_weights(student, architecture, config.student_pretrained_weights)
+    positions, token_types = config.freeze_pos_embs, config.freeze_token_type_embds
+    freeze_embeddings(student, architecture, positions=positions, token_types=token_types)
+    if config.activation_checkpointing:
+        recompute_activations(student, config.compile)
+    return LanguageModel(architecture, student, tokenizer, student_source(config))

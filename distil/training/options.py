@@ -1,0 +1,103 @@
+"""Options of a program, each declared once: help, default, choices, bounds; flags follow from them.
+
+`resumable` says that a resumed run may change the option: paths (whose content is compared), how
+often something happens and how, never what is computed.
+"""
+
+import argparse
+import dataclasses
+import math
+import typing
+
+UNSET = dataclasses.MISSING
+
+
+def option(
+    help: str,
+    default=UNSET,
+    *,
+    choices: typing.Sequence[str] | None = None,
+    bare: str | None = None,
+    at_least: float | None = None,
+    above: float | None = None,
+    at_most: float | None = None,
+    why: str = "",
+    resumable: bool = False,
+):
+    """Declare one flag of a dataclass; without a default it is required.
+
+    help: one line, with the unit. bare: its value where the flag is given without one.
+    at_least, above, at_most: bounds of a number; why: the reason for them, for the message.
+    """
+    bounds = {"at least": at_least, "above": above, "at most": at_most}
+    return dataclasses.field(
+        default=default,
+        metadata={
+            "help": help,
+            "choices": choices,
+            "bare": bare,
+            "bounds": {text: bound for text, bound in bounds.items() if bound is not None},
+            "why": why,
+            "resumable": resumable,
+        },
+    )
+
+
+def is_inside(value: float, bounds: typing.Mapping[str, float]) -> bool:
+    """Compare a number with the bounds of an option; NaN and infinity are outside of all."""
+    return (
+        math.isfinite(value)
+        and value >= bounds.get("at least", -math.inf)
+        and value > bounds.get("above", -math.inf)
+        and value <= bounds.get("at most", math.inf)
+    )
+
+
+def bound_problems(config) -> list[str]:
+    """List the options of a dataclass whose numbers are outside their bounds, a line each."""
+    problems = []
+    for field in dataclasses.fields(config):
+        bounds, value = field.metadata.get("bounds"), getattr(config, field.name)
+        if bounds and value is not None and not is_inside(value, bounds):
+            expected = ", ".join(f"{text} {bound:g}" for text, bound in bounds.items())
+            why = f", {field.metadata['why']}" if field.metadata["why"] else ""
+            problems.append(f"--{field.name} {value}: expected {expected}{why}")
+    return problems
+
+
+def resumable_options(config_class: type) -> set[str]:
+    """List the options that a resumed run may change."""
+    return {f.name for f in dataclasses.fields(config_class) if f.metadata.get("resumable")}
+
+
+def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
+    """Add a flag to the parser for each option of a dataclass, in its order."""
+    types = typing.get_type_hints(config_class)
+    for field in dataclasses.fields(config_class):
+        if "add_to" in field.metadata:
+            field.metadata["add_to"](parser)
+        else:
+            _add_option(parser, field, types[field.name])
+
+
+def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: type) -> None:
+    flags = [f"--{field.name}"] + (["--local-rank"] if field.name == "local_rank" else [])
+    options: dict[str, typing.Any] = {
+        "help": field.metadata["help"].replace("%", "%%"),
+        "dest": field.name,
+    }
+    if field.default is UNSET:
+        options["required"] = True
+    else:
+        options["default"] = field.default
+        if field.default is not None and field.default is not False:
+            options["help"] += f" (default: {field.default})"
+    if kind is bool:
+        options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+    else:
+        options["type"] = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
+        options["choices"] = field.metadata["choices"]
+        options["metavar"] = None if options["choices"] else options["type"].__name__.upper()
+        if field.metadata["bare"] is not None:
+            options |= {"nargs": "?", "const": field.metadata["bare"]}
+    parser.add_argument(*flags, **options)

@@ -1,0 +1,122 @@
+"""What is said and saved of an update that failed: a value that is not finite, or no memory."""
+
+import contextlib
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+
+from distil.data.batches import MicroBatch
+from distil.system.files import atomic_path
+from utils import RankError, one_line
+
+
+class NonFiniteError(RuntimeError):
+    """A loss, gradient or weight became NaN or infinite: no update was applied, nothing was saved.
+
+    numbers: the micro-batches in question. is_located: they are the culprits, not only suspects.
+    """
+
+    def __init__(self, message: str, numbers: Sequence[int] = (), is_located: bool = False):
+        super().__init__(message)
+        self.numbers, self.is_located = list(numbers), is_located
+
+
+def check_losses(losses_MK: torch.Tensor, names: Sequence[str], numbers: Sequence[int]) -> None:
+    """Raise NonFiniteError where a loss of a micro-batch is not finite.
+
+    losses_MK: the total in the first column, then one column for each objective of `names`.
+    """
+    wrong = (~torch.isfinite(losses_MK[:, 1:])).nonzero().tolist()
+    if wrong:
+        place, column = wrong[0]
+        value = losses_MK[place, column + 1].item()
+        raise NonFiniteError(
+            f"loss_{names[column]} became {value} in micro-batch {numbers[place]}; the update was"
+            " not applied",
+            sorted({numbers[row] for row, _ in wrong}),
+            is_located=True,
+        )
+
+
+def culprit_lines(
+    planned: Iterable, shares: Sequence[Iterable], found: Mapping[int, str]
+) -> list[str]:
+    """Describe the micro-batches found, number -> what is wrong: rank and sequences.
+
+    planned: the update's micro-batches; shares: those of each rank.
+    """
+    ranks = {batch.number: rank for rank, share in enumerate(shares) for batch in share}
+    lines = []
+    for batch in planned:
+        if batch.number in found:
+            what = f"micro-batch {batch.number}{found[batch.number] and ': '}{found[batch.number]}"
+            sequences = ", ".join(map(str, batch.sequences.tolist()))
+            lines.append(f"{what}, on rank {ranks[batch.number]}, sequences {sequences}")
+    return lines or ["computed again everything was finite: suspect the machine"]
+
+
+def explain(
+    error: NonFiniteError,
+    number: int,
+    planned: Sequence,
+    shares: Sequence[Iterable],
+    found: Mapping[int, str],
+    folder: Path,
+    prepare: Callable[[Iterable], Iterable[MicroBatch]],
+) -> NonFiniteError:
+    """Return the error with update, rank and sequences, its batches saved in the run folder.
+
+    found: number -> what is wrong; prepare: makes planned micro-batches as they went into models.
+    """
+    lines = [f"update {number}: {error}", *culprit_lines(planned, shares, found)]
+    culprits = [batch for batch in planned if batch.number in (found or error.numbers)]
+    path = folder / f"nonfinite-step-{number}.safetensors"
+    sequences = [batch.sequences for batch in culprits]
+    try:
+        save_batches(path, prepare(culprits), sequences, "; ".join(lines))
+        lines.append(f"the batch is in {path}")
+    except OSError as problem:
+        lines.append(f"the batch could not be saved ({one_line(problem)})")
+    return NonFiniteError("; ".join(lines), error.numbers, error.is_located)
+
+
+def save_batches(
+    path: Path, batches: Iterable[MicroBatch], sequences: Iterable[np.ndarray], message: str
+) -> None:
+    """Save micro-batches as they went into the models, with the numbers of their sequences."""
+    tensors = {}
+    for batch, numbers in zip(batches, sequences, strict=True):
+        content = {
+            "input_ids": batch.input_ids_BT,
+            "labels": batch.labels_BT,
+            "attention_mask": batch.attention_mask_BT,
+            "sequences": torch.from_numpy(numbers.astype(np.int64)),
+        }
+        given = {name: value for name, value in content.items() if value is not None}
+        tensors |= {f"{batch.number}/{name}": value.contiguous() for name, value in given.items()}
+    with atomic_path(path) as temporary:
+        temporary.write_bytes(safetensors.torch.save(tensors, {"error": message}))
+
+
+@contextlib.contextmanager
+def saying_out_of_memory(lengths: Sequence[np.ndarray]) -> Iterator[None]:
+    """Raise RankError where an allocation fails, naming the largest micro-batch and the remedy.
+
+    lengths: lengths_B of this rank's micro-batches; a rank may have none.
+    """
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
+        if not is_memory and "not enough memory" not in str(error):
+            raise
+        shapes = [(len(lengths_B), int(lengths_B.max())) for lengths_B in lengths]
+        num, length = max(shapes, key=lambda shape: shape[0] * shape[1], default=(0, 0))
+        raise RankError(
+            f"out of memory in a micro-batch of {num} x {length} = {num * length} padded tokens;"
+            " lower --max_tokens or --batch_size (and raise --gradient_accumulation_steps), or try"
+            " --bf16 or --activation_checkpointing"
+        ) from error

@@ -1,0 +1,155 @@
+"""Resuming: the checkpoint that a run continues from, and the proof that it is this run's.
+
+Flags that decide what is computed must be the same; files may have moved, so their content is
+compared by digest.
+"""
+
+import contextlib
+import json
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from typing import Any
+
+import torch
+
+from distil.system.launch import Runtime
+from distil.training import checkpointing
+from distil.training.checkpointing import Checkpoint
+from distil.training.config import TrainConfig, as_flags
+from distil.training.options import resumable_options
+from distil.training.run_folder import checkpoints_of, resume_mode
+from utils import InputError, logger, one_line
+
+START_ANEW = "or start anew with another --dump_path"
+
+
+def find_resume_point(config: TrainConfig, world_size: int) -> Checkpoint | None:
+    """Find the checkpoint to resume from, before any model is loaded; None: the run starts anew.
+
+    Raises InputError where a checkpoint is required and there is none, all are damaged, or it is of
+    a run of other flags.
+    """
+    mode = resume_mode(config.resume, config.dump_path)
+    folder = checkpoints_of(config.dump_path)
+    if mode is None:
+        return None
+    found = checkpointing.newest(folder)
+    if found is None:
+        if mode == "required":
+            raise InputError(
+                f"--resume: there is no checkpoint in {folder}; name the run's --dump_path, or use"
+                " --resume auto"
+            )
+        return None
+    with saying_misfit(found):
+        problems = flag_contradictions(config, world_size, found)
+        if problems:
+            raise InputError("\n".join(problems))
+        done = found.step, found.state["micro_batches"]
+        logger.info("Resuming from %s: %d updates, %d micro-batches done.", found.path, *done)
+    return found
+
+
+@contextlib.contextmanager
+def saying_misfit(found: Checkpoint | None) -> Iterator[None]:
+    """Raise InputError in place of the errors that a whole but foreign state causes."""
+    try:
+        yield
+    except InputError:
+        raise
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        name = "--resume: the checkpoint" if found is None else found.path
+        reason = f"{type(error).__name__}: {one_line(error)}"
+        remedy = START_ANEW.removeprefix("or ")
+        raise InputError(
+            f"{name}: does not fit this program and run ({reason}); {remedy}"
+        ) from error
+
+
+def flag_contradictions(config: TrainConfig, world_size: int, found: Checkpoint) -> list[str]:
+    """List the flags, and the number of processes, that contradict a checkpoint: a line each."""
+    then, now, free = found.state["flags"], as_flags(config), resumable_options(TrainConfig)
+    problems = [
+        f"--{name} {now[name]}: {found.path} was made with {then[name]}; pass that, {START_ANEW}"
+        for name in now
+        if name not in free and name in then and then[name] != now[name]
+    ]
+    accumulation = config.gradient_accumulation_steps
+    per_update = accumulation * world_size
+    if per_update != found.state["per_update"]:
+        problems.append(
+            f"--gradient_accumulation_steps {accumulation} on {world_size}"
+            f" process(es): {per_update} micro-batches an update, {found.path} was made with"
+            f" {found.state['per_update']}; keep their product, {START_ANEW}"
+        )
+    return problems
+
+
+def identify(
+    student_config, teacher: torch.nn.Module, digests: Mapping[str, str | None]
+) -> dict[str, Any]:
+    """Describe the inputs that a resumed run must find again, whatever their paths.
+
+    digests: of the files and the vocabulary, by flag.
+    """
+    unrelated = ("transformers_version", "_name_or_path")
+    entries = {k: v for k, v in student_config.to_dict().items() if k not in unrelated}
+    if digests["data_file"] == digests["eval_data_file"]:
+        logger.warning(
+            "--eval_data_file is what is trained on: its figures say nothing about other text."
+        )
+    return {
+        "student_config": json.loads(json.dumps(entries, default=str)),
+        "teacher_name": checkpointing.content_digest(teacher.state_dict()),
+        **digests,
+    }
+
+
+def check_identity(
+    config: TrainConfig, now: Mapping[str, Any], student_source: str, found: Checkpoint
+) -> None:
+    """Raise InputError, a line each, where inputs differ from those of the checkpoint."""
+    then, problems = found.state["identity"], []
+    for key, value in now["student_config"].items():
+        was = then["student_config"].get(key, value)
+        if was != value:
+            problems.append(f"{student_source}: {key} is {value}, {found.path} was made with {was}")
+    for name in ("teacher_name", "data_file", "token_counts", "vocabulary"):
+        if now[name] != then[name]:
+            source = "the tokenizer of --teacher_name" if name == "vocabulary" else f"--{name}"
+            path = getattr(config, "teacher_name" if name == "vocabulary" else name)
+            digests = [str(digest)[:12] for digest in (now[name], then[name])]
+            problems.append(
+                f"{source} {path}: its digest is {digests[0]}, {found.path} was made with"
+                f" {digests[1]}"
+            )
+    best = found.state.get("best")
+    if best and now["eval_data_file"] not in (None, best["data"]):
+        digests = [str(digest)[:12] for digest in (now["eval_data_file"], best["data"])]
+        problems.append(
+            f"--eval_data_file {config.eval_data_file}: its digest is {digests[0]}, the best"
+            f" student so far was found on {digests[1]}"
+        )
+    if problems:
+        lines = [f"{problem}; name the same, {START_ANEW}" for problem in problems]
+        raise InputError("\n".join(lines))
+
+
+def share_checkpoint(
+    runtime: Runtime, point: Checkpoint | None, files: Iterable[str], check: Callable[[], None]
+) -> tuple[dict[str, dict[str, torch.Tensor]], int, dict[str, Any]]:
+    """Read on rank 0 the checkpoint that it found; return (tensors, step, state) on every rank.
+
+    check: raises InputError where the checkpoint is another run's.
+    """
+    with runtime.raise_on_all_ranks():
+        if point is not None:
+            with saying_misfit(point):
+                check()
+        tensors = {name: point.tensors(name) if point is not None else {} for name in files}
+    tensors = {name: runtime.tensors_from_main(content) for name, content in tensors.items()}
+    found = (point.step, dict(point.state)) if point is not None else None
+    step, state = runtime.from_main(found)
+    versions = state.get("torch"), torch.__version__
+    if versions[0] != versions[1]:
+        logger.warning("The checkpoint is of torch %s, this is %s: results may differ.", *versions)
+    return tensors, step, state

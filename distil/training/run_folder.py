@@ -1,0 +1,237 @@
+"""The run folder: everything that a run writes, each file complete under its name or absent.
+
+Names are 2019's (parameters.json, checkpoint.pth, model_epoch_E.pth, pytorch_model.bin), with
+checkpoints/, best/ and the files that from_pretrained loads.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import tempfile
+import time
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from distil.models.hub import quiet_transformers
+from distil.system.files import (
+    atomic_path,
+    atomic_paths,
+    flush_to_disk,
+    make_folder,
+    naming_library_errors,
+    output_problem,
+    save_weights,
+    write_json,
+)
+from distil.system.locks import LOCK, is_restarted, require_unlocked, take_lock
+from distil.training import checkpointing
+from distil.training.log import Log, cut_log
+from utils import VERSION, InputError, git_facts, logger
+
+ROOT = Path(__file__).resolve().parents[2]
+CHECKPOINTS, BEST = "checkpoints", "best"
+# What a run writes: a folder with none of it is not taken for a run's.
+RUN_FILES = ("parameters.json", "checkpoint.pth", "model_epoch_*.pth", "checkpoints/step-*")
+
+
+def resume_mode(resume: str | None, dump_path: str) -> str | None:
+    """Say whether the run resumes: "required", "auto" (where there is a checkpoint), or None.
+
+    A launcher that restarts its processes passes the flags of the first time, --force among them:
+    such a run resumes as with auto.
+    """
+    return resume or ("auto" if is_restarted(os.environ, Path(dump_path) / LOCK) else None)
+
+
+def checkpoints_of(dump_path: str) -> Path:
+    """Return the folder of a run's checkpoints."""
+    return Path(dump_path) / CHECKPOINTS
+
+
+def dump_path_problem(
+    dump_path: str, force: bool, mode: str | None, inputs: Iterable[str | None]
+) -> str | None:
+    """Say why the run folder can't be made, or moved aside, without harm.
+
+    mode: see `resume_mode`; inputs: paths and names that the run reads.
+    """
+    path = Path(dump_path)
+    problem = output_problem(dump_path, "--dump_path", is_folder=True)
+    resumes = mode == "required" or (mode and checkpointing.exist(path / CHECKPOINTS))
+    if problem or not os.path.lexists(path) or resumes:
+        return problem
+    where = f"--dump_path {path}"
+    if not force and not mode:
+        return (
+            f"{where}: exists already; choose another, go on with --resume, or move it aside with"
+            " --force"
+        )
+    read = [name for given in inputs if given for name in (given, f"{given}.bin")]
+    inside = [name for name in read if os.path.exists(name) and _is_within(name, path)]
+    if inside:
+        return f"{where}: holds {inside[0]}, which this run reads; choose another folder"
+    places = os.getcwd(), ROOT, os.path.expanduser("~")
+    if any(_is_within(place, path) for place in places):
+        return f"{where}: is no run's folder; choose another, --force does not apply to it"
+    if any(path.iterdir()) and not any(any(path.glob(name)) for name in RUN_FILES):
+        return (
+            f"{where}: holds other files than a run's; choose another, --force does not apply to it"
+        )
+    if not os.access(entry(dump_path).parent, os.W_OK):
+        return f"{where}: can't be moved aside, for {entry(dump_path).parent} may not be written to"
+    return None
+
+
+def _is_within(path: str | os.PathLike, folder: Path) -> bool:
+    return Path(path).resolve().is_relative_to(folder.resolve())
+
+
+def entry(path: str) -> Path:
+    """Name a folder by its entry in the folder above: links before it are followed, itself not.
+
+    A rename then moves what was looked at: os.path.abspath takes "link/../run" for "run", and
+    rename a slash behind a link for the folder behind it.
+    """
+    if Path(path).name in ("", ".."):
+        return Path(path).resolve()
+    return Path(path).parent.resolve() / Path(path).name
+
+
+def _free_name(name: str) -> str:
+    candidates = [name, *(f"{name}-{k}" for k in range(1, 1000))]
+    return next(candidate for candidate in candidates if not os.path.lexists(candidate))
+
+
+class RunFolder:
+    """The files of a run, written by the main process only."""
+
+    def __init__(
+        self,
+        flags: Mapping[str, Any],
+        student,
+        tokenizer,
+        log_bytes: Mapping[str, int] | None,
+        problem: str | None,
+    ):
+        """Claim and begin the folder of a run.
+
+        flags: every flag, for parameters.json. student, tokenizer: what is saved. log_bytes: sizes
+        of the log's files at the checkpoint that the run resumes from; None: the folder is made,
+        an old one moved aside. problem: see dump_path_problem, asked again: loading took a while.
+        """
+        self.path = entry(flags["dump_path"])
+        self.student, self.tokenizer = student, tokenizer
+        self.lock = self.log = None
+        if problem:
+            raise InputError(problem)
+        self._claim(resumes=log_bytes is not None)
+        try:
+            self._begin(flags, log_bytes)
+        except BaseException:
+            self.close()
+            raise
+
+    def _claim(self, resumes: bool) -> None:
+        if not resumes and os.path.lexists(self.path):
+            # Differs from the original: moved aside, where 2019 deleted.
+            require_unlocked(self.path / LOCK)
+            aside = _free_name(f"{self.path}.old-{time.strftime('%Y%m%d-%H%M%S')}")
+            os.rename(self.path, aside)
+            logger.info("Moved the existing %s aside to %s.", self.path, aside)
+        make_folder(self.path.parent)
+        self.path.mkdir(exist_ok=resumes)
+        flush_to_disk(self.path.parent)
+        self.lock = take_lock(self.path / LOCK)
+        if resumes:
+            self._remove_leftovers()
+
+    def _begin(self, flags: Mapping[str, Any], log_bytes: Mapping[str, int] | None) -> None:
+        write_json(self.path / "parameters.json", {**flags, "version": VERSION})
+        # Differs from the original: outside a checkout, or with a detached head, the run continues.
+        write_json(self.path / "git_log.json", git_facts(ROOT))
+        with atomic_path(self.path / "config.json") as temporary:
+            temporary.write_text(self.student.config.to_json_string(), encoding="utf-8")
+        if log_bytes is not None:
+            cut_log(self.log_path, log_bytes)
+            self._save_plain_checkpoint()  # the process may have been killed between the two
+        self.log = Log(self.log_path)
+        if log_bytes is None:
+            student_config = self.student.config.to_json_string(use_diff=False)
+            texts = {"config/training": json.dumps(flags), "config/student": student_config}
+            self.log.add_texts(texts)
+
+    @property
+    def log_path(self) -> Path:
+        """The folder of TensorBoard's event files."""
+        return self.path / "log" / "train"
+
+    def _remove_leftovers(self) -> None:
+        """Remove files that this run was writing when it was killed."""
+        checkpointing.clean(self.path / CHECKPOINTS)
+        for path in [*self.path.glob(".*.tmp"), *self.path.glob(f"{BEST}/.*.tmp")]:
+            path.unlink(missing_ok=True)
+        for path in self.path.glob(".export-*"):
+            shutil.rmtree(path, ignore_errors=True)
+
+    def close(self) -> None:
+        """Unlock the folder for other processes."""
+        if self.lock is not None:
+            self.lock.close()
+        if self.log is not None:
+            self.log.restore_thread_hook()
+
+    def save_checkpoint(
+        self, tensors: checkpointing.Tensors, state: Mapping[str, Any], step: int, keep: int
+    ) -> None:
+        """Write a whole checkpoint, then checkpoint.pth: the student's plain state dict."""
+        state = {**state, "log_bytes": self.log.flushed_sizes()}
+        checkpointing.write(self.path / CHECKPOINTS, step, tensors, state, keep)
+        self._save_plain_checkpoint()
+
+    def _save_plain_checkpoint(self) -> None:
+        save_weights(self.path / "checkpoint.pth", self.student.state_dict())
+
+    def save_epoch(self, epoch: int, mean_loss: float) -> None:
+        """Write model_epoch_{epoch}.pth and log the epoch's mean loss."""
+        save_weights(self.path / f"model_epoch_{epoch}.pth", self.student.state_dict())
+        self.log.add_scalars({"epoch/loss": mean_loss}, epoch)
+        logger.info("Epoch %d: mean loss %.4f.", epoch, mean_loss)
+
+    def describe_saved(self) -> str:
+        """Name the newest checkpoint on the disk."""
+        saved = checkpointing.exist(self.path / CHECKPOINTS)
+        if saved:
+            return f"The newest checkpoint is {saved[0]}."
+        return f"No checkpoint was saved yet in {self.path}."
+
+    def save_best(self, record: Mapping[str, Any]) -> None:
+        """Write the student as the best so far to best/, then best.json, which describes it."""
+        target = self.path / BEST
+        with self._exported() as files:
+            names = [*(target / file.name for file in files), target / "best.json"]
+            with atomic_paths(*names, stale=[target / "best.json"]) as temporaries:
+                for file, temporary in zip(files, temporaries, strict=False):
+                    os.replace(file, temporary)
+                temporaries[-1].write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _exported(self) -> Iterator[list[Path]]:
+        """Yield the files of student and tokenizer that from_pretrained loads, to be moved."""
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=self.path) as folder:
+            with quiet_transformers(), naming_library_errors(self.path):
+                self.student.save_pretrained(folder)
+                self.tokenizer.save_pretrained(folder)
+            yield sorted(Path(folder).iterdir())
+
+    def finish(self) -> None:
+        """Write the files that from_pretrained loads, then pytorch_model.bin: its presence means
+        that the run is done.
+        """
+        with self._exported() as files:
+            for file in files:
+                with atomic_path(self.path / file.name) as temporary:
+                    os.replace(file, temporary)
+        save_weights(self.path / "pytorch_model.bin", self.student.state_dict())
+        self.log.close()
