@@ -1,12 +1,15 @@
 """The documentation: its version, its links, its paths; what `pip install .` says."""
 
+import ast
 import re
 import subprocess
 import sys
 
 import pytest
+import transformers
+from conftest import run_process
 from readme import PAGES
-from stand_ins import ROOT
+from stand_ins import LAYERS, ROOT
 
 import utils
 
@@ -64,3 +67,45 @@ def test_pip_install_stops_and_says_how_to_install(tmp_path):
     assert "install its dependencies with `pip install -r requirements.txt`" in done.stderr
     assert "Traceback" not in done.stderr + done.stdout
     assert not (tmp_path / "installed").exists()
+
+
+def python_blocks(page: str) -> list[str]:
+    """List the Python programs that a page of docs/ prints."""
+    text = (ROOT / "docs" / page).read_text(encoding="utf-8")
+    return re.findall(r"```python\n(.*?)```", text, flags=re.S)
+
+
+def run_script(script: str, folder, teachers) -> list[dict[str, float]]:
+    """Run the printed script on a small teacher; return the losses that it prints."""
+    (folder / "bert-base-uncased").symlink_to(teachers["bert"])
+    assert "evenly_spaced_layers(12, 6)" in script
+    script = script.replace("evenly_spaced_layers(12, 6)", f"evenly_spaced_layers({LAYERS}, 2)")
+    (folder / "script.py").write_text(script, encoding="utf-8")
+    done = run_process(sys.executable, "script.py", cwd=folder, PYTHONPATH=str(ROOT))
+    assert done.returncode == 0, done.stderr[-3000:]
+    printed = [line.partition(" ") for line in done.stdout.splitlines()]
+    assert [step for step, _, _ in printed] == ["0", "1", "2"]
+    return [ast.literal_eval(losses) for _, _, losses in printed]
+
+
+def test_the_python_script_takes_three_updates_as_printed(tmp_path, teachers):
+    (script,) = python_blocks("python.md")
+    assert len(script.splitlines()) <= 30
+    losses = run_script(script, tmp_path, teachers)
+    for update in losses:
+        weighted = 5 * update["ce"] + 2 * update["mlm"] + update["cos"]
+        assert update["loss"] == pytest.approx(weighted)
+    assert losses[2]["cos"] < losses[0]["cos"], "it learns"
+    student = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "my_student")
+    assert student.config.num_hidden_layers == 2
+
+
+def test_losses_are_added_as_printed(tmp_path, teachers):
+    (script,) = python_blocks("python.md")
+    printed = 'alphas = {"ce": 5.0, "mlm": 2.0, "cos": 1.0}'
+    assert printed in script
+    script = script.replace(printed, 'alphas = {"reverse_kl": 1.0, "projected": 1.0}')
+    blocks = [*python_blocks("extending.md"), script]
+    losses = run_script("\n".join(blocks), tmp_path, teachers)
+    assert losses[2]["projected"] < losses[0]["projected"], "it learns"
+    assert all(update["reverse_kl"] > 0 for update in losses)
