@@ -9,13 +9,15 @@ are not recomputed, so that opening a store does not read its ids.
 from __future__ import annotations
 
 import dataclasses
+import functools
 import os
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from typing import TYPE_CHECKING
 
 import numpy as np
 import torch
 
+from distil.data.batches import mlm_preparation, prepare_clm
 from distil.data.cards import check_vocabulary, read_verified_card
 from distil.data.safe_pickle import read_pickle
 from distil.data.token_files import (
@@ -65,6 +67,23 @@ def read_token_counts(path: str | os.PathLike, model: LanguageModel) -> np.ndarr
     card = read_verified_card(path, flag)
     check_vocabulary(card, model.vocabulary, f"{flag} {path}", model.source)
     return counts_V.astype(np.int64)
+
+
+def make_preparation(
+    model: LanguageModel, token_counts: str | os.PathLike | None, smoothing: float, **masking
+) -> Callable:
+    """Choose how batches are prepared: masked, by the token counts, or causal.
+
+    masking: see batches.mlm_preparation. Raises InputError where the tokenizer has no mask.
+    """
+    if not model.is_masked:
+        return functools.partial(prepare_clm, with_mask=model.architecture.pads_by_mask)
+    if model.tokenizer.mask_token_id is None:
+        raise InputError(
+            f"{model.source}: its tokenizer has no mask_token, which --mlm needs; add it"
+        )
+    counts_V = torch.from_numpy(read_token_counts(token_counts, model))
+    return mlm_preparation(model.tokenizer, counts_V, smoothing, **masking)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -5,7 +5,6 @@ torch.distributed.launch`).
 """
 
 import contextlib
-import dataclasses
 import functools
 import itertools
 import logging
@@ -19,63 +18,52 @@ import numpy as np
 import torch
 from tqdm.contrib.logging import logging_redirect_tqdm
 
-from distil.data.batches import MicroBatch, mlm_preparation, prepare_clm
-from distil.data.cards import file_digest
+from distil.data.batches import MicroBatch
 from distil.evaluation import HeldOut, Reader
 from distil.flops import UpdateFlops, count_update, peak_flops
 from distil.models.language_model import LanguageModel, check_forward
 from distil.system.launch import LostRankError, Runtime, is_another_rank, start_runtime
 from distil.system.prefetch import prefetched
-from distil.system.signals import StopSignals, exit_status
+from distil.system.signals import Stopped, StopSignals, exit_status
 from distil.system.watch import EXIT_LOST_RANK, report_lost_ranks
+from distil.training import models, post_mortem, resume
 from distil.training.checkpointing import Checkpoint
 from distil.training.config import TrainConfig, as_flags, check_device, folder_problem, parse_config
 from distil.training.log import parameter_statistics
-from distil.training.models import (
-    check_models,
-    find_student_config,
-    load_teacher,
-    make_student,
-    resolve_student,
-)
 from distil.training.optimizer import make_optimizer, make_schedule, run_length
-from distil.training.post_mortem import NonFiniteError, explain, saying_out_of_memory
+from distil.training.post_mortem import NonFiniteError
 from distil.training.progress import Actions, Intervals, Progress
 from distil.training.reports import PendingUpdate, StepReport
-from distil.training.resume import (
-    check_identity,
-    find_resume_point,
-    identify,
-    saying_misfit,
-    share_checkpoint,
-)
 from distil.training.run_folder import RunFolder
 from distil.training.state import check_finite_state
 from distiller import DistillationModel, Distiller
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch, Update
-from lm_seqs_dataset import LmSeqsDataset, read_token_counts
-from utils import InputError, keep_freed_memory, logger, run_program, setup_logging
+from lm_seqs_dataset import LmSeqsDataset, make_preparation
+from utils import keep_freed_memory, logger, run_program, setup_logging
 
 EXIT_NON_FINITE = 1
 MICRO_BATCHES_AHEAD = 8  # made ready while the step computes
 
 
-# --------------------------------------------------------------------------------------------------
-# Set-up: everything that is read and checked before the first update
-# --------------------------------------------------------------------------------------------------
-
-
 def set_up(config: TrainConfig, runtime: Runtime) -> "Trainer":
     """Load and check data, tokenizer, teacher and student. Raises InputError."""
     check_device(config, runtime.device)
-    student_config = find_student_config(config)
-    architecture = resolve_student(config, student_config)
-    teacher = load_teacher(config)
-    check_models(config, architecture, student_config, teacher)
+    student_config = models.find_student_config(config)
+    architecture = models.resolve_student(config, student_config)
+    teacher = models.load_teacher(config)
+    models.check_models(config, architecture, student_config, teacher)
     dataset = LmSeqsDataset.from_file(config.data_file, teacher, config.max_length)
     held_out = make_held_out(config, teacher)
-    prepare = make_preparation(config, teacher)
-    student = make_student(config, architecture, student_config, teacher.tokenizer)
+    prepare = make_preparation(
+        teacher,
+        config.token_counts,
+        config.mlm_smoothing,
+        seed=config.seed,
+        mask_prop=config.mlm_mask_prop,
+        fates=(config.word_mask, config.word_keep, config.word_rand),
+        restrict_ce_to_mask=config.restrict_ce_to_mask,
+    )
+    student = models.make_student(config, architecture, student_config, teacher.tokenizer)
     longest_BT, _ = dataset.collate([int(np.argmax(dataset.lengths))])
     check_forward(student, longest_BT)
     check_forward(teacher, longest_BT)
@@ -97,38 +85,14 @@ def make_held_out(config: TrainConfig, teacher: LanguageModel) -> HeldOut | None
     return HeldOut.of(dataset, teacher.tokenizer, config.mlm)
 
 
-def make_preparation(config: TrainConfig, teacher: LanguageModel) -> Callable:
-    """Choose how batches are prepared: masked, by the token counts, or causal."""
-    if not config.mlm:
-        return functools.partial(prepare_clm, with_mask=teacher.architecture.pads_by_mask)
-    if teacher.tokenizer.mask_token_id is None:
-        raise InputError(
-            f"{teacher.source}: its tokenizer has no mask_token, which --mlm needs; add it"
-        )
-    counts_V = torch.from_numpy(read_token_counts(config.token_counts, teacher))
-    return mlm_preparation(
-        teacher.tokenizer,
-        counts_V,
-        config.mlm_smoothing,
-        config.seed,
-        config.mlm_mask_prop,
-        (config.word_mask, config.word_keep, config.word_rand),
-        config.restrict_ce_to_mask,
-    )
-
-
 def make_distiller(
     config: TrainConfig, runtime: Runtime, student, teacher, num_updates: int
 ) -> Distiller:
     """Put the networks on the device, and optimizer and schedule around the student."""
-    student.to(runtime.device)
     model = DistillationModel(student, config.alphas, config.temperature, teacher=teacher)
     model.to(runtime.device)
     if not model.uses_fast_head:
-        logger.info(
-            "The student's head is more than layers and one linear map: the plain, slower head is"
-            " used."
-        )
+        logger.info("The student's head is not layers and one linear map: the slower head is used.")
     if model.needs_teacher:
         teacher.to(runtime.device)
     rates = config.learning_rate, config.weight_decay, config.adam_epsilon
@@ -145,28 +109,6 @@ def make_distiller(
         normalization=config.loss_normalization,
         compiles=config.compile,
     )
-
-
-# --------------------------------------------------------------------------------------------------
-# The loop
-# --------------------------------------------------------------------------------------------------
-
-
-class Stopped(Exception):
-    """The run was asked to stop, and has written a checkpoint. status: the exit status."""
-
-    def __init__(self, status: int):
-        super().__init__(status)
-        self.status = status
-
-
-@dataclasses.dataclass(frozen=True)
-class Launched:
-    """An update that was launched. number: updates done before it."""
-
-    update: Update
-    pending: PendingUpdate
-    number: int
 
 
 class Trainer:
@@ -189,18 +131,16 @@ class Trainer:
         self.config, self.runtime, self.student, self.teacher = config, runtime, student, teacher
         self.dataset, self.prepare, self.held_out = dataset, prepare, held_out
         self.folder: RunFolder | None = None
-        self.sampler = GroupedBatchSampler(
-            dataset.lengths,
-            config.batch_size,
-            dataset.max_length,
-            group_by_size=config.group_by_size,
-            seed=config.seed,
-            max_tokens=config.max_tokens,
-        )
+        sizes = dataset.lengths, config.batch_size, dataset.max_length
+        options = {"seed": config.seed, "max_tokens": config.max_tokens}
+        self.sampler = GroupedBatchSampler(*sizes, group_by_size=config.group_by_size, **options)
         self.per_update = config.gradient_accumulation_steps * runtime.world_size
         length = len(self.sampler), self.per_update, config.n_epoch, config.max_steps
         self.num_micro_batches, num_updates = run_length(*length)
-        self.identity = self._identify() if runtime.is_main else {}
+        self.identity = {}
+        if runtime.is_main:
+            digests = dataset.tokens.digest(), held_out.digest if held_out else None
+            self.identity = resume.identify(config, student.network.config, teacher, *digests)
         networks = student.network, teacher.network
         self.distiller = make_distiller(config, runtime, *networks, num_updates)
         self.flops = flops
@@ -208,8 +148,7 @@ class Trainer:
 
     def _make_progress(self) -> Progress:
         config, runtime, flops, peak = self.config, self.runtime, self.flops, None
-        if flops is not None and runtime.is_main:
-            # Other ranks wait at the first exchange: rank 0 measures with its share of a CPU.
+        if flops is not None and runtime.is_main:  # others wait for it at the first exchange
             dtype = self.distiller.amp_dtype or torch.float32
             peak = peak_flops(runtime.device, dtype) * runtime.world_size
         every = config.log_interval, config.checkpoint_interval, config.eval_interval
@@ -225,24 +164,13 @@ class Trainer:
             peak_flops=peak,
         )
 
-    def _identify(self) -> dict:
-        counts, held_out = self.config.token_counts, self.held_out
-        digests = {
-            "data_file": self.dataset.tokens.digest(),
-            "token_counts": file_digest(counts) if counts else None,
-            "vocabulary": self.teacher.vocabulary,
-            "eval_data_file": held_out.digest if held_out else None,
-        }
-        return identify(self.student.network.config, self.teacher.network, digests)
-
     def open_folder(self, point: Checkpoint | None) -> None:
         """Claim the run folder; a new run saves at once, which shows that the disk has room."""
         flags = as_flags(self.config)
         log_bytes = None if point is None else point.state["log_bytes"]
         problem = folder_problem(self.config)  # asked again: loading took a while
-        self.folder = RunFolder(
-            flags, self.student.network, self.student.tokenizer, log_bytes, problem
-        )
+        saved = self.student.network, self.student.tokenizer
+        self.folder = RunFolder(flags, *saved, log_bytes, problem)
         if point is None:
             self.save()
 
@@ -253,16 +181,12 @@ class Trainer:
         that the device is never idle; before anything that falls due all updates are read.
         """
         config, runtime, progress = self.config, self.runtime, self.progress
-        updates = self.sampler.updates(
-            self.num_micro_batches,
-            config.gradient_accumulation_steps,
-            runtime.rank,
-            runtime.world_size,
-            progress.micro_batches,
-        )
+        plan = self.num_micro_batches, config.gradient_accumulation_steps
+        ranks = runtime.rank, runtime.world_size
+        updates = self.sampler.updates(*plan, *ranks, progress.micro_batches)
         stream = contextlib.closing(prefetched(self._ready(updates), MICRO_BATCHES_AHEAD))
         progress.start_clock()
-        unread: list[Launched] = []
+        unread: list[tuple[Update, PendingUpdate, int]] = []
         with progress.bar, logging_redirect_tqdm([logger]), stream as items:
             self.evaluate_if_due()  # the run was stopped before it could
             for update in items:
@@ -276,7 +200,7 @@ class Trainer:
                         wants_statistics=actions.is_logged and runtime.is_main,
                         asks_to_stop=lambda: stop.requested is not None,
                     )
-                unread.append(Launched(update, pending, progress.step))
+                unread.append((update, pending, progress.step))
                 progress.advance(update.planned)
                 reports = self._read(unread, len(unread) - 1)
                 is_asked = any(report.num_asking for report in reports)
@@ -290,13 +214,13 @@ class Trainer:
                 if is_stopped and not actions.is_last:
                     raise Stopped(exit_status(stop.requested or signal.SIGTERM))
 
-    def _read(self, unread: list[Launched], num: int) -> list[StepReport]:
+    def _read(self, unread: list[tuple], num: int) -> list[StepReport]:
         """Read the oldest `num` updates that were not read yet, and record their losses."""
         reports = []
-        for launched in unread[:num]:
-            with self._explaining(launched.update, launched.number):
-                reports.append(launched.pending.read())
-            self.progress.record(launched.update.planned, reports[-1].losses_MK)
+        for update, pending, number in unread[:num]:
+            with self._explaining(update, number):
+                reports.append(pending.read())
+            self.progress.record(update.planned, reports[-1].losses_MK)
         del unread[:num]
         return reports
 
@@ -336,11 +260,7 @@ class Trainer:
         is_best = progress.take_figures(figures, elapsed_s, self.identity.get("eval_data_file"))
         if self.folder is None:
             return
-        scalars = {f"eval/{name}": value for name, value in figures.items()}
-        self.folder.log.add_scalars(scalars, progress.iterations)
-        listed = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        best = "; the best so far" if is_best else ""
-        logger.info("Update %d, held out: %s%s.", progress.step, listed, best)
+        self.folder.log_figures(figures, progress.step, progress.iterations, is_best)
         if is_best:
             self.folder.save_best(progress.best)
 
@@ -362,10 +282,10 @@ class Trainer:
     def restore(self, point: Checkpoint | None) -> None:
         """Load on every rank the checkpoint that rank 0 found. Raises InputError on a misfit."""
         identity = self.identity, self.student.source, point
-        check = functools.partial(check_identity, self.config, *identity)
+        check = functools.partial(resume.check_identity, self.config, *identity)
         files = list(self.distiller.tensors())
-        tensors, step, state = share_checkpoint(self.runtime, point, files, check)
-        with self.runtime.raise_on_all_ranks(), saying_misfit(point):
+        tensors, step, state = resume.share_checkpoint(self.runtime, point, files, check)
+        with self.runtime.raise_on_all_ranks(), resume.saying_misfit(point):
             self.distiller.load(tensors, state)
             self.progress.load(step, state)
 
@@ -387,18 +307,18 @@ class Trainer:
     def _explaining(self, update: Update, number: int) -> Iterator[None]:
         """Raise failures of an update with its number, rank and sequences, its batches saved."""
         lengths = [self.dataset.lengths[batch.sequences] for batch in update.mine]
-        try:
-            with saying_out_of_memory(lengths):
+        with post_mortem.saying_out_of_memory(lengths):
+            try:
                 yield
-        except NonFiniteError as error:
-            is_located = error.is_located
-            found = dict.fromkeys(error.numbers, "") if is_located else self._located(update)
-            if self.folder is None:
-                raise
-            ranks = range(self.runtime.world_size)
-            shares = [self.sampler.deal(update.planned, rank, len(ranks)) for rank in ranks]
-            told = number, update.planned, shares, found, self.folder.path, self._prepared
-            raise explain(error, *told) from error
+            except NonFiniteError as error:
+                is_located = error.is_located
+                found = dict.fromkeys(error.numbers, "") if is_located else self._located(update)
+                if self.folder is None:
+                    raise
+                ranks = range(self.runtime.world_size)
+                shares = [self.sampler.deal(update.planned, rank, len(ranks)) for rank in ranks]
+                told = number, update.planned, shares, found, self.folder.path, self._prepared
+                raise post_mortem.explain(error, *told) from error
 
     def _located(self, update: Update) -> dict[int, str]:
         """Find on all ranks the micro-batches whose gradient is not finite."""
@@ -409,17 +329,12 @@ class Trainer:
         return {number: what for part in found for number, what in part.items()}
 
 
-# --------------------------------------------------------------------------------------------------
-# The program
-# --------------------------------------------------------------------------------------------------
-
-
 def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
     """Set up, resume if asked to, train and export. Raises InputError."""
     point = None
     with runtime.raise_on_all_ranks():
         if runtime.is_main:
-            point = find_resume_point(config, runtime.world_size)
+            point = resume.find_resume_point(config, runtime.world_size)
     resumes = runtime.from_main(point is not None)
     with runtime.raise_on_all_ranks():
         trainer = set_up(config, runtime)
@@ -429,12 +344,10 @@ def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
         with runtime.raise_on_all_ranks():
             if runtime.is_main:
                 trainer.open_folder(point)
+        parameters, lengths = trainer.student.network.num_parameters(), trainer.dataset.lengths
         logger.info(
             "Training %s parameters on %d sequences (%d ids), %d micro-batches in all.",
-            f"{trainer.student.network.num_parameters():,}",
-            len(trainer.dataset),
-            int(np.sum(trainer.dataset.lengths)),
-            trainer.num_micro_batches,
+            *(f"{parameters:,}", len(lengths), int(np.sum(lengths)), trainer.num_micro_batches),
         )
         fit_and_export(trainer, stop)
     finally:

@@ -21,7 +21,7 @@ import transformers
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.data.batches import MicroBatch, mlm_preparation, prepare_clm
+from distil.data.batches import MicroBatch
 from distil.data.token_files import MIN_LENGTH
 from distil.evaluation import evaluate
 from distil.models.architectures import ARCHITECTURES, PAIRS
@@ -54,7 +54,7 @@ from distil.workflow import (
     write_student_config,
 )
 from grouped_batch_sampler import GroupedBatchSampler
-from lm_seqs_dataset import LmSeqsDataset, read_token_counts
+from lm_seqs_dataset import LmSeqsDataset, make_preparation
 from utils import InputError, OneLineParser, run_program, setup_logging
 
 MARKER = "quickstart.json"  # in the output folder: its flags, and the sign of a quickstart's folder
@@ -106,11 +106,8 @@ def held_out_batches(plan: Plan, teacher: LanguageModel) -> list[MicroBatch]:
     Raises InputError where no sequence is left.
     """
     dataset = LmSeqsDataset.from_file(plan.token_file("held_out"), teacher, plan.max_length)
-    prepare = prepare_clm
-    if plan.objective == "mlm":
-        counts_V = torch.from_numpy(read_token_counts(plan.counts, teacher))
-        # Smoothing 0: positions uniform over the text, for figures of all tokens alike.
-        prepare = mlm_preparation(teacher.tokenizer, counts_V, 0.0, MASKS_SEED)
+    # Smoothing 0: positions uniform over the text, for figures of all tokens alike.
+    prepare = make_preparation(teacher, plan.counts, smoothing=0.0, seed=MASKS_SEED)
     sampler = GroupedBatchSampler(
         dataset.lengths,
         plan.scale.batch_size,

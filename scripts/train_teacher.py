@@ -15,7 +15,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.data.batches import MlmPreparation, mlm_preparation
+from distil.data.batches import MlmPreparation
 from distil.data.token_files import MIN_LENGTH
 from distil.models.architectures import ARCHITECTURES
 from distil.models.language_model import LanguageModel, build_network, read_student_config
@@ -25,7 +25,7 @@ from distil.training.optimizer import ADAM_BETAS, split_for_weight_decay
 from distil.training.post_mortem import NonFiniteError
 from distiller import DistillationModel, Distiller
 from grouped_batch_sampler import GroupedBatchSampler
-from lm_seqs_dataset import LmSeqsDataset, read_token_counts
+from lm_seqs_dataset import LmSeqsDataset, make_preparation
 from utils import (
     InputError,
     OneLineParser,
@@ -124,9 +124,9 @@ def main(argv: list[str] | None = None) -> None:
     model = build_network(architecture, config, source)
     teacher = LanguageModel(architecture, model, tokenizer, source)
     dataset = LmSeqsDataset.from_file(args.data_file, teacher, args.max_length)
-    counts_V = torch.from_numpy(read_token_counts(args.token_counts, teacher))
     # Smoothing 0: a teacher learns every token's prediction, frequent ones too, as BERT did.
-    prepare = mlm_preparation(tokenizer, counts_V, 0.0, args.seed, args.mlm_mask_prop)
+    masking = {"seed": args.seed, "mask_prop": args.mlm_mask_prop}
+    prepare = make_preparation(teacher, args.token_counts, smoothing=0.0, **masking)
     try:
         curve = train(make_distiller(args, model), dataset, prepare, args)
     except NonFiniteError as error:

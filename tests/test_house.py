@@ -26,9 +26,7 @@ TOP_LEVEL = {
     *("LICENSE", "CITATION.cff", "CHANGELOG.md", "pyproject.toml"),
     *("requirements-dev.txt", "requirements-eval.txt"),
 }
-OVER_BUDGET: dict[str, int] = {
-    "train.py": 484,
-}
+OVER_BUDGET: dict[str, int] = {}
 LONG_FUNCTIONS: dict[str, int] = {}
 
 

@@ -2,16 +2,19 @@
 them.
 """
 
+import shutil
 import sys
 
 import torch
 import transformers
 from conftest import run_process
+from runs import assert_same_run
 from stand_ins import ROOT, logged
 
 import train
 from distil import losses
 from distil.reporting import model_card
+from distil.training import checkpointing
 
 
 def absolute_error(student_NV, teacher_NV, labels_N, temperature: float) -> torch.Tensor:
@@ -41,6 +44,45 @@ def test_an_objective_is_one_row_of_one_table(world, tmp_path, monkeypatch):
     assert values
     text = model_card.training_text(str(tmp_path / "run"), datasets=None)
     assert "* 0.25 x absolute error of the logits (`alpha_toy`)" in text
+
+
+class Projected(torch.nn.Module):
+    """A linear map of hidden states, for an objective with parameters."""
+
+    def __init__(self, student, teacher):
+        super().__init__()
+        torch.manual_seed(0)
+        width = student.config.hidden_size, teacher.config.hidden_size
+        self.map = torch.nn.Linear(*width, bias=False)
+
+
+def projected_error(student_ND, teacher_ND, labels_N, temperature, module) -> torch.Tensor:
+    return (module.map(student_ND) - teacher_ND).square().sum()
+
+
+def test_an_objective_may_have_parameters_that_are_trained_saved_and_restored(
+    world, tmp_path, monkeypatch
+):
+    row = losses.Loss(
+        projected_error, "hidden", "real", True, 0.0, "projected error", make_module=Projected
+    )
+    monkeypatch.setitem(losses.LOSSES, "toy", row)
+    options = {"batch_size": 6, "alpha_toy": 0.25, "n_gpu": 0, "max_steps": 3, "log_interval": 1}
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train.main(world.flags("bert", whole, checkpoint_interval=2, **options))
+    weights = [
+        checkpointing.read(whole / "checkpoints" / f"step-{step:08d}").tensors("objectives")
+        for step in (2, 3)
+    ]
+    assert set(weights[0]) == {"toy.map.weight"}
+    assert not torch.equal(weights[0]["toy.map.weight"], weights[1]["toy.map.weight"])
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints" / "step-00000003")
+    train.main([*world.flags("bert", stopped, checkpoint_interval=2, **options), "--resume"])
+    assert_same_run(whole, stopped)
+    again = checkpointing.read(stopped / "checkpoints" / "step-00000003").tensors("objectives")
+    assert torch.equal(again["toy.map.weight"], weights[1]["toy.map.weight"])
+    assert not any("toy" in name for name in torch.load(whole / "pytorch_model.bin"))
 
 
 TOY_PAIR = f"""

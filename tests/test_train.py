@@ -644,7 +644,7 @@ def test_a_nan_stops_the_run_with_a_message(where, world, tmp_path, monkeypatch,
 
         monkeypatch.setattr(train, "set_up", set_up)
     else:
-        kept = train.make_student
+        kept = train.models.make_student
 
         def make(*arguments):
             student = kept(*arguments)
@@ -652,7 +652,7 @@ def test_a_nan_stops_the_run_with_a_message(where, world, tmp_path, monkeypatch,
             bias.register_hook(lambda gradient: gradient * float("inf"))
             return student
 
-        monkeypatch.setattr(train, "make_student", make)
+        monkeypatch.setattr(train.models, "make_student", make)
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run"))
     assert end.value.code == train.EXIT_NON_FINITE != 0

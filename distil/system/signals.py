@@ -110,3 +110,11 @@ class StopSignals:
 def exit_status(number: int) -> int:
     """Return a signal's exit status: 130 for SIGINT, 143 for SIGTERM and SIGUSR1 (restartable)."""
     return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
+
+
+class Stopped(Exception):
+    """A run was asked to stop, and has saved what it needs to resume. status: the exit status."""
+
+    def __init__(self, status: int):
+        super().__init__(status)
+        self.status = status

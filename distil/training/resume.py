@@ -11,6 +11,8 @@ from typing import Any
 
 import torch
 
+from distil.data.cards import file_digest
+from distil.models.language_model import LanguageModel
 from distil.system.launch import Runtime
 from distil.training import checkpointing
 from distil.training.checkpointing import Checkpoint
@@ -85,22 +87,25 @@ def flag_contradictions(config: TrainConfig, world_size: int, found: Checkpoint)
 
 
 def identify(
-    student_config, teacher: torch.nn.Module, digests: Mapping[str, str | None]
+    config: TrainConfig, student_config, teacher: LanguageModel, data: str, held_out: str | None
 ) -> dict[str, Any]:
     """Describe the inputs that a resumed run must find again, whatever their paths.
 
-    digests: of the files and the vocabulary, by flag.
+    data, held_out: digests of the sequences trained on and evaluated.
     """
     unrelated = ("transformers_version", "_name_or_path")
     entries = {k: v for k, v in student_config.to_dict().items() if k not in unrelated}
-    if digests["data_file"] == digests["eval_data_file"]:
+    if data == held_out:
         logger.warning(
             "--eval_data_file is what is trained on: its figures say nothing about other text."
         )
     return {
         "student_config": json.loads(json.dumps(entries, default=str)),
-        "teacher_name": checkpointing.content_digest(teacher.state_dict()),
-        **digests,
+        "teacher_name": checkpointing.content_digest(teacher.network.state_dict()),
+        "data_file": data,
+        "token_counts": file_digest(config.token_counts) if config.token_counts else None,
+        "vocabulary": teacher.vocabulary,
+        "eval_data_file": held_out,
     }
 
 

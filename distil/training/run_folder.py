@@ -199,6 +199,15 @@ class RunFolder:
         self.log.add_scalars({"epoch/loss": mean_loss}, epoch)
         logger.info("Epoch %d: mean loss %.4f.", epoch, mean_loss)
 
+    def log_figures(
+        self, figures: Mapping[str, float], step: int, iterations: int, is_best: bool
+    ) -> None:
+        """Log the held-out figures after update `step`, and show them."""
+        self.log.add_scalars({f"eval/{name}": value for name, value in figures.items()}, iterations)
+        listed = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
+        best = "; the best so far" if is_best else ""
+        logger.info("Update %d, held out: %s%s.", step, listed, best)
+
     def describe_saved(self) -> str:
         """Name the newest checkpoint on the disk."""
         saved = checkpointing.exist(self.path / CHECKPOINTS)

@@ -16,7 +16,7 @@ import train
 import utils
 from distil.system.launch import start_runtime
 
-make_student, load_teacher = train.make_student, train.load_teacher
+make_student, load_teacher = train.models.make_student, train.models.load_teacher
 
 
 def doubled(make):
@@ -32,7 +32,11 @@ def doubled(make):
 
 def main() -> None:
     output, flags = sys.argv[1], sys.argv[2:]
-    train.make_student, train.load_teacher = doubled(make_student), doubled(load_teacher)
+    train.models.make_student = doubled(make_student)
+    train.models.load_teacher = doubled(load_teacher)
+        doubled(make_student),
+        doubled(load_teacher),
+    )
     config = train.parse_config(flags)
     runtime = start_runtime(config.n_gpu, config.local_rank)
     trainer = train.set_up(config, runtime)
