@@ -34,9 +34,6 @@ def main() -> None:
     output, flags = sys.argv[1], sys.argv[2:]
     train.models.make_student = doubled(make_student)
     train.models.load_teacher = doubled(load_teacher)
-        doubled(make_student),
-        doubled(load_teacher),
-    )
     config = train.parse_config(flags)
     runtime = start_runtime(config.n_gpu, config.local_rank)
     trainer = train.set_up(config, runtime)
