@@ -274,14 +274,17 @@ def main(argv: list[str] | None = None) -> None:
     is_embedded = args.teacher is None
     if is_embedded:
         train_vocabulary(plan)
-    tokenizer = load_tokenizer(ARCHITECTURES[plan.teacher_type], plan.teacher, "--teacher")
+    architecture = ARCHITECTURES[plan.teacher_type]
+    tokenizer = load_tokenizer(architecture, plan.teacher, "--teacher")
     if is_embedded:
         teacher_config = transformers.BertConfig(**TEACHER, vocab_size=len(tokenizer))
     else:
         teacher_config = load_config(plan.teacher_type, plan.teacher, "--teacher")
     make_tokens(plan, teacher_config.vocab_size)
     # Errors of the held-out text show now rather than after minutes of training.
-    held_out_batches(plan, tokenizer, teacher_config)
+    with torch.device("meta"):  # its sizes are enough
+        network = build_network(architecture, teacher_config, "--teacher")
+    held_out_batches(plan, LanguageModel(architecture, network, tokenizer, "--teacher"))
     if is_embedded:
         train_teacher(plan, teacher_config.vocab_size)
     num_layers = max(teacher_config.num_hidden_layers // 2, 1)
