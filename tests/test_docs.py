@@ -51,6 +51,11 @@ def test_the_version_is_that_of_the_changelog_and_the_citation():
     assert re.fullmatch(r"\d+\.\d+\.\d+", utils.VERSION)
 
 
+def test_the_training_program_prints_its_version():
+    done = run_process(sys.executable, ROOT / "train.py", "--version")
+    assert (done.returncode, done.stdout.split()) == (0, ["distil", utils.VERSION])
+
+
 def test_pip_install_stops_and_says_how_to_install(tmp_path):
     sources = tmp_path / "checkout"  # what pip reads; it may write there
     (sources / ".ci").mkdir(parents=True)
