@@ -11,7 +11,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from utils import InputError, gathered, keyed_numpy_generator
+from utils import InputError, concatenate_runs, keyed_numpy_generator
 
 BIN_WIDTH = 4
 CHUNK_BATCHES = 2**16
@@ -123,7 +123,7 @@ def _reordered(sequences: np.ndarray, sizes: np.ndarray, batches: np.ndarray) ->
     ends = np.cumsum(sizes[batches])
     result, place = np.empty_like(sequences), 0
     for k in range(0, len(batches), CHUNK_BATCHES):
-        part, _ = gathered(sequences, starts, sizes, batches[k : k + CHUNK_BATCHES])
+        part, _ = concatenate_runs(sequences, starts, sizes, batches[k : k + CHUNK_BATCHES])
         result[place : place + len(part)] = part
         place += len(part)
     return Batches(result, ends)

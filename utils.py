@@ -240,7 +240,7 @@ def keyed_seed(*key: int | str) -> int:
     return int.from_bytes(digest, "little") >> 1
 
 
-def gathered(
+def concatenate_runs(
     values: np.ndarray, starts: np.ndarray, lengths: np.ndarray, order: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Concatenate runs order[0], order[1], .. of a flat array: (values, lengths).

@@ -109,7 +109,7 @@ def run_measurement(
     collate: Callable,
     source: str,
 ) -> dict[str, float]:
-    """Measure a model beside its teacher, if there is one; return figures by prefixed name.
+    """Measure a model, against its teacher if there is one; return figures by prefixed name.
 
     collate: see passes_over. source: the model's flag and name. Raises InputError for a figure that
     is not finite.

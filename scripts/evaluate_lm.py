@@ -1,10 +1,10 @@
-"""Measure how well a language model predicts held-out text, alone or beside a teacher.
+"""Measure how well a language model predicts held-out text, alone or against a teacher.
 
 Masked models (BERT, DistilBERT, RoBERTa, ModernBERT, ..): loss, perplexity and top-1 accuracy on
 fixed masks, with every k-th token masked in k passes, so that each token is predicted once and
 nothing is random; the same on masks drawn as in training; and the pseudo-perplexity of some
 sentences, each token masked alone (Salazar et al., 2020). Causal models (GPT-2, Llama, ..): loss,
-token perplexity and accuracy. Beside a teacher, at the same positions: KL(teacher || student) at
+token perplexity and accuracy. With a teacher, at the same positions: KL(teacher || student) at
 temperature 1, how often both rank the same token first, and the cosine of the last hidden states.
 Don't compare a masked model's perplexity with a causal one's.
 """
@@ -189,7 +189,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------
 
 
-# The files of a model's folder that are read: the scores may lie beside them, not over them.
+# The files that are read of a model's folder: the scores may join them, but not overwrite one.
 MODEL_FILES = (
     *("*config.json", "*.safetensors*", "*.bin*"),
     *("tokenizer*", "vocab*", "merges.txt", "special_tokens_map.json"),

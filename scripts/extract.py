@@ -11,7 +11,12 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.models.architectures import ARCHITECTURES, PAIRS
-from distil.models.first_weights import evenly_spaced_layers, extract_student, student_of_pair
+from distil.models.first_weights import (
+    evenly_spaced_layers,
+    extract_student,
+    student_of_layers,
+    student_of_pair,
+)
 from distil.models.hub import load_config, quiet_transformers
 from distil.models.language_model import (
     kind_of,
@@ -235,8 +240,6 @@ def make_student(teacher, args: argparse.Namespace, layers: Sequence[int], sourc
         return student_of_pair(
             teacher, args.student_type, layers, getattr(args, "fold_token_types", False)
         )
-    from distil.models.first_weights import student_of_layers
-
     return student_of_layers(teacher, layers, source)
 
 

@@ -32,6 +32,7 @@ from utils import (
     bar_options,
     keyed_seed,
     logger,
+    raise_problems,
     run_program,
     setup_logging,
 )
@@ -86,14 +87,13 @@ def check_arguments(args: argparse.Namespace) -> None:
         for name, (low, high) in ranges.items()
         if not low <= getattr(args, name) <= high
     ]
-    problems += filter(None, [output_problem(args.output_dir, "--output_dir", is_folder=True)])
+    problems.append(output_problem(args.output_dir, "--output_dir", is_folder=True))
     if not args.force and os.path.exists(os.path.join(args.output_dir, "model.safetensors")):
         problems.append(
             f"--output_dir {args.output_dir}: holds a model already; choose another, or replace it"
             " with --force"
         )
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
 
 
 def make_distiller(args: argparse.Namespace, model) -> Distiller:

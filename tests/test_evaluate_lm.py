@@ -13,6 +13,7 @@ import time
 from pathlib import Path
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 import torch
 import transformers
@@ -39,6 +40,7 @@ from distil.kernels.head import rows_per_chunk
 from distil.models.architectures import ARCHITECTURES, architecture_named
 from distil.models.tokenizers import load_tokenizer, special_ids
 from distil.training import checkpointing
+from distil.training.progress import Intervals, Progress
 from lm_seqs_dataset import LmSeqsDataset
 
 KINDS = ("bert", "roberta", "gpt2")
@@ -325,9 +327,8 @@ def test_text_and_its_token_file_give_the_same_figures(setting, kind, teachers, 
     flags = "--model", teachers[kind], "--teacher", setting_folder(setting, tmp_path)
     by_ids = scores_of(tmp_path / "ids.json", *flags, "--data_file", held_out[kind])
     by_text = scores_of(tmp_path / "text.json", *flags, "--text_file", held_out["text"])
-    names = [
-        name for name in by_ids["score"] if not name.startswith("drawn_")
-    ]  # another order has other masks
+    # Another order has other drawn masks.
+    names = [name for name in by_ids["score"] if not name.startswith("drawn_")]
     assert {n: by_ids["score"][n] for n in names} == pytest.approx(
         {n: by_text["score"][n] for n in names}, rel=1e-5
     )
@@ -395,9 +396,8 @@ def test_a_model_of_any_family_is_measured_as_a_slow_loop_does(
         name: 100 * value for name, value in expected.items() if name in ("accuracy", "agreement")
     }
     expected["teacher_accuracy"] *= 100
-    assert {name: found["score"][name] for name in expected} == pytest.approx(
-        expected, rel=1e-4
-    )  # float32 against float64
+    figures = {name: found["score"][name] for name in expected}
+    assert figures == pytest.approx(expected, rel=1e-4)  # float32 against float64
 
 
 def sequences_by_hand(tokenizer, lines: list[str]) -> list[torch.Tensor]:
@@ -627,13 +627,14 @@ def test_bad_input_is_a_line_a_problem_and_nothing_is_overwritten(
 # On the way of a run
 # --------------------------------------------------------------------------------------------------
 
+# 10 updates.
 RUN = {
     "batch_size": 24,
     "n_epoch": 2,
     "log_interval": 5,
     "checkpoint_interval": 4,
     "learning_rate": 0.2,
-}  # 10 updates
+}
 
 
 def held_out_points(run: Path) -> list[tuple]:
@@ -720,7 +721,7 @@ def stop_during(monkeypatch, owner, name: str, call: int) -> None:
 STOPS = {
     "before an evaluation": (train.Distiller, "launch", 5, 5),
     "at an update to be evaluated": (train.Distiller, "launch", 6, 6),
-    "during an evaluation": (train, "measure", 2, 7),
+    "during an evaluation": (evaluation, "measure", 2, 7),
 }
 
 
@@ -823,20 +824,16 @@ def test_causal_half_precision_and_teacherless_runs_are_evaluated_at_the_end(
     )
 
 
-def test_a_student_that_is_not_a_number_is_never_the_best(evaluated, world, held_out, tmp_path):
-    runtime = train.Runtime()
-    config = train.parse_config(
-        world.flags("bert", tmp_path / "run", **RUN, eval_data_file=held_out["bert"])
-    )
-    progress = train.Progress(train.set_up(config, runtime), runtime)
+def test_a_student_that_is_not_a_number_is_never_the_best():
+    progress = Progress(["loss"], 10, 5, 1, np.array([12]), Intervals(5, 5), shows_bar=False)
     figures = {"loss": math.nan, "accuracy": 0.0, "kl": math.nan}
-    assert not progress.take_figures(figures, 0.0) and progress.best is None
-    assert (
-        progress.take_figures({**figures, "kl": 0.5}, 0.0) and progress.best["figures"]["kl"] == 0.5
-    )
-    assert not progress.take_figures(figures, 0.0) and not progress.take_figures(
-        {**figures, "kl": 0.5}, 0.0
-    )
+
+    def is_best(**changes: float) -> bool:
+        return progress.take_figures({**figures, **changes}, 0.0, "digest")
+
+    assert not is_best() and progress.best is None
+    assert is_best(kl=0.5) and progress.best["figures"]["kl"] == 0.5
+    assert not is_best() and not is_best(kl=0.5)
 
 
 @pytest.mark.slow

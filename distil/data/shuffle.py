@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from utils import gathered, keyed_numpy_generator
+from utils import concatenate_runs, keyed_numpy_generator
 
 CHUNK_IDS = 2**20  # moved at a time
 CHUNK_SEQUENCES = 2**16
@@ -95,7 +95,7 @@ def _in_pieces(
     """Yield the sequences in `order`, CHUNK_IDS ids at a time: the index takes 8 bytes per id."""
     starts_N = np.cumsum(lengths_N, dtype=np.int64) - lengths_N
     for first, last in cuts(lengths_N[order]):
-        yield gathered(ids_M, starts_N, lengths_N, order[first:last])
+        yield concatenate_runs(ids_M, starts_N, lengths_N, order[first:last])
 
 
 def _scatter(spool: Spool, *key: int | str) -> list[Spool]:
@@ -108,7 +108,7 @@ def _scatter(spool: Spool, *key: int | str) -> list[Spool]:
     for ids_M, lengths_N in spool.chunks():
         part_of_sequence = generator.integers(num_parts, size=len(lengths_N))
         starts_N = np.cumsum(lengths_N, dtype=np.int64) - lengths_N
-        ids_M, lengths = gathered(
+        ids_M, lengths = concatenate_runs(
             ids_M, starts_N, lengths_N, np.argsort(part_of_sequence, kind="stable")
         )
         counts = np.bincount(part_of_sequence, minlength=num_parts)

@@ -44,7 +44,7 @@ from lm_seqs_dataset import LmSeqsDataset, read_token_counts
 from utils import InputError, keyed_seed, logger, one_line
 
 # --------------------------------------------------------------------------------------------------
-# Programs in processes of their own
+# Programs in forked processes
 # --------------------------------------------------------------------------------------------------
 
 
@@ -665,8 +665,7 @@ def problem_of(target: Target, content: bytes, rng) -> str | None:
     problem = problem_of_reading(target.read)
     if problem != ASKS_FOR_TOO_MUCH:
         return problem
-    # Python asks for room for as many bytes as a file says will come: that is nothing as long as
-    # none come.
+    # Python reserves address space for as many bytes as a file announces; unread, they cost none.
     with more_address_space():
         problem = problem_of_reading(target.read)
     return None if problem == ASKS_FOR_TOO_MUCH else problem

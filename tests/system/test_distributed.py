@@ -53,9 +53,8 @@ def test_two_ranks_have_the_gradient_of_one(world_sizes):
         for rank in ranks:
             assert set(rank["grads"][number]) == set(grads)
             for name, grad in grads.items():
-                torch.testing.assert_close(
-                    rank["grads"][number][name], grad, rtol=1e-9, atol=1e-12
-                )  # float64 sums
+                found = rank["grads"][number][name]
+                torch.testing.assert_close(found, grad, rtol=1e-9, atol=1e-12)  # float64 sums
             assert all(grad.abs().sum() > 0 for grad in grads.values())
 
 
