@@ -1,9 +1,9 @@
-"""The plan of micro-batches: which sequences make which micro-batch, in which order, on which rank.
+"""The plan of micro-batches: which sequences form a micro-batch, in which order, on which rank.
 
-A pure function of (lengths, seed, epoch), so that every rank makes the same plan by itself, none
-sees another's data and none waits. Batches hold sequences of like lengths, which keeps padding
-small (the 2019 program's sampler); dealing whole updates to the ranks is ours: W ranks at
-accumulation A take what one rank at A x W would take.
+The plan is a pure function of (lengths, seed, epoch): every rank computes it alone, without
+communication. A batch holds sequences of similar length, which keeps padding small, as in the
+sampler of 2019. New here: whole updates are dealt to the ranks, so that W ranks with A accumulation
+steps train on the same micro-batches as one rank with A x W.
 """
 
 import dataclasses
@@ -18,10 +18,9 @@ CHUNK_BATCHES = 2**16
 
 
 def length_groups(lengths: np.ndarray, max_length: int) -> np.ndarray:
-    """Number each sequence's group: how many of the edges 3, 7, 11, .. below max_length are <= its
-    length.
+    """Number each sequence's group: the count of edges 3, 7, 11, .. < max_length up to its length.
 
-    max_length 0 leaves one edge, 10.
+    max_length 0 means a single edge, 10.
     """
     edges = np.arange(3, max_length, BIN_WIDTH) if max_length > 0 else np.array([10])
     group_of_length = np.searchsorted(edges, np.arange(max(max_length, 11) + 1), side="right")
@@ -31,9 +30,9 @@ def length_groups(lengths: np.ndarray, max_length: int) -> np.ndarray:
 
 @dataclasses.dataclass(frozen=True)
 class Batches(Sequence):
-    """Batches of sequences, end to end in one array: 4 bytes a sequence, 8 a batch.
+    """Batches of sequences, concatenated in one array: 4 bytes per sequence, 8 per batch.
 
-    sequences: batch after batch; ends: where each batch ends.
+    sequences: all batches in order. ends: end of each batch in it.
     """
 
     sequences: np.ndarray
@@ -46,7 +45,8 @@ class Batches(Sequence):
         if not -len(self) <= number < len(self):
             raise IndexError(number)
         number %= len(self)
-        return self.sequences[self.ends[number - 1] if number else 0 : self.ends[number]]
+        start = self.ends[number - 1] if number else 0
+        return self.sequences[start : self.ends[number]]
 
 
 def plain_batches(order: np.ndarray, batch_size: int) -> Batches:
@@ -58,9 +58,9 @@ def plain_batches(order: np.ndarray, batch_size: int) -> Batches:
 def grouped_batches(order: np.ndarray, groups: np.ndarray, batch_size: int) -> Batches:
     """Cut `order` (a permutation of the sequences) into batches of one group each.
 
-    Batches come in the order in which groups fill up while `order` is read; what is left over is
-    joined by ascending group, reading order inside, and cut again. ceil(N / batch_size) batches,
-    each sequence once.
+    Full batches are emitted as groups fill up while `order` is read. Left-over sequences are
+    concatenated by ascending group, keeping their order within a group, and cut again. Gives
+    ceil(N / batch_size) batches with each sequence once.
     """
     full, rest, _ = _fill_groups(order, groups, np.full(_num_groups(groups), batch_size))
     return _joined(full, plain_batches(rest, batch_size))
@@ -69,12 +69,11 @@ def grouped_batches(order: np.ndarray, groups: np.ndarray, batch_size: int) -> B
 def budget_batches(
     order: np.ndarray, groups: np.ndarray, longest: np.ndarray, max_tokens: int
 ) -> Batches:
-    """Cut `order` into batches of one group each, of as many sequences as keep the padded batch
-    within max_tokens.
+    """Cut `order` into batches of one group each, as large as a padded size of max_tokens admits.
 
-    longest: bounds the length in each group, at most max_tokens. Order and left-overs as in
-    grouped_batches. The number of batches depends on the groups' sizes alone, and so is the same
-    for every order.
+    longest: upper bound of the length in each group, at most max_tokens. Order and left-overs as in
+    grouped_batches. The number of batches depends only on the groups' sizes, so every epoch has the
+    same.
     """
     full, rest, groups_of_rest = _fill_groups(order, groups, max_tokens // longest)
     return _joined(full, Batches(rest, _ends_within(longest[groups_of_rest], max_tokens)))
@@ -87,12 +86,11 @@ def _num_groups(groups: np.ndarray) -> int:
 def _fill_groups(
     order: np.ndarray, groups: np.ndarray, sizes: np.ndarray
 ) -> tuple[Batches, np.ndarray, np.ndarray]:
-    """Read `order` into groups of `sizes` a batch: (full batches as they fill up, what is left
-    over, its groups).
-    """
+    """Fill batches of `sizes` per group from `order`: (full batches, left-overs, their groups)."""
     group_of_place = groups[order]
     places_by_group = np.argsort(group_of_place, kind="stable")  # in reading order inside a group
     bounds = np.searchsorted(group_of_place[places_by_group], np.arange(_num_groups(groups) + 1))
+    place_type = np.int32 if len(order) < 2**31 else np.int64
     by_group, num_full = np.empty_like(order), 0
     filled_at, rest, groups_of_rest, batch_sizes = [], [], [], []
     for group in range(_num_groups(groups)):
@@ -102,23 +100,18 @@ def _fill_groups(
         count = num_batches * size
         by_group[num_full : num_full + count] = order[places[:count]]
         num_full += count
-        filled_at.append(
-            places[size - 1 : count : size].astype(np.int32 if len(order) < 2**31 else np.int64)
-        )
+        filled_at.append(places[size - 1 : count : size].astype(place_type))
         batch_sizes.append(np.full(num_batches, size, np.int32))
         rest.append(order[places[count:]])
         groups_of_rest.append(np.full(len(rest[-1]), group))
     del places_by_group, places
-    full = _reordered(
-        by_group[:num_full], np.concatenate(batch_sizes), np.argsort(np.concatenate(filled_at))
-    )
+    in_order = np.argsort(np.concatenate(filled_at))
+    full = _reordered(by_group[:num_full], np.concatenate(batch_sizes), in_order)
     return full, np.concatenate(rest), np.concatenate(groups_of_rest)
 
 
 def _reordered(sequences: np.ndarray, sizes: np.ndarray, batches: np.ndarray) -> Batches:
-    """Put consecutive batches of the given sizes into another order, a chunk of batches at a
-    time.
-    """
+    """Reorder consecutive batches of the given sizes, CHUNK_BATCHES at a time to save memory."""
     starts = np.cumsum(sizes) - sizes
     ends = np.cumsum(sizes[batches])
     result, place = np.empty_like(sequences), 0
@@ -130,9 +123,7 @@ def _reordered(sequences: np.ndarray, sizes: np.ndarray, batches: np.ndarray) ->
 
 
 def _ends_within(longest: np.ndarray, max_tokens: int) -> np.ndarray:
-    """Cut sequences of ascending bounded lengths where one more would take the padded batch over
-    max_tokens.
-    """
+    """Return the ends of batches within max_tokens, given ascending bounds of the lengths."""
     ends, start = [], 0
     while start < len(longest):
         bounds = longest[start : start + max_tokens // int(longest[start])]
@@ -151,9 +142,7 @@ def _joined(first: Batches, second: Batches) -> Batches:
 
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
-    """One micro-batch: its number over the whole run, the epoch it belongs to, and its
-    sequences.
-    """
+    """One micro-batch: its number in the run, its epoch, and its sequences."""
 
     number: int
     epoch: int
@@ -162,9 +151,7 @@ class PlannedBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """One optimizer update: every micro-batch in it, and those of them that this rank computes
-    (maybe none).
-    """
+    """One optimizer update: all its micro-batches, and those that this rank computes (or none)."""
 
     planned: list[PlannedBatch]
     mine: list[PlannedBatch]
@@ -183,11 +170,10 @@ class GroupedBatchSampler:
         seed: int,
         max_tokens: int | None = None,
     ):
-        """max_tokens: a micro-batch takes as many sequences as its padded size stays within, in
-        place of batch_size.
+        """Group the sequences by length, unless group_by_size is False.
 
-        Raises InputError where a sequence is longer than that, or where sequences are not grouped
-        by length.
+        max_tokens: limit a micro-batch's padded size instead of its number of sequences. Raises
+        InputError if a sequence is longer than max_tokens or sequences are not grouped.
         """
         self.lengths = np.asarray(lengths)
         self.batch_size = batch_size
@@ -211,27 +197,26 @@ class GroupedBatchSampler:
                 f"--max_tokens {self.max_tokens}: the longest sequence has {longest} ids; raise it,"
                 " or set --max_length"
             )
-        self.longest_of_group = (
-            np.arange(_num_groups(self.groups)) * BIN_WIDTH + 2
-        )  # group k ends below edge 3 + 4 k
+        # Group k ends below edge 3 + 4 k; the last one is open.
+        self.longest_of_group = np.arange(_num_groups(self.groups)) * BIN_WIDTH + 2
         self.longest_of_group[-1] = longest
 
     def __len__(self) -> int:
-        """Count the micro-batches of an epoch."""
+        """Return the number of micro-batches in an epoch."""
         if self._num_batches is None:
             num = -(-len(self.lengths) // self.batch_size)
             self._num_batches = num if self.max_tokens is None else len(self.epoch_batches(0))
         return self._num_batches
 
     def epoch_batches(self, epoch: int) -> Batches:
-        """Plan one epoch: a new order of the sequences for each (seed, epoch)."""
+        """Plan an epoch; each (seed, epoch) has its own order of the sequences."""
         if self._planned_epoch is None or self._planned_epoch[0] != epoch:
-            self._planned_epoch = None  # its memory serves the next one
+            self._planned_epoch = None  # free its memory before planning the next one
             self._planned_epoch = (epoch, self._plan(self._order(epoch)))
         return self._planned_epoch[1]
 
     def _order(self, epoch: int) -> np.ndarray:
-        # Differs from the original: 2019 gave every epoch the order of the first.
+        # Differs from the original: shuffled anew each epoch. 2019 repeated the first one's order.
         num = len(self.lengths)
         in_file_order = np.arange(num, dtype=np.int32 if num < 2**31 else np.int64)
         generator = keyed_numpy_generator(self.seed, epoch, "order")
@@ -246,9 +231,7 @@ class GroupedBatchSampler:
         return budget_batches(order, self.groups, self.longest_of_group, self.max_tokens)
 
     def micro_batches(self, num_micro_batches: int, first: int = 0) -> Iterator[PlannedBatch]:
-        """Yield the run's micro-batches from `first` on as a single process would take them, over
-        the ends of epochs.
-        """
+        """Yield micro-batches `first` .. num_micro_batches - 1 of the run, across epochs."""
         for number in range(first, num_micro_batches):
             epoch, place = divmod(number, len(self))
             yield PlannedBatch(number, epoch, self.epoch_batches(epoch)[place])
@@ -256,13 +239,12 @@ class GroupedBatchSampler:
     def updates(
         self, num_micro_batches: int, accumulation: int, rank: int, world_size: int, first: int = 0
     ) -> Iterator[Update]:
-        """Yield the run's updates: the next accumulation x world_size micro-batches, dealt to the
-        ranks.
+        """Yield the run's updates of accumulation x world_size micro-batches, dealt to the ranks.
 
-        first: the micro-batch that the run goes on from.
+        first: number of the first micro-batch, above 0 in a resumed run.
         """
-        # Differs from the original: counted over the run. 2019 counted anew each epoch, and
-        # left-over gradients leaked.
+        # Differs from the original: counted over the run. 2019 counted from 0 in each epoch, and
+        # left-over gradients leaked into the next one.
         planned: list[PlannedBatch] = []
         for batch in self.micro_batches(num_micro_batches, first):
             planned.append(batch)
@@ -271,17 +253,15 @@ class GroupedBatchSampler:
                 planned = []
 
     def deal(self, planned: list[PlannedBatch], rank: int, world_size: int) -> list[PlannedBatch]:
-        """Choose this rank's share of an update: counts differ by 1 at most, padded sizes are
-        balanced.
+        """Select this rank's share of an update, balancing padded sizes.
+
+        Micro-batches are dealt from large to small, in the order of ranks 0 1 1 0 0 1 .., so that
+        the ranks' counts differ by at most 1.
         """
-        sizes = [
-            -len(batch.sequences) * int(self.lengths[batch.sequences].max()) for batch in planned
-        ]
+        sizes = [len(b.sequences) * int(self.lengths[b.sequences].max()) for b in planned]
         share = []
-        for place, index in enumerate(np.argsort(sizes, kind="stable")):
+        for place, index in enumerate(np.argsort(np.negative(sizes), kind="stable")):
             lap, seat = divmod(place, world_size)
-            if (
-                seat if lap % 2 == 0 else world_size - 1 - seat
-            ) == rank:  # there and back again: 0 1 1 0 0 1 ..
+            if rank == (seat if lap % 2 == 0 else world_size - 1 - seat):
                 share.append(planned[index])
         return sorted(share, key=lambda batch: batch.number)

@@ -1,16 +1,18 @@
 """The objectives of distillation: tensors in, scalars out.
 
-One row of LOSSES is one objective; its `--alpha_x` flag, log tag, rows and inputs follow from the
-row. Objectives that read logits are computed through `head_losses`, which projects the selected
-hidden states to the vocabulary chunk by chunk and takes each chunk's gradient at once, so that no
-(N, V) tensor larger than a chunk exists.
+Reading order: the formula of each objective; its gradient derived by hand; both row by row; and
+LOSSES, the table from which the program takes everything it knows about an objective. Its
+`--alpha_x` flag, log tag, input and rows follow from its row.
 
-Source: Sanh et al., 2019, "DistilBERT, a distilled version of BERT", section 3 (training loss);
-Hinton et al., 2015, "Distilling the Knowledge in a Neural Network", section 2 (temperature and its
-square).
+The formulas define the objectives and are the reference of the tests. Training calls them through
+distil/kernels/head.py, which projects hidden states to logits a chunk of positions at a time and
+takes each chunk's gradient at once: no (N, V) tensor larger than a chunk exists.
 
-Shape suffixes: B sequences, T padded length, N selected positions, C positions of a chunk, V
-vocabulary, D width, K active losses.
+Sources: Sanh et al., 2019, "DistilBERT, a distilled version of BERT", section 3 (training loss);
+Hinton et al., 2015, "Distilling the Knowledge in a Neural Network", section 2 (temperature).
+
+Symbols: s and t are the student's and the teacher's logits, T the temperature.
+Shape suffixes: N selected positions, V vocabulary, D width, 1 a kept dimension.
 """
 
 import dataclasses
@@ -20,7 +22,8 @@ import torch
 import torch.nn.functional as F
 
 IGNORED_LABEL = -100
-NORMALIZATIONS = ("micro_batches", "tokens")  # what an update's means are taken over
+NORMALIZATIONS = ("micro_batches", "tokens")  # over which an update's means are taken
+WithGradient = tuple[torch.Tensor, torch.Tensor]  # loss, gradient by the student's logits (N, V)
 
 
 def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
@@ -29,66 +32,61 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 
 
 # --------------------------------------------------------------------------------------------------
-# Formulas. Each returns a sum over its rows; the mean is taken by whoever knows the count.
+# Formulas: (student, teacher, labels, temperature) -> sum over N rows. The caller divides by its
+# count of rows, which may extend over several chunks, micro-batches or ranks.
 # --------------------------------------------------------------------------------------------------
 
 
 def kl_divergence(student_NV, teacher_NV, labels_N, temperature: float) -> torch.Tensor:
-    """Sum T^2 KL(softmax(t / T) || softmax(s / T)) over N rows; natural log. T^2 keeps gradients'
-    size (Hinton, 2).
+    """Sum T^2 KL(softmax(t / T) || softmax(s / T)) over rows, in nats.
+
+    Gradients shrink as 1 / T^2; the factor T^2 keeps their size (Hinton et al., 2015, section 2).
     """
     student_log_probs_NV = F.log_softmax(student_NV / temperature, dim=-1)
     teacher_log_probs_NV = F.log_softmax(teacher_NV / temperature, dim=-1)
-    return (
-        F.kl_div(student_log_probs_NV, teacher_log_probs_NV, reduction="sum", log_target=True)
-        * temperature**2
+    divergence = F.kl_div(
+        student_log_probs_NV, teacher_log_probs_NV, reduction="sum", log_target=True
     )
+    return divergence * temperature**2
 
 
 def cross_entropy(student_NV, teacher_NV, labels_N, temperature: float) -> torch.Tensor:
-    """Sum -log softmax(s)[label] over N rows; neither the teacher nor the temperature enters."""
+    """Sum -log softmax(s)[label] over rows; teacher and temperature are not used."""
     return F.cross_entropy(student_NV, labels_N, reduction="sum")
 
 
 def squared_error(student_NV, teacher_NV, labels_N, temperature: float) -> torch.Tensor:
-    """Sum (s - t)^2 over N rows and the vocabulary."""
+    """Sum (s - t)^2 over rows and vocabulary."""
     return (student_NV - teacher_NV).square().sum()
 
 
 def cosine_distance(student_ND, teacher_ND, labels_N, temperature: float) -> torch.Tensor:
-    """Sum 1 - cos(h_s, h_t) over N rows of last hidden states; 1e-12 is added to each squared
-    norm.
-    """
+    """Sum 1 - cos(h_s, h_t) over rows of last hidden states; adds 1e-12 to each squared norm."""
     ones_N = student_ND.new_ones(len(student_ND))
     return F.cosine_embedding_loss(student_ND, teacher_ND, ones_N, reduction="sum")
 
 
 # --------------------------------------------------------------------------------------------------
-# The same with their gradients by hand: (sum, gradient with respect to the student's logits), from
-# logits of any precision in float32 or wider. They may overwrite nothing.
+# Gradients by hand: the formula's sum, and its gradient by the student's logits. Logits of any
+# precision are widened to at least float32; the arguments are not modified.
 # --------------------------------------------------------------------------------------------------
 
 
-def kl_divergence_gradient(
-    student_NV, teacher_NV, labels_N, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of kl_divergence: T (softmax(s / T) - softmax(t / T)) (Hinton et al., 2015, section
-    2.1).
+def kl_divergence_gradient(student_NV, teacher_NV, labels_N, temperature: float) -> WithGradient:
+    """Differentiate kl_divergence: T (softmax(s / T) - softmax(t / T)).
+
+    Source: Hinton et al., 2015, section 2.1, times T^2.
     """
     student_log_probs_NV = F.log_softmax(at_least_float32(student_NV) / temperature, dim=-1)
     teacher_log_probs_NV = F.log_softmax(at_least_float32(teacher_NV) / temperature, dim=-1)
-    teacher_NV = teacher_log_probs_NV.exp()
-    total = (
-        torch.dot(teacher_NV.flatten(), teacher_log_probs_NV.sub_(student_log_probs_NV).flatten())
-        * temperature**2
-    )
-    return total, student_log_probs_NV.exp_().sub_(teacher_NV).mul_(temperature)
+    teacher_probs_NV = teacher_log_probs_NV.exp()
+    log_ratio_NV = teacher_log_probs_NV.sub_(student_log_probs_NV)
+    total = torch.dot(teacher_probs_NV.flatten(), log_ratio_NV.flatten()) * temperature**2
+    return total, student_log_probs_NV.exp_().sub_(teacher_probs_NV).mul_(temperature)
 
 
-def cross_entropy_gradient(
-    student_NV, teacher_NV, labels_N, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of cross_entropy: softmax(s) - onehot(label)."""
+def cross_entropy_gradient(student_NV, teacher_NV, labels_N, temperature: float) -> WithGradient:
+    """Differentiate cross_entropy: softmax(s) - onehot(label)."""
     log_probs_NV = F.log_softmax(at_least_float32(student_NV), dim=-1)
     total = -log_probs_NV.gather(1, labels_N[:, None]).sum()
     gradient_NV = log_probs_NV.exp_()
@@ -96,31 +94,28 @@ def cross_entropy_gradient(
     return total, gradient_NV
 
 
-def squared_error_gradient(
-    student_NV, teacher_NV, labels_N, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Gradient of squared_error: 2 (s - t)."""
+def squared_error_gradient(student_NV, teacher_NV, labels_N, temperature: float) -> WithGradient:
+    """Differentiate squared_error: 2 (s - t)."""
     difference_NV = at_least_float32(student_NV) - at_least_float32(teacher_NV)
     return difference_NV.square().sum(), difference_NV.mul_(2)
 
 
 # --------------------------------------------------------------------------------------------------
-# The same once more, row by row, for a compiler to join: (losses_N, gradient). Sums and
-# element-wise operations only.
+# Row by row: (losses_N, gradient_NV) by sums along the vocabulary and element-wise operations only,
+# which torch.compile fuses into one pass over a chunk of logits of at least float32.
 # --------------------------------------------------------------------------------------------------
 
 
 def _softmax_and_log_sum(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return (softmax_NV, logsumexp_N1)."""
     largest_N1 = logits_NV.amax(-1, keepdim=True)
     exponentials_NV = (logits_NV - largest_N1).exp()
     sum_N1 = exponentials_NV.sum(-1, keepdim=True)
     return exponentials_NV / sum_N1, largest_N1 + sum_N1.log()
 
 
-def kl_divergence_rows(
-    student_NV, teacher_NV, labels_N, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row by row what `kl_divergence_gradient` does."""
+def kl_divergence_rows(student_NV, teacher_NV, labels_N, temperature: float) -> WithGradient:
+    """Compute kl_divergence_gradient with one loss per row."""
     student_NV, teacher_NV = student_NV / temperature, teacher_NV / temperature
     student_probs_NV, student_log_sum_N1 = _softmax_and_log_sum(student_NV)
     teacher_probs_NV, teacher_log_sum_N1 = _softmax_and_log_sum(teacher_NV)
@@ -129,38 +124,41 @@ def kl_divergence_rows(
     return losses_N, (student_probs_NV - teacher_probs_NV) * temperature
 
 
-def cross_entropy_rows(
-    student_NV, teacher_NV, labels_N, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row by row what `cross_entropy_gradient` does."""
+def cross_entropy_rows(student_NV, teacher_NV, labels_N, temperature: float) -> WithGradient:
+    """Compute cross_entropy_gradient with one loss per row."""
     probs_NV, log_sum_N1 = _softmax_and_log_sum(student_NV)
     is_label_NV = torch.arange(student_NV.shape[-1], device=student_NV.device) == labels_N[:, None]
     losses_N = log_sum_N1[:, 0] - torch.where(is_label_NV, student_NV, 0.0).sum(-1)
     return losses_N, torch.where(is_label_NV, probs_NV - 1.0, probs_NV)
 
 
-def squared_error_rows(
-    student_NV, teacher_NV, labels_N, temperature: float
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Row by row what `squared_error_gradient` does."""
+def squared_error_rows(student_NV, teacher_NV, labels_N, temperature: float) -> WithGradient:
+    """Compute squared_error_gradient with one loss per row."""
     difference_NV = student_NV - teacher_NV
     return difference_NV.square().sum(-1), 2.0 * difference_NV
 
 
+# --------------------------------------------------------------------------------------------------
+# The table
+# --------------------------------------------------------------------------------------------------
+
+
 @dataclasses.dataclass(frozen=True)
 class Loss:
-    """One objective: a formula, what it reads, and where.
+    """One objective: its formula, and the input and rows that the formula is applied to.
 
-    gradient: the formula's sum with its gradient by the student's logits; None: autograd finds it,
-    a block at a time.
-    by_row: the same for a compiler; None: the objective is not compiled, the others are.
-    reads: "logits", or "hidden" (last hidden states).
-    rows: "distilled" (real tokens, or masked positions only with --restrict_ce_to_mask), "real"
-        (every real token), "masked" (positions drawn for masked-LM) or "next" (positions whose next
-        token is real).
-    needs_teacher: False where the teacher need not run for it.
-    default_alpha: the default of its flag. title: its name for people. condition: when its flag may
-        be given.
+    formula: (student, teacher, labels_N, temperature) -> sum over rows; the first two are logits
+        (N, V) or last hidden states (N, D); labels_N are the ids to predict, given for logits at
+        "masked" and "next" rows, else None.
+    reads: "logits" or "hidden" (last hidden states).
+    rows: "real" (every real token), "masked" (positions drawn for masked-LM), "next" (positions
+        whose next token is real), or "distilled" (as "real"; as "masked" with
+        --restrict_ce_to_mask).
+    needs_teacher: False where the objective can be computed without running the teacher.
+    default_alpha: default of its --alpha flag. title: its name for people. condition: when the flag
+        may be given.
+    gradient: the formula's sum and its gradient by the student's logits; None: by autograd.
+    by_row: the same per row, for torch.compile; None: this objective is not compiled.
     make_module: (student, teacher) -> a module that the formula gets as its last argument; its
         parameters are trained, saved and restored with the student's, not exported (hidden only).
     """
@@ -171,61 +169,66 @@ class Loss:
     needs_teacher: bool
     default_alpha: float
     title: str
-    gradient: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
-    by_row: Callable[..., tuple[torch.Tensor, torch.Tensor]] | None = None
+    gradient: Callable[..., WithGradient] | None = None
+    by_row: Callable[..., WithGradient] | None = None
     condition: str = ""
     make_module: Callable[[torch.nn.Module, torch.nn.Module], torch.nn.Module] | None = None
 
     @property
     def help(self) -> str:
-        """Return one line for the command line."""
+        """Describe the objective in one line for the command line."""
         return f"{self.title}; {self.condition}" if self.condition else self.title
 
 
 LOSSES: dict[str, Loss] = {
     "ce": Loss(
         kl_divergence,
-        "logits",
-        "distilled",
-        True,
-        0.5,
-        "KL divergence to the teacher's distribution",
-        kl_divergence_gradient,
-        kl_divergence_rows,
+        reads="logits",
+        rows="distilled",
+        needs_teacher=True,
+        default_alpha=0.5,
+        title="KL divergence to the teacher's distribution",
+        gradient=kl_divergence_gradient,
+        by_row=kl_divergence_rows,
     ),
     "mlm": Loss(
         cross_entropy,
-        "logits",
-        "masked",
-        False,
-        0.0,
-        "masked-language-model loss",
-        cross_entropy_gradient,
-        cross_entropy_rows,
-        "needs --mlm",
+        reads="logits",
+        rows="masked",
+        needs_teacher=False,
+        default_alpha=0.0,
+        title="masked-language-model loss",
+        gradient=cross_entropy_gradient,
+        by_row=cross_entropy_rows,
+        condition="needs --mlm",
     ),
     "clm": Loss(
         cross_entropy,
-        "logits",
-        "next",
-        False,
-        0.5,
-        "causal-language-model loss",
-        cross_entropy_gradient,
-        cross_entropy_rows,
-        "not with --mlm",
+        reads="logits",
+        rows="next",
+        needs_teacher=False,
+        default_alpha=0.5,
+        title="causal-language-model loss",
+        gradient=cross_entropy_gradient,
+        by_row=cross_entropy_rows,
+        condition="not with --mlm",
     ),
     "mse": Loss(
         squared_error,
-        "logits",
-        "distilled",
-        True,
-        0.0,
-        "squared error of the logits",
-        squared_error_gradient,
-        squared_error_rows,
+        reads="logits",
+        rows="distilled",
+        needs_teacher=True,
+        default_alpha=0.0,
+        title="squared error of the logits",
+        gradient=squared_error_gradient,
+        by_row=squared_error_rows,
     ),
     "cos": Loss(
-        cosine_distance, "hidden", "real", True, 0.0, "cosine distance of the last hidden states"
+        cosine_distance,
+        reads="hidden",
+        rows="real",
+        needs_teacher=True,
+        default_alpha=0.0,
+        title="cosine distance of the last hidden states",
     ),
 }

@@ -1,13 +1,11 @@
-"""The plan of micro-batches: as in 2019 for one process; a partition, the same on every rank, for
-several.
-"""
+"""The plan of micro-batches: equal to 2019's for one process, the same partition on every rank."""
 
 import numpy as np
 import pytest
 from conftest import load_golden
 
 from grouped_batch_sampler import GroupedBatchSampler, grouped_batches, length_groups
-from utils import InputError
+from utils import InputError, keyed_numpy_generator
 
 
 @pytest.mark.parametrize(
@@ -39,7 +37,7 @@ def test_an_epoch_holds_every_sequence_once(num, batch_size, group_by_size):
     assert max(map(len, batches)) <= batch_size
 
 
-def test_grouping_is_switched_by_its_flag():
+def test_the_flag_controls_grouping_by_length():
     spreads = {}
     for group_by_size in (True, False):
         sampler = make_sampler(400, 5, group_by_size)
@@ -61,7 +59,7 @@ def test_order_depends_on_seed_and_epoch_alone():
 
 @pytest.mark.parametrize("world_size", [1, 2, 3, 4])
 @pytest.mark.parametrize("num_epochs", [1, 3])
-def test_ranks_share_each_update_and_none_waits(world_size, num_epochs):
+def test_ranks_divide_each_update_evenly(world_size, num_epochs):
     accumulation = 12 // world_size
     sampler = make_sampler()
     total = len(sampler) * num_epochs
@@ -72,10 +70,8 @@ def test_ranks_share_each_update_and_none_waits(world_size, num_epochs):
     ]
     for number, alone in enumerate(whole):
         mine = [share[number].mine for share in shares]
-        together = sorted(
-            (batch.number, batch.sequences.tolist()) for share in mine for batch in share
-        )
-        assert together == [(batch.number, batch.sequences.tolist()) for batch in alone.mine]
+        together = sorted((b.number, b.sequences.tolist()) for share in mine for b in share)
+        assert together == [(b.number, b.sequences.tolist()) for b in alone.mine]
         sizes = [len(share) for share in mine]
         assert max(sizes) - min(sizes) <= 1
         if number < len(whole) - 1:
@@ -84,7 +80,7 @@ def test_ranks_share_each_update_and_none_waits(world_size, num_epochs):
     assert [batch.number for update in whole for batch in update.planned] == list(range(total))
 
 
-def test_a_last_update_smaller_than_the_ranks_leaves_some_without():
+def test_some_ranks_get_nothing_of_a_last_update_smaller_than_the_ranks():
     sampler = make_sampler(num=5, batch_size=1)
     shares = [[len(update.mine) for update in sampler.updates(5, 1, rank, 4)] for rank in range(4)]
     assert shares == [[1, 1], [1, 0], [1, 0], [1, 0]]
@@ -109,9 +105,8 @@ def budget_sampler(
     num=3000, max_tokens=512, max_length=64, seed=5, longest=64
 ) -> GroupedBatchSampler:
     lengths = np.random.default_rng(0).integers(12, longest + 1, num)
-    return GroupedBatchSampler(
-        lengths, 5, max_length, group_by_size=True, seed=seed, max_tokens=max_tokens
-    )
+    options = {"group_by_size": True, "seed": seed, "max_tokens": max_tokens}
+    return GroupedBatchSampler(lengths, 5, max_length, **options)
 
 
 def padded_sizes(sampler, batches) -> list[int]:
@@ -123,7 +118,9 @@ def padded_sizes(sampler, batches) -> list[int]:
     "max_tokens, max_length, longest",
     [(512, 64, 64), (64, 64, 64), (1000, 512, 200), (63, 63, 63), (700, 65, 65)],
 )
-def test_a_budget_is_kept_and_every_sequence_taken_once(num, max_tokens, max_length, longest):
+def test_batches_stay_within_the_budget_and_hold_every_sequence_once(
+    num, max_tokens, max_length, longest
+):
     sampler = budget_sampler(num, max_tokens, max_length, longest=longest)
     batches = sampler.epoch_batches(0)
     assert sorted(np.concatenate(list(batches)).tolist()) == list(range(num))
@@ -131,40 +128,36 @@ def test_a_budget_is_kept_and_every_sequence_taken_once(num, max_tokens, max_len
     assert len(batches) == len(sampler)
 
 
-def test_a_budget_is_used_and_lengths_stay_alike():
+def test_batches_use_the_budget_and_hold_similar_lengths():
     sampler = budget_sampler(20_000, max_tokens=2048)
     batches = list(sampler.epoch_batches(0))
     sizes = np.array(padded_sizes(sampler, batches))
-    assert np.median(sizes) > 0.9 * 2048, "long and short batches cost alike"
+    assert np.median(sizes) > 0.9 * 2048, "batches of long and of short sequences cost the same"
     assert np.mean([np.ptp(sampler.lengths[batch]) for batch in batches]) < 4.5
     assert max(map(len, batches)) > 3 * min(len(batch) for batch in batches[: len(batches) // 2])
 
 
-def test_every_epoch_has_as_many_batches():
+def test_every_epoch_has_the_same_number_of_batches():
     sampler = budget_sampler(777, max_tokens=300)
     assert len({len(sampler.epoch_batches(epoch)) for epoch in range(12)}) == 1
 
 
-def test_ranks_share_batches_of_a_budget():
+def test_ranks_divide_the_batches_of_a_budget():
     shares = [list(budget_sampler().updates(400, 3, rank, 2)) for rank in range(2)]
     numbers = sorted(batch.number for share in shares for update in share for batch in update.mine)
     assert numbers == list(range(400))
 
 
-def test_a_budget_below_the_longest_sequence_is_refused():
-    with pytest.raises(
-        InputError,
-        match="--max_tokens 63: the longest sequence has 64 ids; raise it, or set --max_length",
-    ):
+def test_a_budget_below_the_longest_sequence_or_without_grouping_is_refused():
+    expected = "--max_tokens 63: the longest sequence has 64 ids; raise it, or set --max_length"
+    with pytest.raises(InputError, match=expected):
         budget_sampler(max_tokens=63)
     with pytest.raises(InputError, match="--max_tokens with --no-group_by_size"):
         GroupedBatchSampler(np.array([20]), 5, 64, group_by_size=False, seed=1, max_tokens=99)
 
 
-def test_the_order_of_1_epoch_is_that_of_numpys_permutation():
-    """Plans of earlier versions stay: the order is drawn in 32 bits now, from the same numbers."""
-    from utils import keyed_numpy_generator
-
+def test_the_order_of_an_epoch_equals_numpys_permutation():
+    """Plans of earlier versions stay valid: 32-bit orders use the same random numbers."""
     sampler = make_sampler(1000, 4, group_by_size=False, seed=9)
     expected = keyed_numpy_generator(9, 3, "order").permutation(1000)
     assert np.concatenate(list(sampler.epoch_batches(3))).tolist() == expected.tolist()

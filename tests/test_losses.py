@@ -1,4 +1,4 @@
-"""The objectives: against the 2019 code's numbers, and against loops written apart from them."""
+"""The objectives, compared with the 2019 code's numbers and with independent slow loops."""
 
 import dataclasses
 import math
@@ -17,9 +17,7 @@ FLOAT64 = {"rtol": 1e-12, "atol": 1e-12}
 
 
 def golden_rows(case):
-    """Which positions enter which objective, and the label of each, from a golden case's labels and
-    lengths.
-    """
+    """Select the rows of each kind, and their labels, from a golden case's labels and lengths."""
     labels_BT, lengths_B = torch.tensor(case["labels"]), torch.tensor(case["lengths"])
     real_BT = torch.arange(labels_BT.shape[1]) < lengths_B[:, None]
     if case["mlm"]:
@@ -32,15 +30,12 @@ def golden_rows(case):
         next_BT[:, :-1] = real_BT[:, 1:]
         rows = {"real": real_BT, "distilled": real_BT, "next": next_BT}
         targets = {"next": labels_BT.roll(-1, dims=1)}
-    return {k: v.flatten().nonzero()[:, 0] for k, v in rows.items()}, {
-        k: v.flatten() for k, v in targets.items()
-    }
+    rows = {kind: selected_BT.flatten().nonzero()[:, 0] for kind, selected_BT in rows.items()}
+    return rows, {kind: labels_BT.flatten() for kind, labels_BT in targets.items()}
 
 
 def make_terms(alphas, rows, targets):
-    """Make the terms of the logit objectives, weighted so that their sum is the weighted mean
-    loss.
-    """
+    """Make the terms of the logit objectives; their sum is the weighted mean loss."""
     terms = {}
     for name, alpha in alphas.items():
         loss = LOSSES[name]
@@ -52,7 +47,7 @@ def make_terms(alphas, rows, targets):
 
 
 def identity_projection(logits_NV: torch.Tensor) -> Projection:
-    """Stand for a head whose logits are its input."""
+    """Make a projection whose logits equal its input."""
     return Projection(logits_NV, torch.eye(logits_NV.shape[1], dtype=logits_NV.dtype), None)
 
 
@@ -62,10 +57,8 @@ def test_losses_and_gradients_equal_the_2019_code(case, chunk_rows):
     def tensor(key):
         return torch.tensor(case[key], dtype=torch.float64).flatten(0, 1)
 
-    student_NV, student_ND = (
-        tensor("student_logits").requires_grad_(),
-        tensor("student_hidden").requires_grad_(),
-    )
+    student_NV = tensor("student_logits").requires_grad_()
+    student_ND = tensor("student_hidden").requires_grad_()
     teacher_NV, teacher_ND = tensor("teacher_logits"), tensor("teacher_hidden")
     rows, targets = golden_rows(case)
     terms = make_terms(case["alphas"], rows, targets)
@@ -77,15 +70,13 @@ def test_losses_and_gradients_equal_the_2019_code(case, chunk_rows):
         total, sums_K = projected_losses(*projections, *plain[2:], 3 if "3" in chunk_rows else None)
     else:
         total, sums_K = head_losses(lambda x: x, [], plain[0], lambda x: x, *plain[1:], chunk_rows)
-    values = {
-        name: s.item() / len(terms[name].offsets) for name, s in zip(terms, sums_K, strict=True)
-    }
+    sums = zip(terms, sums_K, strict=True)
+    values = {name: value.item() / len(terms[name].offsets) for name, value in sums}
     if "cos" in case["alphas"]:
-        cosine = LOSSES["cos"].formula(
-            student_ND[rows["real"]], teacher_ND[rows["real"]], None, case["T"]
-        )
-        values["cos"] = cosine.item() / len(rows["real"])
-        total = total + case["alphas"]["cos"] * cosine / len(rows["real"])
+        real_N = rows["real"]
+        cosine = LOSSES["cos"].formula(student_ND[real_N], teacher_ND[real_N], None, case["T"])
+        values["cos"] = cosine.item() / len(real_N)
+        total = total + case["alphas"]["cos"] * cosine / len(real_N)
     total.backward()
     assert values == pytest.approx(case["terms"], rel=1e-12)
     assert total.item() == pytest.approx(case["loss"], rel=1e-12)
@@ -171,9 +162,8 @@ def test_the_chunked_head_equals_the_plain_one(chunk_rows):
         else:
             total, sums_K = weighted_sums(head(hidden_ND), head(teacher_ND).detach(), terms, 2.0)
         (3 * total).backward()
-        results.append(
-            [total.detach(), sums_K, hidden_ND.grad, *(p.grad.clone() for p in head.parameters())]
-        )
+        grads = [parameter.grad.clone() for parameter in head.parameters()]
+        results.append([total.detach(), sums_K, hidden_ND.grad, *grads])
     for chunked, plain in zip(results[1], results[0], strict=True):
         torch.testing.assert_close(chunked, plain, **FLOAT64)
 
@@ -182,9 +172,9 @@ def test_frozen_head_parameters_get_no_gradient():
     head, student_ND, teacher_ND, terms = random_head_case()
     head[2].bias.requires_grad_(False)
     hidden_ND = student_ND.clone().requires_grad_()
-    head_losses(head, list(head.parameters()), hidden_ND, head, teacher_ND, terms, 2.0, 4)[
-        0
-    ].backward()
+    parameters = list(head.parameters())
+    total, _ = head_losses(head, parameters, hidden_ND, head, teacher_ND, terms, 2.0, 4)
+    total.backward()
     assert head[2].bias.grad is None
     assert head[2].weight.grad.abs().sum() > 0
 
@@ -239,7 +229,7 @@ def test_half_precision_logits_are_widened_before_the_losses():
 
 
 def projection_case(num_rows, vocab, width=32, seed=0, spread=1.0, names=("ce", "mlm", "mse")):
-    """Make float64 rows, weights and terms: ce and mse at all rows, mlm at some."""
+    """Make float64 rows, weights and terms: ce and mse on all rows, mlm on every third."""
     generator = torch.Generator().manual_seed(seed)
 
     def random(*shape):
@@ -253,11 +243,9 @@ def projection_case(num_rows, vocab, width=32, seed=0, spread=1.0, names=("ce", 
     terms = []
     for name in names:
         rows = some if LOSSES[name].rows == "masked" else everywhere
-        labels = (
-            torch.randint(vocab, (len(rows),), generator=generator)
-            if LOSSES[name].rows == "masked"
-            else None
-        )
+        labels = None
+        if LOSSES[name].rows == "masked":
+            labels = torch.randint(vocab, (len(rows),), generator=generator)
         weight = {"ce": 5.0, "mlm": 2.0, "mse": 0.01}[name] / max(len(rows), 1)
         terms.append(Term(LOSSES[name], rows, rows, labels, weight))
     return student, teacher, terms
@@ -279,17 +267,14 @@ def run_head(student, teacher, terms, dtype, way, chunk_rows=None):
 
 
 def without_forms(term: Term) -> Term:
-    """Take a term's forms by hand and for a compiler away."""
-    return dataclasses.replace(
-        term, loss=dataclasses.replace(term.loss, gradient=None, by_row=None)
-    )
+    """Remove a term's gradient by hand and its form for a compiler."""
+    plain = dataclasses.replace(term.loss, gradient=None, by_row=None)
+    return dataclasses.replace(term, loss=plain)
 
 
 @pytest.fixture
 def uncompiled(monkeypatch):
-    """Run what is joined for a compiler without it, which takes half a minute a shape; return the
-    calls of it.
-    """
+    """Run the fused terms uncompiled (compiling takes 30 s a shape); return a list of the calls."""
     calls = []
 
     def run(*arguments):
@@ -309,32 +294,23 @@ FAST_WAYS = pytest.mark.parametrize("way", ["fast", "joined"])
 @pytest.mark.parametrize("names", [("ce", "mlm", "mse"), ("mlm",), ("ce",), ("mlm", "ce")])
 def test_the_fast_head_equals_the_plain_one(num_rows, names, chunk_rows, way, uncompiled):
     case = projection_case(num_rows, 57, names=names)
-    for fast, plain in zip(
-        run_head(*case, torch.float64, way, chunk_rows),
-        run_head(*case, torch.float64, "plain"),
-        strict=True,
-    ):
+    fast_results = run_head(*case, torch.float64, way, chunk_rows)
+    plain_results = run_head(*case, torch.float64, "plain")
+    for fast, plain in zip(fast_results, plain_results, strict=True):
         torch.testing.assert_close(fast, plain, **FLOAT64)
     assert bool(uncompiled) == (way == "joined" and num_rows > 0)
 
 
 @pytest.mark.slow
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit:DeprecationWarning"
-)  # torch's own, when it loads its compiler
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # raised by torch's compiler
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_head_that_torch_compiles_equals_the_one_that_it_does_not(dtype):
+def test_the_compiled_head_equals_the_uncompiled_one(dtype):
     case = projection_case(33, 57)
-    for compiled, expected in zip(
-        run_head(*case, dtype, "joined", 20), run_head(*case, dtype, "fast", 20), strict=True
-    ):
-        # bfloat16: a logit's gradient may be rounded the other way, once in 2^8, and 57 of them are
-        # summed
-        torch.testing.assert_close(
-            compiled,
-            expected,
-            **(FLOAT64 if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}),
-        )
+    # bfloat16: a logit's gradient may be rounded the other way, by 1 in 2^8, and 57 are summed.
+    bounds = FLOAT64 if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
+    results = run_head(*case, dtype, "joined", 20), run_head(*case, dtype, "fast", 20)
+    for compiled, expected in zip(*results, strict=True):
+        torch.testing.assert_close(compiled, expected, **bounds)
 
 
 @pytest.mark.parametrize("plain", [0, 1, 2])
@@ -343,36 +319,29 @@ def test_an_objective_without_a_form_for_a_compiler_leaves_the_others_compiled(p
     terms[plain] = without_forms(terms[plain])
     mixed = run_head(student, teacher, terms, torch.float64, "joined", 7)
     assert len(uncompiled) == 3  # chunks
-    for found, expected in zip(
-        mixed, run_head(student, teacher, terms, torch.float64, "plain"), strict=True
-    ):
+    reference = run_head(student, teacher, terms, torch.float64, "plain")
+    for found, expected in zip(mixed, reference, strict=True):
         torch.testing.assert_close(found, expected, **FLOAT64)
 
 
 def test_objectives_without_a_form_for_a_compiler_are_not_compiled(uncompiled):
     student, teacher, terms = projection_case(20, 57)
-    run_head(
-        student,
-        teacher,
-        [without_forms(term) for term in terms],
-        torch.float64,
-        "joined",
-    )
+    plain = [without_forms(term) for term in terms]
+    run_head(student, teacher, plain, torch.float64, "joined")
     assert not uncompiled
 
 
-def test_a_weight_on_the_device_is_as_good_as_a_number(uncompiled):
+def test_a_weight_may_be_a_tensor_on_the_device(uncompiled):
     student, teacher, terms = projection_case(20, 57)
-    tensors = [
-        dataclasses.replace(term, weight=torch.tensor(term.weight, dtype=torch.float64))
-        for term in terms
+    weights = [torch.tensor(term.weight, dtype=torch.float64) for term in terms]
+    with_tensors = [
+        dataclasses.replace(term, weight=weight)
+        for term, weight in zip(terms, weights, strict=True)
     ]
     for way in ("fast", "joined"):
-        for found, expected in zip(
-            run_head(student, teacher, tensors, torch.float64, way),
-            run_head(student, teacher, terms, torch.float64, way),
-            strict=True,
-        ):
+        results = run_head(student, teacher, with_tensors, torch.float64, way)
+        reference = run_head(student, teacher, terms, torch.float64, way)
+        for found, expected in zip(results, reference, strict=True):
             torch.testing.assert_close(found, expected, **FLOAT64)
 
 
@@ -383,7 +352,7 @@ def relative_error(found: torch.Tensor, exact: torch.Tensor) -> float:
 @FAST_WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("vocab, num_rows", [(30522, 40), (119547, 12), (30522, 1)])
-def test_the_fast_heads_gradient_is_as_near_to_float64_as_the_plain_ones(
+def test_the_fast_heads_gradient_is_as_close_to_float64_as_the_plain_heads(
     vocab, num_rows, dtype, way, uncompiled
 ):
     student, teacher, terms = projection_case(num_rows, vocab, width=64)
@@ -392,7 +361,7 @@ def test_the_fast_heads_gradient_is_as_near_to_float64_as_the_plain_ones(
     fast, plain = (run_head(student, teacher, terms, dtype, kind) for kind in (way, "plain"))
     for k, name in ((0, "total"), (2, "rows"), (3, "weight"), (4, "bias")):
         mine, others = relative_error(fast[k], exact[k]), relative_error(plain[k], exact[k])
-        # 1.1 and 1e-7: two roundings of one size, in another order
+        # 1.1 and 1e-7: roundings of the same size, in another order
         assert mine <= 1.1 * others + 1e-7, (name, mine, others)
 
 
@@ -405,14 +374,12 @@ def test_extreme_logits_give_no_nan(dtype, way, uncompiled):
     assert all(torch.isfinite(tensor).all() for tensor in found)
 
 
-def test_an_objective_without_a_gradient_by_hand_is_differentiated():
+def test_autograd_differentiates_an_objective_without_a_gradient_by_hand():
     student, teacher, terms = projection_case(20, 57)
     by_autograd = [without_forms(term) for term in terms]
-    for found, expected in zip(
-        run_head(student, teacher, by_autograd, torch.float64, "fast", 7),
-        run_head(student, teacher, terms, torch.float64, "fast"),
-        strict=True,
-    ):
+    results = run_head(student, teacher, by_autograd, torch.float64, "fast", 7)
+    reference = run_head(student, teacher, terms, torch.float64, "fast")
+    for found, expected in zip(results, reference, strict=True):
         torch.testing.assert_close(found, expected, **FLOAT64)
 
 
@@ -424,14 +391,14 @@ def test_a_frozen_projection_gets_no_gradient():
     assert student[0].grad.abs().sum() > 0 and student[1].grad is student[2].grad is None
 
 
-def test_a_filled_up_vocabulary_changes_nothing(monkeypatch):
-    """As on a GPU in half precision; here by hand, for a CPU does not fill up."""
+def test_padding_the_vocabulary_changes_nothing(monkeypatch):
+    """Pad by hand as a GPU does in half precision, since a CPU does not."""
     student, teacher, terms = projection_case(20, 57)
-    filled = [
+    padded = [
         [rows, torch.nn.functional.pad(w, (0, 0, 0, 71)), torch.nn.functional.pad(b, (0, 71))]
         for rows, w, b in (student, teacher)
     ]
-    prepared = iter([Projection(*filled[0]), Projection(*filled[1])])
+    prepared = iter([Projection(*padded[0]), Projection(*padded[1])])
     monkeypatch.setattr(Projection, "prepared", lambda self, dtype: next(prepared))
     found = run_head(student, teacher, terms, torch.float64, "fast", 6)
     expected = run_head(student, teacher, terms, torch.float64, "plain")

@@ -1,6 +1,4 @@
-"""A new objective and a new pair of model types: a row of one table each, and train.py trains with
-them.
-"""
+"""train.py trains with a new objective, or a new pair of model types, once a table has its row."""
 
 import shutil
 import sys
@@ -60,9 +58,7 @@ def projected_error(student_ND, teacher_ND, labels_N, temperature, module) -> to
     return (module.map(student_ND) - teacher_ND).square().sum()
 
 
-def test_an_objective_may_have_parameters_that_are_trained_saved_and_restored(
-    world, tmp_path, monkeypatch
-):
+def test_an_objectives_parameters_are_trained_saved_and_restored(world, tmp_path, monkeypatch):
     row = losses.Loss(
         projected_error, "hidden", "real", True, 0.0, "projected error", make_module=Projected
     )

@@ -1,4 +1,4 @@
-"""Micro-batches: padding, masks and labels, prepared on the host, keyed by seed and number.
+"""Micro-batches: padding, masks and labels, made on the host, keyed by seed and number.
 
 Flow: LmSeqsDataset.collate -> prepare_mlm / prepare_clm -> MicroBatch -> the models.
 
@@ -20,11 +20,12 @@ from utils import keyed_seed
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """What one forward and backward needs, made on the host.
+    """Input of one forward and backward pass, made on the host.
 
-    attention_mask_BT: 1 on real tokens; None where the model is called without a mask. labels_BT:
-    -100 where nothing is to be predicted. rows: kind of rows (see losses.Loss) -> ascending
-    positions in the flattened (B, T).
+    attention_mask_BT: 1 on real tokens; None if the model is called without a mask.
+    labels_BT: ids to predict, IGNORED_LABEL elsewhere.
+    rows: kind of rows (see losses.Loss) -> ascending positions in the flattened (B, T).
+    num_tokens: real tokens. selection: rows for the head, added by Distiller.ready.
     """
 
     number: int
@@ -37,28 +38,27 @@ class MicroBatch:
 
     @property
     def is_causal(self) -> bool:
-        """True where the next token is to be predicted, False where masked ones are."""
+        """True for causal language modeling, False for masked."""
         return "next" in self.rows
 
     @property
     def is_padded(self) -> bool:
-        """True where a position is no real token."""
+        """True where some position is padding."""
         return self.num_tokens < self.input_ids_BT.numel()
 
     def pinned(self) -> "MicroBatch":
-        """Return the batch in page-locked memory, from where a GPU copies it while the host goes
-        on.
-        """
+        """Copy to page-locked memory, so that a GPU can fetch it without blocking the host."""
         memo: dict[int, torch.Tensor] = {}
         return _pinned(self, memo)
 
 
 @dataclasses.dataclass(frozen=True)
 class Selection:
-    """Which rows of a micro-batch the head projects, found on the host.
+    """Rows of a micro-batch that the head projects, selected on the host.
 
-    rows_N: ascending positions in the flattened (B, T). offsets: objective -> places of its own
-    rows among these; labels: objective -> the ids to be predicted there, or None.
+    rows_N: ascending positions in the flattened (B, T).
+    offsets: objective -> indices into rows_N of the objective's rows.
+    labels: objective -> the ids to predict at these rows, or None.
     """
 
     rows_N: torch.Tensor
@@ -67,16 +67,13 @@ class Selection:
 
 
 def _pinned(value, memo: dict[int, torch.Tensor]):
-    """Copy the tensors in a dataclass or mapping into page-locked memory, one that occurs twice
-    once.
-    """
+    """Copy a dataclass's or mapping's tensors to page-locked memory, shared tensors only once."""
     if isinstance(value, torch.Tensor):
         return memo.setdefault(id(value), value.pin_memory())
     if dataclasses.is_dataclass(value):
-        return dataclasses.replace(
-            value,
-            **{f.name: _pinned(getattr(value, f.name), memo) for f in dataclasses.fields(value)},
-        )
+        names = [field.name for field in dataclasses.fields(value)]
+        contents = {name: _pinned(getattr(value, name), memo) for name in names}
+        return dataclasses.replace(value, **contents)
     if isinstance(value, Mapping):
         return {key: _pinned(content, memo) for key, content in value.items()}
     return value
@@ -85,11 +82,9 @@ def _pinned(value, memo: dict[int, torch.Tensor]):
 def masking_weights(
     counts_V: torch.Tensor, smoothing: float, special_ids: Iterable[int]
 ) -> torch.Tensor:
-    """Weigh each token id for masking: max(count, 1) ^ -smoothing, 0 for special tokens;
-    float64.
-    """
-    # Differs from the original: always float64. In half precision frequent tokens' weights became
-    # 0.
+    """Weigh token ids for masking: max(count, 1) ^ -smoothing, 0 for special tokens; float64."""
+    # Differs from the original: always float64. Half precision rounded frequent tokens' weights to
+    # 0, so that they were never masked.
     weights_V = counts_V.clamp(min=1).double() ** -smoothing
     weights_V[list(special_ids)] = 0.0
     return weights_V
@@ -102,11 +97,11 @@ def real_positions(lengths_B: torch.Tensor, padded_length: int) -> torch.Tensor:
 
 @dataclasses.dataclass(frozen=True)
 class MlmPreparation:
-    """How masked-LM batches are made.
+    """Make masked-LM batches.
 
-    weights_V: see masking_weights. mask_prop: share of real tokens to be predicted. word_mask,
-    word_keep, word_rand: what becomes of a drawn token: [MASK], itself, or an id uniform over the
-    vocabulary.
+    weights_V: see masking_weights. mask_prop: share of real tokens to predict.
+    word_mask, word_keep, word_rand: probabilities that a drawn token becomes [MASK], stays, or
+    becomes an id uniform over the vocabulary.
     """
 
     weights_V: torch.Tensor
@@ -121,11 +116,10 @@ class MlmPreparation:
     def __call__(
         self, number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor
     ) -> MicroBatch:
-        """Draw ceil(mask_prop x real tokens) positions of the whole batch, without replacement, by
-        weight.
+        """Make micro-batch `number`; its random numbers are keyed by (seed, number).
 
-        Never more than there are positions of positive weight. All randomness is keyed by (seed,
-        number).
+        Draws ceil(mask_prop x real tokens) positions over the whole batch, without replacement, by
+        weight; at most as many as have a positive weight.
         """
         real_BT = real_positions(lengths_B, token_ids_BT.shape[1])
         generator = torch.Generator().manual_seed(keyed_seed(self.seed, number, "mask"))
@@ -134,18 +128,15 @@ class MlmPreparation:
         input_ids_BT = token_ids_BT.clone()
         input_ids_BT[drawn_BT] = self._replacements(token_ids_BT[drawn_BT], generator)
         real, masked = _positions(real_BT), _positions(drawn_BT)
-        rows = {
-            "real": real,
-            "masked": masked,
-            "distilled": masked if self.restrict_ce_to_mask else real,
-        }
+        distilled = masked if self.restrict_ce_to_mask else real
+        rows = {"real": real, "masked": masked, "distilled": distilled}
         return MicroBatch(number, input_ids_BT, real_BT.long(), labels_BT, rows, len(real))
 
     def _draw(self, token_ids_BT, real_BT, generator) -> torch.Tensor:
         weights_BT = self.weights_V[token_ids_BT] * real_BT
         num_real = int(real_BT.sum())
-        # Differs from the original: capped. 2019 went on to mask [CLS] where nothing of positive
-        # weight was left.
+        # Differs from the original: capped. 2019 masked [CLS] once no position of positive weight
+        # was left.
         num_drawn = min(math.ceil(self.mask_prop * num_real), int((weights_BT > 0).sum()))
         drawn_BT = torch.zeros_like(real_BT)
         if num_drawn:
@@ -156,11 +147,10 @@ class MlmPreparation:
         return drawn_BT
 
     def _replacements(self, original_N: torch.Tensor, generator) -> torch.Tensor:
-        probabilities = torch.tensor(
-            [self.word_mask, self.word_keep, self.word_rand], dtype=torch.float64
-        )
         if not len(original_N):
             return original_N
+        fates = [self.word_mask, self.word_keep, self.word_rand]
+        probabilities = torch.tensor(fates, dtype=torch.float64)
         random_N = torch.randint(len(self.weights_V), original_N.shape, generator=generator)
         fate_N = torch.multinomial(
             probabilities, len(original_N), replacement=True, generator=generator
@@ -178,10 +168,9 @@ def mlm_preparation(
     fates: tuple[float, float, float] = (0.8, 0.1, 0.1),
     restrict_ce_to_mask: bool = False,
 ) -> MlmPreparation:
-    """Prepare masked-LM batches for a tokenizer's mask and special tokens.
+    """Build an MlmPreparation for a tokenizer's mask and special tokens.
 
-    counts_V, smoothing: see masking_weights. fates: shares of drawn tokens that become [MASK],
-    stay, or become a random token.
+    counts_V, smoothing: see masking_weights. fates: word_mask, word_keep and word_rand.
     """
     weights_V = masking_weights(counts_V, smoothing, tokenizer.all_special_ids)
     mask_id = tokenizer.mask_token_id
@@ -191,10 +180,10 @@ def mlm_preparation(
 def prepare_clm(
     number: int, token_ids_BT: torch.Tensor, lengths_B: torch.Tensor, with_mask: bool = False
 ) -> MicroBatch:
-    """Make a causal-LM batch: the labels are the ids, -100 on padding.
+    """Make a causal-LM batch: labels are the ids, IGNORED_LABEL on padding.
 
-    with_mask: give the model a mask where anything is padded; GPT-2 goes without, for what is
-    padded stands behind.
+    with_mask: add an attention mask to padded batches. GPT-2 needs none: padding comes after the
+    real tokens, and causal attention does not look ahead.
     """
     real_BT = real_positions(lengths_B, token_ids_BT.shape[1])
     labels_BT = torch.where(real_BT, token_ids_BT, IGNORED_LABEL)
@@ -211,9 +200,7 @@ def _positions(selected_BT: torch.Tensor) -> torch.Tensor:
 
 
 def label_of_row(kind: str, labels_BT: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor | None:
-    """Return the id to be predicted at each row: its own label, the next position's ("next"), or
-    None.
-    """
+    """Return the id to predict at each row ("next": the following position's); None without one."""
     if kind == "masked":
         return labels_BT.flatten()[rows_N]
     if kind == "next":
@@ -222,7 +209,5 @@ def label_of_row(kind: str, labels_BT: torch.Tensor, rows_N: torch.Tensor) -> to
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Copy to a device without waiting for it; from page-locked memory (see MicroBatch.pinned) the
-    host goes on at once.
-    """
+    """Copy to a device; asynchronously if the tensor is page-locked (see MicroBatch.pinned)."""
     return tensor.to(device, non_blocking=True)

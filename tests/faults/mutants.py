@@ -105,15 +105,15 @@ MISTAKES = [
     Mistake(
         "the temperature's square is missing from the gradient, not from the loss",
         "distil/losses.py",
-        ".sub_(teacher_NV).mul_(temperature)",
-        ".sub_(teacher_NV).div_(temperature)",
+        ".sub_(teacher_probs_NV).mul_(temperature)",
+        ".sub_(teacher_probs_NV).div_(temperature)",
         "tests/test_losses.py::test_losses_and_gradients_equal_the_2019_code",
     ),
     Mistake(
         "the KL divergence is taken from student to teacher",
         "distil/losses.py",
-        "F.kl_div(student_log_probs_NV, teacher_log_probs_NV,",
-        "F.kl_div(teacher_log_probs_NV, student_log_probs_NV,",
+        "        student_log_probs_NV, teacher_log_probs_NV, reduction",
+        "        teacher_log_probs_NV, student_log_probs_NV, reduction",
         "tests/test_losses.py::test_each_objective_equals_a_slow_loop[ce]",
     ),
     Mistake(
