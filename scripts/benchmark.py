@@ -31,7 +31,15 @@ from distil.models.architectures import ARCHITECTURES
 from distil.reporting.machine import describe_machine
 from distil.system.files import require_output, write_json
 from distil.system.launch import check_compiler
-from utils import InputError, OneLineParser, git_facts, logger, run_program, setup_logging
+from utils import (
+    InputError,
+    OneLineParser,
+    git_facts,
+    logger,
+    raise_problems,
+    run_program,
+    setup_logging,
+)
 
 SWEPT_SIZES = {"cpu": [2, 5, 10], "cuda": [8, 32, 128]}  # sequences a micro-batch, of --sweep
 # Measured, warm-up. On a CPU the heap settles in the third update: 92,000 page faults in the
@@ -168,8 +176,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     longest = longest_length(args)
     args.length = args.length or (longest if args.data_file else min(128, longest))
     problems = number_problems(args, longest) + path_problems(args)
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
     return args
 
 

@@ -15,7 +15,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distil.reporting.plan import add_plan_flags, plan_of, plan_problems
 from distil.reporting.problems import collecting
 from distil.system.files import output_problem, write_json
-from utils import InputError, OneLineParser, run_program, setup_logging
+from utils import OneLineParser, raise_problems, run_program, setup_logging
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -46,8 +46,7 @@ def check_arguments(args: argparse.Namespace) -> None:
             text_config(name, "--models")
     if args.json is not None:
         problems += filter(None, [output_problem(args.json, "--json", [args.data or ""])])
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
 
 
 def main(argv: list[str] | None = None) -> None:

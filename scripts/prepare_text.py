@@ -35,6 +35,7 @@ from utils import (
     bar_options,
     keyed_seed,
     logger,
+    raise_problems,
     run_program,
     setup_logging,
 )
@@ -170,8 +171,7 @@ def check(args: argparse.Namespace) -> None:
         )
     if args.num_lines is not None and args.num_lines < 1:
         problems.append(f"--num_lines {args.num_lines}: expected at least 1")
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from distil.reporting.scores import read_all_scores
 from distil.reporting.task_runs import RunSettings, run_problems
 from distil.system.files import file_problem, output_problem
 from distil.tasks.tasks import TASKS
-from utils import InputError, one_line
+from utils import one_line, raise_problems
 
 OURS = {"scores", "report.md", "report.json", "report.png", "measurements.json"}
 
@@ -39,8 +39,7 @@ def check_arguments(
         tasks = tasks or [task for task in TASKS if any(task == t for _, t in found)]
         settings = RunSettings.from_flags(args, models)
         problems += [] if args.no_run else run_problems(settings, tasks, found)
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
     return tasks, found
 
 

@@ -13,7 +13,7 @@ from distil.tasks.scores import write_scores
 from distil.tasks.squad import Question, read_predictions, read_questions, score_predictions
 from distil.tasks.squad_options import data_path, task_name
 from distil.tasks.squad_spans import Answers, Limits, Rules, Window, decode, make_windows
-from utils import InputError
+from utils import raise_problems
 
 
 @dataclasses.dataclass(frozen=True)
@@ -122,10 +122,7 @@ def score_file(args: argparse.Namespace) -> None:
         "--score_predictions": args.score_predictions,
         "--predict_file": data_path(args, "predict_file"),
     }
-    if problems := [
-        problem for flag, path in files.items() if (problem := file_problem(path, flag))
-    ]:
-        raise InputError("\n".join(problems))
+    raise_problems(file_problem(path, flag) for flag, path in files.items())
     predictions = read_predictions(args.score_predictions, "--score_predictions")
     what = f"--score_predictions {args.score_predictions}"
     scores = score_predictions(

@@ -20,7 +20,7 @@ from distil.tasks.options import (
     second_step_problems,
 )
 from distil.tasks.tasks import TASKS
-from utils import InputError, logger
+from utils import logger, raise_problems
 
 # Differs from the original: no XLNet, XLM. They have other heads, and no student of theirs can be
 # made here.
@@ -165,8 +165,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         *_length_problems(args),
         *_file_problems(args),
     ]
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
 
 
 def _what_to_do_problems(args: argparse.Namespace) -> list[str]:

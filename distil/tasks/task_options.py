@@ -19,7 +19,7 @@ from distil.tasks.options import (
 )
 from distil.tasks.schema import Settings
 from distil.tasks.tasks import TASKS
-from utils import InputError
+from utils import raise_problems
 
 MIN_LENGTH = 8  # the special tokens of a pair, and some text
 TEXT_FLAGS = {
@@ -115,8 +115,7 @@ def check_arguments(args: argparse.Namespace) -> None:
     """Raise InputError naming all problems of the arguments, one line each."""
     problems = number_problems(args, NUMBERS) + _data_problems(args)
     problems += _scoring_problems(args) if args.score_predictions else _run_problems(args)
-    if problems:
-        raise InputError("\n".join(problems))
+    raise_problems(problems)
 
 
 def _data_problems(args: argparse.Namespace) -> list[str]:

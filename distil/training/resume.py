@@ -19,7 +19,7 @@ from distil.training.checkpointing import Checkpoint
 from distil.training.config import TrainConfig, as_flags
 from distil.training.options import resumable_options
 from distil.training.run_folder import checkpoints_of, resume_mode
-from utils import InputError, logger, one_line
+from utils import InputError, logger, one_line, raise_problems
 
 START_ANEW = "or start anew with another --dump_path"
 
@@ -44,8 +44,7 @@ def find_resume_point(config: TrainConfig, world_size: int) -> Checkpoint | None
         return None
     with saying_misfit(found):
         problems = flag_contradictions(config, world_size, found)
-        if problems:
-            raise InputError("\n".join(problems))
+        raise_problems(problems)
         done = found.step, found.state["micro_batches"]
         logger.info("Resuming from %s: %d updates, %d micro-batches done.", found.path, *done)
     return found
