@@ -1,5 +1,4 @@
-"""The method: student, head and objectives as one module, and one optimizer update over a list of
-micro-batches.
+"""The method: student, head and objectives as one module, and an update over micro-batches.
 
 Flow: micro-batches (distil/data/batches.py) -> teacher's and student's last hidden states -> the
 rows that objectives read, selected once -> losses -> one backward a micro-batch, one gradient
@@ -21,11 +20,11 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distil.data.batches import MicroBatch, Selection, label_of_row, to_device
+from distil.data.batches import MicroBatch, Selection, select_rows, to_device
 from distil.kernels.cpu import TiedGradient, faster
 from distil.kernels.head import Projection, Term, head_losses, projected_losses, rows_per_chunk
 from distil.losses import LOSSES, at_least_float32
-from distil.models.forward import attend_without_masks, last_hidden_state
+from distil.models.forward import attend_without_masks, read_outputs
 from distil.models.heads import Head, head_parameters, prediction_head
 from distil.system.prefetch import OnHost
 from distil.training.log import gradient_statistics
@@ -88,6 +87,11 @@ class DistillationModel(nn.Module):
         return weight if weight.requires_grad else None
 
     @property
+    def readings(self) -> set[str]:
+        """Rows of READINGS that the active objectives need; logits are made of "hidden"."""
+        return {"hidden", *(LOSSES[name].reads for name in self.alphas)} - {"logits"}
+
+    @property
     def needs_teacher(self) -> bool:
         """True where an active objective reads the teacher."""
         return any(LOSSES[name].needs_teacher for name in self.alphas)
@@ -98,36 +102,40 @@ class DistillationModel(nn.Module):
     def forward(
         self,
         batch: MicroBatch | None,
-        teacher_hidden_BTD: torch.Tensor | None,
+        teacher_read: Mapping[str, torch.Tensor],
         teacher_head: Head | None,
         scale: float | torch.Tensor,
         counts_K: torch.Tensor | None = None,
     ):
         """Return (scale x weighted loss, unweighted losses_K in the order of alphas).
 
-        A loss is the sum over its rows, divided by their number in this batch, or by counts_K where
-        given. batch None: a rank without a micro-batch joins the gradient exchange with zeros.
+        teacher_read: the teacher's outputs by reading, (B, T, ..), where it runs. A loss is the sum
+        over its rows, divided by their number in this batch, or by counts_K where given. batch
+        None: a rank without a micro-batch joins the gradient exchange with zeros.
         """
         if batch is None:
             touched = [p.flatten()[0] for p in self.parameters() if p.requires_grad]
             return torch.stack(touched).sum() * 0.0, None
-        hidden_ND = last_hidden_state(self.student, batch).flatten(0, 1)
-        teacher_ND = None if teacher_hidden_BTD is None else teacher_hidden_BTD.flatten(0, 1)
-        own = [max(len(batch.rows[LOSSES[name].rows]), 1) for name in self.alphas]
-        counts = dict(zip(self.alphas, own if counts_K is None else counts_K, strict=True))
+        read = read_outputs(self.student, batch, self.readings)
+        own, others = ({k: x.flatten(0, 1) for k, x in d.items()} for d in (read, teacher_read))
+        hidden_ND, teacher_ND = own["hidden"], others.get("hidden")
+        if counts_K is None:
+            counts_K = [max(len(batch.rows[LOSSES[name].rows]), 1) for name in self.alphas]
+        counts = dict(zip(self.alphas, counts_K, strict=True))
         total, means = self._logit_losses(batch, hidden_ND, teacher_ND, teacher_head, scale, counts)
-        for name in self._active("hidden"):
-            value = self._hidden_loss(name, batch, hidden_ND, teacher_ND) / counts[name]
+        for name in (name for name in self.alphas if LOSSES[name].reads != "logits"):
+            value = self._hidden_loss(name, batch, own, others) / counts[name]
             total = total + value * (self.alphas[name] * scale)
             means[name] = value.detach()
         return total, torch.stack([means[name] for name in self.alphas])
 
-    def _hidden_loss(self, name: str, batch: MicroBatch, hidden_ND, teacher_ND) -> torch.Tensor:
-        """Sum an objective on hidden states over its rows."""
+    def _hidden_loss(self, name: str, batch: MicroBatch, own: Mapping, others: Mapping):
+        """Sum an objective on what it reads of student and teacher over its rows."""
         loss = LOSSES[name]
-        rows_N = to_device(batch.rows[loss.rows], hidden_ND.device)
-        teacher_rows_ND = None if teacher_ND is None else at_least_float32(teacher_ND[rows_N])
-        rows = at_least_float32(hidden_ND[rows_N]), teacher_rows_ND, None, self.temperature
+        student_NX, teacher_NX = own[loss.reads], others.get(loss.reads)
+        rows_N = to_device(batch.rows[loss.rows], student_NX.device)
+        teacher_NX = None if teacher_NX is None else at_least_float32(teacher_NX[rows_N])
+        rows = at_least_float32(student_NX[rows_N]), teacher_NX, None, self.temperature
         return loss.formula(*rows, *([self.objectives[name]] if loss.make_module else []))
 
     def _logit_losses(
@@ -166,15 +174,7 @@ class DistillationModel(nn.Module):
 
     def select(self, batch: MicroBatch) -> Selection:
         """Find on the host the rows of a micro-batch that the active logit objectives read."""
-        rows = {name: batch.rows[LOSSES[name].rows] for name in self._active("logits")}
-        nothing = torch.zeros(0, dtype=torch.int64)
-        rows_N = torch.cat(list(rows.values())).unique() if rows else nothing  # ascending
-        offsets = {name: torch.searchsorted(rows_N, own_N) for name, own_N in rows.items()}
-        labels = {
-            name: label_of_row(LOSSES[name].rows, batch.labels_BT, own_N)
-            for name, own_N in rows.items()
-        }
-        return Selection(rows_N, offsets, labels)
+        return select_rows(batch, {name: LOSSES[name].rows for name in self._active("logits")})
 
     def _term(self, name: str, selection: Selection, scale, like: torch.Tensor) -> Term:
         offsets, labels_N = selection.offsets[name], selection.labels[name]
@@ -349,7 +349,7 @@ class Distiller:
                 means_K = self._backward(batch, scale, counts_K)
             losses_MK[batch.number - numbers[0], 1:] = means_K
         if num_mine == 0:
-            self.wrapped(None, None, None, scale)[0].backward()
+            self.wrapped(None, {}, None, scale)[0].backward()
         shared[-1, 0] = float(asks_to_stop())
         if self.world_size > 1:
             torch.distributed.all_reduce(shared)
@@ -363,19 +363,20 @@ class Distiller:
         tied = None if weight is None else TiedGradient(weight)
         with tied or contextlib.nullcontext():
             with faster(tied) if self.has_cpu_kernels else contextlib.nullcontext():
-                hidden_BTD = self._teacher_hidden(batch)
+                teacher_read = self._teacher_outputs(batch)
                 with torch.autocast(
                     self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
                 ):
                     loss, means_K = self.wrapped(
-                        batch, hidden_BTD, self.teacher_head, scale, counts_K
+                        batch, teacher_read, self.teacher_head, scale, counts_K
                     )
             loss.backward()
         return means_K
 
     @torch.no_grad()
-    def _teacher_hidden(self, batch: MicroBatch) -> torch.Tensor | None:
-        return None if self.teacher is None else last_hidden_state(self.teacher, batch)
+    def _teacher_outputs(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
+        readings = self.model.readings
+        return {} if self.teacher is None else read_outputs(self.teacher, batch, readings)
 
     def _count_rows(self, batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Count each objective's rows in the whole update, on every rank: (K,), at least 1."""
@@ -394,7 +395,7 @@ class Distiller:
         With three ranks or more the first update of a resumed run would otherwise differ by
         rounding from the same update of a run that was never stopped.
         """
-        self.wrapped(None, None, None, 1.0)[0].backward()
+        self.wrapped(None, {}, None, 1.0)[0].backward()
         self.optimizer.zero_grad(set_to_none=True)
 
     def _without_reduction(self, is_wanted: bool) -> contextlib.AbstractContextManager:

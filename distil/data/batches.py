@@ -211,3 +211,15 @@ def label_of_row(kind: str, labels_BT: torch.Tensor, rows_N: torch.Tensor) -> to
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy to a device; asynchronously if the tensor is page-locked (see MicroBatch.pinned)."""
     return tensor.to(device, non_blocking=True)
+
+
+def select_rows(batch: MicroBatch, kinds: Mapping[str, str]) -> Selection:
+    """Find the rows of a micro-batch that any objective reads. kinds: objective -> kind of rows."""
+    rows = {name: batch.rows[kind] for name, kind in kinds.items()}
+    nothing = torch.zeros(0, dtype=torch.int64)
+    rows_N = torch.cat(list(rows.values())).unique() if rows else nothing  # ascending
+    offsets = {name: torch.searchsorted(rows_N, own_N) for name, own_N in rows.items()}
+    labels = {
+        name: label_of_row(kinds[name], batch.labels_BT, own_N) for name, own_N in rows.items()
+    }
+    return Selection(rows_N, offsets, labels)

@@ -1,9 +1,14 @@
 """Last hidden states: how each family is called with padding, without attending across it."""
 
+import dataclasses
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
 import torch
 import transformers
 from torch import nn
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
+from transformers.utils import ModelOutput
 
 from distil.data.batches import MicroBatch, to_device
 from distil.kernels.cpu import checkpointing_contexts
@@ -13,20 +18,44 @@ from distil.kernels.cpu import checkpointing_contexts
 PLAIN_ATTENTION = {"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra"}
 
 
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """What an objective can read of a base model.
+
+    take: from the model's output, a tensor (B, T, ..). options: keywords of its forward for it.
+    """
+
+    take: Callable[[ModelOutput], torch.Tensor]
+    options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+
+READINGS: dict[str, Reading] = {"hidden": Reading(lambda output: output.last_hidden_state)}
+
+
 def last_hidden_state(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Run a language model without its prediction head: hidden states (B, T, D), for GPT-2 after
-    the final norm.
+    """Return the last hidden states (B, T, D), for GPT-2 after the final norm."""
+    return read_outputs(model, batch, ["hidden"])["hidden"]
+
+
+def read_outputs(
+    model: nn.Module, batch: MicroBatch, readings: Iterable[str]
+) -> dict[str, torch.Tensor]:
+    """Run a language model without its prediction head; return rows of READINGS, (B, T, ..) each.
 
     No token types are passed, and no mask where nothing is padded.
     """
     device = next(model.parameters()).device
     input_ids_BT = to_device(batch.input_ids_BT, device)
-    options = {"use_cache": False} if batch.is_causal else {}
+    options: dict[str, Any] = {"use_cache": False} if batch.is_causal else {}
     if batch.attention_mask_BT is not None and batch.is_padded:
         options["attention_mask"] = _attention_mask(
             model.config, to_device(batch.attention_mask_BT, device)
         )
-    return model.base_model(input_ids_BT, **options).last_hidden_state
+    rows = {name: READINGS[name] for name in readings}
+    for row in rows.values():
+        options |= row.options
+    output = model.base_model(input_ids_BT, **options)
+    return {name: row.take(output) for name, row in rows.items()}
 
 
 def _attention_mask(config, mask_BT: torch.Tensor) -> torch.Tensor:

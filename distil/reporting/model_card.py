@@ -203,8 +203,9 @@ def training_text(student: str, datasets: Sequence[str] | None) -> str:
         of_datasets = f", of {', '.join(datasets)}" if datasets else ""
         name = Path(flags["data_file"]).name
         lines += [f"Training data: the token file `{name}`{of_datasets}.", ""]
-    if commit.get("repo_sha"):
-        lines += [f"Code: commit `{commit['repo_sha']}`.", ""]
+    code = [f"Distil {flags['version']}"] if flags.get("version") else []
+    code += [f"commit `{commit['repo_sha']}`"] if commit.get("repo_sha") else []
+    lines += [f"Code: {', '.join(code)}.", ""] if code else []
     shown = {
         name: Path(value).name if name in PATH_FLAGS and value else value
         for name, value in flags.items()
