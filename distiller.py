@@ -233,8 +233,9 @@ class Distiller:
         self.device = next(model.parameters()).device
         self.has_cpu_kernels = self.device.type == "cpu" and not compiles
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
-        can_skip = getattr(optimizer, "_step_supports_amp_scaling", False)
-        can_skip = can_skip and not self.scaler.is_enabled()
+        can_skip = (
+            getattr(optimizer, "_step_supports_amp_scaling", False) and amp_dtype != torch.float16
+        )
         self.waits = not can_skip or (self.device.type == "cpu" if waits is None else waits)
         alphas = list(model.alphas.values())
         self.alphas_K = torch.tensor(alphas, dtype=torch.float64, device=self.device)
@@ -364,12 +365,10 @@ class Distiller:
         with tied or contextlib.nullcontext():
             with faster(tied) if self.has_cpu_kernels else contextlib.nullcontext():
                 teacher_read = self._teacher_outputs(batch)
-                with torch.autocast(
-                    self.device.type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None
-                ):
-                    loss, means_K = self.wrapped(
-                        batch, teacher_read, self.teacher_head, scale, counts_K
-                    )
+                given = batch, teacher_read, self.teacher_head, scale, counts_K
+                is_mixed = self.amp_dtype is not None
+                with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=is_mixed):
+                    loss, means_K = self.wrapped(*given)
             loss.backward()
         return means_K
 

@@ -538,7 +538,8 @@ def settle_card(path: Path) -> None:
 def weight_targets(folder: Path, world: World) -> Iterator[Target]:
     """Write first weights in three formats, and the student's configuration."""
     config = read_student_config("distilbert", world.config("bert"))
-    student = build_network(architecture_named("distilbert"), config)
+    row = architecture_named("distilbert")
+    student = build_network(row, config)
     state = torch.load(world.first_weights("bert"), weights_only=True)
     torch.save(state, folder / "first.pth")
     torch.save(state, folder / "first.old.pth", _use_new_zipfile_serialization=False)
@@ -546,9 +547,7 @@ def weight_targets(folder: Path, world: World) -> Iterator[Target]:
     safetensors.torch.save_file(plain, folder / "first.safetensors")
     for name in ("first.pth", "first.old.pth", "first.safetensors"):
         path = folder / name
-        yield Target(
-            name, path, functools.partial(load_student_weights, student, "distilbert", str(path))
-        )
+        yield Target(name, path, functools.partial(load_student_weights, student, row, str(path)))
     for change in (mutate, mutate_json):
         path = folder / f"config.{change.__name__}.json"
         shutil.copy(world.config("bert"), path)

@@ -25,6 +25,7 @@ import distiller
 from distil.data.batches import MlmPreparation, masking_weights, prepare_clm
 from distil.kernels import cpu
 from distil.kernels.cpu import LANES, TiedGradient, draw_kept, faster
+from distil.models.architectures import ARCHITECTURES
 from distil.models.forward import recompute_activations
 from distil.models.language_model import freeze_embeddings
 from distiller import DistillationModel, Distiller
@@ -965,7 +966,7 @@ def test_a_model_gets_torchs_gradient(kind, dtype, dropout, bound, plainly):
 def test_a_model_with_frozen_embeddings_gets_torchs_gradient(kind, plainly):
     def frozen():
         student = make_student(kind, 0.0)
-        freeze_embeddings(student, kind, positions=True, token_types=False)
+        freeze_embeddings(student, ARCHITECTURES[kind], positions=True, token_types=False)
         student.get_input_embeddings().weight.requires_grad_(False)
         return student
 
