@@ -19,7 +19,7 @@ from distil.models.first_weights import (
 )
 from distil.models.hub import load_config, quiet_transformers
 from distil.models.language_model import (
-    kind_of,
+    is_masked_config,
     load_language_model,
     load_network,
     resolve_architecture,
@@ -201,7 +201,7 @@ def write_student(args: argparse.Namespace) -> None:
         raise InputError(f"--output {args.output}: holds something already; name a new folder")
     config = load_config(None, args.teacher, "--teacher", args.trust_remote_code)
     trust = args.trust_remote_code
-    architecture = resolve_architecture(config, kind_of(config, source), source, trust)
+    architecture = resolve_architecture(config, is_masked_config(config, source), source, trust)
     num_layers = getattr(config, "num_hidden_layers", None)
     layers = (
         choose_layers(num_layers, args.num_layers, args.layers)

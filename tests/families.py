@@ -1,10 +1,8 @@
-"""Tiny models of families that architectures.py has no row for: random weights, real classes, a
-tokenizer of the stand-ins'.
-"""
+"""Tiny models of families with and without a row in ARCHITECTURES: real classes, random weights."""
 
-import json
 from pathlib import Path
 
+import tokenizers
 import torch
 import transformers
 
@@ -26,16 +24,16 @@ SIZES = {
     "local_attention": 8,
 }
 NUM_LAYERS = 4
-# What a family's configuration wants besides.
+# Further entries of a family's configuration.
 MORE = {
     "gpt_neo": {"attention_types": [[["global", "local"], NUM_LAYERS // 2]], "window_size": 4},
     "gemma2": {"query_pre_attn_scalar": 8, "final_logit_softcapping": 0.5},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
     "llama": {"tie_word_embeddings": False},
 }
-SCALES = {
-    "modernbert": 16
-}  # whose layers add little to their input else: half of them compute the same
+# Factors of the initial weights, 4 by default. ModernBERT's layers add little to their input: with
+# 4, half of the layers would give the same logits.
+SCALES = {"modernbert": 16}
 MASKED = (
     "bert",
     "distilbert",
@@ -46,36 +44,33 @@ MASKED = (
     "deberta-v2",
     "modernbert",
 )
+ROBERTA_LIKE = ("roberta", "xlm-roberta", "camembert")  # by tokenizer
 CAUSAL = ("gpt2", "gpt_neox", "gpt_neo", "opt", "llama", "qwen2", "qwen3", "gemma", "gemma2")
 
 
+def auto_class(is_masked: bool):
+    return transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
+
+
 def tiny_config(model_type: str, vocab_size: int, **special_ids: int | None):
-    """Make a small configuration of any family; an entry is set where the family has it."""
+    """Make a small configuration of any family from the entries that the family has."""
     config_class = type(transformers.AutoConfig.for_model(model_type))
     known, names = config_class().to_dict(), config_class.attribute_map
     wanted = SIZES | MORE.get(model_type, {}) | {"vocab_size": vocab_size} | special_ids
-    entries = {
-        names.get(name, name): value
-        for name, value in wanted.items()
-        if names.get(name, name) in known
-    }
-    return config_class(
-        **entries, **{names.get("num_hidden_layers", "num_hidden_layers"): NUM_LAYERS}
-    )
+    entries = {names.get(name, name): value for name, value in wanted.items()}
+    entries = {key: value for key, value in entries.items() if key in known}
+    depth = names.get("num_hidden_layers", "num_hidden_layers")
+    return config_class(**entries, **{depth: NUM_LAYERS})
 
 
 def tiny_model(
     model_type: str, is_masked: bool, vocab_size: int = 99, seed: int = 0, **special_ids: int | None
 ):
-    """Make a model with random weights, larger than those it would begin with: caps and scales are
-    to show.
-    """
+    """Make a model with random weights, large enough for caps and scales to change its logits."""
     special_ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2} | special_ids
-    auto_class = (
-        transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
-    )
+    config = tiny_config(model_type, vocab_size, **special_ids)
     torch.manual_seed(seed)
-    model = auto_class.from_config(tiny_config(model_type, vocab_size, **special_ids)).eval()
+    model = auto_class(is_masked).from_config(config).eval()
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
@@ -89,31 +84,22 @@ def tiny_model(
 
 
 def causal_tokenizer(gpt2_folder: Path) -> transformers.PreTrainedTokenizerBase:
-    """Make a tokenizer without bos, unknown and padding tokens, as Qwen's: the stand-in's, with an
-    end token alone.
-    """
-    content = json.loads((gpt2_folder / "tokenizer.json").read_text(encoding="utf-8"))
-    backend = transformers.PreTrainedTokenizerFast(
-        tokenizer_object=_backend(content), eos_token="<|endoftext|>"
+    """Make a tokenizer with an end token but no bos, unknown or padding token, as Qwen's."""
+    backend = tokenizers.Tokenizer.from_file(str(gpt2_folder / "tokenizer.json"))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=backend, eos_token="<|endoftext|>"
     )
-    backend.model_max_length = 64
-    return backend
-
-
-def _backend(content: dict):
-    import tokenizers
-
-    return tokenizers.Tokenizer.from_str(json.dumps(content))
+    tokenizer.model_max_length = 64
+    return tokenizer
 
 
 def make_teacher(
     folder: Path, model_type: str, is_masked: bool, stand_ins: dict[str, Path]
 ) -> Path:
-    """Save a tiny teacher of a family with a tokenizer that it may have; return its folder."""
+    """Save a tiny teacher of a family with a suitable tokenizer; return its folder."""
     if is_masked:
-        tokenizer = transformers.AutoTokenizer.from_pretrained(
-            stand_ins["roberta" if model_type in OF_ROBERTA else "bert"]
-        )
+        kind = "roberta" if model_type in ROBERTA_LIKE else "bert"
+        tokenizer = transformers.AutoTokenizer.from_pretrained(stand_ins[kind])
     else:
         tokenizer = causal_tokenizer(stand_ins["gpt2"])
     roles = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
@@ -122,6 +108,3 @@ def make_teacher(
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder
-
-
-OF_ROBERTA = ("roberta", "xlm-roberta", "camembert")

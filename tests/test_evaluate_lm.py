@@ -543,11 +543,11 @@ BAD = {
     ),
     "sees what comes": (
         ["--model", "{seeing}", "--data_file", "{ids}"],
-        ["it sees the tokens that come, so it is no causal"],
+        ["it attends to later tokens, so it is not a causal model"],
     ),
     "remote code": (
         ["--model", "{remote}", "--data_file", "{ids}"],
-        ["pass --trust_remote_code where you trust"],
+        ["pass --trust_remote_code if you trust"],
     ),
     "no model": (
         ["--model", "{empty}", "--data_file", "{ids}"],

@@ -225,7 +225,7 @@ def bad_heads(world, tmp):
 def bad_activation(world, tmp):
     return {
         "student_config": edit_json(world.config("bert"), tmp / "c.json", activation="foo")
-    }, "c.json: no model can be made"
+    }, "c.json: cannot build a model"
 
 
 def bad_layers(world, tmp):

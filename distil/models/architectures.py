@@ -1,8 +1,8 @@
-"""What differs between architectures, as tables: classes, token roles, heads, layers, pairs.
+"""Tables of the differences between architectures: classes, token roles, heads, layers, pairs.
 
 ARCHITECTURES has one row for each model type that 2019 knew, PAIRS one for each (teacher, student).
-`language_model.resolve_architecture` makes a row for any other model. torch is not imported here:
-programs that need a tokenizer only do without it.
+`language_model.resolve_architecture` makes a row for any other model. This module does not import
+torch, so that programs that only tokenize start without it.
 """
 
 from __future__ import annotations
@@ -30,25 +30,23 @@ def _roberta_transform(model, hidden_ND):
 class Architecture:
     """One model type: a row of ARCHITECTURES, or one made by `resolve_architecture`.
 
-    name: the model type of a row, else the class; for messages and cards.
+    name: model type of a row, else the model's class; for messages and cards.
     model_class, config_class, tokenizer_class: names in transformers.
-    vocab_files: what a tokenizer folder without tokenizer.json must hold.
-    transform: (model, hidden states (N, D)) -> (N, D), the prediction head's own layers before the
-        last linear map; None: not known apart from the model's own forward.
-    projection: module path of that map, from (N, D) to logits (N, V).
-    layers: what stands before the layer's number in a parameter's name.
-    position_embeddings, token_type_embeddings: module paths, None where there are none.
-    head_transform: prefixes of the prediction head's own dense layer and norm, which
-    --vocab_transform takes along.
-    aliases: parameters that only repeat another (tied) one under a second name.
-    obsolete: pattern of names that old checkpoints hold and current models do not.
-    reserved_positions: rows of the position table that no token uses (RoBERTa's positions begin at
-    2).
-    start_token, end_token, pad_token: attributes of the tokenizer that give the token of each role.
-    pads_by_mask: whether a causal model is given a mask; GPT-2 goes without, as in 2019 (what is
-    padded stands behind).
-    masked: whether it is a masked-language model, where the class's name doesn't say so.
-    runs_remote_code: whether Python files that come with a model are run, where it needs them.
+    vocab_files: files that a tokenizer folder without tokenizer.json must hold.
+    transform: (model, hidden_ND) -> (N, D), the prediction head's layers before its last linear
+        map; None: known only as a part of the model's forward.
+    projection: module path of that linear map, from (N, D) to logits (N, V).
+    layers: prefix of the layer's number in parameter names.
+    position_embeddings, token_type_embeddings: module paths; None if the model has no such table.
+    head_transform: prefixes of the head's dense layer and norm, copied with --vocab_transform.
+    aliases: second names of tied parameters.
+    obsolete: pattern of parameter names found in old checkpoints only.
+    reserved_positions: unused first rows of the position table (RoBERTa's positions begin at 2).
+    start_token, end_token, pad_token: the tokenizer's attributes for these roles.
+    pads_by_mask: whether padded batches of a causal model have an attention mask. GPT-2's have
+        none, as in 2019: causal attention does not reach the padding behind.
+    masked: whether it is a masked-language model; None: as the class's name says.
+    runs_remote_code: whether Python files that come with the model may run.
     """
 
     name: str
@@ -143,9 +141,9 @@ ARCHITECTURES: dict[str, Architecture] = {
     ),
 }
 
-AUTO = "auto"  # the model type is read from the model's configuration
+AUTO = "auto"  # read the model type from the model's configuration
 
-# A tokenizer of any class, where no model says more about it.
+# A tokenizer of any class, for which no model is known.
 ANY_TOKENIZER = Architecture(
     AUTO,
     "",
@@ -160,20 +158,20 @@ ANY_TOKENIZER = Architecture(
 
 
 def architecture_named(model_type: str) -> Architecture:
-    """Return the row of a model type; for AUTO and others that of tokenizers of any class."""
+    """Return the row of a model type; ANY_TOKENIZER for AUTO and types without a row."""
     return ARCHITECTURES.get(model_type, ANY_TOKENIZER)
 
 
 @dataclasses.dataclass(frozen=True)
 class Pair:
-    """One (teacher, student) that can be distilled.
+    """One pair of model types (teacher, student) that can be distilled.
 
-    parameter_names: student's name -> teacher's name; {layer} is the layer's number in either. None
-        where both are of one architecture: the student's own names serve.
-    fold_token_types: (student's, teacher's) name of a table to whose every row --fold_token_types
-        adds token type 0; None where the student has token types itself.
-    config_entries: student's entry of the configuration -> teacher's, for a student of some of its
-    layers.
+    parameter_names: student's name -> teacher's name, with {layer} for the number of a layer; None:
+        both have the same architecture and names.
+    fold_token_types: name of the student's table whose rows --fold_token_types adds the teacher's
+        token type 0 to, and name of the teacher's table; None if the student has token types.
+    config_entries: student's configuration entry -> teacher's, to build a student from some of the
+        teacher's layers.
     """
 
     parameter_names: Mapping[str, str] | None = None

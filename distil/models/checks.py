@@ -1,4 +1,4 @@
-"""Checks of models before they are trained, a line for each problem."""
+"""Checks of models before training, with one line for each problem."""
 
 import contextlib
 import inspect
@@ -13,7 +13,7 @@ from utils import InputError
 
 
 def tokenizer_problem(model) -> str | None:
-    """Describe the problem of a LanguageModel whose tokenizer has ids beyond its logits."""
+    """Describe the problem of a LanguageModel whose tokenizer has ids >= its vocabulary size."""
     largest_id = max(model.tokenizer.get_vocab().values())
     if largest_id < model.vocab_size:
         return None
@@ -24,7 +24,7 @@ def tokenizer_problem(model) -> str | None:
 
 
 def check_finite(state_dict: Mapping[str, torch.Tensor], where: str) -> None:
-    """Raise InputError naming the tensors in which something is NaN or infinite."""
+    """Raise InputError naming the tensors that hold NaN or infinite values."""
     wrong = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
     if wrong:
         raise InputError(
@@ -33,7 +33,7 @@ def check_finite(state_dict: Mapping[str, torch.Tensor], where: str) -> None:
 
 
 def some_of(names: Sequence[str], limit: int = 4) -> str:
-    """List the first of many names, and count the others."""
+    """List the first `limit` names and count the others."""
     shown = ", ".join(names[:limit])
     return shown if len(names) <= limit else f"{shown} and {len(names) - limit} more"
 
@@ -45,17 +45,17 @@ def size_mismatches(
     student: Architecture,
     needs_width: bool = True,
 ) -> list[str]:
-    """List, a line each, the sizes in which a student wrongly differs from its teacher.
+    """Describe each size in which a student must equal its teacher but does not.
 
-    Students of ARCHITECTURES equal their teachers, as in 2019; others need the teacher's vocabulary
-    only, and its width where hidden states are compared (needs_width).
+    Students of ARCHITECTURES must equal it in all sizes listed, as in 2019; others in the
+    vocabulary, and in the width if hidden states are compared (needs_width).
     """
     sizes = {"vocab_size": "vocabulary"}
     if student.is_named or needs_width:
         sizes["hidden_size"] = "width"
     if student.is_named:
         sizes["max_position_embeddings"] = "number of positions"
-    if student.reserved_positions:  # its positions are counted from the padding id
+    if student.reserved_positions:  # positions are numbered from the padding id
         sizes["pad_token_id"] = "padding id"
     return [
         f"{source}: {what} is {getattr(student_config, name)}, the teacher's is"
@@ -67,19 +67,14 @@ def size_mismatches(
 
 
 CHECK_TOKENS = 12
-
-
-TOLERANCE = 1e-4  # relative to the largest logit, float32: other kernels may sum in another order
+TOLERANCE = 1e-4  # relative to the largest logit, in float32: kernels may sum in another order
 
 
 def some_ids(model: nn.Module, num_sequences: int) -> torch.Tensor:
-    """Draw token ids, (num_sequences, CHECK_TOKENS at most), none of them the padding id, from
-    which some count positions.
-    """
+    """Draw token ids (num_sequences, at most CHECK_TOKENS), without padding."""
     config = model.config.get_text_config()
-    length = min(
-        CHECK_TOKENS, (getattr(config, "max_position_embeddings", None) or CHECK_TOKENS) - 2
-    )
+    positions = getattr(config, "max_position_embeddings", None) or CHECK_TOKENS
+    length = min(CHECK_TOKENS, positions - 2)
     pad = config.pad_token_id if isinstance(getattr(config, "pad_token_id", None), int) else 0
     generator = torch.Generator().manual_seed(1)
     ids_BT = torch.randint(config.vocab_size, (num_sequences, max(length, 2)), generator=generator)
@@ -88,27 +83,22 @@ def some_ids(model: nn.Module, num_sequences: int) -> torch.Tensor:
 
 
 def is_close(found: torch.Tensor, expected: torch.Tensor) -> bool:
-    """Tell whether two tensors agree but for rounding."""
+    """Test whether two tensors have one shape and agree within rounding errors."""
     if found.shape != expected.shape:
         return False
     return bool((found - expected).abs().max() <= TOLERANCE * expected.abs().max().clamp(min=1e-3))
 
 
 def without_cache(model: nn.Module) -> dict[str, Any]:
-    """Return what a model is called with besides ids and mask: no cache of keys and values, where
-    it knows one.
-    """
+    """Return the forward options that switch off a model's cache of keys and values, if any."""
     parameters = inspect.signature(model.forward).parameters
-    return (
-        {"use_cache": False}
-        if "use_cache" in parameters or hasattr(model.config, "use_cache")
-        else {}
-    )
+    has_cache = "use_cache" in parameters or hasattr(model.config, "use_cache")
+    return {"use_cache": False} if has_cache else {}
 
 
 @contextlib.contextmanager
 def evaluating(*models: nn.Module) -> Iterator[None]:
-    """Put models in evaluation mode for a while."""
+    """Put models in evaluation mode and restore their modes afterwards."""
     modes = [model.training for model in models]
     for model in models:
         model.eval()

@@ -1,13 +1,12 @@
-"""What transformers' conventions tell about any masked or causal language model, without a row for
-its family.
+"""Language models without a row in ARCHITECTURES, resolved by the conventions of transformers.
 
-Where architectures.py has a row a model type, this module finds out: which class the model has,
-which lists hold its layers, what its configuration lists by layer, where the output projection and
-the position table are. Then a student is made of some of a teacher's layers, as in Sanh et al.,
-2019, section 3, within one architecture.
+This module infers what a row of architectures.py states: the model's class, the lists that hold its
+layers, the configuration's entries by layer, the paths of output projection and position table.
+first_weights.py then copies some of a teacher's layers to a student of the same architecture, as in
+Sanh et al., 2019, section 3.
 
-Nothing is believed that a model doesn't show: heads, padding and extracted layers are compared on a
-few tokens, and what differs is refused with a line that says so.
+Each assumption is tested: heads, padding and extracted layers are compared on a few tokens, and a
+model that differs is refused in one line.
 
 Shape suffixes: B sequences, T padded length, N positions, V vocabulary, D width.
 """
@@ -23,7 +22,7 @@ import transformers
 from torch import nn
 
 from distil.models.checks import evaluating, is_close, some_ids, without_cache
-from distil.models.heads import head_by_convention
+from distil.models.heads import head_by_convention, path_of
 from utils import InputError, one_line
 
 NUM_LAYERS = "num_hidden_layers"
@@ -34,53 +33,45 @@ NUM_LAYERS = "num_hidden_layers"
 
 
 def _gpt_neo_entries(config, layers: Sequence[int]) -> dict[str, Any]:
-    """GPT-Neo writes its attention by layer as [[kinds in turn], how often]."""
+    """Write GPT-Neo's kinds of attention by layer as [[kinds], number of repetitions] pairs."""
     return {"attention_types": [[[config.attention_layers[layer]], 1] for layer in layers]}
 
 
-# What no convention tells: model type -> entries of the configuration with some of its layers.
+# Exceptions: model type -> function that makes configuration entries for some of its layers.
 ENTRIES: dict[str, Callable[[Any, Sequence[int]], dict[str, Any]]] = {"gpt_neo": _gpt_neo_entries}
 
 
 def key_of(config, name: str) -> str:
-    """Return how this type of configuration calls a common entry: num_hidden_layers -> n_layer
-    (GPT-2).
-    """
+    """Return the key of a common entry in this configuration: num_hidden_layers -> n_layer."""
     return config.attribute_map.get(name, name)
 
 
 def listed_by_layer(config) -> list[str]:
-    """List the entries of a configuration that hold one value a layer (layer_types, windows,
-    ..).
-    """
+    """List the configuration's entries with one value per layer (layer_types, windows, ..)."""
     num_layers, content = getattr(config, NUM_LAYERS), config.to_dict()
     return [
         key
         for key, value in content.items()
         if isinstance(value, (list, tuple))
         and len(value) == num_layers
-        and ("layer" in key or _follows(config, key))
+        and ("layer" in key or _has_length_of_layers(config, key))
     ]
 
 
-def _follows(config, key: str) -> bool:
-    """Tell whether a default configuration lists `key` by layer: its length follows the number of
-    layers.
-    """
+def _has_length_of_layers(config, key: str) -> bool:
+    """Test whether the length of a default configuration's `key` equals its number of layers."""
     lengths = []
     for num_layers in (5, 7):
         try:
             value = getattr(type(config)(**{key_of(config, NUM_LAYERS): num_layers}), key, None)
-        except Exception:  # a configuration that can't be made so
+        except Exception:  # a configuration that has no defaults
             return False
         lengths.append(len(value) if isinstance(value, (list, tuple)) else 0)
     return lengths == [5, 7]
 
 
 def config_with_layers(config, layers: Sequence[int], source: str):
-    """Copy a configuration, with the entries of `layers` only. Raises InputError naming `source`
-    where that can't be.
-    """
+    """Copy a configuration with the entries of `layers` only. Raises InputError naming `source`."""
     content = config.to_dict()
     content |= {key: [content[key][layer] for layer in layers] for key in listed_by_layer(config)}
     content |= ENTRIES.get(config.model_type, lambda config, layers: {})(config, layers)
@@ -89,7 +80,7 @@ def config_with_layers(config, layers: Sequence[int], source: str):
         return type(config).from_dict(content)
     except Exception as error:
         raise InputError(
-            f"{source}: no configuration of {len(layers)} layers can be made of it"
+            f"{source}: cannot make a configuration of {len(layers)} layers from it"
             f" ({one_line(error)})"
         ) from error
 
@@ -101,11 +92,12 @@ def config_with_layers(config, layers: Sequence[int], source: str):
 
 @dataclasses.dataclass(frozen=True)
 class Anatomy:
-    """Where things are in a model.
+    """Module paths of a model's parts.
 
-    layer_lists: module paths of the lists that hold one module a layer (XLM has four). output: path
-    of the linear map from (N, D) to logits (N, V). positions, token_types: paths of these tables,
-    None where there is none. reserved_positions: rows of the position table that no token uses.
+    layer_lists: lists with one module per layer (XLM has four).
+    output: linear map from (N, D) to logits (N, V).
+    positions, token_types: embedding tables, or None.
+    reserved_positions: number of unused first rows of the position table.
     """
 
     layer_lists: tuple[str, ...]
@@ -116,9 +108,9 @@ class Anatomy:
 
 
 def skeleton(config, is_masked: bool, source: str, trust_remote_code: bool = False) -> nn.Module:
-    """Make a language model without memory for its weights.
+    """Build a language model on the meta device, without memory for its weights.
 
-    Raises InputError where transformers has none of the kind asked for.
+    Raises InputError if transformers has no model of the requested kind for the configuration.
     """
     auto_class = (
         transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
@@ -130,7 +122,7 @@ def skeleton(config, is_masked: bool, source: str, trust_remote_code: bool = Fal
             return auto_class.from_config(config, trust_remote_code=trust_remote_code)
     except Exception as error:
         raise InputError(
-            f"{source}: no {config.model_type} model can be made of it ({one_line(error)})"
+            f"{source}: cannot build a {config.model_type} model from it ({one_line(error)})"
         ) from error
 
 
@@ -147,12 +139,10 @@ def _require_class(config, is_masked: bool, source: str) -> None:
     if type(config) in kinds[is_masked]:
         return
     names = {True: "masked", False: "causal"}
-    remedy = (
-        f"it has a {names[not is_masked]} one, {'leave --mlm out' if is_masked else 'add --mlm'}"
-    )
-    remedy = (
-        remedy if type(config) in kinds[not is_masked] else "take a masked or causal language model"
-    )
+    remedy = "take a masked or causal language model"
+    if type(config) in kinds[not is_masked]:
+        change = "leave --mlm out" if is_masked else "add --mlm"
+        remedy = f"it has a {names[not is_masked]} one, {change}"
     raise InputError(
         f"{source}: transformers has no {names[is_masked]} language model of type"
         f" {config.model_type}; {remedy}"
@@ -160,56 +150,23 @@ def _require_class(config, is_masked: bool, source: str) -> None:
 
 
 def anatomy(model: nn.Module, source: str) -> Anatomy:
-    """Find out where things are in a model. Raises InputError naming what it lacks."""
+    """Locate a model's parts. Raises InputError if its prediction head cannot be separated."""
     projection = model.get_output_embeddings()
-    output = next(
-        (
-            path
-            for path, module in model.named_modules()
-            if module is projection and module is not None
-        ),
-        None,
-    )
+    output = path_of(model, projection)
     if model.base_model is model or output is None or not isinstance(projection, nn.Linear):
         raise InputError(
-            f"{source}: a {type(model).__name__} has no prediction head apart from its layers; take"
-            " another model"
+            f"{source}: a {type(model).__name__} has no prediction head separate from its layers;"
+            " take another model"
         )
     tables = [
-        path
+        f"{model.base_model_prefix}.{path}"
         for path, module in model.base_model.named_modules()
         if isinstance(module, nn.Embedding)
     ]
-    positions = next(
-        (f"{model.base_model_prefix}.{path}" for path in tables if _is_of_positions(path)), None
-    )
-    return Anatomy(
-        layer_lists(model, source),
-        output,
-        positions,
-        next(
-            (
-                f"{model.base_model_prefix}.{path}"
-                for path in tables
-                if "token_type" in path.lower()
-            ),
-            None,
-        ),
-        _reserved(model, positions),
-    )
-
-
-def _reserved(model: nn.Module, positions: str | None) -> int:
-    """Count the rows of the position table up to that of padding, which it counts from (RoBERTa's
-    begin at 2).
-    """
-    table = None if positions is None else model.get_submodule(positions)
-    limit = getattr(model.config, "max_position_embeddings", None)
-    return (
-        0
-        if table is None or table.padding_idx is None or table.num_embeddings != limit
-        else table.padding_idx + 1
-    )
+    positions = next(filter(_is_of_positions, tables), None)
+    token_types = next(filter(_is_of_token_types, tables), None)
+    reserved = _reserved_positions(model, positions)
+    return Anatomy(layer_lists(model, source), output, positions, token_types, reserved)
 
 
 def _is_of_positions(path: str) -> bool:
@@ -217,11 +174,24 @@ def _is_of_positions(path: str) -> bool:
     return ("pos" in name and "rel" not in name) or name == "wpe"
 
 
-def layer_lists(model: nn.Module, source: str) -> tuple[str, ...]:
-    """Find the lists that hold one module a layer: those that are of another length in a model of
-    other depth.
+def _is_of_token_types(path: str) -> bool:
+    return "token_type" in path.lower()
 
-    None where layers are shared or nested, or their number can't be changed.
+
+def _reserved_positions(model: nn.Module, positions: str | None) -> int:
+    """Count a position table's rows up to the padding id (RoBERTa's positions begin behind it)."""
+    if positions is None:
+        return 0
+    table = model.get_submodule(positions)
+    limit = getattr(model.config, "max_position_embeddings", None)
+    is_reserved = table.padding_idx is not None and table.num_embeddings == limit
+    return table.padding_idx + 1 if is_reserved else 0
+
+
+def layer_lists(model: nn.Module, source: str) -> tuple[str, ...]:
+    """Find the lists with one module per layer: those that are shorter in a model of fewer layers.
+
+    Returns () if layers are shared or nested, or if their number cannot be changed.
     """
     num_layers = getattr(model.config, NUM_LAYERS, None)
     if not isinstance(num_layers, int) or num_layers < 1:
@@ -230,7 +200,7 @@ def layer_lists(model: nn.Module, source: str) -> tuple[str, ...]:
     try:
         with torch.device("meta"):
             smaller = type(model)(config_with_layers(model.config, others, source))
-    except Exception:  # what a class refuses has no end
+    except Exception:  # model classes raise anything on sizes that they do not support
         return ()
     lengths = {path: len(module) for path, module in _outermost_lists(smaller)}
     return tuple(
@@ -241,7 +211,7 @@ def layer_lists(model: nn.Module, source: str) -> tuple[str, ...]:
 
 
 def _outermost_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
-    """Yield the lists of modules that are in no other list, with their paths."""
+    """Yield (path, list) of the module lists that are not inside another one."""
     inside: list[str] = []
     for path, module in model.named_modules():
         if isinstance(module, nn.ModuleList) and not path.startswith(tuple(inside)):
@@ -250,15 +220,15 @@ def _outermost_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
 
 
 # --------------------------------------------------------------------------------------------------
-# What a model has to show
+# Checks
 # --------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()
 def check_conventions(model: nn.Module, is_masked: bool, source: str) -> None:
-    """Raise InputError where a model is not what distillation takes it for.
+    """Raise InputError unless a model computes what distillation assumes.
 
-    What is padded must not change the rest, and a causal model must not see what comes.
+    Padding must not change the real tokens' logits, nor later tokens those of a causal model.
     """
     head_by_convention(model, source)
     ids_BT = some_ids(model, 2)
@@ -273,7 +243,7 @@ def check_conventions(model: nn.Module, is_masked: bool, source: str) -> None:
             unmasked_BTV = model(ids_BT[1:], **options).logits
     except Exception as error:
         raise InputError(
-            f"{source}: can't be called with a mask ({one_line(error)}); take another model"
+            f"{source}: cannot be called with a mask ({one_line(error)}); take another model"
         ) from error
     if not is_close(batch_BTV[1:, :half], alone_BTV):
         raise InputError(
@@ -281,6 +251,6 @@ def check_conventions(model: nn.Module, is_masked: bool, source: str) -> None:
         )
     if not is_masked and not is_close(unmasked_BTV[:, :half], alone_BTV):
         raise InputError(
-            f"{source}: it sees the tokens that come, so it is no causal model; add --mlm, or take"
+            f"{source}: it attends to later tokens, so it is not a causal model; add --mlm, or take"
             " another"
         )

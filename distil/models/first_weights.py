@@ -1,4 +1,4 @@
-"""A student's first weights: layers of its teacher, or a state dict from the disk.
+"""A student's first weights: copied from layers of its teacher, or loaded from a file.
 
 Source: Sanh et al., 2019, section 3: the student is initialized by taking one layer out of two.
 """
@@ -32,8 +32,9 @@ StateDict = Mapping[str, torch.Tensor]
 
 
 def evenly_spaced_layers(num_teacher_layers: int, num_student_layers: int) -> list[int]:
-    """Choose layers, first and last kept: round(linspace(0, L - 1, l)), which gives 0 2 4 7 9 11
-    for 12 -> 6.
+    """Select layers round(linspace(0, L - 1, l)), the first and last included.
+
+    12 -> 6 gives 0 2 4 7 9 11.
     """
     return np.rint(np.linspace(0, num_teacher_layers - 1, num_student_layers)).astype(int).tolist()
 
@@ -46,12 +47,12 @@ def extract_student(
     vocab_transform: bool = False,
     fold_token_types: bool = False,
 ) -> dict[str, torch.Tensor]:
-    """Make a student's first state dict out of a teacher's layers `layers` -> 0, 1, ..
+    """Copy a teacher's layers to the layers 0, 1, .. of a student's state dict.
 
-    vocab_transform: take the dense layer and norm of the prediction head too. fold_token_types: add
-    token type 0 to every position row where the student has no token types, which makes the copy
-    exact (never to the word embeddings, which the output projection shares). Raises InputError
-    naming a parameter that the teacher lacks.
+    vocab_transform: copy the dense layer and norm of the prediction head, too.
+    fold_token_types: add token type 0 to every position embedding of a student without token types,
+        which makes the copy exact (not to word embeddings: the output projection shares them).
+    Raises InputError naming a parameter that the teacher lacks.
     """
     teacher_type = teacher.config.model_type
     pair, student_row = PAIRS[teacher_type, student_type], ARCHITECTURES[student_type]
@@ -60,11 +61,8 @@ def extract_student(
         teacher_state, ARCHITECTURES[teacher_type]
     )
     if not vocab_transform:
-        names = {
-            s: t
-            for s, t in names.items()
-            if not s.startswith(student_row.head_transform or ("\0",))
-        }
+        left_out = student_row.head_transform  # str.startswith(()) is False
+        names = {s: t for s, t in names.items() if not s.startswith(left_out)}
     state = {}
     for student_name, teacher_name in names.items():
         targets = list(enumerate(layers)) if "{layer}" in student_name else [(0, 0)]
@@ -75,9 +73,8 @@ def extract_student(
                     f"the teacher has no parameter {source}; a {teacher_type} language model is"
                     " expected"
                 )
-            state[student_name.format(layer=student_layer)] = (
-                teacher_state[source].detach().clone().contiguous()
-            )
+            copied = teacher_state[source].detach().clone().contiguous()
+            state[student_name.format(layer=student_layer)] = copied
     if fold_token_types and pair.fold_token_types:
         target, source = pair.fold_token_types
         state[target] += teacher_state[source][0]
@@ -90,10 +87,9 @@ def student_of_pair(
     layers: Sequence[int],
     fold_token_types: bool = False,
 ):
-    """Make a whole student of another architecture than its teacher's, out of the teacher's layers
-    `layers`.
+    """Build a student of another architecture from a teacher's layers.
 
-    Raises InputError where PAIRS has no such pair.
+    Raises InputError if PAIRS has no such pair with configuration entries.
     """
     pair = PAIRS.get((teacher.config.model_type, student_type))
     if pair is None or not pair.config_entries:
@@ -117,9 +113,7 @@ def student_of_pair(
 
 
 def _names_of_one_architecture(teacher_state: StateDict, row: Architecture) -> dict[str, str]:
-    """Map a model's own names to themselves, layer numbers replaced by {layer}; aliases and old
-    buffers left out.
-    """
+    """Map names to themselves, with {layer} for numbers; skip aliases and old buffers."""
     pattern = re.compile(re.escape(row.layers) + r"\d+\.")
     names = [n for n in teacher_state if n not in row.aliases and not re.search(row.obsolete, n)]
     templates = [pattern.sub(f"{row.layers}{{layer}}.", name) for name in names]
@@ -127,11 +121,11 @@ def _names_of_one_architecture(teacher_state: StateDict, row: Architecture) -> d
 
 
 def load_student_weights(student: torch.nn.Module, row: Architecture, path: str) -> None:
-    """Load first weights (a plain state dict) into a student, checked name by name.
+    """Load first weights (a plain state dict) into a student after checking every tensor.
 
-    Raises InputError naming every tensor that is missing, unexpected, of another shape or not
-    finite. Absent tensors of the head's transform are named in a warning only: they are absent
-    without --vocab_transform.
+    Raises InputError naming each tensor that is missing, unexpected, of another shape or not
+    finite. Missing tensors of the head's transform, which extraction without --vocab_transform
+    omits, are a warning.
     """
     source = f"--student_pretrained_weights {path}"
     own = student.state_dict()
@@ -139,8 +133,8 @@ def load_student_weights(student: torch.nn.Module, row: Architecture, path: str)
     given = {n: t for n, t in given.items() if n in own or not re.search(row.obsolete, n)}
     storages = {own[n].data_ptr() for n in given if n in own}
     missing = [n for n in own if n not in given and own[n].data_ptr() not in storages]
-    optional = [n for n in missing if n.startswith(row.head_transform or ("\0",))]
-    # Differs from the original: 2019 loaded whatever fitted, in silence.
+    optional = [n for n in missing if n.startswith(row.head_transform)]
+    # Differs from the original: 2019 silently loaded the tensors that fitted.
     kinds = {"lacks": [n for n in missing if n not in optional], **_misfits(given, own)}
     remedy = "extract them anew for this student's configuration"
     problems = [
@@ -151,15 +145,13 @@ def load_student_weights(student: torch.nn.Module, row: Architecture, path: str)
     check_finite(given, source)
     student.load_state_dict(given, strict=False)
     if optional:
-        remedy = "they start at random (extract with --vocab_transform to take them)"
+        remedy = "initialized at random (extract with --vocab_transform to copy them)"
         logger.warning("%s has no %s: %s.", path, some_of(optional), remedy)
     logger.info("Loaded %d tensors from %s.", len(given), path)
 
 
 def _misfits(given: StateDict, own: StateDict) -> dict[str, list[str]]:
-    """Describe the given tensors that a model with the state `own` cannot take, by kind of
-    misfit.
-    """
+    """List the given tensors that do not fit a model with the state `own`, by kind of problem."""
     shared = [n for n in given if n in own and _is_plain(given[n])]
     first_name: dict[int, str] = {}
     for name in shared:
@@ -167,8 +159,10 @@ def _misfits(given: StateDict, own: StateDict) -> dict[str, list[str]]:
     twins = [(n, first_name[own[n].data_ptr()]) for n in shared]
     return {
         "has unexpected": [n for n in given if n not in own],
-        "has odd": [f"{n} ({t.dtype}, {t.layout})" for n, t in given.items() if not _is_plain(t)],
-        "has misshapen": [
+        "has an unsupported type of": [
+            f"{n} ({t.dtype}, {t.layout})" for n, t in given.items() if not _is_plain(t)
+        ],
+        "has another shape for": [
             f"{n} {list(given[n].shape)} (the student's is {list(own[n].shape)})"
             for n in shared
             if own[n].shape != given[n].shape
@@ -180,7 +174,6 @@ def _misfits(given: StateDict, own: StateDict) -> dict[str, list[str]]:
 
 
 def _read_state_dict(path: str, flag: str) -> dict[str, torch.Tensor]:
-
     require_file(path, flag)
     try:
         if _is_safetensors(path):
@@ -202,16 +195,14 @@ def _read_state_dict(path: str, flag: str) -> dict[str, torch.Tensor]:
 
 
 def _is_safetensors(path: str) -> bool:
-    """Tell by the content: the size of a JSON object comes first. Torch's own files begin
-    otherwise.
-    """
+    """Recognize safetensors by the content: the length of a JSON object, then the object."""
     with open(path, "rb") as file:
         head = file.read(9)
     return head[8:] == b"{" and int.from_bytes(head[:8], "little") <= os.path.getsize(path)
 
 
 def _is_plain(tensor: object) -> bool:
-
+    """Test for a dense floating-point tensor with values."""
     kinds = (torch.float16, torch.bfloat16, torch.float32, torch.float64)
     return (
         isinstance(tensor, torch.Tensor)
@@ -222,18 +213,17 @@ def _is_plain(tensor: object) -> bool:
 
 
 def student_of_layers(teacher: nn.Module, layers: Sequence[int], source: str) -> nn.Module:
-    """Make a student out of a teacher's layers `layers` -> 0, 1, .., with all that stands outside
-    the layers.
+    """Build a student of the teacher's class from some layers and everything outside the layers.
 
-    Compared with the teacher without its other layers. Raises InputError where layers can't be
-    taken so.
+    The student is compared with the teacher without its other layers. Raises InputError if the
+    layers cannot be copied or compute something else in the student.
     """
     lists, num_layers = layer_lists(teacher, source), getattr(teacher.config, NUM_LAYERS, None)
     if not lists:
         raise InputError(
             f"{source}: a {type(teacher).__name__} has no list of layers to choose from (shared or"
-            " nested ones can't be taken apart); write the student's configuration yourself, for"
-            " --student_config"
+            " nested ones cannot be separated); write the student's configuration for"
+            " --student_config yourself"
         )
     wrong = [layer for layer in layers if not 0 <= layer < num_layers]
     if wrong or not layers:
@@ -247,7 +237,7 @@ def student_of_layers(teacher: nn.Module, layers: Sequence[int], source: str) ->
         student = type(teacher)(config)
     except Exception as error:
         raise InputError(
-            f"{source}: no model of {len(layers)} layers can be made ({one_line(error)})"
+            f"{source}: cannot build a model of {len(layers)} layers ({one_line(error)})"
         ) from error
     student.to(next(teacher.parameters()).dtype)
     _copy_layers(teacher, student, lists, layers, source)
@@ -258,7 +248,7 @@ def student_of_layers(teacher: nn.Module, layers: Sequence[int], source: str) ->
 def _copy_layers(
     teacher, student, lists: Sequence[str], layers: Sequence[int], source: str
 ) -> None:
-    """Load the teacher's state, layer numbers changed."""
+    """Load the teacher's state into the student, with changed layer numbers."""
     own, state = student.state_dict(), {}
     for name, tensor in teacher.state_dict().items():
         path = next((path for path in lists if name.startswith(f"{path}.")), None)
@@ -266,28 +256,21 @@ def _copy_layers(
             state[name] = tensor
             continue
         number, _, rest = name.removeprefix(f"{path}.").partition(".")
-        state |= {
-            f"{path}.{new}.{rest}": tensor for new, old in enumerate(layers) if int(number) == old
-        }
+        copies = [new for new, old in enumerate(layers) if int(number) == old]
+        state |= {f"{path}.{new}.{rest}": tensor for new in copies}
     outside = [name for name in own if not name.startswith(tuple(f"{path}." for path in lists))]
     resized = [name for name in outside if name in state and own[name].shape != state[name].shape]
     state = {name: tensor for name, tensor in state.items() if name not in resized}
-    wrong = sorted(set(own) - set(resized) ^ set(state)) or [
-        n for n in state if own[n].shape != state[n].shape
-    ]
+    wrong = sorted(set(own) - set(resized) ^ set(state))
+    wrong = wrong or [name for name in state if own[name].shape != state[name].shape]
     if wrong:
         raise InputError(
-            f"{source}: layers {' '.join(map(str, layers))} can't stand in other places: {wrong[0]}"
-            " differs there; choose layers of one kind, in the teacher's own order of kinds"
+            f"{source}: layers {' '.join(map(str, layers))} do not fit their places in the student:"
+            f" {wrong[0]} differs; choose layers of one kind, or in the teacher's order of kinds"
         )
-    # ESM's contact head, which reads the attention of every layer and is no part of the language
-    # model
-    if resized:
-        logger.warning(
-            "%s: %s depends on the number of layers, and starts at random.",
-            source,
-            ", ".join(resized),
-        )
+    if resized:  # ESM's contact head, which reads every layer's attention, not used by the LM
+        text = "%s: %s depends on the number of layers: initialized at random."
+        logger.warning(text, source, ", ".join(resized))
     student.load_state_dict(state, strict=False)
 
 
@@ -295,32 +278,30 @@ def _copy_layers(
 def _check_layers(
     teacher, student, lists: Sequence[str], layers: Sequence[int], source: str
 ) -> None:
-    """Raise InputError where the student computes other logits than the teacher without its other
-    layers.
-    """
+    """Raise InputError unless the student's logits equal the teacher's without its other layers."""
     cut = teacher
     for path in lists:
         kept = nn.ModuleList(teacher.get_submodule(path)[layer] for layer in layers)
         cut = replaced(cut, path, kept)
-    _give_config(cut, lists, student.config)
+    _set_config(cut, lists, student.config)
     ids_BT, options = some_ids(teacher, 1), without_cache(teacher)
     try:
         with evaluating(teacher, student, cut):
             same = is_close(student(ids_BT, **options).logits, cut(ids_BT, **options).logits)
     except Exception as error:
         raise InputError(
-            f"{source}: can't be called with fewer layers ({one_line(error)}); take another model"
+            f"{source}: cannot be called with fewer layers ({one_line(error)}); take another model"
         ) from error
     if not same:
         raise InputError(
             f"{source}: layers {' '.join(map(str, layers))} compute something else in the student,"
-            " where they have other numbers; choose layers whose kinds follow each other as in a"
-            " model of that depth"
+            " where they have other numbers; choose layers whose kinds are in the order of a model"
+            " of that depth"
         )
 
 
-def _give_config(model: nn.Module, lists: Sequence[str], config) -> None:
-    """Have the copied modules around the layers read the student's configuration."""
+def _set_config(model: nn.Module, lists: Sequence[str], config) -> None:
+    """Set the configuration of a copied model and of its modules around the layers."""
     model.config = config
     for path in lists:
         part = model

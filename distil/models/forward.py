@@ -1,4 +1,4 @@
-"""Last hidden states: how each family is called with padding, without attending across it."""
+"""Last hidden states of each family, from batches with and without padding."""
 
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
@@ -13,16 +13,15 @@ from transformers.utils import ModelOutput
 from distil.data.batches import MicroBatch, to_device
 from distil.kernels.cpu import checkpointing_contexts
 
-# Families whose attention reads nothing of a mask but who may be attended to, and takes one of (B,
-# 1, T, T) as it is.
+# Families whose attention takes a boolean mask (B, 1, T, T) as it is, and needs nothing else of it.
 PLAIN_ATTENTION = {"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra"}
 
 
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """What an objective can read of a base model.
+    """Something that objectives can read of a base model's output.
 
-    take: from the model's output, a tensor (B, T, ..). options: keywords of its forward for it.
+    take: selects a tensor (B, T, ..) from the output. options: forward keywords that this needs.
     """
 
     take: Callable[[ModelOutput], torch.Tensor]
@@ -33,7 +32,7 @@ READINGS: dict[str, Reading] = {"hidden": Reading(lambda output: output.last_hid
 
 
 def last_hidden_state(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
-    """Return the last hidden states (B, T, D), for GPT-2 after the final norm."""
+    """Return the last hidden states (B, T, D), GPT-2's after its final norm."""
     return read_outputs(model, batch, ["hidden"])["hidden"]
 
 
@@ -42,15 +41,14 @@ def read_outputs(
 ) -> dict[str, torch.Tensor]:
     """Run a language model without its prediction head; return rows of READINGS, (B, T, ..) each.
 
-    No token types are passed, and no mask where nothing is padded.
+    Token types are not passed, and no mask without padding.
     """
     device = next(model.parameters()).device
     input_ids_BT = to_device(batch.input_ids_BT, device)
     options: dict[str, Any] = {"use_cache": False} if batch.is_causal else {}
     if batch.attention_mask_BT is not None and batch.is_padded:
-        options["attention_mask"] = _attention_mask(
-            model.config, to_device(batch.attention_mask_BT, device)
-        )
+        mask_BT = to_device(batch.attention_mask_BT, device)
+        options["attention_mask"] = _attention_mask(model.config, mask_BT)
     rows = {name: READINGS[name] for name in readings}
     for row in rows.values():
         options |= row.options
@@ -59,24 +57,23 @@ def read_outputs(
 
 
 def _attention_mask(config, mask_BT: torch.Tensor) -> torch.Tensor:
-    """Return the mask as a model takes it: made ready here where that is known to be the same, (B,
-    1, T, T).
+    """Expand the mask to (B, 1, T, T) for families known to take it; else return it unchanged.
 
-    Of a (B, T) one transformers asks first whether all of it is 1, for which the host waits.
+    transformers tests whether a (B, T) mask is all 1, for which the host waits for the device.
     """
     if config.model_type not in PLAIN_ATTENTION or config._attn_implementation != "sdpa":
         return mask_BT
     return mask_BT.bool()[:, None, None, :].expand(-1, 1, mask_BT.shape[1], -1)
 
 
-CAUSAL_ATTENTION = "sdpa_causal"  # our name of it; no configuration file has it
+CAUSAL_ATTENTION = "sdpa_causal"  # registered here; not in any configuration file
 
 
 def attend_without_masks(model: nn.Module) -> None:
-    """Have GPT-2, called without a mask, attend through SDPA's own causal one.
+    """Let GPT-2 use SDPA's causal mode instead of a mask.
 
-    transformers would look at the positions first, for packed sequences: the host waits for that,
-    and compiled it makes a mask always, with which no fused kernel runs.
+    transformers would inspect the positions for packed sequences, for which the host waits; when
+    compiled, it always makes a mask, with which no fused kernel runs.
     """
     if model.config.model_type == "gpt2" and model.config._attn_implementation == "sdpa":
         transformers.AttentionInterface.register(CAUSAL_ATTENTION, sdpa_attention_forward)
@@ -84,8 +81,9 @@ def attend_without_masks(model: nn.Module) -> None:
 
 
 def recompute_activations(student: nn.Module, compiles: bool = False) -> None:
-    """Save a layer's inputs only, and compute the rest again in backward: as it was computed, see
-    `cpu_kernels`.
+    """Keep only the layers' inputs and recompute activations in backward, by the same kernels.
+
+    On a CPU these are the kernels of distil/kernels/cpu.py.
     """
     contexts = {} if compiles else {"context_fn": checkpointing_contexts}
     student.activation_checkpointing_enable({"use_reentrant": False, **contexts})

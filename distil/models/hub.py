@@ -1,4 +1,4 @@
-"""Configurations and files by hub name or local folder, with one line for what is wrong."""
+"""Configurations and files by hub name or local folder, with one line for each error."""
 
 from __future__ import annotations
 
@@ -16,14 +16,12 @@ from utils import InputError, one_line
 
 
 def short_name(name_or_folder: str) -> str:
-    """Return the last component of a hub name or folder: 'dbmdz/bert-base-german-cased/' ->
-    'bert-base-german-cased'.
-    """
+    """Return the last component of a hub name or folder: 'dbmdz/bert-base/' -> 'bert-base'."""
     return Path(os.path.abspath(name_or_folder)).name if name_or_folder else ""
 
 
 def fetch_files(name: str, files: Sequence[str], flag: str) -> dict[str, str]:
-    """Fetch files of a hub repository: name -> path, of those that are there. Raises InputError."""
+    """Fetch files of a hub repository: name -> path of each that exists. Raises InputError."""
     paths: dict[str, str | None] = {}
     with quiet_transformers():
         try:
@@ -31,22 +29,18 @@ def fetch_files(name: str, files: Sequence[str], flag: str) -> dict[str, str]:
                 paths[file] = transformers.utils.cached_file(
                     name, file, _raise_exceptions_for_missing_entries=False
                 )
-                if not _is_in_hub_cache(
-                    name
-                ):  # without network each file takes its retries: one is enough
-                    raise OSError("the hub did not answer, and nothing of it was downloaded before")
+                # Without a network, stop after one file: each is retried for a while.
+                if not _is_in_hub_cache(name):
+                    raise OSError("the hub did not answer, and no file of it is cached")
         except Exception as error:  # no such repository, no access, no network
             raise InputError(_not_found(flag, name, error)) from error
     return {file: path for file, path in paths.items() if path is not None}
 
 
 def _is_in_hub_cache(name: str) -> bool:
-    """True where the hub's client has noted anything of a repository, be it that a file is not
-    there.
-    """
-    return os.path.isdir(
-        os.path.join(huggingface_hub.constants.HF_HUB_CACHE, f"models--{name.replace('/', '--')}")
-    )
+    """Test whether the hub's cache knows a repository, if only that it lacks some file."""
+    folder = f"models--{name.replace('/', '--')}"
+    return os.path.isdir(os.path.join(huggingface_hub.constants.HF_HUB_CACHE, folder))
 
 
 def _not_found(flag: str, name: str, error: Exception) -> str:
@@ -55,9 +49,7 @@ def _not_found(flag: str, name: str, error: Exception) -> str:
             f"{flag} {name}: holds no readable config.json of a model ({one_line(error)}); name a"
             " model's folder"
         )
-    return (
-        f"{flag} {name}: neither a local folder nor a model that the hub gave ({one_line(error)})"
-    )
+    return f"{flag} {name}: neither a local folder nor a model on the hub ({one_line(error)})"
 
 
 def read_json(path: str | None, where: str) -> dict:
@@ -80,9 +72,7 @@ def read_json(path: str | None, where: str) -> dict:
 
 @contextlib.contextmanager
 def quiet_transformers() -> Iterator[None]:
-    """Keep transformers' warnings, progress bars and retry messages back: what is wrong is said by
-    us, in one line.
-    """
+    """Silence transformers' warnings, progress bars and retries: our messages take one line."""
     hub_logger = logging.getLogger("huggingface_hub")
     verbosity, hub_level = transformers.logging.get_verbosity(), hub_logger.level
     bars = transformers.logging.is_progress_bar_enabled()
@@ -99,22 +89,22 @@ def quiet_transformers() -> Iterator[None]:
 
 
 def load_config(model_type: str | None, name: str, flag: str, trust_remote_code: bool = False):
-    """Load a model's configuration by hub name or folder. Raises InputError where it is not of
-    model_type (None: any).
+    """Load a model's configuration by hub name or folder.
 
-    trust_remote_code: run Python files that come with the model, where it needs them.
+    trust_remote_code: run Python files that come with the model if it needs them. Raises InputError
+    if the model is not of model_type (None: any).
     """
     with quiet_transformers():
-        try:  # transformers' default asks the terminal
+        try:  # trust_remote_code is always passed: the default asks on the terminal
             config = transformers.AutoConfig.from_pretrained(
                 name, trust_remote_code=trust_remote_code
             )
         except Exception as error:
             if "trust_remote_code" in str(error):
                 raise InputError(
-                    f"{flag} {name}: needs Python files of its own, which would run with all your"
-                    " rights (remote code); take another model, or pass --trust_remote_code where"
-                    " you trust whoever made it (extract.py, train.py, evaluate_lm.py)"
+                    f"{flag} {name}: needs its own Python files, which would run with all your"
+                    " rights (remote code); take another model, or pass --trust_remote_code if you"
+                    " trust its author (extract.py, train.py, evaluate_lm.py)"
                 ) from error
             raise InputError(_not_found(flag, name, error)) from error
     if model_type is not None and config.model_type != model_type:

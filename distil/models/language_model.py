@@ -1,7 +1,8 @@
-"""Language models: architecture, network and tokenizer, resolved once where a program begins.
+"""Language models: architecture, network and tokenizer, resolved once at the start of a program.
 
-A program resolves each model that it is given, then hands one LanguageModel on. Teachers are
-loaded in evaluation mode without gradients; students are built from a JSON or loaded from a folder.
+A program resolves each model from its flags and passes a LanguageModel to everything else. Teachers
+are loaded in evaluation mode without gradients; students are built from a JSON configuration or
+loaded from a folder.
 """
 
 import dataclasses
@@ -23,12 +24,12 @@ from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fin
 from distil.system.files import require_file
 from utils import InputError, logger, one_line
 
-MAX_LENGTH = 2**20  # where neither tokenizer nor model names an end
+MAX_LENGTH = 2**20  # if neither tokenizer nor model sets a limit
 
 
 @dataclasses.dataclass(frozen=True)
 class LanguageModel:
-    """A network with its architecture and tokenizer. source: its flag and name, for messages."""
+    """A network with its architecture and tokenizer; source: its flag and name, for messages."""
 
     architecture: Architecture
     network: torch.nn.Module
@@ -42,12 +43,12 @@ class LanguageModel:
 
     @property
     def vocab_size(self) -> int:
-        """Number of logits, V: the tokenizer's entries and padded rows."""
+        """Number of logits, V; the tokenizer may have fewer entries."""
         return self.network.config.vocab_size
 
     @property
     def max_length(self) -> int:
-        """Longest sequence, in ids, that both the tokenizer and the position table admit."""
+        """Length in ids of the longest sequence that tokenizer and position table admit."""
         return max_input_length(self.architecture, self.tokenizer, self.network.config)
 
     @functools.cached_property
@@ -57,7 +58,7 @@ class LanguageModel:
 
     @functools.cached_property
     def vocabulary(self) -> str:
-        """Fingerprint of the vocabulary: files of one fingerprint mean the same by their ids."""
+        """Fingerprint of the vocabulary: equal ones give ids the same meaning."""
         return vocabulary_fingerprint(self.tokenizer)
 
     @functools.cached_property
@@ -69,10 +70,10 @@ class LanguageModel:
 def resolve_architecture(
     config, is_masked: bool, source: str, trust_remote_code: bool = False
 ) -> Architecture:
-    """Return the row of a model's configuration, or one made by conventions where there is none.
+    """Return the row of a model's configuration, or a new one by conventions.
 
-    trust_remote_code: see load_config. Raises InputError naming `source` where transformers has no
-    such language model, or where it lacks a part that distillation needs.
+    trust_remote_code: see load_config. Raises InputError naming `source` if transformers has no
+    such language model, or if it lacks a part that distillation needs.
     """
     named = ARCHITECTURES.get(config.model_type)
     if named is not None and named.is_masked == is_masked:
@@ -105,34 +106,35 @@ def resolve_by_name(
 ) -> Architecture:
     """Resolve the architecture of a hub name or folder.
 
-    is_masked: None = as the class that the model was saved from. Raises InputError naming `flag`.
+    is_masked: None means as the saved class. Raises InputError naming `flag`.
     """
     if model_type != AUTO:
         return ARCHITECTURES[model_type]
     source = f"{flag} {name}"
     config = load_config(None, name, flag, trust_remote_code)
-    is_masked = kind_of(config, source) if is_masked is None else is_masked
+    is_masked = is_masked_config(config, source) if is_masked is None else is_masked
     return resolve_architecture(config, is_masked, source, trust_remote_code)
 
 
 def load_language_model(architecture: Architecture, name: str, flag: str) -> LanguageModel:
-    """Load a tokenizer and its network, set to evaluation without gradients. Raises InputError."""
+    """Load tokenizer and network, in evaluation mode without gradients. Raises InputError."""
     tokenizer = load_tokenizer(architecture, name, flag)
     network = load_network(architecture, name, flag).eval().requires_grad_(False)
     return LanguageModel(architecture, network, tokenizer, f"{flag} {name}")
 
 
 def max_input_length(architecture: Architecture, tokenizer, config) -> int:
-    """Return the longest sequence, in ids, that tokenizer and position table admit."""
-    # Differs from the original: not from a table of model names, which fails for any other name.
+    """Return the length in ids of the longest sequence that tokenizer and positions admit."""
+    # Differs from the original: from tokenizer and configuration. 2019 had a table of model names,
+    # which fails for any other name.
     positions = getattr(config, "max_position_embeddings", None) or MAX_LENGTH
     return int(min(tokenizer.model_max_length, positions - architecture.reserved_positions))
 
 
 def load_network(architecture: Architecture, name: str, flag: str) -> torch.nn.Module:
-    """Load a whole language model in float32. Raises InputError where weights are missing or wrong.
+    """Load a complete language model in float32. Raises InputError if weights do not fit it.
 
-    A model whose architecture has no row must prove the conventions that it was resolved by.
+    Checks the conventions by which an architecture without a row was resolved.
     """
     row = architecture
     load_config(row.name if row.is_named else None, name, flag, row.runs_remote_code)
@@ -153,21 +155,15 @@ def load_network(architecture: Architecture, name: str, flag: str) -> torch.nn.M
             ) from error
     misfits = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
     of_a_layer = re.compile(rf"(^|\.){re.escape(row.layers.partition('.')[2] or chr(0))}\d+\.")
-    misfits += [
-        n
-        for n in report["unexpected_keys"]
-        if of_a_layer.search(n) and not re.search(row.obsolete, n)
-    ]
+    extra = [name for name in report["unexpected_keys"] if of_a_layer.search(name)]
+    misfits += [name for name in extra if not re.search(row.obsolete, name)]
     if misfits:
         raise InputError(
             f"{flag} {name}: {some_of(sorted(misfits))} do not fit its config.json; take a whole,"
             " unedited model"
         )
-    missing = sorted(
-        set(report["missing_keys"])
-        - set(row.aliases)
-        - _repeated(model, set(report["missing_keys"]))
-    )
+    absent = set(report["missing_keys"])
+    missing = sorted(absent - set(row.aliases) - _tied_names(model, absent))
     if missing:
         raise InputError(
             f"{flag} {name}: has no weights for {some_of(missing)}; a whole {row.model_class} is"
@@ -180,26 +176,21 @@ def load_network(architecture: Architecture, name: str, flag: str) -> torch.nn.M
 
 
 def _loader(row: Architecture):
-    """Return the class that loads a model: by name where transformers has it, else by its
-    configuration.
-    """
+    """Return the class that loads a model: its own for a row, else an auto class."""
     if row.is_named:
         return getattr(transformers, row.model_class)
     return transformers.AutoModelForMaskedLM if row.is_masked else transformers.AutoModelForCausalLM
 
 
-def _repeated(model: torch.nn.Module, names: set[str]) -> set[str]:
-    """Return those names under which a tensor stands that also has another name."""
-    others = {tensor.data_ptr() for name, tensor in model.state_dict().items() if name not in names}
-    return {
-        name
-        for name, tensor in model.state_dict().items()
-        if name in names and tensor.data_ptr() in others
-    }
+def _tied_names(model: torch.nn.Module, names: set[str]) -> set[str]:
+    """Select the names whose tensors also have a name outside `names`."""
+    state = model.state_dict()
+    others = {tensor.data_ptr() for name, tensor in state.items() if name not in names}
+    return {name for name in names & set(state) if state[name].data_ptr() in others}
 
 
-# What a run decides for itself, whatever a configuration that was saved by another run says.
-OF_THE_RUN = (
+# Entries of a saved configuration that are set by each run, so they are ignored.
+RUN_ENTRIES = (
     "output_attentions",
     "output_hidden_states",
     "return_dict",
@@ -214,8 +205,9 @@ def read_student_config(
     initializer_range: float | None = None,
     flag: str = "--student_config",
 ):
-    """Read a model's JSON configuration. Raises InputError where it is not one of `model_type`
-    (AUTO: of its own).
+    """Read a model's JSON configuration, of the type that it states if model_type is AUTO.
+
+    Raises InputError if the file is not a configuration of `model_type`.
     """
     require_file(path, flag)
     try:
@@ -225,9 +217,8 @@ def read_student_config(
         declared = content.pop("model_type", model_type)
         config_class = type(transformers.AutoConfig.for_model(model_type))
         unknown = [key for key in content if not hasattr(config_class(), key)]
-        config = config_class(
-            **{key: value for key, value in content.items() if key not in OF_THE_RUN}
-        )
+        entries = {key: value for key, value in content.items() if key not in RUN_ENTRIES}
+        config = config_class(**entries)
     except Exception as error:
         raise InputError(
             f"{flag} {path}: not a {model_type} configuration ({one_line(error)}); correct it"
@@ -241,13 +232,8 @@ def read_student_config(
             f"{flag} {path}: has {config.num_hidden_layers} layers, expected at least 1; correct it"
         )
     if unknown and model_type in ARCHITECTURES:
-        logger.warning(
-            "%s %s: %s mean nothing to a %s model; misspelt?",
-            flag,
-            path,
-            some_of(unknown),
-            model_type,
-        )
+        text = "%s %s: a %s model has no use for %s; check the spelling."
+        logger.warning(text, flag, path, model_type, some_of(unknown))
     # Differs from the original: 2019 parsed the flag and ignored it.
     if initializer_range is not None:
         config.initializer_range = initializer_range
@@ -259,55 +245,47 @@ def read_student_config(
 def build_network(
     architecture: Architecture, config, source: str = "--student_config"
 ) -> torch.nn.Module:
-    """Build a network with random weights. Raises InputError naming `source` and the reason."""
+    """Build a network with random weights. Raises InputError naming `source`."""
     with quiet_transformers():
         try:
             if architecture.is_named:
                 return getattr(transformers, architecture.model_class)(config)
             trust = architecture.runs_remote_code
             return _loader(architecture).from_config(config, trust_remote_code=trust)
-        except (
-            Exception
-        ) as error:  # sizes and names of layers that don't exist: each fails in its own way
+        except Exception as error:  # model classes raise anything on sizes that do not fit
             raise InputError(
-                f"{source}: no model can be made of it ({one_line(error)}); correct the JSON"
+                f"{source}: cannot build a model from it ({one_line(error)}); correct the JSON"
             ) from error
 
 
 def freeze_embeddings(
     student: torch.nn.Module, architecture: Architecture, *, positions: bool, token_types: bool
 ) -> None:
-    """Stop the gradients of position embeddings (always where they are sinusoidal) and of token
-    types.
-
-    Differs from the original: DistilBERT's positions obey --freeze_pos_embs, which the README
-    passes and 2019 ignored.
-    """
+    """Freeze position embeddings (always if sinusoidal) and token type embeddings."""
+    # Differs from the original: --freeze_pos_embs freezes DistilBERT's positions. 2019 ignored it,
+    # though its README passes it.
     if positions and architecture.position_embeddings is None:
-        logger.warning(
-            "--freeze_pos_embs: a %s has no table of positions; nothing to keep.",
-            type(student).__name__,
-        )
+        text = "--freeze_pos_embs: a %s has no table of positions; nothing to freeze."
+        logger.warning(text, type(student).__name__)
     elif positions or getattr(student.config, "sinusoidal_pos_embds", False):
         student.get_submodule(architecture.position_embeddings).requires_grad_(False)
     if token_types and architecture.token_type_embeddings:
         student.get_submodule(architecture.token_type_embeddings).requires_grad_(False)
 
 
-def kind_of(config, source: str) -> bool:
-    """Tell whether a model is a masked-language model (True) or a causal one, by its configuration.
+def is_masked_config(config, source: str) -> bool:
+    """Test whether a configuration is for a masked-language model (True) or a causal one (False).
 
-    By the class that it was saved from; else masked where transformers has both. Raises InputError
-    where it has neither.
+    Decides by the class that was saved, else for masked if transformers has both. Raises InputError
+    naming `source` if it has neither.
     """
     kinds = {
         True: transformers.MODEL_FOR_MASKED_LM_MAPPING,
         False: transformers.MODEL_FOR_CAUSAL_LM_MAPPING,
     }
     found = [kind for kind, mapping in kinds.items() if type(config) in mapping]
-    saved = [
-        kind for kind in found if kinds[kind][type(config)].__name__ in (config.architectures or [])
-    ]
+    classes = config.architectures or []
+    saved = [kind for kind in found if kinds[kind][type(config)].__name__ in classes]
     if not found and not getattr(config, "auto_map", None):
         raise InputError(
             f"{source}: is a {config.model_type} model; expected a masked or causal language model"
@@ -317,7 +295,7 @@ def kind_of(config, source: str) -> bool:
 
 @torch.no_grad()
 def check_forward(model: LanguageModel, token_ids_BT: torch.Tensor) -> None:
-    """Raise InputError where a model fails, or gives NaN, on a sequence."""
+    """Raise InputError if a model fails, or computes NaN or infinite values, on a sequence."""
     try:
         hidden_BTD = model.network.base_model(token_ids_BT).last_hidden_state
         logits_NV = model.head(hidden_BTD[0, :1])

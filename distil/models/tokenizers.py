@@ -1,4 +1,4 @@
-"""Tokenizers by hub name or folder, checked; the ids of their roles; vocabularies' fingerprints."""
+"""Load and check tokenizers, read the ids of their roles, and fingerprint vocabularies."""
 
 from __future__ import annotations
 
@@ -24,18 +24,18 @@ MASK_TOKENS = {"[MASK]", "<mask>"}
 def load_tokenizer(
     architecture: Architecture, name: str, flag: str, do_lower_case: bool | None = None
 ):
-    """Load an architecture's tokenizer by hub name or folder, and check that it is of that kind.
+    """Load an architecture's tokenizer by hub name or folder and check its kind.
 
-    do_lower_case (BERT only): None = what tokenizer_config.json says; without that file, whether
-    the vocabulary has no capitals (transformers 5 would lower-case silently). Raises InputError
-    that names `flag`.
+    do_lower_case (BERT only): None means as tokenizer_config.json says, or without that file, True
+    if the vocabulary has no capitals (transformers 5 would always lower-case). Raises InputError
+    naming `flag`.
     """
     try:
         load = _load_named_tokenizer if architecture.is_named else _load_any_tokenizer
         return load(architecture, name, flag, do_lower_case)
     except InputError:
         raise
-    except Exception as error:  # what a damaged or foreign file can raise has no end
+    except Exception as error:  # loaders can raise anything on damaged files
         kind = f"{architecture.name} " if architecture.is_named else ""
         raise InputError(
             f"{flag} {name}: no {kind}tokenizer could be loaded ({one_line(error)})"
@@ -48,11 +48,11 @@ WORD_PIECE_SPECIALS = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]"]
 def train_word_pieces(
     text_file: str | os.PathLike, vocab_size: int, lowercase: bool = True
 ) -> dict[str, int]:
-    """Train a WordPiece vocabulary on a text, the same in every process: token -> id.
+    """Train a WordPiece vocabulary on a text, reproducibly: token -> id.
 
-    The library numbers the continuing characters ("##a") in the order of a hash table that each
-    process seeds anew, and breaks ties between merges by these numbers: a second training is given
-    them in alphabetical order.
+    The library numbers continuing characters ("##a") in the order of a hash table, which differs
+    between processes, and breaks ties between merges by these numbers. A second training therefore
+    gets them in alphabetical order.
     """
     continuing: list[str] = []
     for _ in range(2):
@@ -62,14 +62,12 @@ def train_word_pieces(
             [str(text_file)], vocab_size=vocab_size, show_progress=False, special_tokens=special
         )
         vocabulary = trainer.get_vocab()
-        continuing = sorted(
-            token for token in vocabulary if token.startswith("##") and len(token) == 3
-        )
+        continuing = sorted(t for t in vocabulary if t.startswith("##") and len(t) == 3)
     return vocabulary
 
 
 def resolve_tokenizer(tokenizer_type: str, name: str) -> Architecture:
-    """Return a tokenizer type's row; for AUTO that of the model in the same folder."""
+    """Return a tokenizer type's row; for AUTO the row of the model in the same folder."""
     if tokenizer_type != AUTO:
         return ARCHITECTURES[tokenizer_type]
     with quiet_transformers(), contextlib.suppress(Exception):  # a folder may hold no model
@@ -81,7 +79,7 @@ def resolve_tokenizer(tokenizer_type: str, name: str) -> Architecture:
 def _load_any_tokenizer(
     architecture: Architecture, name: str, flag: str, do_lower_case: bool | None
 ):
-    """Load a tokenizer of any class of the tokenizers library that marks a sequence's end."""
+    """Load a fast tokenizer of any class that has tokens for all required roles."""
     options = {} if do_lower_case is None else {"do_lower_case": do_lower_case}
     with quiet_transformers():
         tokenizer = transformers.AutoTokenizer.from_pretrained(
@@ -89,14 +87,11 @@ def _load_any_tokenizer(
         )
     if not getattr(tokenizer, "is_fast", False):
         raise InputError(
-            f"{flag} {name}: its {type(tokenizer).__name__} is none of the tokenizers library;"
-            " convert it"
+            f"{flag} {name}: its {type(tokenizer).__name__} is not a fast tokenizer; convert it to"
+            " the tokenizers library"
         )
-    missing = [
-        role
-        for role, tokens in ROLES.items()
-        if role not in MAY_LACK and _first_token(tokenizer, tokens) is None
-    ]
+    required = [role for role in ROLES if role not in OPTIONAL_ROLES]
+    missing = [role for role in required if _first_token(tokenizer, ROLES[role]) is None]
     if missing:
         wanted = "; ".join(f"{role} ({' or '.join(ROLES[role])})" for role in missing)
         raise InputError(
@@ -104,28 +99,23 @@ def _load_any_tokenizer(
             " tokenizer_config.json"
         )
     if _first_token(tokenizer, ROLES["start"]) is None:
-        logger.info(
-            "%s %s: its tokenizer has no cls_token or bos_token: sequences begin without.",
-            flag,
-            name,
-        )
+        text = "%s %s: its tokenizer has no cls_token or bos_token: sequences get no start token."
+        logger.info(text, flag, name)
     return tokenizer
 
 
-# Role -> the tokenizer's attributes that may give its token, the first that is there.
+# Role -> attributes of the tokenizer; the first one that is set gives the role's token.
 ROLES = {
     "start": ("cls_token", "bos_token"),
     "end": ("sep_token", "eos_token"),
     "pad": ("pad_token", "eos_token", "unk_token"),
     "unknown": ("unk_token",),
 }
-
-
-MAY_LACK = {"start", "unknown"}
+OPTIONAL_ROLES = {"start", "unknown"}
 
 
 def _first_token(tokenizer, names: Sequence[str]) -> str | None:
-    """Return the first of these special tokens that a tokenizer has, and has in its vocabulary."""
+    """Return the first of these special tokens that is set and in the vocabulary, or None."""
     vocabulary = tokenizer.get_vocab()
     return next(
         (token for name in names if (token := getattr(tokenizer, name, None)) in vocabulary), None
@@ -135,7 +125,7 @@ def _first_token(tokenizer, names: Sequence[str]) -> str | None:
 def _load_named_tokenizer(
     architecture: Architecture, name: str, flag: str, do_lower_case: bool | None
 ):
-    """Load the tokenizer class of a row, as 2019 did."""
+    """Load the tokenizer class of a row of ARCHITECTURES, as 2019 did."""
     files = _tokenizer_files(architecture, name, flag)
     declared = read_json(files.get("tokenizer_config.json"), f"{flag} {name}")
     _check_tokenizer_class(architecture, declared, name, flag)
@@ -159,16 +149,14 @@ def _load_named_tokenizer(
 
 
 def _tokenizer_files(architecture: Architecture, name: str, flag: str) -> dict[str, str]:
-    """Find the tokenizer's files: {file name: path}. transformers 5 makes an empty tokenizer where
-    there are none.
+    """Find a tokenizer's files: file name -> path. Raises InputError if the vocabulary is missing.
+
+    transformers 5 would silently make an empty tokenizer.
     """
     wanted = ("tokenizer_config.json", "tokenizer.json", *architecture.vocab_files)
     if os.path.isdir(name):
-        found = {
-            file: os.path.join(name, file)
-            for file in wanted
-            if os.path.isfile(os.path.join(name, file))
-        }
+        paths = {file: os.path.join(name, file) for file in wanted}
+        found = {file: path for file, path in paths.items() if os.path.isfile(path)}
     else:
         found = fetch_files(name, wanted, flag)
     if "tokenizer.json" not in found and any(
@@ -194,7 +182,7 @@ def _check_tokenizer_class(
     if kinds.get(kind, architecture.tokenizer_class) != architecture.tokenizer_class:
         raise InputError(
             f"{flag} {name}: holds a {declared_class}, which is no {architecture.name} tokenizer;"
-            " give the type that it has"
+            " pass the matching type"
         )
 
 
@@ -209,25 +197,19 @@ def _has_capitals(files: Mapping[str, str], where: str) -> bool:
 def _check_special_tokens(
     architecture: Architecture, tokenizer, files: dict, name: str, flag: str
 ) -> None:
-    """transformers adds a missing special token to the vocabulary in silence; such an id means
-    nothing to the model.
+    """Raise InputError if special tokens of the type are missing from the vocabulary.
+
+    transformers silently adds them, with ids that the model has no embedding for.
     """
     known = set(tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False))
-    known |= {
-        token["content"]
-        for token in read_json(files.get("tokenizer.json"), f"{flag} {name}").get(
-            "added_tokens", []
-        )
-    }
+    content = read_json(files.get("tokenizer.json"), f"{flag} {name}")
+    known |= {token["content"] for token in content.get("added_tokens", [])}
     roles = [architecture.start_token, architecture.end_token, architecture.pad_token]
     roles += ["mask_token"] if architecture.is_masked else []
-    missing = [
-        f"{role} {getattr(tokenizer, role)}"
-        for role in roles
-        if getattr(tokenizer, role) not in known
-    ]
+    tokens = {role: getattr(tokenizer, role) for role in roles}
+    missing = [f"{role} {token}" for role, token in tokens.items() if token not in known]
     foreign = sorted(MASK_TOKENS & known) if not architecture.is_masked else []
-    if foreign:  # RoBERTa's vocabulary holds GPT-2's boundary token, too
+    if foreign:  # RoBERTa's vocabulary holds GPT-2's special token, too
         raise InputError(
             f"{flag} {name}: its vocabulary has {foreign[0]}, a masked model's; expected a"
             f" {architecture.name} vocabulary"
@@ -235,12 +217,12 @@ def _check_special_tokens(
     if missing:
         raise InputError(
             f"{flag} {name}: its vocabulary has no {', no '.join(dict.fromkeys(missing))}; "
-            f"expected a {architecture.name} vocabulary, is the type right?"
+            f"expected a {architecture.name} vocabulary; check the type"
         )
 
 
 def special_ids(architecture: Architecture, tokenizer) -> SpecialIds:
-    """Read the ids by role: start and end of a sequence, pad, and unknown."""
+    """Return the ids of start, end, padding and unknown token."""
     if not architecture.is_named:
         tokens = {role: _first_token(tokenizer, names) for role, names in ROLES.items()}
         ids = {
@@ -253,15 +235,13 @@ def special_ids(architecture: Architecture, tokenizer) -> SpecialIds:
 
 
 def vocabulary_fingerprint(tokenizer) -> str:
-    """Return the SHA-256 of the vocabulary, added tokens included: files of one fingerprint mean
-    the same by their ids.
-    """
+    """Return the SHA-256 of the vocabulary with added tokens; equal ones give ids one meaning."""
     entries = sorted(tokenizer.get_vocab().items(), key=lambda entry: (entry[1], entry[0]))
     return hashlib.sha256(json.dumps(entries).encode()).hexdigest()
 
 
 def vocabulary_difference(own, others) -> str | None:
-    """Say where two tokenizers' vocabularies first differ; None where they are the same."""
+    """Describe the first difference between two tokenizers' vocabularies, or return None."""
     if vocabulary_fingerprint(own) == vocabulary_fingerprint(others):
         return None
     tokens = [
@@ -275,7 +255,7 @@ def vocabulary_difference(own, others) -> str | None:
     )
     first, second = (repr(found[number]) if number in found else "nothing" for found in tokens)
     sizes = f"its vocabulary has {len(tokens[0])} tokens, the teacher's {len(tokens[1])}"
-    return f"{sizes}, and id {number} is {first}, there {second}"
+    return f"{sizes}, and id {number} is {first}, the teacher's {second}"
 
 
 def describe_tokenizer(

@@ -9,7 +9,7 @@ import transformers
 from torch.nn.functional import cross_entropy
 
 from distil.models.checks import evaluating, is_close, some_ids, without_cache
-from distil.models.language_model import kind_of
+from distil.models.language_model import is_masked_config
 from distil.tasks.features import Feature, block_features, text_features, word_features
 from distil.tasks.tasks import TASKS, TWO_CLASSES
 from utils import InputError
@@ -66,7 +66,7 @@ HEADS = {
 
 def require_causal(config, name: str, flag: str) -> None:
     """Raise InputError for a masked model, which the library would load as a causal one."""
-    if kind_of(config, f"{flag} {name}"):
+    if is_masked_config(config, f"{flag} {name}"):
         raise InputError(
             f"{flag} {name}: is a masked model ({config.model_type}); wikitext needs a causal one,"
             " such as GPT-2"

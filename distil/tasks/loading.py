@@ -10,7 +10,7 @@ import transformers
 from distil.models.architectures import ARCHITECTURES
 from distil.models.checks import check_finite
 from distil.models.hub import load_config, quiet_transformers
-from distil.models.language_model import kind_of, resolve_architecture
+from distil.models.language_model import is_masked_config, resolve_architecture
 from distil.models.tokenizers import load_tokenizer, vocabulary_fingerprint
 from utils import InputError, one_line
 
@@ -40,7 +40,7 @@ def longest_input(config) -> int | None:
     if not isinstance(positions, int) or positions < 1:  # XLNet's is -1
         return None
     try:
-        architecture = resolve_architecture(config, kind_of(config, ""), "")
+        architecture = resolve_architecture(config, is_masked_config(config, ""), "")
         return positions - architecture.reserved_positions
     except InputError:  # not a language model whose structure can be resolved
         return positions

@@ -1,6 +1,4 @@
-"""Any teacher, end to end: a student extracted by extract.py and trained by train.py, and what both
-refuse.
-"""
+"""Any teacher, end to end: extract.py makes a student, train.py trains it; both check input."""
 
 import json
 import re
@@ -28,22 +26,19 @@ from lm_seqs_dataset import LmSeqsDataset
 FAMILIES = [(name, True) for name in families.MASKED] + [(name, False) for name in families.CAUSAL]
 
 
-def auto_class(is_masked: bool):
-    return transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
+def words(flags: dict) -> list[str]:
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]
 
 
 def binarize(folder: Path, teacher: Path, text_file: Path) -> Path:
-    flags = [
-        "--file_path",
-        text_file,
-        "--tokenizer_type",
-        "auto",
-        "--tokenizer_name",
-        teacher,
-        "--dump_file",
-        folder / "ids",
-    ]
-    binarized_data.main([str(flag) for flag in [*flags, "--num_workers", 1]])
+    flags = {
+        "file_path": text_file,
+        "tokenizer_type": "auto",
+        "tokenizer_name": teacher,
+        "dump_file": folder / "ids",
+        "num_workers": 1,
+    }
+    binarized_data.main(words(flags))
     return folder / f"ids.{teacher.name}.pickle"
 
 
@@ -66,42 +61,27 @@ def train_flags(
     if is_masked:
         flags |= {"alpha_mlm": 0.1, "alpha_clm": 0.0, "token_counts": folder / "counts"}
         vocab_size = json.loads((teacher / "config.json").read_text())["vocab_size"]
-        counts = [
-            "--data_file",
-            data,
-            "--token_counts_dump",
-            folder / "counts",
-            "--vocab_size",
-            vocab_size,
-        ]
-        token_counts.main([str(word) for word in counts])
-    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)] + [
-        "--mlm"
-    ] * is_masked
+        counts = {"token_counts_dump": folder / "counts", "vocab_size": vocab_size}
+        token_counts.main(words({"data_file": data, **counts}))
+    return words(flags) + ["--mlm"] * is_masked
 
 
 def held_out_kl(student_folder: Path, teacher_folder: Path, data: Path, is_masked: bool) -> float:
-    """KL(teacher || student) over the real tokens of the data."""
-    teacher, student = (
-        auto_class(is_masked).from_pretrained(folder).eval()
-        for folder in (teacher_folder, student_folder)
-    )
+    """Return KL(teacher || student) over the real tokens of the data."""
+    auto_class = families.auto_class(is_masked)
+    folders = teacher_folder, student_folder
+    teacher, student = (auto_class.from_pretrained(folder).eval() for folder in folders)
     kind = tokenizers.resolve_tokenizer("auto", str(teacher_folder))
     tokenizer = tokenizers.load_tokenizer(row(kind), str(teacher_folder), "--teacher")
     special = tokenizers.special_ids(row(kind), tokenizer)
-    dataset = LmSeqsDataset.from_file(
-        data, model_facts(teacher.config.vocab_size, "the teacher", special)
-    )
-    weights_V = torch.ones(teacher.config.vocab_size)
-    prepare = (
-        MlmPreparation(weights_V, tokenizer.mask_token_id, 0.15, 0.8, 0.1, 0.1, False, 0)
-        if is_masked
-        else prepare_clm
-    )
-    batches = [
-        prepare(k, *dataset.collate(part))
-        for k, part in enumerate(np.array_split(np.arange(len(dataset)), 12))
-    ]
+    facts = model_facts(teacher.config.vocab_size, "the teacher", special)
+    dataset, prepare = LmSeqsDataset.from_file(data, facts), prepare_clm
+    if is_masked:
+        weights_V = torch.ones(teacher.config.vocab_size)
+        mask_id = tokenizer.mask_token_id
+        prepare = MlmPreparation(weights_V, mask_id, 0.15, 0.8, 0.1, 0.1, False, 0)
+    parts = np.array_split(np.arange(len(dataset)), 12)
+    batches = [prepare(k, *dataset.collate(part)) for k, part in enumerate(parts)]
     predict = [heads.prediction_head(model) for model in (student, teacher)]
     return evaluate(student, predict[0], teacher, predict[1], batches)["kl"]
 
@@ -124,28 +104,19 @@ def test_a_student_of_half_the_layers_learns_from_its_teacher(
 
 
 def check_exported(run: Path, is_masked: bool) -> None:
-    """The folder, reloaded, gives the logits of the weights that training ended with."""
-    loaded = auto_class(is_masked).from_pretrained(run).eval()
-    trained = auto_class(is_masked).from_config(loaded.config).eval()
+    """Check that the reloaded folder gives the logits of the final weights."""
+    loaded = families.auto_class(is_masked).from_pretrained(run).eval()
+    trained = families.auto_class(is_masked).from_config(loaded.config).eval()
     trained.load_state_dict(torch.load(run / "checkpoint.pth", weights_only=True))
     ids_BT = torch.arange(5, 25)[None]
     with torch.no_grad():
         assert torch.equal(loaded(ids_BT).logits, trained(ids_BT).logits)
 
 
-def test_the_students_folder_holds_all_that_is_needed(teachers, tmp_path, capsys):
-    extract.main(
-        [
-            "--teacher",
-            str(teachers["roberta"]),
-            "--layers",
-            "0",
-            "3",
-            "--output",
-            str(tmp_path / "new" / "student"),
-        ]
-    )
+def test_the_students_folder_holds_model_tokenizer_and_first_weights(teachers, tmp_path, capsys):
     folder = tmp_path / "new" / "student"
+    flags = words({"teacher": teachers["roberta"], "output": folder})
+    extract.main([*flags, "--layers", "0", "3"])
     assert "Took 2 of 4 layers (0 3)" in capsys.readouterr().out
     assert json.loads((folder / "extraction.json").read_text())["layers"] == [0, 3]
     student = transformers.AutoModelForMaskedLM.from_pretrained(folder)
@@ -156,32 +127,22 @@ def test_the_students_folder_holds_all_that_is_needed(teachers, tmp_path, capsys
     assert sorted(path.name for path in (tmp_path / "new").iterdir()) == ["student"]
 
 
-def test_a_distilbert_of_a_bert_stays_possible(teachers, tmp_path):
-    flags = [
-        "--teacher",
-        str(teachers["bert"]),
-        "--student_type",
-        "distilbert",
-        "--num_layers",
-        "4",
-    ]
-    extract.main([*flags, "--output", str(tmp_path / "student")])
+def test_a_distilbert_is_extracted_from_a_bert(teachers, tmp_path):
+    flags = {"teacher": teachers["bert"], "student_type": "distilbert", "num_layers": 4}
+    extract.main(words({**flags, "output": tmp_path / "student"}))
     student = transformers.AutoModelForMaskedLM.from_pretrained(tmp_path / "student").eval()
     teacher = transformers.BertForMaskedLM.from_pretrained(teachers["bert"]).eval()
     assert type(student).__name__ == "DistilBertForMaskedLM" and student.config.n_layers == 4
-    table = teacher.bert.embeddings
-    with (
-        torch.no_grad()
-    ):  # what --fold_token_types does, here to the teacher: 2019 leaves token types out
-        table.token_type_embeddings.weight.zero_()
-        ids_BT = torch.arange(5, 25)[None]
-        torch.testing.assert_close(
-            student(ids_BT).logits, teacher(ids_BT).logits, rtol=1e-4, atol=1e-5
-        )
+    ids_BT = torch.arange(5, 25)[None]
+    with torch.no_grad():
+        # As in 2019, a student extracted without --fold_token_types lacks the token types.
+        teacher.bert.embeddings.token_type_embeddings.weight.zero_()
+        found, expected = student(ids_BT).logits, teacher(ids_BT).logits
+    torch.testing.assert_close(found, expected, rtol=1e-4, atol=1e-5)
 
 
 # --------------------------------------------------------------------------------------------------
-# What is refused
+# Refused input
 # --------------------------------------------------------------------------------------------------
 
 
@@ -194,9 +155,8 @@ def save_config(folder: Path, **content) -> Path:
 def headless(folder: Path, teachers) -> Path:
     transformers.BertModel.from_pretrained(teachers["bert"]).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(teachers["bert"]).save_pretrained(folder)
-    config = json.loads((folder / "config.json").read_text()) | {
-        "architectures": ["BertForMaskedLM"]
-    }
+    config = json.loads((folder / "config.json").read_text())
+    config["architectures"] = ["BertForMaskedLM"]
     (folder / "config.json").write_text(json.dumps(config))
     return folder
 
@@ -253,29 +213,25 @@ REFUSED = {
 
 
 @pytest.mark.parametrize("name", REFUSED)
-def test_teachers_that_no_student_can_be_made_of(name, teachers, tmp_path, status_and_errors):
+def test_unsuitable_teachers_are_refused(name, teachers, tmp_path, status_and_errors):
     make, flags, message = REFUSED[name]
     teacher = make(tmp_path, teachers)
-    status, errors = status_and_errors(
-        extract.main, ["--teacher", str(teacher), *flags, "--output", str(tmp_path / "out")]
-    )
+    flags = [*words({"teacher": teacher, "output": tmp_path / "out"}), *flags]
+    status, errors = status_and_errors(extract.main, flags)
     assert status == 2 and len(errors) == 1 and message in errors[0]
     assert not (tmp_path / "out").exists() and not list(tmp_path.glob(".*"))
 
 
-def test_a_folder_that_holds_something_stays(teachers, tmp_path, status_and_errors):
+def test_an_output_folder_with_files_is_refused_and_kept(teachers, tmp_path, status_and_errors):
     (tmp_path / "mine").write_text("x")
-    flags = ["--teacher", str(teachers["bert"]), "--num_layers", "2", "--output", str(tmp_path)]
+    flags = words({"teacher": teachers["bert"], "num_layers": 2, "output": tmp_path})
     status, errors = status_and_errors(extract.main, flags)
-    assert (
-        status == 2
-        and "holds something already" in errors[0]
-        and (tmp_path / "mine").read_text() == "x"
-    )
+    assert status == 2 and "holds something already" in errors[0]
+    assert (tmp_path / "mine").read_text() == "x"
 
 
 def edited(folder: Path, old: Path) -> Path:
-    """A student whose tokenizer has two tokens exchanged."""
+    """Make a student whose tokenizer has two tokens exchanged."""
     transformers.AutoModelForMaskedLM.from_pretrained(old).save_pretrained(folder)
     content = json.loads((old / "tokenizer.json").read_text())
     vocabulary = content["model"]["vocab"]
@@ -287,20 +243,19 @@ def edited(folder: Path, old: Path) -> Path:
 
 
 def without_tokenizer(tmp: Path, teachers) -> Path:
-    transformers.AutoModelForMaskedLM.from_pretrained(teachers["roberta"]).save_pretrained(
-        tmp / "student"
-    )
+    student = transformers.AutoModelForMaskedLM.from_pretrained(teachers["roberta"])
+    student.save_pretrained(tmp / "student")
     return tmp / "student"
 
 
 TRAINING = {
     "another vocabulary": (
         lambda tmp, t: {"student": edited(tmp / "student", t["bert"])},
-        r"its vocabulary has \d+ tokens, .* and id \d+ is '.*', there",
+        r"its vocabulary has \d+ tokens, .* and id \d+ is '.*', the teacher's '",
     ),
     "another tokenizer": (
         lambda tmp, t: {"student": t["roberta"]},
-        r"has 320 tokens, the teacher's 200, and id 0 is '<s>', there",
+        r"has 320 tokens, the teacher's 200, and id 0 is '<s>', the teacher's '",
     ),
     "another size": (
         lambda tmp, t: {"student": without_tokenizer(tmp, t)},
@@ -316,13 +271,13 @@ TRAINING = {
     ),
     "no causal model": (
         lambda tmp, t: {"student": t["bert"], "teacher_type": "auto", "mlm": None},
-        "it sees the tokens that come|add --mlm",
+        "it attends to later tokens|add --mlm",
     ),
 }
 
 
 @pytest.mark.parametrize("name", TRAINING)
-def test_students_that_do_not_fit(name, world, teachers, tmp_path, status_and_errors):
+def test_unsuitable_students_are_refused(name, world, teachers, tmp_path, status_and_errors):
     make, message = TRAINING[name]
     changes = make(tmp_path, teachers)
     flags = world.flags("bert", tmp_path / "run")
@@ -331,12 +286,8 @@ def test_students_that_do_not_fit(name, world, teachers, tmp_path, status_and_er
             place = flags.index(f"--{flag}")
             del flags[place : place + 2]
     if "mlm" in changes:
-        flags = [word for word in flags if word != "--mlm"] + [
-            "--alpha_mlm",
-            "0",
-            "--alpha_clm",
-            "1",
-        ]
+        flags.remove("--mlm")
+        flags += words({"alpha_mlm": 0, "alpha_clm": 1})
     for flag, value in changes.items():
         flags += [f"--{flag}", str(value)] if value is not None else []
     status, errors = status_and_errors(train.main, flags)
@@ -348,22 +299,15 @@ def test_a_tokenizer_without_an_end_is_refused(teachers, text_file, tmp_path, st
     tokenizer = families.causal_tokenizer(teachers["gpt2"])
     tokenizer.eos_token = None
     tokenizer.save_pretrained(tmp_path / "endless")
-    flags = [
-        "--file_path",
-        str(text_file),
-        "--tokenizer_type",
-        "auto",
-        "--tokenizer_name",
-        str(tmp_path / "endless"),
-    ]
-    status, errors = status_and_errors(
-        binarized_data.main, [*flags, "--dump_file", str(tmp_path / "ids")]
-    )
-    assert (
-        status == 2
-        and len(errors) == 1
-        and "has no token for end (sep_token or eos_token)" in errors[0]
-    )
+    flags = {
+        "file_path": text_file,
+        "tokenizer_type": "auto",
+        "tokenizer_name": tmp_path / "endless",
+        "dump_file": tmp_path / "ids",
+    }
+    status, errors = status_and_errors(binarized_data.main, words(flags))
+    assert status == 2 and len(errors) == 1
+    assert "has no token for end (sep_token or eos_token)" in errors[0]
 
 
 REMOTE = {
@@ -379,7 +323,7 @@ REMOTE = {
 
 
 @pytest.mark.slow
-def test_remote_code_runs_where_it_is_asked_for(teachers, tmp_path):
+def test_remote_code_runs_only_with_its_flag(teachers, tmp_path):
     teacher = families.make_teacher(tmp_path / "own", "llama", False, teachers)
     for name, text in REMOTE.items():
         (teacher / name).write_text(text)
@@ -390,21 +334,11 @@ def test_remote_code_runs_where_it_is_asked_for(teachers, tmp_path):
     config = json.loads((teacher / "config.json").read_text())
     config |= {"model_type": "own", "architectures": ["OwnForCausalLM"], "auto_map": auto_map}
     (teacher / "config.json").write_text(json.dumps(config))
-    command = [
-        sys.executable,
-        ROOT / "scripts" / "extract.py",
-        "--teacher",
-        teacher,
-        "--num_layers",
-        "2",
-        "--output",
-    ]
+    flags = words({"teacher": teacher, "num_layers": 2, "output": tmp_path / "student"})
+    command = [sys.executable, ROOT / "scripts" / "extract.py", *flags]
     environment = {"HF_HOME": str(tmp_path / "cache")}
-    refused = run_process(*command, tmp_path / "student", **environment)
-    assert (
-        refused.returncode == 2
-        and "--trust_remote_code" in refused.stderr
-        and not (tmp_path / "cache" / "modules").exists()
-    )
-    done = run_process(*command, tmp_path / "student", "--trust_remote_code", **environment)
+    refused = run_process(*command, **environment)
+    assert refused.returncode == 2 and "--trust_remote_code" in refused.stderr
+    assert not (tmp_path / "cache" / "modules").exists()
+    done = run_process(*command, "--trust_remote_code", **environment)
     assert done.returncode == 0 and "Took 2 of 4 layers" in done.stdout, done.stderr

@@ -1,6 +1,4 @@
-"""First weights from a teacher's layers, the shipped configurations, checked loading of weights and
-tokenizers.
-"""
+"""First weights from a teacher's layers, shipped configurations, loading weights and tokenizers."""
 
 import copy
 import json
@@ -47,9 +45,8 @@ def as_student_config(teacher, num_layers: int, tmp_path: Path):
             "max_position_embeddings": config.max_position_embeddings,
         }
     else:
-        content = config.to_diff_dict() | {
-            "n_layer" if student_type == "gpt2" else "num_hidden_layers": num_layers
-        }
+        depth = "n_layer" if student_type == "gpt2" else "num_hidden_layers"
+        content = config.to_diff_dict() | {depth: num_layers}
         content = {k: v for k, v in content.items() if k not in ("transformers_version", "dtype")}
     path = tmp_path / "student.json"
     path.write_text(json.dumps(content))
@@ -57,7 +54,7 @@ def as_student_config(teacher, num_layers: int, tmp_path: Path):
 
 
 def extracted(teacher, layers, tmp_path, **options):
-    """Extract layers, save them, load them into a student of that depth."""
+    """Extract layers, save them, and load them into a student of that depth."""
     student_type = STUDENTS[teacher.config.model_type]
     path = tmp_path / "first.pth"
     torch.save(extract_student(teacher, student_type, layers, **options), path)
@@ -72,13 +69,12 @@ def test_all_layers_give_the_teachers_logits(kind, tmp_path):
     options = {"vocab_transform": True, "fold_token_types": kind == "bert"}
     student = extracted(teacher, range(LAYERS), tmp_path, **options)
     ids = torch.randint(5, VOCAB, (3, 17), generator=torch.Generator().manual_seed(0))
-    # Adding token types to positions first changes the order of a sum of three, hence looser for
-    # that pair.
+    # BERT: adding token types to positions first changes the order of a sum of three terms.
     tolerance = 1e-4 if kind == "bert" else 0
     torch.testing.assert_close(student(ids).logits, teacher(ids).logits, rtol=0, atol=tolerance)
 
 
-def test_without_folding_token_types_bert_is_not_copied_exactly(tmp_path):
+def test_a_bert_is_copied_exactly_only_with_folded_token_types(tmp_path):
     teacher = make_model("bert", VOCAB).eval()
     student = extracted(teacher, range(LAYERS), tmp_path, vocab_transform=True)
     ids = torch.arange(5, 25)[None]
@@ -99,12 +95,8 @@ def test_chosen_layers_become_the_students_first(kind, tmp_path):
         shallow.bert.embeddings.token_type_embeddings.weight.data.zero_()
     ids = torch.arange(5, 25)[None]
     options = {"use_cache": False} if kind == "gpt2" else {}
-    torch.testing.assert_close(
-        student(ids).logits,
-        shallow(ids, **options).logits,
-        rtol=0,
-        atol=1e-4 if kind == "bert" else 0,
-    )
+    expected, tolerance = shallow(ids, **options).logits, 1e-4 if kind == "bert" else 0
+    torch.testing.assert_close(student(ids).logits, expected, rtol=0, atol=tolerance)
 
 
 @pytest.mark.parametrize(
@@ -115,9 +107,8 @@ def test_twelve_layers_give_the_tensors_of_2019(kind, plain, transformed):
     layers = evenly_spaced_layers(12, 6)
     assert layers == [0, 2, 4, 7, 9, 11]
     assert len(extract_student(teacher, STUDENTS[kind], layers)) == plain
-    assert (
-        len(extract_student(teacher, STUDENTS[kind], layers, vocab_transform=True)) == transformed
-    )
+    state = extract_student(teacher, STUDENTS[kind], layers, vocab_transform=True)
+    assert len(state) == transformed
 
 
 def test_evenly_spaced_layers_keep_first_and_last():
@@ -135,7 +126,7 @@ CONFIGURATIONS = {  # file -> type, parameters of the base model in millions, vo
 }
 
 
-def test_every_configuration_is_known():
+def test_every_shipped_configuration_is_tested():
     assert {path.stem for path in (ROOT / "training_configs").glob("*.json")} == set(CONFIGURATIONS)
 
 
@@ -147,19 +138,11 @@ def test_shipped_configurations_have_the_papers_sizes(name):
         base = transformers.AutoModel.from_config(config)
         whole = build_network(row(kind), config)
     num = sum(parameter.numel() for parameter in base.parameters())
-    assert num / 1e6 == pytest.approx(
-        millions, abs=0.006 if name != "distilbert-base-german-cased" else 0.06
-    )
-    assert (config.vocab_size, config.max_position_embeddings, config.num_hidden_layers) == (
-        vocab_size,
-        positions,
-        6,
-    )
-    assert (config.hidden_size, config.num_attention_heads, config.initializer_range) == (
-        768,
-        12,
-        0.02,
-    )
+    error = 0.06 if name == "distilbert-base-german-cased" else 0.006  # as many digits as published
+    assert num / 1e6 == pytest.approx(millions, abs=error)
+    assert config.vocab_size == vocab_size and config.max_position_embeddings == positions
+    assert config.num_hidden_layers == 6 and config.num_attention_heads == 12
+    assert config.hidden_size == 768 and config.initializer_range == 0.02
     assert whole.get_output_embeddings().weight is whole.get_input_embeddings().weight
     dropouts = {module.p for module in whole.modules() if isinstance(module, torch.nn.Dropout)}
     assert dropouts == {0.1}
@@ -169,7 +152,7 @@ def test_shipped_configurations_have_the_papers_sizes(name):
 
 
 # --------------------------------------------------------------------------------------------------
-# First weights that don't fit
+# First weights that do not fit
 # --------------------------------------------------------------------------------------------------
 
 
@@ -198,7 +181,7 @@ BREAKS = {
     break_missing_embeddings: "lacks distilbert.embeddings.word_embeddings.weight",
     break_unexpected: "has unexpected distilbert.transformer.layer.7.ffn.lin1.weight",
     break_shape: (
-        r"has misshapen distilbert.embeddings.LayerNorm.bias \[5\] \(the student's is \[32\]\)"
+        r"has another shape for distilbert.embeddings.LayerNorm.bias \[5\] \(the student's is \[32"
     ),
     break_values: "LayerNorm.bias hold NaN",
 }
@@ -224,14 +207,11 @@ def test_an_absent_head_transform_is_a_warning_only(tmp_path, caplog):
     student = build_network(row("roberta"), as_student_config(teacher, 2, tmp_path))
     load_student_weights(student, row("roberta"), str(tmp_path / "first.pth"))
     warnings = [record.message for record in caplog.records if record.levelname == "WARNING"]
-    assert (
-        len(warnings) == 1
-        and "lm_head.dense.weight" in warnings[0]
-        and "decoder.bias" not in warnings[0]
-    )
+    assert len(warnings) == 1
+    assert "lm_head.dense.weight" in warnings[0] and "decoder.bias" not in warnings[0]
 
 
-def test_gpt2s_old_causal_buffers_are_passed_over(tmp_path, caplog):
+def test_gpt2s_old_causal_buffers_are_skipped(tmp_path, caplog):
     teacher = make_model("gpt2", VOCAB)
     state = extract_student(teacher, "gpt2", [0, 3])
     for layer in (0, 1):
@@ -243,7 +223,7 @@ def test_gpt2s_old_causal_buffers_are_passed_over(tmp_path, caplog):
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
 
 
-def test_given_positions_win_over_the_sinusoid(tmp_path):
+def test_loaded_positions_replace_the_sinusoid(tmp_path):
     teacher = make_model("bert", VOCAB)
     torch.save(extract_student(teacher, "distilbert", [0, 3]), tmp_path / "first.pth")
     config = as_student_config(teacher, 2, tmp_path)
@@ -260,9 +240,8 @@ def test_given_positions_win_over_the_sinusoid(tmp_path):
 def test_a_file_that_is_no_state_dict_is_named(content, tmp_path):
     path = tmp_path / "first.pth"
     path.write_bytes(content)
-    student = build_network(
-        row("distilbert"), as_student_config(make_model("bert", VOCAB), 2, tmp_path)
-    )
+    config = as_student_config(make_model("bert", VOCAB), 2, tmp_path)
+    student = build_network(row("distilbert"), config)
     with pytest.raises(InputError, match="first.pth"):
         load_student_weights(student, row("distilbert"), str(path))
 
@@ -279,14 +258,13 @@ def test_a_teacher_without_its_prediction_head_is_refused(tmp_path):
 
 
 def as_on_the_hub(kind: str, state: dict) -> dict:
-    """Name a teacher's weights as the checkpoints of 2018 and 2019 do, with what else those
-    hold.
-    """
-    tied = {
+    """Rename and extend a teacher's weights to the checkpoints of 2018 and 2019."""
+    tied_names = {
         "bert": "cls.predictions.decoder.bias",
         "gpt2": "lm_head",
         "roberta": "lm_head.decoder",
-    }[kind]
+    }
+    tied = tied_names[kind]
     state = {name: tensor for name, tensor in state.items() if not name.startswith(tied)}
     if kind == "gpt2":
         extra = {f"h.{layer}.attn.bias": torch.ones(1, 1, 64, 64).tril() for layer in range(LAYERS)}
@@ -304,15 +282,13 @@ def as_on_the_hub(kind: str, state: dict) -> dict:
 
 
 @pytest.mark.parametrize("kind", STUDENTS)
-def test_teachers_in_the_form_in_which_the_hub_has_them(kind, tmp_path):
+def test_old_checkpoints_of_the_hub_are_loaded(kind, tmp_path):
     teacher = make_model(kind, VOCAB).eval()
     teacher.config.save_pretrained(tmp_path)
     torch.save(as_on_the_hub(kind, teacher.state_dict()), tmp_path / "pytorch_model.bin")
     ids = torch.arange(5, 25)[None]
-    assert torch.equal(
-        load_network(row(kind), str(tmp_path), "--teacher_name")(ids).logits,
-        teacher(ids).logits,
-    )
+    loaded = load_network(row(kind), str(tmp_path), "--teacher_name")
+    assert torch.equal(loaded(ids).logits, teacher(ids).logits)
 
 
 def test_a_teacher_of_another_type_is_refused(teachers):
@@ -322,16 +298,14 @@ def test_a_teacher_of_another_type_is_refused(teachers):
 
 def test_a_half_precision_teacher_is_loaded_in_float32(tmp_path):
     make_model("bert", VOCAB).half().save_pretrained(tmp_path / "half")
-    assert (
-        load_network(row("bert"), str(tmp_path / "half"), "--teacher_name").dtype == torch.float32
-    )
+    loaded = load_network(row("bert"), str(tmp_path / "half"), "--teacher_name")
+    assert loaded.dtype == torch.float32
 
 
 def test_a_teacher_does_not_train(teachers):
     teacher = load_language_model(row("bert"), str(teachers["bert"]), "--teacher_name").network
-    assert not teacher.training and not any(
-        parameter.requires_grad for parameter in teacher.parameters()
-    )
+    assert not teacher.training
+    assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
 @pytest.mark.parametrize("kind", STUDENTS)
@@ -349,7 +323,7 @@ def test_bare_vocabularies_of_another_type_are_refused(kind, teachers, tmp_path)
     for other in STUDENTS:
         folder = tmp_path / f"{kind}-{other}"
         shutil.copytree(teachers[kind], folder)
-        (folder / "tokenizer_config.json").unlink()  # nothing declares the type any more
+        (folder / "tokenizer_config.json").unlink()  # which declares the type
         if other == kind:
             load_tokenizer(row(other), str(folder), "--tokenizer_name")
         else:
@@ -357,9 +331,7 @@ def test_bare_vocabularies_of_another_type_are_refused(kind, teachers, tmp_path)
                 load_tokenizer(row(other), str(folder), "--tokenizer_name")
 
 
-def test_a_vocabulary_of_robertas_is_no_gpt2s_though_it_holds_its_boundary_token(
-    teachers, tmp_path
-):
+def test_a_roberta_vocabulary_with_gpt2s_special_token_is_refused_for_gpt2(teachers, tmp_path):
     shutil.copytree(teachers["roberta"], tmp_path / "both")
     (tmp_path / "both" / "tokenizer_config.json").unlink()
     path = tmp_path / "both" / "tokenizer.json"
@@ -370,7 +342,7 @@ def test_a_vocabulary_of_robertas_is_no_gpt2s_though_it_holds_its_boundary_token
         load_tokenizer(row("gpt2"), str(tmp_path / "both"), "--tokenizer_name")
 
 
-def test_an_empty_folder_is_no_tokenizer(tmp_path):
+def test_an_empty_folder_is_refused_as_a_tokenizer(tmp_path):
     with pytest.raises(InputError, match="has neither tokenizer.json nor vocab.txt"):
         load_tokenizer(row("bert"), str(tmp_path), "--tokenizer_name")
 
@@ -381,9 +353,8 @@ def test_a_bare_vocabulary_is_lower_cased_only_without_capitals(lowercase, text_
     vocabulary = json.loads((tmp_path / "tokenizer.json").read_text())["model"]["vocab"]
     bare = tmp_path / "bare"
     bare.mkdir()
-    (bare / "vocab.txt").write_text(
-        "\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf-8"
-    )
+    tokens = "\n".join(sorted(vocabulary, key=vocabulary.get))
+    (bare / "vocab.txt").write_text(f"{tokens}\n", encoding="utf-8")
     declared = load_tokenizer(row("bert"), str(tmp_path), "--tokenizer_name")
     found = load_tokenizer(row("bert"), str(bare), "--tokenizer_name")
     assert found.encode("Dake Fi go") == declared.encode("Dake Fi go")
@@ -392,7 +363,7 @@ def test_a_bare_vocabulary_is_lower_cased_only_without_capitals(lowercase, text_
     assert forced.encode("DA") == forced.encode("da")
 
 
-def test_roles_of_special_tokens(teachers):
+def test_special_ids_follow_the_roles_of_the_type(teachers):
     bert = load_tokenizer(row("bert"), str(teachers["bert"]), "")
     ids = (bert.cls_token_id, bert.sep_token_id, bert.pad_token_id, bert.unk_token_id)
     assert special_ids(row("bert"), bert) == SpecialIds(*ids)
@@ -404,31 +375,21 @@ def test_the_longest_input_is_the_smaller_of_tokenizer_and_positions(teachers):
     for kind, reserved in (("bert", 0), ("roberta", 2), ("gpt2", 0)):
         tokenizer = load_tokenizer(row(kind), str(teachers[kind]), "")
         config = make_model(kind, VOCAB).config
-        assert (
-            max_input_length(row(kind), tokenizer, config)
-            == config.max_position_embeddings - reserved
-            == 64
-        )
+        assert config.max_position_embeddings - reserved == 64
+        assert max_input_length(row(kind), tokenizer, config) == 64
         tokenizer.model_max_length = 20
         assert max_input_length(row(kind), tokenizer, config) == 20
 
 
-def test_short_names():
-    assert short_name("bert-base-uncased") == "bert-base-uncased"
-    assert (
-        short_name("/models/my-bert/")
-        == short_name("owner/my-bert")
-        == short_name("my-bert/.")
-        == "my-bert"
-    )
+@pytest.mark.parametrize("name", ["my-bert", "/models/my-bert/", "owner/my-bert", "my-bert/."])
+def test_a_short_name_is_the_last_component(name):
+    assert short_name(name) == "my-bert"
 
 
 REAL_VOCABULARIES = os.environ.get("DISTIL_VOCABULARIES")
 
 
-@pytest.mark.skipif(
-    not REAL_VOCABULARIES, reason="DISTIL_VOCABULARIES names no folder of real vocabularies"
-)
+@pytest.mark.skipif(not REAL_VOCABULARIES, reason="needs DISTIL_VOCABULARIES, a folder of them")
 @pytest.mark.parametrize("name", load_golden("tokens.json")["ids"])
 def test_real_vocabularies_give_the_ids_of_2019(name, tmp_path):
     import binarized_data
@@ -439,31 +400,16 @@ def test_real_vocabularies_give_the_ids_of_2019(name, tmp_path):
     (tmp_path / "text.txt").write_text("\n".join(golden["lines"]), encoding="utf-8")
     vocabulary = f"{REAL_VOCABULARIES}/{name}/"
     for file_format, path in (("pickle", f"out.{name}.pickle"), ("store", f"out.{name}")):
-        binarized_data.main(
-            [
-                "--file_path",
-                str(tmp_path / "text.txt"),
-                "--tokenizer_type",
-                kind,
-                "--tokenizer_name",
-                vocabulary,
-                "--dump_file",
-                str(tmp_path / "out"),
-                "--format",
-                file_format,
-            ]
-        )
+        flags = ["--file_path", str(tmp_path / "text.txt"), "--dump_file", str(tmp_path / "out")]
+        flags += ["--tokenizer_type", kind, "--tokenizer_name", vocabulary]
+        binarized_data.main([*flags, "--format", file_format])
         tokens = open_token_file(tmp_path / path)
-        found = [
-            ids.tolist()
-            for ids in torch.from_numpy(tokens.ids_M.astype("int64")).split(
-                tokens.lengths_N.tolist()
-            )
-        ]
+        ids_M = torch.from_numpy(tokens.ids_M.astype("int64"))
+        found = [ids.tolist() for ids in ids_M.split(tokens.lengths_N.tolist())]
         assert sorted(found) == sorted(golden["ids"][name])
 
 
-def test_a_vocabulary_is_the_same_in_every_process(text_file):
+def test_training_a_vocabulary_is_reproducible(text_file):
     program = (
         "from distil.models.tokenizers import train_word_pieces;"
         f" print(sorted(train_word_pieces({str(text_file)!r}, 200).items()))"

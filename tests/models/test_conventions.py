@@ -1,6 +1,4 @@
-"""Any teacher: what conventions.py finds out about families that have no row, and that what it
-takes for true is true.
-"""
+"""Families without a row in ARCHITECTURES: conventions.py resolves them correctly or refuses."""
 
 import collections
 import random
@@ -45,25 +43,20 @@ def test_all_layers_give_the_teachers_logits(model_type, is_masked):
 
 
 @each_family
-def test_half_of_the_layers_compute_what_they_compute_in_the_teacher(model_type, is_masked):
-    """Hooks feed each kept layer's output, as the teacher computes it from the same input, to the
-    next one kept.
-    """
+def test_chosen_layers_compute_the_same_as_in_the_teacher(model_type, is_masked):
+    """The student equals a teacher in which hooks skip the layers that were left out."""
     teacher = families.tiny_model(model_type, is_masked)
     student = first_weights.student_of_layers(teacher, [0, 2], model_type)
     (path,) = conventions.layer_lists(teacher, model_type)
     ids_BT = ids_of(teacher, 2, 20)
-    expected = []
-    for hop in (teacher.get_submodule(path)[1], teacher.get_submodule(path)[3]):
-        hop.register_forward_hook(
-            lambda module, given, options, output: pass_on(given, options, output), with_kwargs=True
-        )
+    for layer in (1, 3):
+        teacher.get_submodule(path)[layer].register_forward_hook(skip_layer, with_kwargs=True)
     expected = logits_of(teacher, ids_BT)
     torch.testing.assert_close(logits_of(student, ids_BT), expected, rtol=1e-4, atol=1e-5)
 
 
-def pass_on(given, options, output):
-    """Replace a layer's hidden states by those that it was given."""
+def skip_layer(module, given, options, output):
+    """Replace a layer's output hidden states by its input."""
     hidden = given[0] if given else options["hidden_states"]
     return (hidden, *output[1:]) if isinstance(output, tuple) else hidden
 
@@ -73,9 +66,8 @@ def test_the_head_gives_the_models_logits(model_type, is_masked):
     model = families.tiny_model(model_type, is_masked)
     head, ids_BT = heads.prediction_head(model), ids_of(model, 2, 12)
     with torch.no_grad():
-        hidden_BTD = model.base_model(
-            ids_BT, **checks.without_cache(model.base_model)
-        ).last_hidden_state
+        options = checks.without_cache(model.base_model)
+        hidden_BTD = model.base_model(ids_BT, **options).last_hidden_state
         logits_NV = logits_of(model, ids_BT).flatten(0, 1)
         torch.testing.assert_close(head(hidden_BTD.flatten(0, 1)), logits_NV, rtol=1e-5, atol=1e-5)
         if hasattr(head, "projection"):
@@ -88,14 +80,8 @@ def masked_batch(ids_BT: torch.Tensor, lengths: list[int]) -> MicroBatch:
     real_BT = torch.arange(ids_BT.shape[1]) < torch.tensor(lengths)[:, None]
     places = real_BT.flatten().nonzero()[:, 0]
     labels_BT = torch.where(real_BT, ids_BT, -100)
-    return MicroBatch(
-        0,
-        ids_BT,
-        real_BT.long(),
-        labels_BT,
-        {"real": places, "masked": places, "distilled": places},
-        len(places),
-    )
+    rows = {"real": places, "masked": places, "distilled": places}
+    return MicroBatch(0, ids_BT, real_BT.long(), labels_BT, rows, len(places))
 
 
 @each_family
@@ -109,11 +95,10 @@ def test_a_padded_batch_gives_the_losses_of_its_sequences_one_by_one(model_type,
     teacher_head = heads.prediction_head(teacher)
 
     def sums(ids_BT, lengths) -> torch.Tensor:
-        batch = (
-            masked_batch(ids_BT, lengths)
-            if is_masked
-            else prepare_clm(0, ids_BT, torch.tensor(lengths), with_mask=True)
-        )
+        if is_masked:
+            batch = masked_batch(ids_BT, lengths)
+        else:
+            batch = prepare_clm(0, ids_BT, torch.tensor(lengths), with_mask=True)
         counts_K = torch.ones(len(losses))
         with torch.no_grad():
             hidden_BTD = last_hidden_state(teacher, batch)
@@ -124,38 +109,38 @@ def test_a_padded_batch_gives_the_losses_of_its_sequences_one_by_one(model_type,
 
 
 @each_family
-def test_every_parameter_of_the_language_model_gets_the_models_own_gradient(model_type, is_masked):
-    """Through base model and head apart, as the step goes, and through the model's own forward."""
+def test_base_model_and_head_give_the_gradients_of_the_whole_model(model_type, is_masked):
+    """The update runs base model and head separately; compare with the model's own forward."""
     model = families.tiny_model(model_type, is_masked)
     head, ids_BT = heads.prediction_head(model), ids_of(model, 1, 10)
+
+    def separate_logits() -> torch.Tensor:
+        options = checks.without_cache(model.base_model)
+        return head(model.base_model(ids_BT, **options).last_hidden_state[0])
+
+    def own_logits() -> torch.Tensor:
+        return model(ids_BT, **checks.without_cache(model)).logits[0]
+
     found = []
-    for logits in (
-        lambda: head(
-            model.base_model(ids_BT, **checks.without_cache(model.base_model)).last_hidden_state[0]
-        ),
-        lambda: model(ids_BT, **checks.without_cache(model)).logits[0],
-    ):
+    for logits in (separate_logits, own_logits):
         model.zero_grad()
         logits().square().mean().backward()
-        found.append(
-            {name: p.grad.clone() for name, p in model.named_parameters() if p.grad is not None}
-        )
+        named = model.named_parameters()
+        found.append({name: p.grad.clone() for name, p in named if p.grad is not None})
     assert set(found[0]) == set(found[1]) and len(found[0]) > 4 * families.NUM_LAYERS
     torch.testing.assert_close(found[0], found[1], rtol=1e-4, atol=1e-5)
 
 
-def test_what_is_listed_by_layer_goes_with_the_layers():
+def test_configuration_entries_by_layer_follow_the_layers():
     config = families.tiny_config("qwen2", 99)
     assert config.layer_types == ["full_attention"] * 2 + ["sliding_attention"] * 2
-    assert conventions.config_with_layers(config, [0, 3], "x").layer_types == [
-        "full_attention",
-        "sliding_attention",
-    ]
+    shallow = conventions.config_with_layers(config, [0, 3], "x")
+    assert shallow.layer_types == ["full_attention", "sliding_attention"]
     neo = conventions.config_with_layers(families.tiny_config("gpt_neo", 99), [1, 2, 3], "x")
     assert neo.attention_layers == ["local", "global", "local"]
 
 
-def test_deeper_students_of_a_large_teacher():
+def test_students_of_a_large_teacher_hold_evenly_spaced_layers():
     config = families.tiny_config("roberta", 99)
     config.num_hidden_layers = 24
     torch.manual_seed(0)
@@ -169,23 +154,23 @@ def test_deeper_students_of_a_large_teacher():
         student = first_weights.student_of_layers(teacher, layers, "x")
         assert layers == expected and len(student.roberta.encoder.layer) == num_layers
         for new, old in enumerate(layers):
-            pairs = zip(
-                student.roberta.encoder.layer[new].parameters(),
-                teacher.roberta.encoder.layer[old].parameters(),
-                strict=True,
-            )
+            copied = student.roberta.encoder.layer[new].parameters()
+            pairs = zip(copied, teacher.roberta.encoder.layer[old].parameters(), strict=True)
             assert all(torch.equal(a, b) for a, b in pairs)
 
 
 # --------------------------------------------------------------------------------------------------
-# What is refused
+# Refused models
 # --------------------------------------------------------------------------------------------------
 
 
-def found_out(model_type: str, is_masked: bool):
-    return language_model.resolve_architecture(
-        transformers.AutoConfig.for_model(model_type), is_masked, "--teacher x"
-    )
+def resolve(model_type: str, is_masked: bool):
+    config = transformers.AutoConfig.for_model(model_type)
+    return language_model.resolve_architecture(config, is_masked, "--teacher x")
+
+
+NO_LLAMA = "no masked language model of type llama; it has a causal one, leave --mlm out"
+NO_MODERNBERT = "no causal language model of type modernbert; it has a masked one, add --mlm"
 
 
 @pytest.mark.parametrize(
@@ -193,62 +178,50 @@ def found_out(model_type: str, is_masked: bool):
     [
         ("bart", True, "bart is an encoder-decoder"),
         ("vit", True, "no masked language model of type vit; take a masked or causal"),
-        (
-            "llama",
-            True,
-            "no masked language model of type llama; it has a causal one, leave --mlm out",
-        ),
-        (
-            "modernbert",
-            False,
-            "no causal language model of type modernbert; it has a masked one, add --mlm",
-        ),
+        ("llama", True, NO_LLAMA),
+        ("modernbert", False, NO_MODERNBERT),
     ],
 )
 def test_models_of_another_kind_are_refused(model_type, is_masked, message):
     with pytest.raises(InputError, match=message):
-        found_out(model_type, is_masked)
+        resolve(model_type, is_masked)
 
 
-def test_a_bert_is_no_causal_model():
+def test_a_bert_is_refused_as_a_causal_model():
     model = families.tiny_model("bert", False)
-    with pytest.raises(InputError, match="it sees the tokens that come"):
+    with pytest.raises(InputError, match="it attends to later tokens"):
         conventions.check_conventions(model, False, "--teacher_name x")
 
 
-def test_a_model_that_padding_changes_is_refused():
+def test_a_model_whose_logits_depend_on_padding_is_refused():
     model = families.tiny_model("convbert", True)
     with pytest.raises(InputError, match="padding changes"):
         conventions.check_conventions(model, True, "--teacher_name x")
 
 
-def test_shared_layers_cant_be_taken_apart():
+def test_shared_layers_are_refused():
     with pytest.raises(InputError, match="has no list of layers"):
         first_weights.student_of_layers(families.tiny_model("albert", True), [0], "--teacher x")
 
 
-def test_layers_of_other_kinds_are_refused():
-    """OLMo-hybrid and the like have layers with other parameters; here a dense layer stands where
-    experts belong.
-    """
+def test_layers_with_other_parameters_are_refused():
+    """Hybrid models such as OLMo-hybrid mix kinds of layers; here one has no experts."""
     model = families.tiny_model("mixtral", False)
     model.model.layers[3].mlp = torch.nn.Linear(32, 32)
-    with pytest.raises(InputError, match="can't stand in other places"):
+    with pytest.raises(InputError, match="do not fit their places in the student"):
         first_weights.student_of_layers(model, [0, 3], "--teacher x")
 
 
-def test_layers_of_other_sizes_are_refused_where_something_else_depends_on_their_number():
-    """ESM's contact head does, and stays as it is."""
+def test_layers_of_other_sizes_are_refused_with_a_head_that_depends_on_their_number():
+    """ESM's contact head depends on the number of layers, which alone is admitted."""
     model = families.tiny_model("esm", True)
     model.esm.encoder.layer[3].intermediate.dense = torch.nn.Linear(32, 40)
-    with pytest.raises(InputError, match="can't stand in other places"):
+    with pytest.raises(InputError, match="do not fit their places in the student"):
         first_weights.student_of_layers(model, [0, 3], "--teacher x")
 
 
-def test_a_layer_that_knows_its_number_is_refused():
-    """GPT-2's scale_attn_by_inverse_layer_idx divides by the layer's number: it computes something
-    else in another place.
-    """
+def test_layers_that_compute_with_their_number_are_refused():
+    """GPT-2's scale_attn_by_inverse_layer_idx divides attention by the layer's number."""
     config = families.tiny_config("gpt2", 99)
     config.scale_attn_by_inverse_layer_idx = True
     torch.manual_seed(0)
@@ -261,50 +234,38 @@ def test_a_layer_that_knows_its_number_is_refused():
 
 
 @pytest.mark.parametrize("layers", [[4], [-1], []])
-def test_layers_that_are_not_there(layers):
+def test_absent_layers_are_refused(layers):
     with pytest.raises(InputError, match=r"--layers: .* has layers 0 to 3"):
         first_weights.student_of_layers(families.tiny_model("llama", False), layers, "--teacher x")
 
 
 # --------------------------------------------------------------------------------------------------
-# Farthest from home
+# Families drawn at random
 # --------------------------------------------------------------------------------------------------
 
 
-LARGEST_TINY = 10**6  # parameters; some families have sizes of their own names
-
-
+LARGEST_TINY = 10**6  # parameters; some families name their sizes differently and stay large
 NUM_BUILT = 10
 
 
 def families_at_random(is_masked: bool) -> list[str]:
-    """Shuffle the families that nobody named."""
-    names = (
-        modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
-        if is_masked
-        else modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
-    ).keys()
-    unnamed = sorted(set(names) - set(families.MASKED) - set(families.CAUSAL))
-    return random.Random(20261126).sample(unnamed, len(unnamed))
+    """Shuffle the families that families.py does not name."""
+    masked = modeling_auto.MODEL_FOR_MASKED_LM_MAPPING_NAMES
+    causal = modeling_auto.MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+    names = set(masked if is_masked else causal) - set(families.MASKED) - set(families.CAUSAL)
+    return random.Random(20261126).sample(sorted(names), len(names))
 
 
 def outcome_of(model_type: str, is_masked: bool) -> str:
-    """Say what becomes of a family: not built (by the library), refused, works; wrong where it
-    works and differs.
-    """
+    """Return "not built" (by transformers), "refused", "works", or "wrong" (works and differs)."""
     try:
-        auto_class = (
-            transformers.AutoModelForMaskedLM if is_masked else transformers.AutoModelForCausalLM
-        )
+        auto_class = families.auto_class(is_masked)
         with torch.device("meta"):
-            num_parameters = sum(
-                p.numel()
-                for p in auto_class.from_config(families.tiny_config(model_type, 99)).parameters()
-            )
-        if num_parameters > LARGEST_TINY:
+            skeleton = auto_class.from_config(families.tiny_config(model_type, 99))
+        if sum(parameter.numel() for parameter in skeleton.parameters()) > LARGEST_TINY:
             return "not built"
         model = families.tiny_model(model_type, is_masked)
-    except Exception:  # sizes that go together with no tiny one
+    except Exception:  # the family does not support our sizes
         return "not built"
     try:
         row = language_model.resolve_architecture(model.config, is_masked, model_type)
@@ -312,18 +273,15 @@ def outcome_of(model_type: str, is_masked: bool) -> str:
         student = first_weights.student_of_layers(model, [0, families.NUM_LAYERS - 1], model_type)
         whole = first_weights.student_of_layers(model, range(families.NUM_LAYERS), model_type)
     except InputError as error:
-        return (
-            "refused"
-            if str(error).startswith((model_type, "--layers")) and "\n" not in str(error)
-            else "wrong"
-        )
+        text = str(error)
+        is_one_line = text.startswith((model_type, "--layers")) and "\n" not in text
+        return "refused" if is_one_line else "wrong"
     ids_BT = ids_of(model, 2, 16)
     pairs = [(logits_of(whole, ids_BT), logits_of(model, ids_BT))]
     head = heads.prediction_head(student.eval())
     with torch.no_grad():
-        hidden_BTD = student.base_model(
-            ids_BT, **checks.without_cache(student.base_model)
-        ).last_hidden_state
+        options = checks.without_cache(student.base_model)
+        hidden_BTD = student.base_model(ids_BT, **options).last_hidden_state
         pairs.append((head(hidden_BTD.flatten(0, 1)), logits_of(student, ids_BT).flatten(0, 1)))
     is_right = all(checks.is_close(a, b) for a, b in pairs) and row.is_masked == is_masked
     return "works" if is_right else "wrong"
@@ -332,16 +290,14 @@ def outcome_of(model_type: str, is_masked: bool) -> str:
 @pytest.mark.slow
 @pytest.mark.parametrize("is_masked", [True, False], ids=["masked", "causal"])
 @pytest.mark.filterwarnings("ignore")
-def test_families_that_nobody_named_work_or_are_refused(is_masked, capsys):
+def test_families_drawn_at_random_work_or_are_refused(is_masked, capsys):
     outcomes, names = {}, iter(families_at_random(is_masked))
     while sum(outcome != "not built" for outcome in outcomes.values()) < NUM_BUILT:
         name = next(names)
         outcomes[name] = outcome_of(name, is_masked)
     counts = collections.Counter(outcomes.values())
     with capsys.disabled():
-        print(
-            f"\nfarthest from home, {'masked' if is_masked else 'causal'}: {dict(counts)}:"
-            f" {outcomes}"
-        )
+        kind = "masked" if is_masked else "causal"
+        print(f"\n{kind} families drawn at random: {dict(counts)}: {outcomes}")
     assert counts["wrong"] == 0, outcomes
     assert counts["works"] >= NUM_BUILT // 2, outcomes
