@@ -11,6 +11,7 @@ from stand_ins import ROOT, logged
 
 import train
 from distil import losses
+from distil.models import forward
 from distil.reporting import model_card
 from distil.training import checkpointing
 
@@ -117,3 +118,38 @@ def test_a_pair_is_one_row_of_one_table(world, teachers, tmp_path):
     assert done.returncode == 0, done.stderr
     student = transformers.BertForMaskedLM.from_pretrained(tmp_path / "run")
     assert student.config.num_hidden_layers == 2
+
+
+def layers_error(student_NLD, teacher_NLD, labels_N, temperature) -> torch.Tensor:
+    """Compare the student's layers 1, 2 with the teacher's 2, 4; 0 is the embeddings' output."""
+    return (student_NLD[:, 1:] - teacher_NLD[:, [2, 4]]).square().sum()
+
+
+def test_an_objective_on_other_outputs_is_a_row_of_losses_and_a_row_of_readings(
+    world, tmp_path, monkeypatch
+):
+    reading = forward.Reading(
+        lambda output: torch.stack(output.hidden_states, dim=2), {"output_hidden_states": True}
+    )
+    monkeypatch.setitem(forward.READINGS, "layers", reading)
+    row = losses.Loss(layers_error, "layers", "real", True, 0.0, "squared error of layers")
+    monkeypatch.setitem(losses.LOSSES, "toy", row)
+    flags = world.flags("bert", tmp_path / "run", max_steps=2, batch_size=6, alpha_toy=1.0, n_gpu=0)
+    trainer = train.set_up(train.parse_config(flags), train.Runtime())
+    student, teacher = trainer.student.network, trainer.teacher.network
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    (batch,) = trainer._prepared(trainer.sampler.micro_batches(1))
+    losses_MK = trainer.distiller.accumulate([batch], [0], 1)
+    found = losses_MK[0, 1 + list(trainer.distiller.model.alphas).index("toy")]
+    options = {"attention_mask": batch.attention_mask_BT, "output_hidden_states": True}
+    with torch.no_grad():
+        of_student, of_teacher = (
+            model.base_model(batch.input_ids_BT, **options).hidden_states
+            for model in (student.eval(), teacher)
+        )
+    real_BT = batch.attention_mask_BT.bool()
+    pairs = [(of_student[1], of_teacher[2]), (of_student[2], of_teacher[4])]
+    expected = sum((s - t)[real_BT].square().sum() for s, t in pairs) / batch.num_tokens
+    torch.testing.assert_close(found.float(), expected, rtol=1e-4, atol=1e-4)
