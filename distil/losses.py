@@ -148,9 +148,10 @@ class Loss:
     """One objective: its formula, and the input and rows that the formula is applied to.
 
     formula: (student, teacher, labels_N, temperature) -> sum over rows; the first two are logits
-        (N, V) or last hidden states (N, D); labels_N are the ids to predict, given for logits at
+        (N, V) or other outputs (N, ..); labels_N are the ids to predict, given for logits at
         "masked" and "next" rows, else None.
-    reads: "logits" or "hidden" (last hidden states).
+    reads: "logits", or a row of READINGS in distil/models/forward.py ("hidden": last hidden
+        states).
     rows: "real" (every real token), "masked" (positions drawn for masked-LM), "next" (positions
         whose next token is real), or "distilled" (as "real"; as "masked" with
         --restrict_ce_to_mask).
@@ -160,7 +161,8 @@ class Loss:
     gradient: the formula's sum and its gradient by the student's logits; None: by autograd.
     by_row: the same per row, for torch.compile; None: this objective is not compiled.
     make_module: (student, teacher) -> a module that the formula gets as its last argument; its
-        parameters are trained, saved and restored with the student's, not exported (hidden only).
+        parameters are trained, saved and restored with the student's, but not exported. Not for
+        objectives that read logits.
     """
 
     formula: Callable[..., torch.Tensor]

@@ -1,4 +1,4 @@
-"""Fixtures: the stand-ins, made once a session; and how tests call programs."""
+"""Fixtures of the stand-ins, made once a session, and functions that run programs."""
 
 import json
 import os
@@ -16,9 +16,7 @@ import utils
 
 @pytest.fixture(autouse=True)
 def surroundings():
-    """Give each test the same environment: programs called in this process write to it
-    (TOKENIZERS_PARALLELISM, ..).
-    """
+    """Restore os.environ, which programs change (TOKENIZERS_PARALLELISM, ..), after each test."""
     with mock.patch.dict(os.environ):
         yield
 
@@ -37,7 +35,7 @@ def text_file(tmp_path_factory, lines) -> Path:
 
 @pytest.fixture(scope="session")
 def teachers(tmp_path_factory, text_file) -> dict[str, Path]:
-    """Folders of tiny teachers, by model type: model and tokenizer."""
+    """Tiny teachers with tokenizers: model type -> folder."""
     return make_teachers(tmp_path_factory.mktemp("teachers"), text_file)
 
 
@@ -48,9 +46,7 @@ def world(tmp_path_factory, teachers, text_file) -> World:
 
 @pytest.fixture
 def status_and_errors(capsys):
-    """Call a program's main in this process: (exit status, lines of its standard error that are no
-    log).
-    """
+    """Call a program's main in this process; return its exit status and its error messages."""
 
     def call(main, argv: list[str]) -> tuple[int, list[str]]:
         capsys.readouterr()
@@ -68,12 +64,9 @@ def status_and_errors(capsys):
 def run_process(
     *command: object, cwd: Path | None = None, timeout_s: float = 300, **environment: str
 ):
-    """Run a command as a user does; launcher variables of the surroundings are taken out."""
-    clean = {
-        name: value
-        for name, value in os.environ.items()
-        if name not in ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    }
+    """Run a command as a user would, without the variables of a launcher."""
+    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
+    clean = {name: value for name, value in os.environ.items() if name not in launcher}
     clean |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", **environment}
     words = [str(word) for word in command]
     try:
@@ -81,12 +74,10 @@ def run_process(
             words, cwd=cwd, env=clean, timeout=timeout_s, capture_output=True, text=True
         )
     except subprocess.TimeoutExpired as error:
-        printed = [
-            (text or b"")[-2000:].decode(errors="replace") for text in (error.stdout, error.stderr)
-        ]
-        pytest.fail(
-            "\n".join([f"no end after {timeout_s:g} s: {' '.join(words)}", *printed]), pytrace=False
-        )
+        texts = error.stdout, error.stderr
+        printed = [(text or b"")[-2000:].decode(errors="replace") for text in texts]
+        what = f"still running after {timeout_s:g} s: {' '.join(words)}"
+        pytest.fail("\n".join([what, *printed]), pytrace=False)
 
 
 def load_golden(name: str) -> dict:

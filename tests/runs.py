@@ -1,4 +1,4 @@
-"""What the tests of whole runs share."""
+"""Shared by tests of whole runs: compare two runs, interrupt one."""
 
 import json
 from pathlib import Path
@@ -9,18 +9,14 @@ from distil.training import checkpointing
 
 
 def assert_same_run(one: Path, two: Path) -> None:
-    """Weights, moments, counters and log are equal, byte by byte."""
+    """Check that two runs have bit-equal weights, moments, counters and logs."""
     names = [path.name for path in checkpointing.exist(one / "checkpoints")]
     assert names and names == [path.name for path in checkpointing.exist(two / "checkpoints")]
     for name in names:
+        first, second = (run / "checkpoints" / name for run in (one, two))
         for file in ("student.safetensors", "optimizer.safetensors"):
-            assert (one / "checkpoints" / name / file).read_bytes() == (
-                two / "checkpoints" / name / file
-            ).read_bytes()
-        states = [
-            json.loads((run / "checkpoints" / name / "state.json").read_text())
-            for run in (one, two)
-        ]
+            assert (first / file).read_bytes() == (second / file).read_bytes()
+        states = [json.loads((path / "state.json").read_text()) for path in (first, second)]
         for state in states:
             del state["log_bytes"], state["flags"]
         assert states[0] == states[1]
@@ -31,6 +27,7 @@ def assert_same_run(one: Path, two: Path) -> None:
 
 
 def dying_at(function, call: int):
+    """Wrap a function to raise KeyboardInterrupt in its call number `call`, counted from 1."""
     calls = []
 
     def dying(*arguments):

@@ -1,7 +1,6 @@
-"""Stand-ins made on the spot: a text, tokenizers trained on it, tiny teachers of the real classes
-with random weights.
+"""Stand-ins for real data and models: a text, tokenizers trained on it, tiny random teachers.
 
-For the tests, and for the trials of scripts/fault_injection.py.
+For the tests and for scripts/fault_injection.py.
 """
 
 import json
@@ -29,9 +28,7 @@ STUDENT_LAYERS = 2
 
 
 def make_lines(num: int, seed: int = 0) -> list[str]:
-    """Make sentences over a few hundred invented words, frequent and rare ones, of unequal
-    lengths.
-    """
+    """Make sentences of unequal lengths over 300 invented words with Zipf's frequencies."""
     rng = random.Random(seed)
     syllables = ["ba", "ke", "li", "mo", "nu", "ra", "so", "ti", "vu", "ze", "Da", "Fi", "Go"]
     words = ["".join(rng.choices(syllables, k=rng.randint(1, 4))) for _ in range(300)]
@@ -46,34 +43,24 @@ def save_tokenizer(kind: str, folder: Path, text_file: Path, lowercase: bool = T
         tokenizer = transformers.BertTokenizer(vocab=vocabulary, do_lower_case=lowercase)
     else:
         trainer = ByteLevelBPETokenizer()
-        special = (
-            ["<s>", "<pad>", "</s>", "<unk>", "<mask>"] if kind == "roberta" else ["<|endoftext|>"]
-        )
+        tokenizer_class, special = transformers.GPT2Tokenizer, ["<|endoftext|>"]
+        if kind == "roberta":
+            special = ["<s>", "<pad>", "</s>", "<unk>", "<mask>"]
+            tokenizer_class = transformers.RobertaTokenizer
         trainer.train([str(text_file)], vocab_size=320, show_progress=False, special_tokens=special)
         trainer.save_model(str(folder))
-        kind_class = (
-            transformers.RobertaTokenizer if kind == "roberta" else transformers.GPT2Tokenizer
-        )
-        tokenizer = kind_class(vocab=str(folder / "vocab.json"), merges=str(folder / "merges.txt"))
+        files = {"vocab": str(folder / "vocab.json"), "merges": str(folder / "merges.txt")}
+        tokenizer = tokenizer_class(**files)
     tokenizer.save_pretrained(folder)
 
 
 def make_model(kind: str, vocab_size: int, layers: int = LAYERS, **options):
-    """Make a random language model of a model type, its weights spread enough for predictions to
-    differ.
-    """
+    """Make a random language model with weights large enough for predictions to differ."""
     torch.manual_seed(1)
     sizes = {"vocab_size": vocab_size, "initializer_range": 0.2, **options}
     if kind == "gpt2":
-        config = transformers.GPT2Config(
-            n_embd=WIDTH,
-            n_layer=layers,
-            n_head=4,
-            n_positions=POSITIONS,
-            bos_token_id=0,
-            eos_token_id=0,
-            **sizes,
-        )
+        sizes |= {"n_embd": WIDTH, "n_layer": layers, "n_head": 4, "n_positions": POSITIONS}
+        config = transformers.GPT2Config(bos_token_id=0, eos_token_id=0, **sizes)
         return transformers.GPT2LMHeadModel(config)
     sizes |= {
         "hidden_size": WIDTH,
@@ -86,13 +73,12 @@ def make_model(kind: str, vocab_size: int, layers: int = LAYERS, **options):
             **sizes, max_position_embeddings=POSITIONS + 2, type_vocab_size=1
         )
         return transformers.RobertaForMaskedLM(config)
-    return transformers.BertForMaskedLM(
-        transformers.BertConfig(**sizes, max_position_embeddings=POSITIONS)
-    )
+    config = transformers.BertConfig(**sizes, max_position_embeddings=POSITIONS)
+    return transformers.BertForMaskedLM(config)
 
 
 def make_teachers(folder: Path, text_file: Path) -> dict[str, Path]:
-    """Make folders of tiny teachers, by model type: model and tokenizer."""
+    """Save tiny teachers with tokenizers: model type -> folder."""
     folders = {}
     for kind in ("bert", "roberta", "gpt2"):
         folders[kind] = folder / f"tiny-{kind}"
@@ -107,7 +93,7 @@ def vocab_size_of(folder: Path) -> int:
 
 
 def student_config_of(kind: str, vocab_size: int) -> dict:
-    """Return the JSON of a student for a teacher of a model type."""
+    """Return a student's JSON configuration for a teacher of a model type."""
     if kind == "gpt2":
         return {
             "n_embd": WIDTH,
@@ -142,7 +128,7 @@ def student_config_of(kind: str, vocab_size: int) -> dict:
 def model_facts(
     vocab_size: int, source: str, special_ids=None, max_length: int = 64, vocabulary=None
 ) -> types.SimpleNamespace:
-    """Stand in for the LanguageModel that reads data: what LmSeqsDataset asks of it."""
+    """Make the part of a LanguageModel that LmSeqsDataset needs."""
     return types.SimpleNamespace(
         special_ids=special_ids,
         max_length=max_length,
@@ -153,9 +139,7 @@ def model_facts(
 
 
 class World:
-    """A folder with data, counts, first weights and configuration for each pair, and the flags that
-    train it.
-    """
+    """Data, counts, first weights and configuration for each pair, and the flags to train it."""
 
     STUDENTS = {"bert": "distilbert", "roberta": "roberta", "gpt2": "gpt2"}
 
@@ -167,42 +151,17 @@ class World:
 
         self.folder, self.teachers, self.text = folder, teachers, text_file
         for kind, teacher in teachers.items():
-            binarized_data.main(
-                [
-                    "--file_path",
-                    str(text_file),
-                    "--tokenizer_type",
-                    kind,
-                    "--tokenizer_name",
-                    str(teacher),
-                    "--dump_file",
-                    str(folder / "data"),
-                ]
-            )
-            token_counts.main(
-                [
-                    "--data_file",
-                    self.data(kind),
-                    "--token_counts_dump",
-                    self.counts(kind),
-                    "--vocab_size",
-                    str(vocab_size_of(teacher)),
-                ]
-            )
-            Path(self.config(kind)).write_text(
-                json.dumps(student_config_of(kind, vocab_size_of(teacher)))
-            )
+            vocab_size = vocab_size_of(teacher)
+            flags = ["--file_path", str(text_file), "--dump_file", str(folder / "data")]
+            flags += ["--tokenizer_type", kind, "--tokenizer_name", str(teacher)]
+            binarized_data.main(flags)
+            flags = ["--data_file", self.data(kind), "--token_counts_dump", self.counts(kind)]
+            token_counts.main([*flags, "--vocab_size", str(vocab_size)])
+            content = json.dumps(student_config_of(kind, vocab_size))
+            Path(self.config(kind)).write_text(content)
             program = extract_distilbert if kind == "bert" else extract
-            program.main(
-                [
-                    "--model_type",
-                    kind,
-                    "--model_name",
-                    str(teacher),
-                    "--dump_checkpoint",
-                    self.first_weights(kind),
-                ]
-            )
+            flags = ["--model_type", kind, "--model_name", str(teacher)]
+            program.main([*flags, "--dump_checkpoint", self.first_weights(kind)])
 
     def data(self, kind: str) -> str:
         return str(self.folder / f"data.tiny-{kind}.pickle")
@@ -217,8 +176,9 @@ class World:
         return str(self.folder / f"first.{kind}.pth")
 
     def flags(self, kind: str, dump_path: Path, **changes) -> list[str]:
-        """List the flags of train.py for a pair; changes replace or add flags, None removes one,
-        True is a bare flag.
+        """List the flags of train.py for a pair.
+
+        changes: flags to replace or add; None removes a flag, True passes it without a value.
         """
         values = {
             "student_type": self.STUDENTS[kind],
@@ -235,12 +195,8 @@ class World:
         if kind == "gpt2":
             values |= {"alpha_clm": 0.5}
         else:
-            values |= {
-                "alpha_mlm": 2.0,
-                "alpha_clm": 0.0,
-                "mlm": True,
-                "token_counts": self.counts(kind),
-            }
+            values |= {"mlm": True, "alpha_mlm": 2.0, "alpha_clm": 0.0}
+            values |= {"token_counts": self.counts(kind)}
         flags: list[str] = []
         for name, value in (values | changes).items():
             if value is not None:
@@ -252,31 +208,23 @@ MEASURED = ("global/speed", "global/tokens_per_s", "global/mfu", "global/memory_
 
 
 def logged(run: Path) -> list[tuple]:
-    """List every point of a run's log as it stands in the files: (tag, x, value), but for times and
-    memory.
-    """
+    """List the points of a run's event files: (tag, x, value), without times and memory."""
     points = []
     for file in sorted((run / "log" / "train").iterdir()):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
-                if value.tag not in MEASURED:
-                    points.append(
-                        (
-                            value.tag,
-                            event.step,
-                            str(value.tensor.float_val or value.tensor.string_val),
-                        )
-                    )
-    return sorted(points)
+                content = value.tensor.float_val or value.tensor.string_val
+                points.append((value.tag, event.step, str(content)))
+    return sorted(point for point in points if point[0] not in MEASURED)
 
 
 def is_text(point: tuple) -> bool:
-    """True for a text of a run's log, in contrast to a number."""
+    """True if a point of a run's log is a text, not a number."""
     return point[0].startswith("config/")
 
 
 def open_port() -> int:
-    """Find a port that is free now."""
+    """Return a port that is free now."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         return free.getsockname()[1]

@@ -1,8 +1,7 @@
-"""An update that the device was given and that is read later: nothing on the way asks the device,
-and nothing is lost by it.
-"""
+"""Updates launched first and read later: the host never waits between, with equal results."""
 
 import functools
+import math
 import os
 import signal
 import time
@@ -34,9 +33,8 @@ def make_batches(kind: str) -> list:
     prepare = prepare_clm
     if kind != "gpt2":
         weights_V = masking_weights(torch.ones(VOCAB), 0.7, range(5))
-        prepare = MlmPreparation(
-            weights_V, 4, 0.15, 0.8, 0.1, 0.1, restrict_ce_to_mask=False, seed=7
-        )
+        fates = 0.8, 0.1, 0.1
+        prepare = MlmPreparation(weights_V, 4, 0.15, *fates, restrict_ce_to_mask=False, seed=7)
     generator, batches = torch.Generator().manual_seed(3), []
     for number, lengths in enumerate(LENGTHS):
         token_ids_BT = torch.randint(5, VOCAB, (len(lengths), max(lengths)), generator=generator)
@@ -46,34 +44,20 @@ def make_batches(kind: str) -> list:
 
 
 def make_distiller(kind: str, waits: bool | None, device: str = "cpu", **options) -> Distiller:
-    student, teacher = (
-        make_model(kind, VOCAB, layers=2).to(device),
-        make_model(kind, VOCAB).eval().to(device),
-    )
-    teacher.requires_grad_(False)
+    student = make_model(kind, VOCAB, layers=2).to(device)
+    teacher = make_model(kind, VOCAB).eval().to(device).requires_grad_(False)
     alphas = ALPHAS["gpt2" if kind == "gpt2" else "bert"]
     model = DistillationModel(student, alphas, 2.0)
     optimizer = torch.optim.AdamW(student.parameters(), lr=0.01, fused=True)
     make_moments(optimizer)
     schedule = torch.optim.lr_scheduler.LinearLR(optimizer, total_iters=10)
-    return Distiller(
-        model,
-        teacher,
-        optimizer,
-        schedule,
-        max_grad_norm=1.0,
-        seed=5,
-        waits=waits,
-        **options,
-    )
+    options |= {"max_grad_norm": 1.0, "seed": 5, "waits": waits}
+    return Distiller(model, teacher, optimizer, schedule, **options)
 
 
 def state(distiller: Distiller) -> dict[str, torch.Tensor]:
-    return {
-        f"{kind}/{name}": x.clone()
-        for kind, content in distiller.tensors().items()
-        for name, x in content.items()
-    }
+    kinds = distiller.tensors().items()
+    return {f"{kind}/{name}": x.clone() for kind, content in kinds for name, x in content.items()}
 
 
 def assert_equal(one: dict, two: dict) -> None:
@@ -88,29 +72,24 @@ def assert_equal(one: dict, two: dict) -> None:
 
 @pytest.mark.parametrize("amp_dtype", [None, torch.bfloat16])
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_updates_read_later_are_the_same_updates(kind, amp_dtype):
+def test_updates_read_later_give_the_same_results(kind, amp_dtype):
     found = {}
     for waits in (True, False):
         distiller = make_distiller(kind, waits, amp_dtype=amp_dtype)
         batches = [distiller.ready(batch) for batch in make_batches(kind)]
-        begun = [
-            distiller.launch([batch], [batch.number], 1, wants_statistics=True) for batch in batches
-        ]
-        found[waits] = [one.read() for one in begun], state(distiller), distiller.values()
+        pending = [distiller.launch([b], [b.number], 1, wants_statistics=True) for b in batches]
+        found[waits] = [one.read() for one in pending], state(distiller), distiller.values()
     (first, first_state, first_values), (second, second_state, second_values) = found.values()
     assert_equal(first_state, second_state)
     assert first_values == second_values and first_values["schedule"]["last_epoch"] == 3
     for one, two in zip(first, second, strict=True):
         assert torch.equal(one.losses_MK, two.losses_MK)
-        assert (one.grad_norm, one.statistics, one.num_asking) == (
-            two.grad_norm,
-            two.statistics,
-            two.num_asking,
-        )
+        assert one.grad_norm == two.grad_norm and one.num_asking == two.num_asking
+        assert one.statistics == two.statistics
 
 
 @pytest.mark.parametrize("what", ["loss", "gradient"])
-def test_from_an_update_that_is_not_finite_on_none_is_applied_until_it_is_read(what):
+def test_after_a_non_finite_update_none_is_applied_until_it_is_read(what):
     distiller = make_distiller("bert", waits=False)
     batches = make_batches("bert")
     distiller.step([batches[0]], [0], 1)
@@ -129,37 +108,30 @@ def test_from_an_update_that_is_not_finite_on_none_is_applied_until_it_is_read(w
         handle.remove()
     after = distiller.launch([batches[2]], [2], 1)
     assert_equal(before, state(distiller))
-    with pytest.raises(
-        NonFiniteError,
-        match="loss_ce .*micro-batch 1" if what == "loss" else "gradient norm .*1 to 1",
-    ):
+    message = "loss_ce .*micro-batch 1" if what == "loss" else "gradient norm .*1 to 1"
+    with pytest.raises(NonFiniteError, match=message):
         bad.read()
-    assert after.read().grad_norm > 0, "it was computed, from the weights of before, and left out"
+    assert after.read().grad_norm > 0, "computed from the old weights, but not applied"
     distiller.step([batches[2]], [2], 1)
-    now = state(distiller)
-    assert not torch.equal(
-        now["student/cls.predictions.bias"], before["student/cls.predictions.bias"]
-    )
-    assert now["optimizer/step/cls.predictions.bias"] == 2, "updates left out are not counted"
+    now, name = state(distiller), "cls.predictions.bias"
+    assert not torch.equal(now[f"student/{name}"], before[f"student/{name}"])
+    assert now[f"optimizer/step/{name}"] == 2, "skipped updates are not counted"
 
 
-def test_who_must_wait_does(tmp_path):
+def test_the_distiller_waits_where_it_must(tmp_path):
     half = {"amp_dtype": torch.float16}
-    assert make_distiller("bert", None).waits, "on a CPU there is nothing to gain"
-    assert make_distiller("bert", False, **half).waits, "an overflow keeps the schedule where it is"
+    assert make_distiller("bert", None).waits, "a CPU gains nothing from launching early"
+    assert make_distiller("bert", False, **half).waits, "the schedule skips overflows"
     distiller = make_distiller("bert", False)
-    sgd = torch.optim.SGD(distiller.model.parameters(), lr=0.1)
-    again = Distiller(
-        distiller.model, distiller.teacher, sgd, None, max_grad_norm=1.0, seed=5, waits=False
-    )
-    assert again.waits, "this optimizer cannot leave an update out"
     assert not distiller.waits
+    sgd = torch.optim.SGD(distiller.model.parameters(), lr=0.1)
+    parts = distiller.model, distiller.teacher, sgd, None
+    again = Distiller(*parts, max_grad_norm=1.0, seed=5, waits=False)
+    assert again.waits, "SGD cannot skip an update on the device"
 
 
-class Refusing(TorchDispatchMode):
-    """Refuses what makes the host wait for a device, or gives a shape that depends on what is in a
-    tensor.
-    """
+class RefuseWaiting(TorchDispatchMode):
+    """Refuse operations for which the host waits, or whose shape depends on a tensor's values."""
 
     WAITING = (
         "_local_scalar_dense",
@@ -174,66 +146,61 @@ class Refusing(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         name = function.__name__.split(".")[0]
-        masks = (
-            [
-                x
-                for x in (args[1] if name.startswith(("index", "_index")) and len(args) > 1 else [])
-                or []
-                if isinstance(x, torch.Tensor) and x.dtype == torch.bool
-            ]
-            if name != "index_add_"
-            else []
-        )
+        indexes = name.startswith(("index", "_index")) and name != "index_add_"
+        indices = (args[1] if indexes and len(args) > 1 else None) or []
+        tensors = [index for index in indices if isinstance(index, torch.Tensor)]
         assert not name.startswith(self.WAITING), f"{name} waits for the device"
-        assert not masks, f"{name} by a mask: the number of rows is not known"
+        assert all(index.dtype != torch.bool for index in tensors), (
+            f"{name} by a mask: the number of rows is not known"
+        )
         return function(*args, **(kwargs or {}))
 
 
-def test_what_is_refused_is_seen():
+WAITING = {
+    "item": lambda x: x.sum().item(),
+    "bool": lambda x: bool(x.any()),
+    "nonzero": lambda x: x.nonzero(),
+    "unique": lambda x: x.unique(),
+    "mask": lambda x: x[x > 1],
+}
+
+
+@pytest.mark.parametrize("name", WAITING)
+def test_operations_that_wait_are_detected(name):
     x = torch.arange(4.0)
-    for waiting in (
-        lambda: x.sum().item(),
-        lambda: bool(x.any()),
-        lambda: x.nonzero(),
-        lambda: x.unique(),
-        lambda: x[x > 1],
-    ):
-        with pytest.raises(AssertionError, match="waits|by a mask"), Refusing():
-            waiting()
+    with pytest.raises(AssertionError, match="waits|by a mask"), RefuseWaiting():
+        WAITING[name](x)
 
 
 @pytest.mark.parametrize("head", ["eager", "joined"])
 @pytest.mark.parametrize("normalization", ["micro_batches", "tokens"])
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
-def test_the_host_asks_the_device_nothing_during_an_update(kind, normalization, head, monkeypatch):
-    """With batches that are ready: padded and not. A CPU's own shortcuts are off, for a GPU has
-    them not.
-    """
-    # As it is before it is compiled:
+def test_the_host_does_not_wait_during_an_update(kind, normalization, head, monkeypatch):
+    """Without the CPU's kernels, as on a GPU; with padded and unpadded batches."""
+    # The code that would be compiled:
     monkeypatch.setattr(head_kernels, "_compiled", lambda: head_kernels._fused_terms)
     distiller = make_distiller(kind, waits=False, normalization=normalization)
     distiller.has_cpu_kernels, distiller.model.compiles_head = False, head == "joined"
     batches = [distiller.ready(batch) for batch in make_batches(kind)]
     distiller.launch(batches, [0, 1, 2], 3).read()
-    with Refusing():
-        begun = distiller.launch(batches, [0, 1, 2], 3)
-    assert begun.read().grad_norm > 0
+    with RefuseWaiting():
+        pending = distiller.launch(batches, [0, 1, 2], 3)
+    assert pending.read().grad_norm > 0
 
 
 @pytest.mark.parametrize("kind", ["bert", "roberta"])
-def test_masks_made_ready_are_the_models_own(kind):
+def test_expanded_masks_give_the_models_own_hidden_states(kind):
     model = make_model(kind, VOCAB).eval()
     for batch in make_batches(kind):
-        whole = model.base_model(
-            batch.input_ids_BT, attention_mask=batch.attention_mask_BT
-        ).last_hidden_state
+        inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT}
+        whole = model.base_model(**inputs).last_hidden_state
         assert torch.equal(last_hidden_state(model, batch), whole)
         model.set_attn_implementation("eager")  # takes the mask as numbers
         torch.testing.assert_close(last_hidden_state(model, batch), whole)
         model.set_attn_implementation("sdpa")
 
 
-def test_gpt2_attends_as_before_and_its_files_say_nothing_of_it(tmp_path):
+def test_gpt2s_attention_without_masks_is_equal_and_not_saved(tmp_path):
     model, batch = make_model("gpt2", VOCAB, layers=2).eval(), make_batches("gpt2")[1]
     before = model.base_model(batch.input_ids_BT).last_hidden_state
     distiller = make_distiller("gpt2", waits=False)
@@ -253,9 +220,7 @@ FLAGS = {"batch_size": 12, "n_epoch": 2, "log_interval": 15, "checkpoint_interva
 
 @pytest.fixture
 def reads_later(monkeypatch):
-    """Have train.py's distiller read later, as on a GPU; return the updates begun, and read, in
-    order.
-    """
+    """Make train.py's distiller read later, as on a GPU; return its ("launch" | "read", number)."""
     events = []
 
     class ReadLater(train.PendingUpdate):
@@ -265,10 +230,9 @@ def reads_later(monkeypatch):
 
     class Later(Distiller):
         def launch(self, *arguments, **options):
-            begun = super().launch(*arguments, **options)
-            later = ReadLater(begun._read)
-            later.number = sum(kind == "begun" for kind, _ in events)
-            events.append(("begun", later.number))
+            later = ReadLater(super().launch(*arguments, **options)._read)
+            later.number = sum(kind == "launch" for kind, _ in events)
+            events.append(("launch", later.number))
             return later
 
     monkeypatch.setattr(train, "Distiller", functools.partial(Later, waits=False))
@@ -276,75 +240,60 @@ def reads_later(monkeypatch):
 
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2"])
-def test_a_run_that_reads_later_is_the_same_run(kind, world, tmp_path, request):
+def test_a_run_that_reads_later_gives_the_same_results(kind, world, tmp_path, request):
     train.main(world.flags(kind, tmp_path / "waits", **FLAGS))
     events = request.getfixturevalue("reads_later")
     train.main(world.flags(kind, tmp_path / "later", **FLAGS))
     assert_same_run(tmp_path / "waits", tmp_path / "later")
     read_at = {number: place for place, (kind, number) in enumerate(events) if kind == "read"}
-    begun_at = {number: place for place, (kind, number) in enumerate(events) if kind == "begun"}
-    late = [
-        number
-        for number in begun_at
-        if number + 1 in begun_at and read_at[number] > begun_at[number + 1]
-    ]
-    assert len(late) > len(begun_at) / 2, (
-        "between logs an update is read when the next one has been begun"
-    )
-    assert all(read_at[number] < begun_at.get(number + 2, len(events)) for number in begun_at), (
-        "one behind, never two"
-    )
+    launched_at = {number: place for place, (kind, number) in enumerate(events) if kind == "launch"}
+    never = len(events)
+    late = [n for n in launched_at if launched_at.get(n + 1, never) < read_at[n]]
+    assert len(late) > len(launched_at) / 2, "between logs, updates are read after the next launch"
+    assert all(read_at[n] < launched_at.get(n + 2, never) for n in launched_at), "one behind"
 
 
-def test_a_stop_is_one_update_late_at_most_and_loses_nothing(
+def test_a_stop_is_at_most_one_update_late_and_loses_nothing(
     world, tmp_path, reads_later, monkeypatch
 ):
-    train.main(world.flags("bert", tmp_path / "whole", **FLAGS | {"checkpoint_interval": 8}))
+    options = FLAGS | {"checkpoint_interval": 8}
+    train.main(world.flags("bert", tmp_path / "whole", **options))
+    stopped = world.flags("bert", tmp_path / "stopped", **options)
     kept, calls = train.Distiller.func.launch, []
 
     def launch(self, *arguments, **options):
         calls.append(1)
         if len(calls) == 3:
             os.kill(os.getpid(), signal.SIGTERM)
-            time.sleep(0.2)  # the system gives it to a thread
+            time.sleep(0.2)  # a thread receives it
         return kept(self, *arguments, **options)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.Distiller.func, "launch", launch)
         with pytest.raises(SystemExit) as end:
-            train.main(
-                world.flags("bert", tmp_path / "stopped", **FLAGS | {"checkpoint_interval": 8})
-            )
-    assert end.value.code == 143 and checkpointing.newest(
-        tmp_path / "stopped" / "checkpoints"
-    ).step in (3, 4)
-    train.main(
-        [
-            *world.flags("bert", tmp_path / "stopped", **FLAGS | {"checkpoint_interval": 8}),
-            "--resume",
-        ]
-    )
+            train.main(stopped)
+    assert end.value.code == 143
+    assert checkpointing.newest(tmp_path / "stopped" / "checkpoints").step in (3, 4)
+    train.main([*stopped, "--resume"])
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
 @pytest.mark.parametrize("update", [2, 3])
-def test_a_run_names_the_update_that_was_not_finite_not_the_one_after(
+def test_a_run_names_the_non_finite_update_not_the_next_one(
     update, world, tmp_path, reads_later, monkeypatch, capfd
 ):
     kept, calls = train.Distiller.func.launch, []
 
     def launch(self, *arguments, **options):
         calls.append(1)
-        bias = self.model.head.projection.bias
-        handle = (
-            bias.register_hook(lambda gradient: gradient * float("nan"))
-            if len(calls) == update + 1
-            else None
+        bias, factor = (
+            self.model.head.projection.bias,
+            1.0 if len(calls) != update + 1 else math.nan,
         )
-        begun = kept(self, *arguments, **options)
-        if handle is not None:
-            handle.remove()
-        return begun
+        handle = bias.register_hook(lambda gradient: gradient * factor)
+        pending = kept(self, *arguments, **options)
+        handle.remove()
+        return pending
 
     monkeypatch.setattr(train.Distiller.func, "launch", launch)
     with pytest.raises(SystemExit) as end:

@@ -34,7 +34,7 @@ class Mistake:
 
 
 STEP, RESUME = "tests/test_distiller.py", "tests/training/test_resume.py"
-GOES_ON = f"{RESUME}::test_a_stopped_run_goes_on_bit_for_bit[gpt2]"
+RESUMES = f"{RESUME}::test_a_stopped_run_resumes_bit_for_bit[gpt2]"
 
 MISTAKES = [
     Mistake(
@@ -71,7 +71,7 @@ MISTAKES = [
         "distil/training/state.py",
         'group["lr"] = rate',
         'group.setdefault("lr", rate)',
-        GOES_ON,
+        RESUMES,
     ),
     Mistake(
         "gradients are summed over an update's micro-batches, not averaged",
@@ -121,7 +121,7 @@ MISTAKES = [
         "distil/training/state.py",
         "optimizer.state[parameter][kind] =",
         "dict(optimizer.state[parameter])[kind] =",
-        GOES_ON,
+        RESUMES,
     ),
     Mistake(
         "a checkpoint counts the micro-batches before its last update: a resume does that one"
@@ -129,14 +129,14 @@ MISTAKES = [
         "distil/training/progress.py",
         "self.micro_batches = planned[-1].number + 1",
         "self.micro_batches = planned[0].number",
-        GOES_ON,
+        RESUMES,
     ),
     Mistake(
         "a resume leaves in the log what came after the checkpoint: points are there twice",
         "distil/training/log.py",
         "            os.truncate(file, size)\n",
         "            continue\n",
-        f"{RESUME}::test_a_run_that_died_goes_on_from_its_last_checkpoint",
+        f"{RESUME}::test_a_killed_run_resumes_from_its_last_checkpoint",
     ),
     Mistake(
         "--freeze_pos_embs is ignored, as in 2019",

@@ -1,6 +1,4 @@
-"""Checkpoints on the disk: whole or not there, checked to the last byte, the newest whole one
-found.
-"""
+"""Checkpoint files: written whole or not at all, verified byte by byte, the newest intact found."""
 
 import json
 import os
@@ -22,38 +20,33 @@ TENSORS = {
 
 
 def write(folder, step, keep=3, tensors=TENSORS) -> Path:
-    return checkpointing.write(
-        folder, step, tensors, {"micro_batches": 2 * step, "rate": 0.1}, keep
-    )
+    state = {"micro_batches": 2 * step, "rate": 0.1}
+    return checkpointing.write(folder, step, tensors, state, keep)
 
 
-def test_what_is_written_is_read(tmp_path):
+def test_a_checkpoint_is_read_as_written(tmp_path):
     found = checkpointing.read(write(tmp_path / "new" / "folder", 7))
     assert found.step == 7 and found.state == {"micro_batches": 14, "rate": 0.1}
     for name, content in TENSORS.items():
         read = found.tensors(name)
-        assert set(read) == set(content) and all(
-            torch.equal(read[key], tensor) for key, tensor in content.items()
-        )
+        assert set(read) == set(content)
+        assert all(torch.equal(read[key], tensor) for key, tensor in content.items())
 
 
 def test_an_empty_file_of_tensors_is_read(tmp_path):
-    assert (
-        checkpointing.read(write(tmp_path, 0, tensors={"optimizer": {}})).tensors("optimizer") == {}
-    )
+    path = write(tmp_path, 0, tensors={"optimizer": {}})
+    assert checkpointing.read(path).tensors("optimizer") == {}
 
 
-def test_the_newest_are_kept(tmp_path):
+def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for step in (0, 9, 10, 100_000_000, 11):
         write(tmp_path, step, keep=2)
-    assert [path.name for path in checkpointing.exist(tmp_path)] == [
-        "step-100000000",
-        "step-00000011",
-    ]
+    names = [path.name for path in checkpointing.exist(tmp_path)]
+    assert names == ["step-100000000", "step-00000011"]
     assert len(list(tmp_path.iterdir())) == 2
 
 
-def test_a_step_that_is_done_again_takes_the_place(tmp_path):
+def test_a_repeated_step_replaces_its_checkpoint(tmp_path):
     write(tmp_path, 5)
     other = {**TENSORS, "student": {"a": torch.zeros(1)}}
     write(tmp_path, 5, tensors=other)
@@ -73,14 +66,13 @@ def test_a_damaged_file_is_named(name, damage, tmp_path):
         file.unlink()
     else:
         content[len(content) // 2] ^= damage == "flip"
-        file.write_bytes(
-            {"cut": content[:-1], "empty": b"", "longer": content + b" x"}.get(damage, content)
-        )
+        damaged = {"cut": content[:-1], "empty": b"", "longer": content + b" x"}
+        file.write_bytes(damaged.get(damage, content))
     with pytest.raises(DamagedError, match=name):
         checkpointing.read(path)
 
 
-def test_every_flipped_bit_is_noticed(tmp_path):
+def test_a_flipped_bit_in_any_byte_is_detected(tmp_path):
     path = write(tmp_path, 5)
     for name in FILES:
         file = path / name
@@ -95,7 +87,7 @@ def test_every_flipped_bit_is_noticed(tmp_path):
     checkpointing.read(path)
 
 
-def test_a_renamed_folder_and_a_mixed_one_are_no_checkpoints(tmp_path):
+def test_renamed_and_mixed_folders_are_refused(tmp_path):
     first, second = write(tmp_path, 5), write(tmp_path, 6)
     shutil.copytree(first, tmp_path / "step-00000009")
     with pytest.raises(DamagedError, match="renamed"):
@@ -105,17 +97,17 @@ def test_a_renamed_folder_and_a_mixed_one_are_no_checkpoints(tmp_path):
         checkpointing.read(second)
 
 
-def test_the_newest_whole_one_is_found_and_the_skipped_are_named(tmp_path, caplog):
+def test_the_newest_intact_checkpoint_is_found_and_skipped_ones_are_logged(tmp_path, caplog):
     for step in (1, 2, 3):
         write(tmp_path, step)
     (tmp_path / "step-00000003" / "state.json").write_text("{}")
-    (tmp_path / "step-00000004.tmp").mkdir()  # a save that was killed
+    (tmp_path / "step-00000004.tmp").mkdir()  # left by a killed save
     checkpointing.logger.propagate = True
     assert checkpointing.newest(tmp_path).step == 2
     assert "skipped the checkpoint step-00000003" in caplog.text
 
 
-def test_where_all_are_damaged_nothing_is_started_anew(tmp_path):
+def test_all_checkpoints_damaged_is_an_error(tmp_path):
     for step in (1, 2):
         (write(tmp_path, step) / "MANIFEST.json").unlink()
     with pytest.raises(InputError, match=r"all 2 checkpoint\(s\) are damaged"):
@@ -123,7 +115,7 @@ def test_where_all_are_damaged_nothing_is_started_anew(tmp_path):
     assert checkpointing.newest(tmp_path / "none") is None
 
 
-def test_a_newer_version_is_refused_not_skipped(tmp_path):
+def test_a_newer_version_is_refused_instead_of_skipped(tmp_path):
     write(tmp_path, 1)
     path = write(tmp_path, 2) / "MANIFEST.json"
     manifest = json.loads(path.read_text())
@@ -135,7 +127,7 @@ def test_a_newer_version_is_refused_not_skipped(tmp_path):
     assert not isinstance(caught.value, DamagedError)
 
 
-def test_a_failed_write_leaves_what_was(tmp_path, monkeypatch):
+def test_a_failed_write_keeps_earlier_checkpoints(tmp_path, monkeypatch):
     write(tmp_path, 1)
     calls = []
 
@@ -145,29 +137,22 @@ def test_a_failed_write_leaves_what_was(tmp_path, monkeypatch):
             raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", fsync)
-    with pytest.raises(
-        InputError,
-        match=(
-            r"No space left on device: .*step-00000002.* \(a checkpoint takes [\d,]+"
-            r" bytes\).*--resume"
-        ),
-    ):
+    message = r"No space left on device: .*step-00000002.* \(a checkpoint takes [\d,]+ bytes\)"
+    with pytest.raises(InputError, match=f"{message}.*--resume"):
         write(tmp_path, 2)
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
-def test_room_is_asked_for_first(tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        shutil, "disk_usage", lambda path: shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000)
-    )
-    with pytest.raises(
-        InputError, match="the disk is full: a checkpoint takes [0-9,]+ bytes, 5,000 are free"
-    ):
+def test_free_space_is_checked_before_writing(tmp_path, monkeypatch):
+    usage = shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
+    message = "the disk is full: a checkpoint takes [0-9,]+ bytes, 5,000 are free"
+    with pytest.raises(InputError, match=message):
         write(tmp_path, 2)
     assert not list(tmp_path.iterdir())
 
 
-def test_what_a_killed_save_left_is_removed(tmp_path):
+def test_leftovers_of_a_killed_save_are_removed(tmp_path):
     write(tmp_path, 1)
     (tmp_path / "step-00000002.tmp").mkdir()
     shutil.copytree(tmp_path / "step-00000001", tmp_path / ".trash-step-00000000")
@@ -175,7 +160,7 @@ def test_what_a_killed_save_left_is_removed(tmp_path):
     assert sorted(path.name for path in tmp_path.iterdir()) == ["step-00000001", "step-00000003"]
 
 
-def test_a_digest_is_of_names_types_shapes_and_bytes():
+def test_a_digest_depends_on_names_types_shapes_and_bytes_but_not_on_order():
     base = {"a": torch.arange(4.0), "b": torch.zeros(0)}
     others = [
         {"c": base["a"], "b": base["b"]},
@@ -186,21 +171,19 @@ def test_a_digest_is_of_names_types_shapes_and_bytes():
     ]
     digests = {checkpointing.content_digest(tensors) for tensors in (base, *others)}
     assert len(digests) == 1 + len(others)
-    assert checkpointing.content_digest(
-        dict(reversed(base.items()))
-    ) == checkpointing.content_digest(base)
+    reordered = checkpointing.content_digest(dict(reversed(base.items())))
+    assert reordered == checkpointing.content_digest(base)
 
 
 @pytest.mark.parametrize("name", ["../step-00000001/state.json", "/dev/zero", "folder"])
-def test_a_manifest_names_files_of_its_folder(name, tmp_path):
+def test_a_manifest_may_only_name_files_of_its_folder(name, tmp_path):
     write(tmp_path, 1)
     path = write(tmp_path, 2)
     (path / "folder").mkdir()
     manifest = json.loads((path / "MANIFEST.json").read_text())
     del manifest["manifest_sha256"]
     manifest["files"][name] = {"bytes": 0, "sha256": "0"}
-    (path / "MANIFEST.json").write_text(
-        json.dumps({**manifest, "manifest_sha256": json_digest(manifest)})
-    )
+    manifest["manifest_sha256"] = json_digest(manifest)
+    (path / "MANIFEST.json").write_text(json.dumps(manifest))
     with pytest.raises(DamagedError, match="not one of its files|no such file"):
         checkpointing.read(path)

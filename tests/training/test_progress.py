@@ -1,6 +1,4 @@
-"""What the progress bar and TensorBoard say of speed is what tokens, seconds and model FLOPs imply;
-no speed is asserted.
-"""
+"""Shown and logged speeds follow from tokens, seconds and model FLOPs; no speed is asserted."""
 
 import types
 
@@ -20,7 +18,7 @@ PEAK = 1e9
 
 @pytest.fixture
 def clock(monkeypatch) -> list[float]:
-    """Have the progress read its seconds from here, and take every device for one of PEAK."""
+    """Replace the clock of the progress by this list's item, and every device's peak by PEAK."""
     now = [0.0]
     monkeypatch.setattr(progress, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
     monkeypatch.setattr(train, "peak_flops", lambda device, dtype: PEAK)
@@ -56,19 +54,14 @@ def test_the_bar_shows_tokens_a_second_and_mfu(clock, world, tmp_path):
         clock[0] = seconds
         record(shown, update)
         tokens += sum(int(lengths_B.sum()) for lengths_B in lengths_of(trainer, update))
-        num_flops += sum(
-            update_flops(teacher, student, lengths_B) for lengths_B in lengths_of(trainer, update)
-        )
-        expected = (
-            f"loss 1.5000, {tokens / seconds:,.0f} tokens/s, {num_flops / seconds / PEAK:.1%} MFU"
-        )
+        num_flops += sum(update_flops(teacher, student, x) for x in lengths_of(trainer, update))
+        rates = f"{tokens / seconds:,.0f} tokens/s, {num_flops / seconds / PEAK:.1%} MFU"
+        expected = f"loss 1.5000, {rates}"
         assert shown.training_text == expected and expected in str(shown.bar.postfix)
     assert num_flops / 6.0 / PEAK > 0.01, "the figure is not lost in rounding"
 
 
-def test_logged_rates_are_of_the_time_since_the_last_log_without_evaluations(
-    clock, world, tmp_path
-):
+def test_logged_rates_cover_the_time_since_the_last_log_without_evaluations(clock, world, tmp_path):
     trainer = trainer_of(world, tmp_path)
     shown = trainer.progress
     first, second = updates_of(trainer, 2, 2)
@@ -93,7 +86,7 @@ def scalars(folder) -> dict[str, list[float]]:
     return {tag: [event.value for event in log.Scalars(tag)] for tag in log.Tags()["scalars"]}
 
 
-def test_a_runs_log_holds_tokens_and_seconds_that_agree(world, tmp_path, monkeypatch):
+def test_logged_rates_agree_with_logged_seconds(world, tmp_path, monkeypatch):
     monkeypatch.setattr(train, "peak_flops", lambda device, dtype: PEAK)
     flags = {"max_steps": 4, "log_interval": 4, "gradient_accumulation_steps": 2}
     train.main(world.flags("gpt2", tmp_path / "run", **flags))
@@ -103,15 +96,13 @@ def test_a_runs_log_holds_tokens_and_seconds_that_agree(world, tmp_path, monkeyp
     for k, pair in enumerate((updates[:2], updates[2:])):
         lengths = [lengths_B for update in pair for lengths_B in lengths_of(trainer, update)]
         seconds = found["global/speed"][k]  # the files hold float32
-        tokens, counted = (
-            sum(int(lengths_B.sum()) for lengths_B in lengths),
-            sum(map(trainer.flops.of_batch, lengths)),
-        )
+        tokens = sum(int(lengths_B.sum()) for lengths_B in lengths)
+        counted = sum(map(trainer.flops.of_batch, lengths))
         assert found["global/tokens_per_s"][k] * seconds == pytest.approx(tokens, rel=1e-5)
         assert found["global/mfu"][k] * seconds * PEAK == pytest.approx(counted, rel=1e-5)
 
 
-def test_models_whose_work_is_not_known_have_a_speed_alone(world, tmp_path, monkeypatch, clock):
+def test_models_of_unknown_flops_have_a_speed_but_no_mfu(world, tmp_path, monkeypatch, clock):
     monkeypatch.setattr(flops, "shown_size", lambda model, token_ids_BT: None)
     trainer = trainer_of(world, tmp_path)
     shown = trainer.progress
@@ -119,15 +110,12 @@ def test_models_whose_work_is_not_known_have_a_speed_alone(world, tmp_path, monk
     (update,) = updates_of(trainer, 2, 1)
     record(shown, update)
     points = shown.take_scalars(0, 0.1)
-    assert (
-        trainer.flops is None
-        and "MFU" not in shown.training_text
-        and "tokens/s" in shown.training_text
-    )
+    assert trainer.flops is None
+    assert "MFU" not in shown.training_text and "tokens/s" in shown.training_text
     assert "global/tokens_per_s" in points and "global/mfu" not in points
 
 
-def test_the_peak_of_several_processes_is_that_of_one_times_their_number(world, tmp_path, clock):
+def test_the_peak_of_several_processes_is_their_number_times_that_of_one(world, tmp_path, clock):
     trainer, peaks = trainer_of(world, tmp_path), []
     for rank in (0, 1):
         trainer.runtime = train.Runtime(rank, 3)
@@ -137,15 +125,18 @@ def test_the_peak_of_several_processes_is_that_of_one_times_their_number(world, 
 
 def test_the_peak_is_measured_in_the_runs_precision(world, tmp_path, monkeypatch):
     asked = []
-    monkeypatch.setattr(
-        train, "peak_flops", lambda device, dtype: asked.append((device.type, dtype)) or PEAK
-    )
+
+    def peak_flops(device, dtype) -> float:
+        asked.append((device.type, dtype))
+        return PEAK
+
+    monkeypatch.setattr(train, "peak_flops", peak_flops)
     for changes in ({}, {"bf16": True}, {"fp16": True}):
         trainer_of(world, tmp_path, **changes)
     assert asked == [("cpu", torch.float32), ("cpu", torch.bfloat16), ("cpu", torch.float16)]
 
 
-# Flags -> whether a teacher runs, and whether it is projected.
+# Name -> (kind, flags, whether the teacher runs, whether it is projected).
 WORK = {
     "all": ("bert", {}, True, True),
     "restricted": ("bert", {"restrict_ce_to_mask": True}, True, True),
@@ -163,8 +154,8 @@ WORK = {
 
 
 @pytest.mark.parametrize("name", WORK)
-def test_what_is_counted_is_what_is_projected(name, world, tmp_path):
-    """Against the rows of real micro-batches, whichever objectives read them."""
+def test_counted_flops_match_the_rows_that_are_projected(name, world, tmp_path):
+    """Compare with the rows of micro-batches that the active objectives read."""
     kind, changes, has_teacher, is_projected = WORK[name]
     trainer = trainer_of(world, tmp_path, kind, **changes)
     work, model = trainer.flops, trainer.distiller.model
@@ -175,13 +166,11 @@ def test_what_is_counted_is_what_is_projected(name, world, tmp_path):
             batch = trainer.prepare(planned.number, *trainer.dataset.collate(planned.sequences))
             read = [batch.rows[LOSSES[loss].rows] for loss in model._active("logits")]
             assert work.head_rows(lengths_B) == len(torch.cat(read).unique())
-            student = work.student.forward_flops(lengths_B, len(torch.cat(read).unique()))
-            teacher = (
-                work.teacher.forward_flops(lengths_B, work.head_rows(lengths_B))
-                if has_teacher
-                else 0
-            )
-            assert work.of_batch(lengths_B) == teacher + 3 * student
+            num_rows = work.head_rows(lengths_B)
+            expected = 3 * work.student.forward_flops(lengths_B, num_rows)
+            if has_teacher:
+                expected += work.teacher.forward_flops(lengths_B, num_rows)
+            assert work.of_batch(lengths_B) == expected
 
 
 def test_without_objectives_on_logits_nothing_is_projected(world, tmp_path):

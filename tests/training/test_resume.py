@@ -1,7 +1,6 @@
-"""Runs that end early and go on: bit for bit what they would have been; signals; what is
-refused.
-"""
+"""Resumed runs equal uninterrupted ones bit for bit; signals; refused resumes."""
 
+import functools
 import json
 import os
 import re
@@ -24,14 +23,14 @@ from distil.training import checkpointing
 
 
 def stop_after(monkeypatch, num_updates: int, number: int = signal.SIGTERM):
-    """Have the process signal itself while its update `num_updates` is computed."""
+    """Make the process send itself a signal during update `num_updates`."""
     kept, calls = train.Distiller.launch, []
 
     def step(self, *arguments, **options):
         calls.append(1)
         if len(calls) == num_updates:
             os.kill(os.getpid(), number)
-            time.sleep(0.2)  # the system gives it to a thread
+            time.sleep(0.2)  # a thread receives it
         return kept(self, *arguments, **options)
 
     monkeypatch.setattr(train.Distiller, "launch", step)
@@ -45,36 +44,28 @@ RUNS = {
 
 
 @pytest.mark.parametrize("kind", RUNS)
-def test_a_stopped_run_goes_on_bit_for_bit(kind, world, tmp_path, monkeypatch):
+def test_a_stopped_run_resumes_bit_for_bit(kind, world, tmp_path, monkeypatch):
     flags = {**RUNS[kind], "log_interval": 5, "checkpoint_interval": 6}
     train.main(world.flags(kind, tmp_path / "whole", **flags))
     with monkeypatch.context() as patch:
         stop_after(patch, 4)
         with pytest.raises(SystemExit) as end:
             train.main(world.flags(kind, tmp_path / "stopped", **flags))
-    assert (
-        end.value.code == 143
-        and checkpointing.newest(tmp_path / "stopped" / "checkpoints").step == 4
-    )
+    assert end.value.code == 143
+    assert checkpointing.newest(tmp_path / "stopped" / "checkpoints").step == 4
     assert not (tmp_path / "stopped" / "pytorch_model.bin").exists()
     train.main([*world.flags(kind, tmp_path / "stopped", **flags), "--resume"])
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
 
 
-def test_a_run_that_died_goes_on_from_its_last_checkpoint(world, tmp_path, monkeypatch):
-    """Not a stop: the log has points, and the folder an epoch, that come again."""
-    flags = {
-        "batch_size": 24,
-        "n_epoch": 3,
-        "log_interval": 3,
-        "checkpoint_interval": 8,
-        "fp16": True,
-    }
+def test_a_killed_run_resumes_from_its_last_checkpoint(world, tmp_path, monkeypatch):
+    """After the last checkpoint, log points and an epoch's weights are written twice."""
+    flags = {"batch_size": 24, "n_epoch": 3, "fp16": True}
+    flags |= {"log_interval": 3, "checkpoint_interval": 8}
     train.main(world.flags("bert", tmp_path / "whole", **flags))
     with monkeypatch.context() as patch:
-        patch.setattr(
-            train.RunFolder, "save_checkpoint", dying_at(train.RunFolder.save_checkpoint, 3)
-        )
+        dying = dying_at(train.RunFolder.save_checkpoint, 3)
+        patch.setattr(train.RunFolder, "save_checkpoint", dying)
         with pytest.raises(KeyboardInterrupt):
             train.main(world.flags("bert", tmp_path / "died", **flags))
     assert (tmp_path / "died" / "model_epoch_0.pth").exists()
@@ -84,7 +75,7 @@ def test_a_run_that_died_goes_on_from_its_last_checkpoint(world, tmp_path, monke
 
 @pytest.fixture(scope="module")
 def stopped(world, tmp_path_factory) -> Path:
-    """A run stopped after two updates of four; copied by each test that goes on from it."""
+    """A run stopped after two updates of four; each test that resumes it makes a copy."""
     folder = tmp_path_factory.mktemp("stopped") / "run"
     with pytest.MonkeyPatch.context() as patch:
         stop_after(patch, 2)
@@ -103,7 +94,7 @@ def copied(stopped: Path, tmp_path: Path) -> Path:
 @pytest.mark.parametrize(
     "number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
 )
-def test_signals_end_a_run_with_their_status(number, status, world, tmp_path, monkeypatch, capfd):
+def test_signals_stop_a_run_with_their_status(number, status, world, tmp_path, monkeypatch, capfd):
     stop_after(monkeypatch, 2, number)
     before = {n: signal.getsignal(n) for n in signals.STOPPING}
     with pytest.raises(SystemExit) as end:
@@ -114,7 +105,7 @@ def test_signals_end_a_run_with_their_status(number, status, world, tmp_path, mo
     assert not [thread for thread in threading.enumerate() if thread.name in ("signals", "watch")]
 
 
-def test_signals_within_a_second_are_one_and_later_ones_end_at_once(monkeypatch):
+def test_a_signal_is_counted_once_within_a_second_and_a_later_one_exits_at_once(monkeypatch):
     ended = []
     monkeypatch.setattr(signals.os, "_exit", ended.append)
     stop = signals.StopSignals()
@@ -126,7 +117,7 @@ def test_signals_within_a_second_are_one_and_later_ones_end_at_once(monkeypatch)
     assert ended == [143]
 
 
-def test_a_noted_signal_is_noted_once_in_an_atomic_write():
+def test_a_signal_during_an_atomic_write_is_noted():
     with signals.StopSignals() as stop, holding_signals():
         os.kill(os.getpid(), signal.SIGTERM)
         end = time.monotonic() + 10
@@ -135,7 +126,7 @@ def test_a_noted_signal_is_noted_once_in_an_atomic_write():
     assert stop.requested == signal.SIGTERM
 
 
-def test_a_finished_run_is_exported_again_and_nothing_else(world, stopped, tmp_path):
+def test_resuming_a_finished_run_only_exports_it_again(world, stopped, tmp_path):
     run = copied(stopped, tmp_path)
     flags = [*world.flags("bert", run, **SHORT), "--resume"]
     train.main(flags)
@@ -153,14 +144,12 @@ def test_leftovers_of_a_killed_process_are_removed(world, stopped, tmp_path):
     (run / "notes.txt").write_text("mine")
     train.main([*world.flags("bert", run, **SHORT), "--resume"])
     left = {path.name for path in run.rglob("*")}
-    assert (
-        not [name for name in left if name.endswith(".tmp") or name.startswith(".export")]
-        and "notes.txt" in left
-    )
+    assert not [name for name in left if name.endswith(".tmp") or name.startswith(".export")]
+    assert "notes.txt" in left
 
 
-def test_the_plain_checkpoint_follows_the_one_gone_on_from(world, stopped, tmp_path):
-    """The process may have been killed between the two."""
+def test_resuming_rewrites_the_plain_checkpoint(world, stopped, tmp_path):
+    """The process may have been killed between writing the two checkpoints."""
     run = copied(stopped, tmp_path)
     weights = (run / "checkpoint.pth").read_bytes()
     (run / "checkpoint.pth").write_bytes(b"of an earlier update")
@@ -171,21 +160,15 @@ def test_the_plain_checkpoint_follows_the_one_gone_on_from(world, stopped, tmp_p
     assert (run / "checkpoint.pth").read_bytes() == weights
 
 
-def test_paths_intervals_and_how_an_update_is_dealt_may_change(world, stopped, tmp_path):
+def test_paths_and_intervals_may_change_on_resuming(world, stopped, tmp_path):
     run = copied(stopped, tmp_path)
     data = shutil.copy(world.data("bert"), tmp_path / "moved.pickle")
-    changes = {
-        **SHORT,
-        "data_file": data,
-        "log_interval": 1,
-        "checkpoint_interval": 1,
-        "keep_checkpoints": 2,
-    }
-    train.main([*world.flags("bert", run, **changes), "--resume", "--force"])
-    assert (run / "pytorch_model.bin").exists() and len(
-        checkpointing.exist(run / "checkpoints")
-    ) == 2
-    assert not list(tmp_path.glob("run.old-*")), "--force is for runs that start anew"
+    changes = {"data_file": data, "log_interval": 1}
+    changes |= {"checkpoint_interval": 1, "keep_checkpoints": 2}
+    train.main([*world.flags("bert", run, **{**SHORT, **changes}), "--resume", "--force"])
+    assert (run / "pytorch_model.bin").exists()
+    assert len(checkpointing.exist(run / "checkpoints")) == 2
+    assert not list(tmp_path.glob("run.old-*")), "--force only applies to new runs"
 
 
 REFUSED = {
@@ -210,9 +193,8 @@ def test_other_flags_are_refused_with_both_values(
     run = copied(stopped, tmp_path)
     changes, expected = REFUSED[name]
     before = contents(run)
-    status, errors = status_and_errors(
-        train.main, [*world.flags("bert", run, **SHORT, **changes), "--resume"]
-    )
+    flags = [*world.flags("bert", run, **SHORT, **changes), "--resume"]
+    status, errors = status_and_errors(train.main, flags)
     assert status == 2 and len(errors) == 1 and re.search(expected, errors[0]), errors
     assert contents(run) == before
 
@@ -264,15 +246,11 @@ def test_other_inputs_are_refused_with_both_values(
     assert contents(run) == before
 
 
-def test_nothing_to_go_on_from_is_an_error_or_with_auto_a_start(world, tmp_path, status_and_errors):
+def test_without_a_checkpoint_only_resume_auto_starts(world, tmp_path, status_and_errors):
     flags = world.flags("bert", tmp_path / "run", **SHORT)
     status, errors = status_and_errors(train.main, [*flags, "--resume"])
-    assert (
-        status == 2
-        and len(errors) == 1
-        and "there is no checkpoint in" in errors[0]
-        and not (tmp_path / "run").exists()
-    )
+    assert status == 2 and len(errors) == 1 and "there is no checkpoint in" in errors[0]
+    assert not (tmp_path / "run").exists()
     train.main([*flags, "--resume", "auto"])
     assert (tmp_path / "run" / "pytorch_model.bin").exists()
 
@@ -285,7 +263,7 @@ def test_with_auto_a_folder_without_checkpoints_is_moved_aside(world, tmp_path):
     assert len(list(tmp_path.glob("run.old-*"))) == 1
 
 
-def test_damaged_checkpoints_are_skipped_and_never_started_over(
+def test_damaged_checkpoints_are_skipped_and_a_run_never_starts_over(
     world, stopped, tmp_path, status_and_errors, caplog
 ):
     run = copied(stopped, tmp_path)
@@ -294,9 +272,8 @@ def test_damaged_checkpoints_are_skipped_and_never_started_over(
     flags = [*world.flags("bert", run, **SHORT), "--resume", "auto"]
     caplog.set_level("INFO", logger="distil")
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(
-            train, "setup_logging", lambda level: setattr(train.logger, "propagate", True)
-        )
+        propagate = functools.partial(setattr, train.logger, "propagate", True)
+        patch.setattr(train, "setup_logging", lambda level: propagate())
         patch.setattr(train.logger, "handlers", [])
         train.main(flags)
     assert re.search("skipped the checkpoint step-00000002: .*student.safetensors", caplog.text)
@@ -312,17 +289,13 @@ def test_two_runs_do_not_share_a_folder(world, stopped, tmp_path, status_and_err
     run = copied(stopped, tmp_path)
     with locks.take_lock(run / locks.LOCK):
         for more in (["--resume"], ["--force"]):
-            status, errors = status_and_errors(
-                train.main, [*world.flags("bert", run, **SHORT), *more]
-            )
-            assert (
-                status == 2
-                and "another run trains in it" in errors[0]
-                and str(os.getpid()) in errors[0]
-            )
+            flags = [*world.flags("bert", run, **SHORT), *more]
+            status, errors = status_and_errors(train.main, flags)
+            assert status == 2 and "another run trains in it" in errors[0]
+            assert str(os.getpid()) in errors[0]
 
 
-def test_nothing_that_is_not_finite_is_saved(world, tmp_path, monkeypatch, capfd):
+def test_non_finite_weights_are_not_saved(world, tmp_path, monkeypatch, capfd):
     kept = train.Distiller.launch
 
     def step(self, *arguments, **options):
@@ -334,23 +307,20 @@ def test_nothing_that_is_not_finite_is_saved(world, tmp_path, monkeypatch, capfd
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run", **SHORT, checkpoint_interval=1))
     assert end.value.code == train.EXIT_NON_FINITE
-    assert (
-        "of the student became NaN or infinite; nothing of it was saved" in capfd.readouterr().err
-    )
-    assert [path.name for path in checkpointing.exist(tmp_path / "run" / "checkpoints")] == [
-        "step-00000000"
-    ]
-    assert not (tmp_path / "run" / "checkpoint.pth").exists() or torch.load(
-        tmp_path / "run" / "checkpoint.pth"
-    )
+    message = "of the student became NaN or infinite; nothing of it was saved"
+    assert message in capfd.readouterr().err
+    saved = checkpointing.exist(tmp_path / "run" / "checkpoints")
+    assert [path.name for path in saved] == ["step-00000000"]
+    plain = tmp_path / "run" / "checkpoint.pth"
+    assert not plain.exists() or torch.load(plain)
 
 
-def test_a_restart_is_known_by_the_launcher_or_by_its_job_and_count(tmp_path, monkeypatch):
+def test_a_restart_is_recognized_by_the_launcher_or_by_job_and_count(tmp_path, monkeypatch):
     lock, again = tmp_path / locks.LOCK, {"TORCHELASTIC_RESTART_COUNT": "1"}
     locks.take_lock(lock).close()
-    assert not locks.is_restarted(again, lock), "no launcher has been here"
+    assert not locks.is_restarted(again, lock), "no launcher has used this folder"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
-    assert not locks.is_restarted(again, lock), "nor this one"
+    assert not locks.is_restarted(again, lock), "nor this job"
     locks.take_lock(lock).close()
     assert locks.is_restarted({}, lock)
     lock.write_text(lock.read_text().replace('"launcher": "', '"launcher": "elsewhere/'))
@@ -360,7 +330,7 @@ def test_a_restart_is_known_by_the_launcher_or_by_its_job_and_count(tmp_path, mo
     assert not locks.is_restarted(again, tmp_path / "none")
 
 
-def test_the_documentation_tells_how_to_resume():
+def test_the_documentation_names_the_flags_of_resuming():
     text = (ROOT / "docs" / "resuming.md").read_text(encoding="utf-8")
     for flag in ("--resume", "--keep_checkpoints", "--distributed_timeout_s"):
         assert flag in text
