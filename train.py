@@ -285,7 +285,7 @@ class Trainer:
         check = functools.partial(resume.check_identity, self.config, *identity)
         files = list(self.distiller.tensors())
         tensors, step, state = resume.share_checkpoint(self.runtime, point, files, check)
-        with self.runtime.raise_on_all_ranks(), resume.saying_misfit(point):
+        with self.runtime.raise_on_all_ranks(), resume.naming_misfit(point):
             self.distiller.load(tensors, state)
             self.progress.load(step, state)
 
@@ -307,7 +307,7 @@ class Trainer:
     def _explaining(self, update: Update, number: int) -> Iterator[None]:
         """Raise failures of an update with its number, rank and sequences, its batches saved."""
         lengths = [self.dataset.lengths[batch.sequences] for batch in update.mine]
-        with post_mortem.saying_out_of_memory(lengths):
+        with post_mortem.naming_out_of_memory(lengths):
             try:
                 yield
             except NonFiniteError as error:
@@ -368,7 +368,7 @@ def fit_and_export(trainer: Trainer, stop: StopSignals) -> None:
     except Stopped as end:
         if folder is not None:
             step, saved = trainer.progress.step, folder.describe_saved()
-            logger.info("Stopped after update %d; go on with --resume. %s", step, saved)
+            logger.info("Stopped after update %d; resume with --resume. %s", step, saved)
         sys.exit(end.status)
     if folder is not None:
         folder.finish()

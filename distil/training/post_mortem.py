@@ -102,7 +102,7 @@ def save_batches(
 
 
 @contextlib.contextmanager
-def saying_out_of_memory(lengths: Sequence[np.ndarray]) -> Iterator[None]:
+def naming_out_of_memory(lengths: Sequence[np.ndarray]) -> Iterator[None]:
     """Raise RankError where an allocation fails, naming the largest micro-batch and the remedy.
 
     lengths: lengths_B of this rank's micro-batches; a rank may have none.

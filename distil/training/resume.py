@@ -42,7 +42,7 @@ def find_resume_point(config: TrainConfig, world_size: int) -> Checkpoint | None
                 " --resume auto"
             )
         return None
-    with saying_misfit(found):
+    with naming_misfit(found):
         problems = flag_contradictions(config, world_size, found)
         raise_problems(problems)
         done = found.step, found.state["micro_batches"]
@@ -51,7 +51,7 @@ def find_resume_point(config: TrainConfig, world_size: int) -> Checkpoint | None
 
 
 @contextlib.contextmanager
-def saying_misfit(found: Checkpoint | None) -> Iterator[None]:
+def naming_misfit(found: Checkpoint | None) -> Iterator[None]:
     """Raise InputError in place of the errors that a whole but foreign state causes."""
     try:
         yield
@@ -147,7 +147,7 @@ def share_checkpoint(
     """
     with runtime.raise_on_all_ranks():
         if point is not None:
-            with saying_misfit(point):
+            with naming_misfit(point):
                 check()
         tensors = {name: point.tensors(name) if point is not None else {} for name in files}
     tensors = {name: runtime.tensors_from_main(content) for name, content in tensors.items()}

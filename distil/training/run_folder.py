@@ -65,8 +65,8 @@ def dump_path_problem(
     where = f"--dump_path {path}"
     if not force and not mode:
         return (
-            f"{where}: exists already; choose another, go on with --resume, or move it aside with"
-            " --force"
+            f"{where}: exists already; choose another, resume it with --resume, or move it aside"
+            " with --force"
         )
     read = [name for given in inputs if given for name in (given, f"{given}.bin")]
     inside = [name for name in read if os.path.exists(name) and _is_within(name, path)]

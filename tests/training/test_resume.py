@@ -100,7 +100,7 @@ def test_signals_stop_a_run_with_their_status(number, status, world, tmp_path, m
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run", **SHORT))
     assert end.value.code == status
-    assert "Stopped after update 2; go on with --resume." in capfd.readouterr().err
+    assert "Stopped after update 2; resume with --resume." in capfd.readouterr().err
     assert {n: signal.getsignal(n) for n in signals.STOPPING} == before
     assert not [thread for thread in threading.enumerate() if thread.name in ("signals", "watch")]
 
