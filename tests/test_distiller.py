@@ -1,4 +1,4 @@
-"""Masking statistics, the step's scaling, and what an update leaves alone."""
+"""Statistics of masking, scaling of an update, frozen parameters, and evaluation."""
 
 import dataclasses
 import functools
@@ -27,14 +27,8 @@ def make_preparation(
     counts_V=None, smoothing=0.7, mask_prop=0.15, fates=(0.8, 0.1, 0.1), restrict=False, seed=7
 ):
     counts_V = torch.arange(VOCAB) * 10 if counts_V is None else counts_V
-    return MlmPreparation(
-        masking_weights(counts_V, smoothing, SPECIAL_IDS),
-        MASK_ID,
-        mask_prop,
-        *fates,
-        restrict,
-        seed,
-    )
+    weights_V = masking_weights(counts_V, smoothing, SPECIAL_IDS)
+    return MlmPreparation(weights_V, MASK_ID, mask_prop, *fates, restrict, seed)
 
 
 def make_batch(lengths, seed=0, vocab=VOCAB):
@@ -66,24 +60,24 @@ def test_frequent_tokens_keep_their_weight_in_float64():
 
 @pytest.mark.parametrize("lengths", [[20, 13], [12], [30] * 7])
 @pytest.mark.parametrize("mask_prop", [0.0, 0.01, 0.15, 0.5])
-def test_as_many_positions_are_drawn_as_the_share_of_real_tokens(lengths, mask_prop):
+def test_the_given_share_of_real_tokens_is_drawn(lengths, mask_prop):
     batch = make_preparation(mask_prop=mask_prop)(0, *make_batch(lengths))
     num = math.ceil(mask_prop * sum(lengths))
     assert (batch.labels_BT != -100).sum() == len(batch.rows["masked"]) == num
     assert batch.num_tokens == sum(lengths) == batch.attention_mask_BT.sum()
 
 
-def test_never_more_positions_than_have_weight():
+def test_at_most_the_positions_of_positive_weight_are_drawn():
     token_ids_BT = torch.tensor([[1, 9, 3, 3, 3, 3, 8, 2]])
     batch = make_preparation(mask_prop=1.0)(0, token_ids_BT, torch.tensor([8]))
     assert batch.rows["masked"].tolist() == [1, 6]
-    nothing = make_preparation(mask_prop=0.5)(0, torch.tensor([[1, 3, 3, 2]]), torch.tensor([4]))
-    assert len(nothing.rows["masked"]) == 0 and torch.equal(
-        nothing.input_ids_BT, torch.tensor([[1, 3, 3, 2]])
-    )
+    special_BT = torch.tensor([[1, 3, 3, 2]])
+    nothing = make_preparation(mask_prop=0.5)(0, special_BT, torch.tensor([4]))
+    assert len(nothing.rows["masked"]) == 0
+    assert torch.equal(nothing.input_ids_BT, special_BT)
 
 
-def test_labels_are_original_ids_and_other_tokens_stay():
+def test_labels_are_the_original_ids_and_other_tokens_are_unchanged():
     token_ids_BT, lengths_B = make_batch([25, 18, 31])
     batch = make_preparation()(0, token_ids_BT, lengths_B)
     drawn_BT = batch.labels_BT != -100
@@ -101,9 +95,7 @@ def test_masks_depend_on_seed_and_number_alone():
 
 
 def six_sigma(probability: float, n: int) -> float:
-    """Bound of a share's deviation over n draws: six standard deviations, passed by chance once in
-    5 x 10^8.
-    """
+    """Bound a share's error over n draws by 6 standard deviations: exceeded once in 5 x 10^8."""
     return 6 * math.sqrt(probability * (1 - probability) / n)
 
 
@@ -123,19 +115,16 @@ def test_masking_statistics_over_100_000_predicted_tokens():
         random += len(other)
         random_ids += torch.bincount(other, minlength=VOCAB)
     assert drawn >= 10**5
-    # A random id is uniform over all V: it is [MASK], or the token itself, once in V each.
+    # Random ids are uniform over V: [MASK] and the token itself have probability 1 / V each.
     for found, probability in (
         (masked, 0.8 + 0.1 / VOCAB),
         (kept, 0.1 + 0.1 / VOCAB),
         (random, 0.1 - 0.2 / VOCAB),
     ):
         assert abs(found / drawn - probability) < six_sigma(probability, drawn)
-    special = (
-        random_ids[[0, 1, 2, 3]].sum().item()
-    )  # special tokens are drawn as replacements like any other id
-    assert (
-        abs(special / random - 4 / (VOCAB - 2)) < six_sigma(4 / (VOCAB - 2), random) + 1 / VOCAB**2
-    )
+    # Special tokens are as likely replacements as any other id.
+    special, probability = random_ids[[0, 1, 2, 3]].sum().item(), 4 / (VOCAB - 2)
+    assert abs(special / random - probability) < six_sigma(probability, random) + 1 / VOCAB**2
 
 
 def test_rare_tokens_are_drawn_by_smoothed_counts():
@@ -144,14 +133,10 @@ def test_rare_tokens_are_drawn_by_smoothed_counts():
     prepare = make_preparation(counts_V, mask_prop=1 / 200)
     token_ids_BT = torch.tensor([[1, *[10] * 99, *[11] * 99, 2]])
     hits = {10: 0, 11: 0}
-    for number in range(4000):  # one position a batch: no effect of drawing without replacement
-        for label in (
-            prepare(number, token_ids_BT, torch.tensor([201])[:1].clamp(max=200))
-            .labels_BT.flatten()
-            .tolist()
-        ):
-            if label != -100:
-                hits[label] += 1
+    for number in range(4000):  # one position a batch: drawing without replacement has no effect
+        batch = prepare(number, token_ids_BT, torch.tensor([200]))
+        for label in batch.labels_BT[batch.labels_BT != -100].tolist():
+            hits[label] += 1
     expected = 1 / (1 + (1000 / 10) ** -0.7)
     share = hits[11] / sum(hits.values())
     assert sum(hits.values()) == 4000
@@ -170,7 +155,7 @@ def test_positions_are_drawn_over_the_whole_batch_and_never_from_special_tokens_
 
 
 # --------------------------------------------------------------------------------------------------
-# The step
+# Updates
 # --------------------------------------------------------------------------------------------------
 
 MLM_ALPHAS = {"ce": 5.0, "mlm": 2.0, "mse": 0.1, "cos": 1.0}
@@ -192,9 +177,8 @@ def make_student(tmp_path, dropout=0.0, dtype=torch.float64):
     path = tmp_path / "student.json"
     path.write_text(json.dumps(config))
     torch.manual_seed(2)
-    return build_network(
-        architecture_named("distilbert"), read_student_config("distilbert", str(path))
-    ).to(dtype)
+    config = read_student_config("distilbert", str(path))
+    return build_network(architecture_named("distilbert"), config).to(dtype)
 
 
 def make_distiller(student, teacher, alphas=MLM_ALPHAS, fast_head=True, **changes):
@@ -208,31 +192,23 @@ def make_distiller(student, teacher, alphas=MLM_ALPHAS, fast_head=True, **change
 def gradients(distiller, batches) -> dict[str, torch.Tensor]:
     distiller.optimizer.zero_grad()
     distiller.accumulate(batches, [batch.number for batch in batches], len(batches))
-    return {
-        name: p.grad.clone() for name, p in distiller.model.named_parameters() if p.grad is not None
-    }
+    named = distiller.model.named_parameters()
+    return {name: p.grad.clone() for name, p in named if p.grad is not None}
 
 
 def slow_loss(student, teacher, batch, alphas, temperature=2.0):
-    """The objectives by definition, from whole-model logits of one micro-batch."""
+    """Compute the objectives by definition from all logits of one micro-batch."""
     inputs = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT}
-    s, t = (
-        student(**inputs, output_hidden_states=True),
-        teacher(**inputs, output_hidden_states=True),
-    )
+    s, t = (model(**inputs, output_hidden_states=True) for model in (student, teacher))
     real, masked = batch.attention_mask_BT.bool(), batch.labels_BT != -100
     log_p, log_q = (torch.log_softmax(x.logits[real] / temperature, -1) for x in (t, s))
+    log_probs = torch.log_softmax(s.logits[masked], -1)
+    hidden = s.hidden_states[-1][real], t.hidden_states[-1][real]
     terms = {
         "ce": temperature**2 * (log_p.exp() * (log_p - log_q)).sum() / real.sum(),
-        "mlm": (
-            -torch.log_softmax(s.logits[masked], -1)
-            .gather(1, batch.labels_BT[masked][:, None])
-            .mean()
-        ),
+        "mlm": -log_probs.gather(1, batch.labels_BT[masked][:, None]).mean(),
         "mse": (s.logits[real] - t.logits[real]).square().sum() / real.sum(),
-        "cos": (
-            1 - torch.cosine_similarity(s.hidden_states[-1][real], t.hidden_states[-1][real]).mean()
-        ),
+        "cos": 1 - torch.cosine_similarity(*hidden).mean(),
     }
     return sum(alpha * terms[name] for name, alpha in alphas.items()), terms
 
@@ -252,21 +228,19 @@ def test_the_step_computes_the_objectives_by_definition(fast_head, tmp_path):
         (loss / len(batches)).backward()
     for name, gradient in found.items():
         expected = student.get_parameter(name.removeprefix("student.")).grad
-        torch.testing.assert_close(
-            gradient, expected, rtol=1e-9, atol=1e-10
-        )  # other order of sums, float64
+        # Another order of sums, in float64.
+        torch.testing.assert_close(gradient, expected, rtol=1e-9, atol=1e-10)
 
 
-def test_an_update_reports_each_micro_batch_unweighted(tmp_path):
+def test_an_update_reports_the_unweighted_losses_of_each_micro_batch(tmp_path):
     student, teacher = make_student(tmp_path), make_model("bert", VOCAB)
     distiller = make_distiller(student, teacher)
     batches = [make_preparation()(g, *make_batch([20 + g], seed=g)) for g in (4, 5)]
     expected = [slow_loss(student, distiller.teacher, batch, MLM_ALPHAS) for batch in batches]
     report = distiller.step(batches, [4, 5], 2)
     for row, (loss, terms) in zip(report.losses_MK.tolist(), expected, strict=True):
-        assert row == pytest.approx(
-            [loss.item(), *(terms[name].item() for name in MLM_ALPHAS)], rel=1e-9
-        )
+        values = [loss.item(), *(terms[name].item() for name in MLM_ALPHAS)]
+        assert row == pytest.approx(values, rel=1e-9)
 
 
 def test_restricted_distillation_reads_masked_positions_only(tmp_path):
@@ -274,21 +248,18 @@ def test_restricted_distillation_reads_masked_positions_only(tmp_path):
     distiller = make_distiller(student, teacher, {"ce": 1.0, "mlm": 1.0})
     batch = make_preparation(restrict=True)(0, *make_batch([30]))
     masked = batch.labels_BT != -100
-    log_p, log_q = (
-        torch.log_softmax(m(batch.input_ids_BT).logits[masked] / 2, -1)
-        for m in (distiller.teacher, student)
-    )
+    logits = (model(batch.input_ids_BT).logits for model in (distiller.teacher, student))
+    log_p, log_q = (torch.log_softmax(x[masked] / 2, -1) for x in logits)
     expected = 4 * (log_p.exp() * (log_p - log_q)).sum() / masked.sum()
-    assert distiller.accumulate([batch], [0], 1)[0, 1].item() == pytest.approx(
-        expected.item(), rel=1e-9
-    )
+    found = distiller.accumulate([batch], [0], 1)[0, 1]
+    assert found.item() == pytest.approx(expected.item(), rel=1e-9)
 
 
 def test_a_batch_of_8_equals_4_and_4_at_equal_counts(tmp_path):
     student, teacher = make_student(tmp_path), make_model("bert", VOCAB)
     distiller = make_distiller(student, teacher)
     token_ids_BT, lengths_B = make_batch([20] * 8)
-    # The same masks in both: drawn for the halves, then joined.
+    # Both use the same masks: drawn for the halves, then joined.
     halves = [make_preparation()(g, token_ids_BT[4 * g : 4 * g + 4], lengths_B[:4]) for g in (0, 1)]
     whole = join(halves)
     one, two = gradients(distiller, [whole]), gradients(distiller, halves)
@@ -296,44 +267,37 @@ def test_a_batch_of_8_equals_4_and_4_at_equal_counts(tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=1e-9, atol=1e-11)
 
 
-def test_by_tokens_any_split_gives_the_same_gradient(tmp_path):
-    """Whatever the lengths and the numbers of masked tokens; by micro-batches it does not."""
+def test_normalization_by_tokens_gives_any_split_the_same_gradient(tmp_path):
+    """Even if lengths and numbers of masked tokens differ; by micro-batches it does not."""
     student, teacher = make_student(tmp_path), make_model("bert", VOCAB)
     token_ids_BT, lengths_B = make_batch([30, 12, 25, 13])
-    halves = [
-        make_preparation()(g, token_ids_BT[2 * g : 2 * g + 2], lengths_B[2 * g : 2 * g + 2])
-        for g in (0, 1)
-    ]
-    halves[1] = dataclasses.replace(
-        halves[1], rows={**halves[1].rows, "masked": halves[1].rows["masked"][:2]}
-    )
+    parts = zip(token_ids_BT.split(2), lengths_B.split(2), strict=True)
+    halves = [make_preparation()(g, *part) for g, part in enumerate(parts)]
+    rows = {**halves[1].rows, "masked": halves[1].rows["masked"][:2]}
+    halves[1] = dataclasses.replace(halves[1], rows=rows)
     found = {}
     for normalization in NORMALIZATIONS:
         distiller = make_distiller(student, teacher, normalization=normalization)
-        splits = ([join(halves)], halves)
         losses = [
             distiller.accumulate(split, list(range(len(split))), len(split)).mean(0)
-            for split in splits
+            for split in ([join(halves)], halves)
         ]
         one, two = gradients(distiller, [join(halves)]), gradients(distiller, halves)
         found[normalization] = max((one[name] - two[name]).abs().max().item() for name in one)
         assert torch.allclose(*losses, rtol=1e-9) == (normalization == "tokens"), (
-            "what is logged is that mean, too"
+            "the logged losses are the same mean"
         )
     assert found["tokens"] < 1e-11 < 1e-4 < found["micro_batches"]
 
 
-@pytest.mark.filterwarnings(
-    "ignore:`torch.jit:DeprecationWarning"
-)  # torch's own, when it loads its compiler
-def test_compiled_models_give_the_same_step(tmp_path):
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # raised by torch's compiler
+def test_compiled_models_give_the_same_update(tmp_path):
     teacher, batches = make_model("bert", VOCAB), [make_preparation()(0, *make_batch([20, 17]))]
-    reports = [
-        make_distiller(
-            make_student(tmp_path, dtype=torch.float32), teacher, compiles=compiles
-        ).step(batches, [0], 1)
-        for compiles in (False, True)
-    ]
+    reports = []
+    for compiles in (False, True):
+        student = make_student(tmp_path, dtype=torch.float32)
+        distiller = make_distiller(student, teacher, compiles=compiles)
+        reports.append(distiller.step(batches, [0], 1))
     torch.testing.assert_close(reports[0].losses_MK, reports[1].losses_MK, rtol=1e-5, atol=1e-6)
     assert reports[0].grad_norm == pytest.approx(reports[1].grad_norm, rel=1e-4)
 
@@ -369,8 +333,8 @@ def test_padding_changes_nothing(tmp_path):
     plain = make_preparation()(0, token_ids_BT, lengths_B)
     padding = {"input_ids_BT": 0, "attention_mask_BT": 0, "labels_BT": -100}
     wider = {
-        name: torch.nn.functional.pad(getattr(plain, name), (0, 9), value=v)
-        for name, v in padding.items()
+        name: torch.nn.functional.pad(getattr(plain, name), (0, 9), value=value)
+        for name, value in padding.items()
     }
     padded = dataclasses.replace(plain, **wider)
     one, two = gradients(distiller, [plain]), gradients(distiller, [padded])
@@ -378,11 +342,14 @@ def test_padding_changes_nothing(tmp_path):
         torch.testing.assert_close(one[name], two[name], rtol=1e-8, atol=1e-10)
 
 
+def gpt2_student():
+    """Make a student in float64 without dropout."""
+    options = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    return make_model("gpt2", VOCAB, layers=2, **options).double()
+
+
 def test_causal_padding_changes_nothing():
-    student, teacher = make_model("gpt2", VOCAB, layers=2).double(), make_model("gpt2", VOCAB)
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    student, teacher = gpt2_student(), make_model("gpt2", VOCAB)
     distiller = make_distiller(student, teacher, CLM_ALPHAS)
     token_ids_BT, lengths_B = make_batch([15, 9])
     alone = [
@@ -393,35 +360,26 @@ def test_causal_padding_changes_nothing():
     together = distiller.accumulate([prepare_clm(0, token_ids_BT, lengths_B)], [0], 1)
     weights = {"ce": [15, 9], "clm": [14, 8], "mse": [15, 9], "cos": [15, 9]}
     for column, name in enumerate(CLM_ALPHAS, start=1):
-        mean = sum(
-            w * x for w, x in zip(weights[name], losses[:, column].tolist(), strict=True)
-        ) / sum(weights[name])
+        pairs = zip(weights[name], losses[:, column].tolist(), strict=True)
+        mean = sum(weight * loss for weight, loss in pairs) / sum(weights[name])
         assert together[0, column].item() == pytest.approx(mean, rel=1e-9)
 
 
 def test_the_causal_loss_predicts_the_next_token():
-    student, teacher = make_model("gpt2", VOCAB, layers=2).double(), make_model("gpt2", VOCAB)
-    for module in student.modules():
-        if isinstance(module, torch.nn.Dropout):
-            module.p = 0.0
+    student, teacher = gpt2_student(), make_model("gpt2", VOCAB)
     batch = prepare_clm(0, *make_batch([15, 9]))
-    expected = student(
-        batch.input_ids_BT, labels=batch.labels_BT
-    ).loss.item()  # transformers shifts the labels itself
+    # transformers shifts the labels, and computes its loss in float32.
+    expected = student(batch.input_ids_BT, labels=batch.labels_BT).loss.item()
     found = make_distiller(student, teacher, {"clm": 1.0}).accumulate([batch], [0], 1)
-    assert found[0].tolist() == pytest.approx(
-        [expected, expected], rel=1e-5
-    )  # theirs is in float32
+    assert found[0].tolist() == pytest.approx([expected, expected], rel=1e-5)
 
 
 def test_causal_labels_are_the_ids_and_no_mask_is_passed():
     token_ids_BT, lengths_B = make_batch([5, 3])
     batch = prepare_clm(0, token_ids_BT, lengths_B)
     assert batch.attention_mask_BT is None
-    assert batch.labels_BT.tolist() == [
-        token_ids_BT[0].tolist(),
-        [*token_ids_BT[1, :3].tolist(), -100, -100],
-    ]
+    assert batch.labels_BT[0].tolist() == token_ids_BT[0].tolist()
+    assert batch.labels_BT[1].tolist() == [*token_ids_BT[1, :3].tolist(), -100, -100]
     assert batch.rows["next"].tolist() == [0, 1, 2, 3, 5, 6]
 
 
@@ -439,16 +397,15 @@ def test_dropout_depends_on_seed_and_number_alone(tmp_path):
     assert losses(5, [0, 1]) != losses(6, [0, 1])
 
 
-def test_a_weight_of_zero_runs_no_teacher(tmp_path):
-    distiller = make_distiller(
-        make_student(tmp_path), make_model("bert", VOCAB), {"ce": 0.0, "mlm": 1.0, "cos": 0.0}
-    )
+def test_the_teacher_does_not_run_if_no_active_objective_needs_it(tmp_path):
+    alphas = {"ce": 0.0, "mlm": 1.0, "cos": 0.0}
+    distiller = make_distiller(make_student(tmp_path), make_model("bert", VOCAB), alphas)
     assert distiller.teacher is None
     assert distiller.accumulate([make_preparation()(0, *make_batch([20]))], [0], 1).shape == (1, 2)
 
 
 @pytest.mark.parametrize("what", ["teacher", "student", "gradient"])
-def test_nothing_non_finite_is_applied(what, tmp_path):
+def test_a_non_finite_update_is_not_applied(what, tmp_path):
     student, teacher = make_student(tmp_path), make_model("bert", VOCAB)
     distiller = make_distiller(student, teacher)
     if what == "teacher":
@@ -458,52 +415,45 @@ def test_nothing_non_finite_is_applied(what, tmp_path):
     else:
         student.vocab_projector.bias.register_hook(lambda gradient: gradient * float("nan"))
     before = {name: tensor.clone() for name, tensor in student.state_dict().items()}
-    with pytest.raises(
-        NonFiniteError, match="gradient norm" if what == "gradient" else "loss_ce .*micro-batch 8"
-    ):
+    message = "gradient norm" if what == "gradient" else "loss_ce .*micro-batch 8"
+    with pytest.raises(NonFiniteError, match=message):
         distiller.step([make_preparation()(8, *make_batch([20]))], [8], 1)
     for name, tensor in student.state_dict().items():
         assert torch.equal(tensor, before[name])
 
 
 def test_gradients_are_clipped_to_the_norm(tmp_path):
-    distiller = make_distiller(
-        make_student(tmp_path), make_model("bert", VOCAB), max_grad_norm=0.01
-    )
-    report = distiller.step(
-        [make_preparation()(0, *make_batch([20]))], [0], 1, wants_statistics=True
-    )
+    student, teacher = make_student(tmp_path), make_model("bert", VOCAB)
+    distiller = make_distiller(student, teacher, max_grad_norm=0.01)
+    batches = [make_preparation()(0, *make_batch([20]))]
+    report = distiller.step(batches, [0], 1, wants_statistics=True)
     norms = [p.grad.norm() for p in distiller.model.parameters() if p.grad is not None]
     assert report.grad_norm > 0.1
     assert torch.stack(norms).norm().item() == pytest.approx(0.01, rel=1e-3)
     tag, std = next(item for item in report.statistics.items() if item[0].startswith("grad_std/"))
     after = distiller.model.student.get_parameter(tag.removeprefix("grad_std/")).grad
-    assert std == pytest.approx(after.std().item() * report.grad_norm / 0.01, rel=1e-3), (
-        "statistics are from before clipping"
-    )
+    before_clipping = after.std().item() * report.grad_norm / 0.01
+    assert std == pytest.approx(before_clipping, rel=1e-3)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
-def test_mixed_precision_comes_close_to_float32(dtype, tmp_path):
+def test_mixed_precision_is_close_to_float32(dtype, tmp_path):
     teacher = make_model("bert", VOCAB)
     batches = [make_preparation()(g, *make_batch([20, 16], seed=g)) for g in (0, 1)]
-    exact = make_distiller(make_student(tmp_path, dtype=torch.float32), teacher).step(
-        batches, [0, 1], 2
-    )
+    full = make_distiller(make_student(tmp_path, dtype=torch.float32), teacher)
+    exact = full.step(batches, [0, 1], 2)
     mixed = make_distiller(make_student(tmp_path, dtype=torch.float32), teacher, amp_dtype=dtype)
     report = mixed.step(batches, [0, 1], 2)
-    for _ in range(
-        6 if dtype == torch.float16 else 0
-    ):  # an overflow changes nothing but the scaler's scale, halved each time
+    # An overflow only halves the scaler's scale.
+    for _ in range(6 if dtype == torch.float16 else 0):
         report = report if math.isfinite(report.grad_norm) else mixed.step(batches, [0, 1], 2)
-    torch.testing.assert_close(
-        report.losses_MK, exact.losses_MK, rtol=0.03, atol=0.03
-    )  # 8 bits of mantissa
+    # 0.03: bfloat16 has 8 bits of mantissa.
+    torch.testing.assert_close(report.losses_MK, exact.losses_MK, rtol=0.03, atol=0.03)
     assert report.grad_norm == pytest.approx(exact.grad_norm, rel=0.05)
 
 
 # --------------------------------------------------------------------------------------------------
-# What is frozen, what is decayed, and evaluation
+# Frozen and decayed parameters, evaluation
 # --------------------------------------------------------------------------------------------------
 
 
@@ -528,16 +478,12 @@ def test_frozen_token_types_get_no_gradient():
 
 
 def test_biases_and_layer_norms_are_not_decayed(tmp_path):
-    for student in (
-        make_student(tmp_path),
-        make_model("roberta", VOCAB),
-        make_model("gpt2", VOCAB),
-    ):
+    students = make_student(tmp_path), make_model("roberta", VOCAB), make_model("gpt2", VOCAB)
+    for student in students:
         decayed, kept = split_for_weight_decay(student, 0.1)
         names = {id(p): name for name, p in student.named_parameters()}
-        decayed_names, kept_names = (
-            {names[id(p)] for p in group["params"]} for group in (decayed, kept)
-        )
+        groups = [{names[id(p)] for p in group["params"]} for group in (decayed, kept)]
+        decayed_names, kept_names = groups
         assert decayed["weight_decay"] == 0.1 and kept["weight_decay"] == 0.0
         is_norm = ("LayerNorm", "layer_norm", "ln_")
         assert kept_names == {
@@ -563,20 +509,16 @@ def test_the_head_on_hidden_states_gives_the_models_own_logits(kind):
     assert torch.equal(head_of(model, last_hidden_state(model, batch)), logits)
 
 
-def test_evaluation_of_a_teacher_by_itself():
+def test_a_teacher_evaluated_against_itself_has_no_divergence():
     teacher = make_model("bert", VOCAB).eval()
     head = functools.partial(head_of, teacher)
     batches = [make_preparation()(g, *make_batch([20, 14], seed=g)) for g in (0, 1)]
     found = evaluate(teacher, head, teacher, head, batches)
     assert found["kl"] == pytest.approx(0, abs=1e-6) and found["agreement"] == 1.0
-    loss = [
-        torch.nn.functional.cross_entropy(
-            teacher(b.input_ids_BT, attention_mask=b.attention_mask_BT).logits.flatten(0, 1),
-            b.labels_BT.flatten(),
-            reduction="sum",
-        )
-        for b in batches
-    ]
-    assert found["loss"] == pytest.approx(
-        sum(loss).item() / sum(len(b.rows["masked"]) for b in batches), rel=1e-5
-    )
+    total = 0.0
+    for batch in batches:
+        logits = teacher(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
+        rows = logits.flatten(0, 1), batch.labels_BT.flatten()
+        total += torch.nn.functional.cross_entropy(*rows, reduction="sum").item()
+    num_masked = sum(len(batch.rows["masked"]) for batch in batches)
+    assert found["loss"] == pytest.approx(total / num_masked, rel=1e-5)

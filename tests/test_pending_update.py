@@ -286,10 +286,8 @@ def test_a_run_names_the_non_finite_update_not_the_next_one(
 
     def launch(self, *arguments, **options):
         calls.append(1)
-        bias, factor = (
-            self.model.head.projection.bias,
-            1.0 if len(calls) != update + 1 else math.nan,
-        )
+        factor = math.nan if len(calls) == update + 1 else 1.0
+        bias = self.model.head.projection.bias
         handle = bias.register_hook(lambda gradient: gradient * factor)
         pending = kept(self, *arguments, **options)
         handle.remove()

@@ -1,6 +1,4 @@
-"""The recipes, each from documents to report at tiny size; what they refuse; the
-documentation's commands for any teacher.
-"""
+"""The recipes run from documents to report at tiny size and refuse bad settings."""
 
 import concurrent.futures
 import json
@@ -37,15 +35,12 @@ MASKED, CAUSAL = transformers.AutoModelForMaskedLM, transformers.AutoModelForCau
 
 @pytest.fixture(scope="module")
 def site(tmp_path_factory, teachers) -> Path:
-    """A folder with documents, a folder a language, teachers by the names of the real ones, and
-    tasks' data.
-    """
+    """Make a folder with documents, teachers named as the real ones, and data of tasks."""
     site = tmp_path_factory.mktemp("site")
     (site / "my documents").mkdir()
     for name, seed, num in (("en.txt", 0, 180), ("de.txt", 7, 60)):
-        (site / "my documents" / name).write_text(
-            "\n\n".join(make_lines(num, seed)), encoding="utf-8"
-        )
+        text = "\n\n".join(make_lines(num, seed))
+        (site / "my documents" / name).write_text(text, encoding="utf-8")
     for kind, name in (("bert", "bert-base"), ("roberta", "roberta-base"), ("gpt2", "gpt2")):
         os.symlink(teachers[kind], site / name)
     families.make_teacher(site / "ModernBERT-base", "modernbert", True, teachers)
@@ -53,28 +48,26 @@ def site(tmp_path_factory, teachers) -> Path:
     for kind in teachers:
         content = json.dumps(student_config_of(kind, vocab_size_of(teachers[kind])))
         (site / f"{kind}.json").write_text(content)
-    config = transformers.DistilBertConfig(
-        **student_config_of("bert", vocab_size_of(site / "bert-base"))
-    )
-    transformers.DistilBertForMaskedLM(config).save_pretrained(site / "tiny-distilbert")
-    transformers.AutoTokenizer.from_pretrained(site / "bert-base").save_pretrained(
-        site / "tiny-distilbert"
-    )
+    sizes = student_config_of("bert", vocab_size_of(site / "bert-base"))
+    student = transformers.DistilBertForMaskedLM(transformers.DistilBertConfig(**sizes))
+    tokenizer = transformers.AutoTokenizer.from_pretrained(site / "bert-base")
+    for part in (student, tokenizer):
+        part.save_pretrained(site / "tiny-distilbert")
     write_tasks(site / "tasks")
     return site
 
 
 def write_tasks(folder: Path) -> None:
-    """Write MRPC, NER, WikiText and SQuAD in their own formats."""
+    """Write tiny data in the formats of MRPC, NER, WikiText and SQuAD."""
     sentences = make_lines(16, seed=5)
     pairs = [
         f"{k % 2}\t{k}\t{k}\t{a}\t{a if k % 2 else b}"
         for k, (a, b) in enumerate(zip(sentences, sentences[1:], strict=False))
     ]
-    tagged = "\n\n".join(
-        "\n".join(f"{word} {'B-PER' if word[0].isupper() else 'O'}" for word in s.split())
-        for s in sentences
-    )
+    tags = [
+        [(word, "B-PER" if word[0].isupper() else "O") for word in s.split()] for s in sentences
+    ]
+    tagged = "\n\n".join("\n".join(f"{word} {tag}" for word, tag in s) for s in tags)
     paragraph = {"context": "ba ke li mo nu", "qas": [question(k) for k in range(4)]}
     squad = json.dumps({"version": "1.1", "data": [{"title": "t", "paragraphs": [paragraph]}]})
     mrpc = "\n".join(["Quality\t#1 ID\t#2 ID\t#1 String\t#2 String", *pairs])
@@ -96,9 +89,8 @@ def question(k: int) -> dict:
     return {"id": f"q{k}", "question": "ke ba?", "answers": [{"text": "li", "answer_start": 6}]}
 
 
-# What each recipe is given beside TINY, and the class that loads its student. The folder `my
-# documents` is a text of English and German, and a folder with a file a language; at exponent 0
-# German comes twice.
+# Recipe -> (its settings in addition to TINY, class that loads its student). `my documents` serves
+# as a text and as a folder with one file per language; with exponent 0 German is repeated.
 SETTINGS = {
     "distilbert-base-uncased.sh": (
         {"TEACHER": "bert-base", "STUDENT_CONFIG": "bert.json", "PRECISION": "bf16"},
@@ -137,30 +129,14 @@ SECOND_STEP = {
 
 def run_recipe(name: str, site: Path, *stages: str, **settings: str) -> subprocess.CompletedProcess:
     given = SECOND_STEP if name == "squad-second-step.sh" else SETTINGS[name][0]
-    environment = {
-        **TINY,
-        "TEXT": "my documents",
-        "TASK_DATA": "tasks",
-        "OUT": f"out of {name}",
-        **given,
-        **settings,
-    }
-    return run_process(
-        "bash",
-        RECIPES / name,
-        *stages,
-        cwd=site,
-        timeout_s=900,
-        CUDA_VISIBLE_DEVICES="",
-        **environment,
-    )
+    folders = {"TEXT": "my documents", "TASK_DATA": "tasks", "OUT": f"out of {name}"}
+    environment = {"CUDA_VISIBLE_DEVICES": "", **TINY, **folders, **given, **settings}
+    return run_process("bash", RECIPES / name, *stages, cwd=site, timeout_s=900, **environment)
 
 
 @pytest.fixture(scope="module")
 def run_of(request, site):
-    """Run the recipes that the chosen tests ask for, two at a time, each once; a call waits for one
-    of them to end well.
-    """
+    """Run each recipe of the selected tests once, two at a time; return a function that awaits one."""
     chosen = [item for item in request.session.items if item.path == request.path]
     names = [
         item.callspec.params["name"]
@@ -191,25 +167,19 @@ def test_a_recipe_runs_from_documents_to_report(name, run_of):
     out = run_of(name)
     student = out / name.removesuffix(".sh")
     model, report = auto_class.from_pretrained(student, output_loading_info=True)
-    assert (
-        model.config.num_hidden_layers == STUDENT_LAYERS
-        and not report["missing_keys"]
-        and not report["unexpected_keys"]
-    )
+    assert model.config.num_hidden_layers == STUDENT_LAYERS
+    assert not report["missing_keys"] and not report["unexpected_keys"]
     assert transformers.AutoTokenizer.from_pretrained(student).is_fast
     assert json.loads((student / "best" / "best.json").read_text())["figures"]["kl"] > 0
     found = json.loads((out / "report" / "report.json").read_text())
     assert set(found["quality"]) == {"lm", *settings.get("TASKS", "").split()}
-    assert all(
-        set(entry["models"]) == {"teacher", "student"} for entry in found["quality"].values()
-    )
+    for entry in found["quality"].values():
+        assert set(entry["models"]) == {"teacher", "student"}
     assert json.loads((out / "held_out.student.json").read_text())["score"]["kl"] > 0
-    assert (student / "README.md").read_text().startswith("---\n") and (
-        out / "report" / "report.png"
-    ).exists()
-    held_out, rest = (
-        (out / f"{part}.txt").read_text().splitlines() for part in ("held_out", "train")
-    )
+    assert (student / "README.md").read_text().startswith("---\n")
+    assert (out / "report" / "report.png").exists()
+    texts = [(out / f"{part}.txt").read_text() for part in ("held_out", "train")]
+    held_out, rest = (text.splitlines() for text in texts)
     assert len(held_out) >= 20 and len(rest) > len(held_out) and not set(held_out) & set(rest)
 
 
@@ -221,28 +191,27 @@ def test_the_second_step_runs_from_a_student_to_a_report(run_of, site):
         transformers.AutoModelForQuestionAnswering.from_pretrained(out / run)
     assert json.loads((out / "student" / "scores.json").read_text())["teacher"].endswith("/teacher")
     for run in ("student", "plain"):
-        assert set(json.loads((out / f"report.{run}" / "report.json").read_text())["quality"]) == {
-            "squad"
-        }
+        found = json.loads((out / f"report.{run}" / "report.json").read_text())
+        assert set(found["quality"]) == {"squad"}
     before = (out / "teacher" / "scores.json").stat().st_mtime_ns
     again = run_recipe("squad-second-step.sh", site, "teacher")
     assert again.returncode == 0 and "scores.json is there already" in again.stdout
     assert (out / "teacher" / "scores.json").stat().st_mtime_ns == before
 
 
-def test_every_recipe_is_tried():
+def test_every_recipe_is_tested():
     assert {*SETTINGS, "squad-second-step.sh"} == set(PROGRAMS)
 
 
 @pytest.mark.parametrize("name", [*PROGRAMS, "common.sh"])
-def test_recipes_are_sound_shell(name):
+def test_recipes_are_valid_shell(name):
     done = subprocess.run(["bash", "-n", str(RECIPES / name)], capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert name == "common.sh" or os.access(RECIPES / name, os.X_OK)
 
 
 @pytest.mark.parametrize("name", SETTINGS)
-def test_a_missing_text_is_one_line_before_anything_is_made(name, tmp_path):
+def test_a_missing_text_gives_one_line_and_no_files(name, tmp_path):
     done = run_process("bash", RECIPES / name, cwd=tmp_path, TEXT="nowhere", TASKS="", timeout_s=20)
     assert done.returncode == 2 and done.stdout == "" and not list(tmp_path.iterdir())
     assert done.stderr.splitlines() == [
@@ -277,40 +246,23 @@ BAD = {
 
 
 @pytest.mark.parametrize("name", BAD)
-def test_bad_settings_are_said_together_before_anything_is_made(name, tmp_path):
+def test_bad_settings_give_one_line_each_and_no_files(name, tmp_path):
     stages, settings, expected = BAD[name]
     (tmp_path / "text").write_text("bake limo\n")
-    done = run_process(
-        "bash",
-        RECIPES / "distilgpt2.sh",
-        *stages,
-        cwd=tmp_path,
-        timeout_s=20,
-        **{"TEXT": "text", "TASKS": "", **settings},
-    )
+    settings = {"TEXT": "text", "TASKS": "", **settings}
+    command = ["bash", RECIPES / "distilgpt2.sh", *stages]
+    done = run_process(*command, cwd=tmp_path, timeout_s=20, **settings)
     lines = done.stderr.splitlines()
-    assert (
-        done.returncode == 2
-        and len(lines) == len(expected)
-        and sorted(os.listdir(tmp_path)) == ["text"]
-    )
-    assert all(
-        line.startswith(f"distilgpt2.sh: error: {begin}")
-        for line, begin in zip(lines, expected, strict=True)
-    ), lines
+    assert done.returncode == 2 and len(lines) == len(expected)
+    assert os.listdir(tmp_path) == ["text"]
+    for line, start in zip(lines, expected, strict=True):
+        assert line.startswith(f"distilgpt2.sh: error: {start}")
 
 
-def test_the_second_step_says_what_it_lacks(tmp_path):
-    done = run_process(
-        "bash",
-        RECIPES / "squad-second-step.sh",
-        cwd=tmp_path,
-        timeout_s=20,
-        GPUS="5",
-        SQUAD="none",
-        STUDENT_FOLDER="none",
-        PRECISION="bf16",
-    )
+def test_the_second_step_names_all_missing_inputs(tmp_path):
+    settings = {"GPUS": "5", "SQUAD": "none", "STUDENT_FOLDER": "none", "PRECISION": "bf16"}
+    command = ["bash", RECIPES / "squad-second-step.sh"]
+    done = run_process(*command, cwd=tmp_path, timeout_s=20, **settings)
     starts = [
         "GPUS=5: 12 and",
         "PRECISION=bf16",
@@ -318,23 +270,19 @@ def test_the_second_step_says_what_it_lacks(tmp_path):
         "SQUAD=none: has no dev",
         "STUDENT_FOLDER=none",
     ]
-    lines = [
-        line.removeprefix("squad-second-step.sh: error: ") for line in done.stderr.splitlines()
-    ]
+    lines = done.stderr.splitlines()
     assert done.returncode == 2 and len(lines) == len(starts) and not list(tmp_path.iterdir())
-    assert all(line.startswith(start) for line, start in zip(lines, starts, strict=True)), lines
+    for line, start in zip(lines, starts, strict=True):
+        assert line.removeprefix("squad-second-step.sh: error: ").startswith(start)
 
 
 @pytest.mark.slow
-def test_a_text_too_short_to_hold_some_out_is_said(site, tmp_path):
+def test_a_text_too_short_to_hold_out_a_part_is_refused(site, tmp_path):
     (tmp_path / "short.txt").write_text("\n\n".join(make_lines(5)), encoding="utf-8")
-    done = run_recipe(
-        "distilgpt2.sh", site, "data", OUT=str(tmp_path / "out"), TEXT=str(tmp_path / "short.txt")
-    )
-    assert (
-        done.returncode == 2
-        and "nothing is left beside the 20 sequences" in done.stderr.splitlines()[-1]
-    )
+    paths = {"OUT": str(tmp_path / "out"), "TEXT": str(tmp_path / "short.txt")}
+    done = run_recipe("distilgpt2.sh", site, "data", **paths)
+    assert done.returncode == 2
+    assert "nothing is left beside the 20 sequences" in done.stderr.splitlines()[-1]
     assert not (tmp_path / "out" / "train.txt").exists()
 
 

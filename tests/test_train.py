@@ -1,15 +1,14 @@
-"""train.py: flags and defaults, bad input, the run folder, the schedule, and that all pairs
-learn.
-"""
+"""train.py: flags and defaults, bad input, the run folder, the schedule; every pair learns."""
 
 import dataclasses
 import json
 import math
-import os
 import re
 import shutil
+import sys
 from pathlib import Path
 
+import families
 import pytest
 import safetensors.torch
 import torch
@@ -24,20 +23,15 @@ from distil.losses import LOSSES
 from utils import git_facts
 
 KINDS = ("bert", "roberta", "gpt2")
-NEEDED = [
-    "--dump_path",
-    "new",
-    "--data_file",
-    __file__,
-    "--student_type",
-    "gpt2",
-    "--student_config",
-    __file__,
-    "--teacher_type",
-    "gpt2",
-    "--teacher_name",
-    "t",
-]
+REQUIRED = {
+    "dump_path": "new",
+    "data_file": __file__,
+    "student_type": "gpt2",
+    "student_config": __file__,
+    "teacher_type": "gpt2",
+    "teacher_name": "t",
+}
+NEEDED = [word for name, value in REQUIRED.items() for word in (f"--{name}", value)]
 
 DEFAULTS = {
     "force": False,
@@ -94,35 +88,22 @@ DEFAULTS = {
 
 def test_flags_and_defaults_are_those_of_2019():
     flags = train.as_flags(train.parse_config(NEEDED))
-    required = {
-        "dump_path",
-        "data_file",
-        "student_type",
-        "student_config",
-        "teacher_type",
-        "teacher_name",
-    }
-    assert {name: value for name, value in flags.items() if name not in required} == DEFAULTS
+    assert {name: value for name, value in flags.items() if name not in REQUIRED} == DEFAULTS
 
 
 def test_every_loss_has_its_flag():
-    arguments = [
-        word
-        for name in LOSSES
-        for word in (f"--alpha_{name}", "0.0" if name in ("mlm",) else "0.25")
-    ]
-    assert train.parse_config(NEEDED + arguments).alphas == {
-        name: 0.0 if name == "mlm" else 0.25 for name in LOSSES
-    }
+    alphas = {name: 0.0 if name == "mlm" else 0.25 for name in LOSSES}
+    flags = [word for name, alpha in alphas.items() for word in (f"--alpha_{name}", str(alpha))]
+    assert train.parse_config(NEEDED + flags).alphas == alphas
 
 
-def test_grouping_is_switched_by_either_flag():
+def test_either_flag_controls_grouping_by_length():
     assert train.parse_config([*NEEDED, "--group_by_size"]).group_by_size
     assert not train.parse_config([*NEEDED, "--no-group_by_size"]).group_by_size
 
 
 @pytest.mark.parametrize("spelling", ["--local-rank=3", "--local_rank=3"])
-def test_both_spellings_of_the_launchers_flag_are_read(spelling):
+def test_both_spellings_of_the_launchers_flag_are_parsed(spelling):
     assert train.parse_config([*NEEDED, spelling]).local_rank == 3
 
 
@@ -135,7 +116,7 @@ def test_help_names_every_option_once(capsys):
 
 
 # --------------------------------------------------------------------------------------------------
-# Bad input: one line a problem, status 2, nothing touched
+# Bad input: one line per problem, exit status 2, no file touched
 # --------------------------------------------------------------------------------------------------
 
 BAD_FLAGS = {
@@ -185,7 +166,7 @@ BAD_FLAGS = {
 
 
 @pytest.mark.parametrize("name", BAD_FLAGS)
-def test_bad_flags_are_named_a_line_each(name, world, tmp_path, status_and_errors):
+def test_bad_flags_give_one_line_each(name, world, tmp_path, status_and_errors):
     changes, expected = BAD_FLAGS[name]
     status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run", **changes))
     assert status == 2 and not (tmp_path / "run").exists()
@@ -200,15 +181,13 @@ def edit_json(path: str, target: Path, **changes) -> str:
 
 
 def bad_vocabulary(world, tmp):
-    return {
-        "student_config": edit_json(world.config("bert"), tmp / "c.json", vocab_size=77)
-    }, "vocabulary is 77, the teacher's is"
+    changed = edit_json(world.config("bert"), tmp / "c.json", vocab_size=77)
+    return {"student_config": changed}, "vocabulary is 77, the teacher's is"
 
 
 def bad_width(world, tmp):
-    return {
-        "student_config": edit_json(world.config("bert"), tmp / "c.json", dim=40)
-    }, "width is 40, the teacher's is 32"
+    changed = edit_json(world.config("bert"), tmp / "c.json", dim=40)
+    return {"student_config": changed}, "width is 40, the teacher's is 32"
 
 
 def bad_positions(world, tmp):
@@ -217,36 +196,31 @@ def bad_positions(world, tmp):
 
 
 def bad_heads(world, tmp):
-    return {
-        "student_config": edit_json(world.config("bert"), tmp / "c.json", n_heads=5)
-    }, "--student_config"
+    changed = edit_json(world.config("bert"), tmp / "c.json", n_heads=5)
+    return {"student_config": changed}, "--student_config"
 
 
 def bad_activation(world, tmp):
-    return {
-        "student_config": edit_json(world.config("bert"), tmp / "c.json", activation="foo")
-    }, "c.json: cannot build a model"
+    changed = edit_json(world.config("bert"), tmp / "c.json", activation="foo")
+    return {"student_config": changed}, "c.json: cannot build a model"
 
 
 def bad_layers(world, tmp):
-    return {
-        "student_config": edit_json(world.config("bert"), tmp / "c.json", n_layers=0)
-    }, "c.json: has 0 layers"
+    changed = edit_json(world.config("bert"), tmp / "c.json", n_layers=0)
+    return {"student_config": changed}, "c.json: has 0 layers"
 
 
 def bad_forward(world, tmp):
-    return {
-        "student_config": edit_json(world.config("bert"), tmp / "c.json", n_heads=-4)
-    }, "c.json: the model fails on"
+    changed = edit_json(world.config("bert"), tmp / "c.json", n_heads=-4)
+    return {"student_config": changed}, "c.json: the model fails on"
 
 
 def bad_tied_weights(world, tmp):
     state = torch.load(world.first_weights("bert"), weights_only=True)
     state["vocab_projector.weight"] = state["vocab_projector.weight"] + 1
     torch.save(state, tmp / "first.pth")
-    return {
-        "student_pretrained_weights": str(tmp / "first.pth")
-    }, "first.pth: has another value for"
+    changed = {"student_pretrained_weights": str(tmp / "first.pth")}
+    return changed, "first.pth: has another value for"
 
 
 def bad_teacher_layers(world, tmp):
@@ -262,9 +236,8 @@ def bad_tokenizer_files(world, tmp):
 
 
 def bad_config_type(world, tmp):
-    return {
-        "student_config": edit_json(world.config("bert"), tmp / "c.json", model_type="gpt2")
-    }, "is for a gpt2 model"
+    changed = edit_json(world.config("bert"), tmp / "c.json", model_type="gpt2")
+    return {"student_config": changed}, "is for a gpt2 model"
 
 
 def bad_config_text(world, tmp):
@@ -278,9 +251,8 @@ def bad_token_id(world, tmp):
 
 
 def bad_boundaries(world, tmp):
-    return {
-        "data_file": write_pickle(tmp / "data.pickle", as_uint16([range(5, 25)]))
-    }, "data.pickle: sequence 0 begins with"
+    data = write_pickle(tmp / "data.pickle", as_uint16([range(5, 25)]))
+    return {"data_file": data}, "data.pickle: sequence 0 begins with"
 
 
 def bad_tokenizer_type(world, tmp):
@@ -288,21 +260,18 @@ def bad_tokenizer_type(world, tmp):
 
 
 def bad_filtered(world, tmp):
-    return {
-        "data_file": write_pickle(tmp / "d.pickle", as_uint16([[2, 7, 3]] * 9))
-    }, "none of its 9 sequences is left"
+    data = write_pickle(tmp / "d.pickle", as_uint16([[2, 7, 3]] * 9))
+    return {"data_file": data}, "none of its 9 sequences is left"
 
 
 def bad_counts_length(world, tmp):
-    return {
-        "token_counts": write_pickle(tmp / "counts.pickle", [1, 2, 3])
-    }, "counts.pickle: has 3 entries, the vocabulary of"
+    counts = write_pickle(tmp / "counts.pickle", [1, 2, 3])
+    return {"token_counts": counts}, "counts.pickle: has 3 entries, the vocabulary of"
 
 
 def bad_counts_content(world, tmp):
-    return {
-        "token_counts": write_pickle(tmp / "counts.pickle", {"a": 1})
-    }, "expected a list of counts"
+    counts = write_pickle(tmp / "counts.pickle", {"a": 1})
+    return {"token_counts": counts}, "expected a list of counts"
 
 
 def bad_empty_data(world, tmp):
@@ -324,51 +293,41 @@ def bad_teacher(world, tmp):
 
 
 def bad_first_weights(world, tmp):
-    return {
-        "student_pretrained_weights": world.first_weights("gpt2")
-    }, "has unexpected transformer."
+    changed = {"student_pretrained_weights": world.first_weights("gpt2")}
+    return changed, "has unexpected transformer."
 
 
 BAD_FILES = [value for name, value in globals().copy().items() if name.startswith("bad_")]
 
 
 @pytest.mark.parametrize("make", BAD_FILES, ids=lambda function: function.__name__)
-def test_bad_files_are_named_in_one_line(make, world, tmp_path, status_and_errors):
+def test_bad_files_give_one_line_and_leave_the_old_run(make, world, tmp_path, status_and_errors):
     old = tmp_path / "run"
     old.mkdir()
     (old / "parameters.json").write_text("{}")
     changes, expected = make(world, tmp_path)
     status, errors = status_and_errors(train.main, world.flags("bert", old, force=True, **changes))
     assert status == 2 and any(expected in line for line in errors), errors
-    assert [path.name for path in old.iterdir()] == ["parameters.json"], (
-        "the old run must stay where it was"
-    )
+    assert [path.name for path in old.iterdir()] == ["parameters.json"]
     assert not list(tmp_path.glob("run.old*"))
 
 
-def test_a_roberta_student_must_count_positions_as_its_teacher_does(
-    world, tmp_path, status_and_errors
-):
+def test_a_roberta_student_needs_its_teachers_padding_id(world, tmp_path, status_and_errors):
     config = edit_json(world.config("roberta"), tmp_path / "c.json", pad_token_id=0)
-    status, errors = status_and_errors(
-        train.main, world.flags("roberta", tmp_path / "run", student_config=config)
-    )
+    flags = world.flags("roberta", tmp_path / "run", student_config=config)
+    status, errors = status_and_errors(train.main, flags)
     assert status == 2 and "c.json: padding id is 0, the teacher's is 1" in errors[0]
 
 
 def test_an_existing_run_folder_is_refused_without_force(world, tmp_path, status_and_errors):
     (tmp_path / "run").mkdir()
     status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run"))
-    assert (
-        status == 2
-        and len(errors) == 1
-        and "exists already" in errors[0]
-        and "--force" in errors[0]
-    )
+    assert status == 2 and len(errors) == 1
+    assert "exists already" in errors[0] and "--force" in errors[0]
 
 
 @pytest.mark.parametrize("where", ["foreign", "data", "cwd", "file", "link", "below a file"])
-def test_force_never_harms_what_is_no_run(where, world, tmp_path, status_and_errors, monkeypatch):
+def test_force_never_harms_other_folders(where, world, tmp_path, status_and_errors, monkeypatch):
     target = tmp_path / "target"
     target.mkdir()
     (target / "thesis.txt").write_text("years of work")
@@ -387,9 +346,8 @@ def test_force_never_harms_what_is_no_run(where, world, tmp_path, status_and_err
     elif where == "link":
         (tmp_path / "link").symlink_to(target)
         dump_path = f"{tmp_path / 'link'}/"
-    status, errors = status_and_errors(
-        train.main, world.flags("bert", dump_path, force=True, **changes)
-    )
+    flags = world.flags("bert", dump_path, force=True, **changes)
+    status, errors = status_and_errors(train.main, flags)
     assert status == 2 and len(errors) == 1 and "--dump_path" in errors[0]
     assert (target / "thesis.txt").read_text() == "years of work"
 
@@ -399,11 +357,8 @@ def test_force_moves_an_old_run_aside(world, tmp_path):
     (tmp_path / "run" / "mark").touch()
     train.main(world.flags("bert", tmp_path / "run", max_steps=1, force=True))
     aside = list(tmp_path.glob("run.old-*"))
-    assert (
-        len(aside) == 1
-        and (aside[0] / "mark").exists()
-        and not (tmp_path / "run" / "mark").exists()
-    )
+    assert len(aside) == 1 and (aside[0] / "mark").exists()
+    assert not (tmp_path / "run" / "mark").exists()
 
 
 # --------------------------------------------------------------------------------------------------
@@ -413,23 +368,14 @@ def test_force_moves_an_old_run_aside(world, tmp_path):
 
 @pytest.fixture(scope="module")
 def runs(world, tmp_path_factory) -> dict[str, Path]:
-    """One finished run of each pair, with first weights, some epochs, logs and checkpoints."""
+    """One finished run of each pair from first weights, with epochs, logs and checkpoints."""
     folders = {}
     for kind in KINDS:
         folders[kind] = tmp_path_factory.mktemp("runs") / kind
-        train.main(
-            world.flags(
-                kind,
-                folders[kind],
-                n_epoch=3,
-                student_pretrained_weights=world.first_weights(kind),
-                learning_rate=2e-3,
-                log_interval=20,
-                checkpoint_interval=50,
-                alpha_mse=0.01,
-                freeze_pos_embs=True,
-            )
-        )
+        changes = {"student_pretrained_weights": world.first_weights(kind)}
+        changes |= {"n_epoch": 3, "log_interval": 20, "checkpoint_interval": 50}
+        changes |= {"learning_rate": 2e-3, "alpha_mse": 0.01, "freeze_pos_embs": True}
+        train.main(world.flags(kind, folders[kind], **changes))
     return folders
 
 
@@ -440,27 +386,15 @@ def scalars(folder: Path) -> dict[str, list]:
 
 
 @pytest.mark.parametrize("kind", KINDS)
-def test_the_run_folder_holds_what_2019s_held(kind, runs):
+def test_the_run_folder_holds_the_files_of_2019(kind, runs):
     names = {path.name for path in runs[kind].iterdir()}
-    assert {
-        "parameters.json",
-        "git_log.json",
-        "config.json",
-        "log",
-        "checkpoint.pth",
-        "pytorch_model.bin",
-        "model.safetensors",
-        "model_epoch_0.pth",
-        "model_epoch_1.pth",
-        "model_epoch_2.pth",
-        "tokenizer.json",
-    } <= names
+    expected = {"parameters.json", "git_log.json", "config.json", "tokenizer.json", "log"}
+    expected |= {"checkpoint.pth", "pytorch_model.bin", "model.safetensors"}
+    expected |= {f"model_epoch_{epoch}.pth" for epoch in range(3)}
+    assert expected <= names
     assert not [name for name in names if name.startswith(".") or name.endswith(".tmp")]
-    assert set(json.loads((runs[kind] / "git_log.json").read_text())) == {
-        "repo_id",
-        "repo_sha",
-        "repo_branch",
-    }
+    facts = json.loads((runs[kind] / "git_log.json").read_text())
+    assert set(facts) == {"repo_id", "repo_sha", "repo_branch"}
     parameters = json.loads((runs[kind] / "parameters.json").read_text())
     assert parameters["alpha_mse"] == 0.01 and parameters["freeze_pos_embs"] is True
     config = json.loads((runs[kind] / "config.json").read_text())
@@ -468,11 +402,16 @@ def test_the_run_folder_holds_what_2019s_held(kind, runs):
     assert not config.get("output_hidden_states")
 
 
+PROJECTIONS = {
+    "bert": "vocab_projector.weight",
+    "roberta": "lm_head.decoder.weight",
+    "gpt2": "lm_head.weight",
+}
+
+
 def load_auto(kind: str, folder: Path):
-    auto = (
-        transformers.AutoModelForCausalLM if kind == "gpt2" else transformers.AutoModelForMaskedLM
-    )
-    model, report = auto.from_pretrained(folder, output_loading_info=True)
+    auto_class = families.auto_class(is_masked=kind != "gpt2")
+    model, report = auto_class.from_pretrained(folder, output_loading_info=True)
     assert not report["missing_keys"] and not report["unexpected_keys"]
     return model.eval()
 
@@ -484,18 +423,12 @@ def test_the_folder_loads_with_equal_logits_and_tokenizer(kind, runs, world, lin
     state = torch.load(runs[kind] / "pytorch_model.bin", weights_only=True)
     plain.load_state_dict(state, strict=True)
     assert not any(name.startswith("module.") for name in state)
-    assert {
-        "bert": "vocab_projector.weight",
-        "roberta": "lm_head.decoder.weight",
-        "gpt2": "lm_head.weight",
-    }[kind] in state
+    assert PROJECTIONS[kind] in state
     tokenizer = transformers.AutoTokenizer.from_pretrained(runs[kind])
     ids = tokenizer(lines[0], return_tensors="pt")["input_ids"][:, :40]
     assert torch.equal(from_folder(ids).logits, plain(ids).logits)
-    assert (
-        tokenizer(lines[:9])["input_ids"]
-        == transformers.AutoTokenizer.from_pretrained(world.teachers[kind])(lines[:9])["input_ids"]
-    )
+    teachers = transformers.AutoTokenizer.from_pretrained(world.teachers[kind])
+    assert tokenizer(lines[:9])["input_ids"] == teachers(lines[:9])["input_ids"]
     last = torch.load(runs[kind] / "model_epoch_2.pth", weights_only=True)
     assert all(torch.equal(last[name], state[name]) for name in state)
 
@@ -529,23 +462,21 @@ def test_tensorboard_has_the_tags_of_2019(kind, runs, world):
     assert set(found) == expected and len(frozen) == 1
     log = EventAccumulator(str(runs[kind] / "log" / "train"))
     log.Reload()
-    assert set(log.Tags()["tensors"]) == {
-        "config/training/text_summary",
-        "config/student/text_summary",
-    }
+    texts = {f"config/{part}/text_summary" for part in ("training", "student")}
+    assert set(log.Tags()["tensors"]) == texts
     assert [event.step for event in found["epoch/loss"]] == [0, 1, 2]
     steps = [event.step for event in found["losses/loss"]]
-    assert steps[:3] == [20, 40, 60] and all(
-        math.isfinite(e.value) for events in found.values() for e in events
-    )
+    assert steps[:3] == [20, 40, 60]
+    assert all(math.isfinite(event.value) for events in found.values() for event in events)
     assert 100 < found["global/memory_usage"][0].value < 1e7
 
 
-def test_frozen_positions_stay_and_the_rest_moves(runs, world):
-    for kind, name in (
-        ("bert", "distilbert.embeddings.position_embeddings.weight"),
-        ("gpt2", "transformer.wpe.weight"),
-    ):
+def test_only_frozen_positions_are_unchanged(runs, world):
+    positions = {
+        "bert": "distilbert.embeddings.position_embeddings.weight",
+        "gpt2": "transformer.wpe.weight",
+    }
+    for kind, name in positions.items():
         before = torch.load(world.first_weights(kind), weights_only=True)
         after = torch.load(runs[kind] / "pytorch_model.bin", weights_only=True)
         assert torch.equal(before[name], after[name])
@@ -553,14 +484,14 @@ def test_frozen_positions_stay_and_the_rest_moves(runs, world):
         assert len(moved) == len(before) - 1
 
 
-def test_sinusoidal_positions_stay_without_the_flag(world, tmp_path):
+def test_sinusoidal_positions_are_frozen_without_the_flag(world, tmp_path):
     train.main(world.flags("bert", tmp_path / "run", max_steps=3))
     after = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)
     positions = after["distilbert.embeddings.position_embeddings.weight"]
     assert positions[3, :2].tolist() == pytest.approx([math.sin(3), math.cos(3)], abs=1e-6)
 
 
-def test_a_run_is_repeated_bit_for_bit(world, tmp_path):
+def test_a_run_is_reproducible_bit_for_bit(world, tmp_path):
     states = []
     for name in ("one", "two"):
         train.main(world.flags("bert", tmp_path / name, max_steps=4))
@@ -569,17 +500,12 @@ def test_a_run_is_repeated_bit_for_bit(world, tmp_path):
 
 
 @pytest.mark.parametrize("epochs, accumulation", [(1, 7), (3, 7), (2, 1000)])
-def test_updates_schedule_and_epochs(epochs, accumulation, world, tmp_path, caplog):
-    train.main(
-        world.flags(
-            "bert",
-            tmp_path / "run",
-            n_epoch=epochs,
-            gradient_accumulation_steps=accumulation,
-            log_interval=1,
-            warmup_prop=0.3,
-        )
-    )
+def test_updates_rates_and_epochs_follow_the_schedule(
+    epochs, accumulation, world, tmp_path, caplog
+):
+    changes = {"n_epoch": epochs, "gradient_accumulation_steps": accumulation}
+    changes |= {"log_interval": 1, "warmup_prop": 0.3}
+    train.main(world.flags("bert", tmp_path / "run", **changes))
     found = scalars(tmp_path / "run")
     batches = 48  # 240 sequences, 5 a batch
     steps = [event.step for event in found["learning_rate/lr"]]
@@ -587,26 +513,18 @@ def test_updates_schedule_and_epochs(epochs, accumulation, world, tmp_path, capl
     num = batches * epochs // accumulation + 1
     warmup = math.ceil(0.3 * num)
     expected = [
-        k / warmup if k < warmup else max(num - k, 0) / max(num - warmup, 1)
+        5e-4 * (k / warmup if k < warmup else max(num - k, 0) / max(num - warmup, 1))
         for k in range(1, len(steps) + 1)
     ]
-    assert [e.value for e in found["learning_rate/lr"]] == pytest.approx(
-        [5e-4 * x for x in expected], rel=1e-5
-    )
-    assert {path.name for path in (tmp_path / "run").glob("model_epoch*")} == {
-        f"model_epoch_{e}.pth" for e in range(epochs)
-    }
+    rates = [event.value for event in found["learning_rate/lr"]]
+    assert rates == pytest.approx(expected, rel=1e-5)
+    names = {path.name for path in (tmp_path / "run").glob("model_epoch*")}
+    assert names == {f"model_epoch_{epoch}.pth" for epoch in range(epochs)}
 
 
-def test_the_first_update_runs_at_rate_zero(world, tmp_path):
-    train.main(
-        world.flags(
-            "bert",
-            tmp_path / "run",
-            max_steps=1,
-            student_pretrained_weights=world.first_weights("bert"),
-        )
-    )
+def test_the_first_update_has_a_learning_rate_of_zero(world, tmp_path):
+    changes = {"max_steps": 1, "student_pretrained_weights": world.first_weights("bert")}
+    train.main(world.flags("bert", tmp_path / "run", **changes))
     before = torch.load(world.first_weights("bert"), weights_only=True)
     after = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)
     assert all(torch.equal(before[name], after[name]) for name in before)
@@ -616,24 +534,22 @@ def test_logged_losses_are_means_since_the_last_log(world, tmp_path):
     train.main(world.flags("bert", tmp_path / "often", max_steps=6, log_interval=2))
     train.main(world.flags("bert", tmp_path / "rarely", max_steps=6, log_interval=6))
     for tag in ("losses/loss", "losses/loss_ce", "losses/loss_mlm"):
-        often, rarely = (
-            [e.value for e in scalars(tmp_path / name)[tag]] for name in ("often", "rarely")
-        )
+        logs = [scalars(tmp_path / name)[tag] for name in ("often", "rarely")]
+        often, rarely = ([event.value for event in log] for log in logs)
         assert rarely == pytest.approx([sum(often[:3]) / 3, sum(often[3:]) / 3], rel=1e-5)
     epoch = [e.value for e in scalars(tmp_path / "often")["losses/cum_avg_loss_epoch"]]
     losses = [e.value for e in scalars(tmp_path / "often")["losses/loss"]]
     assert epoch == pytest.approx([sum(losses[:k]) / k for k in range(1, 7)], rel=1e-5)
 
 
-def test_few_updates_are_warned_about(world, tmp_path):
-    done = run_process(
-        os.sys.executable, ROOT / "train.py", *world.flags("bert", tmp_path / "run", max_steps=2)
-    )
+def test_a_run_of_few_updates_logs_a_warning(world, tmp_path):
+    flags = world.flags("bert", tmp_path / "run", max_steps=2)
+    done = run_process(sys.executable, ROOT / "train.py", *flags)
     assert done.returncode == 0 and "Only 2 update(s)" in done.stderr
 
 
 @pytest.mark.parametrize("where", ["teacher", "gradient"])
-def test_a_nan_stops_the_run_with_a_message(where, world, tmp_path, monkeypatch, capfd):
+def test_a_nan_stops_the_run_and_saves_its_batches(where, world, tmp_path, monkeypatch, capfd):
     if where == "teacher":
         kept = train.set_up
 
@@ -658,19 +574,13 @@ def test_a_nan_stops_the_run_with_a_message(where, world, tmp_path, monkeypatch,
     assert end.value.code == train.EXIT_NON_FINITE != 0
     message = capfd.readouterr().err
     assert ("loss_ce became nan" if where == "teacher" else "gradient norm became") in message
-    assert (
-        "update 0: " in message
-        and "micro-batch 0" in message
-        and "on rank 0, sequences " in message
-    )
+    assert "update 0: " in message and "micro-batch 0" in message
+    assert "on rank 0, sequences " in message
     if where == "gradient":
         assert re.search("loss_(ce|mlm)'s gradient for vocab_projector.bias", message)
     batches = safetensors.torch.load_file(tmp_path / "run" / "nonfinite-step-0.safetensors")
-    assert set(batches) == {
-        f"{g}/{name}"
-        for g in (0, 1)
-        for name in ("input_ids", "labels", "sequences", "attention_mask")
-    }
+    names = ("input_ids", "labels", "sequences", "attention_mask")
+    assert set(batches) == {f"{number}/{name}" for number in (0, 1) for name in names}
     assert not (tmp_path / "run" / "pytorch_model.bin").exists()
     assert [path.name for path in (tmp_path / "run" / "checkpoints").iterdir()] == ["step-00000000"]
 
@@ -681,17 +591,15 @@ def test_a_teacher_that_gives_nan_is_refused_before_training(world, tmp_path, st
     model = transformers.BertForMaskedLM.from_pretrained(teacher)
     model.bert.embeddings.LayerNorm.weight.data.fill_(3e38)
     model.save_pretrained(teacher)
-    status, errors = status_and_errors(
-        train.main, world.flags("bert", tmp_path / "run", teacher_name=str(teacher))
-    )
+    flags = world.flags("bert", tmp_path / "run", teacher_name=str(teacher))
+    status, errors = status_and_errors(train.main, flags)
     assert status == 2 and "gives NaN or infinite values before any training" in errors[0]
     assert not (tmp_path / "run").exists()
 
 
-def test_settings_of_another_run_do_not_reach_the_student(world, tmp_path):
-    config = edit_json(
-        world.config("bert"), tmp_path / "c.json", output_hidden_states=True, output_attentions=True
-    )
+def test_output_options_of_a_configuration_are_ignored(world, tmp_path):
+    changes = {"output_hidden_states": True, "output_attentions": True}
+    config = edit_json(world.config("bert"), tmp_path / "c.json", **changes)
     train.main(world.flags("bert", tmp_path / "run", max_steps=1, student_config=config))
     saved = json.loads((tmp_path / "run" / "config.json").read_text())
     assert not saved.get("output_hidden_states") and not saved.get("output_attentions")
@@ -700,10 +608,10 @@ def test_settings_of_another_run_do_not_reach_the_student(world, tmp_path):
 def test_initializer_range_overrides_the_configuration(world, tmp_path):
     train.main(world.flags("bert", tmp_path / "run", max_steps=1, initializer_range=0.5))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["initializer_range"] == 0.5
-    weights = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)[
-        "vocab_transform.weight"
-    ]
-    assert weights.std().item() == pytest.approx(0.5, rel=0.1)  # 1024 draws: standard error 2 %
+    state = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)
+    assert state["vocab_transform.weight"].std().item() == pytest.approx(
+        0.5, rel=0.1
+    )  # 1024 draws: standard error 2 %
 
 
 def test_max_length_cuts_sequences(world, tmp_path):
@@ -712,13 +620,11 @@ def test_max_length_cuts_sequences(world, tmp_path):
     assert parts.dataset.lengths.max() == 20
 
 
-def test_max_steps_of_the_runs_own_length_changes_nothing(world, tmp_path):
+def test_max_steps_equal_to_the_epochs_gives_the_same_weights(world, tmp_path):
     train.main(world.flags("bert", tmp_path / "epochs", n_epoch=1, gradient_accumulation_steps=8))
     train.main(world.flags("bert", tmp_path / "steps", max_steps=6, gradient_accumulation_steps=8))
-    one, two = (
-        torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True)
-        for name in ("epochs", "steps")
-    )
+    files = [tmp_path / name / "pytorch_model.bin" for name in ("epochs", "steps")]
+    one, two = (torch.load(file, weights_only=True) for file in files)
     assert all(torch.equal(one[name], two[name]) for name in one)
 
 
@@ -727,7 +633,7 @@ def test_half_precision_trains(world, tmp_path):
     assert all(math.isfinite(event.value) for event in scalars(tmp_path / "run")["losses/loss"])
 
 
-def test_outside_a_git_checkout_the_run_goes_on(tmp_path, caplog):
+def test_outside_a_git_checkout_the_facts_are_empty(tmp_path):
     assert git_facts(tmp_path) == {"repo_id": None, "repo_sha": None, "repo_branch": None}
 
 
@@ -738,33 +644,16 @@ def test_a_cased_bare_vocabulary_stays_cased_through_a_run(world, tmp_path, text
     vocabulary = json.loads((teacher / "tokenizer.json").read_text())["model"]["vocab"]
     for path in teacher.iterdir():
         path.unlink()
-    (teacher / "vocab.txt").write_text(
-        "\n".join(sorted(vocabulary, key=vocabulary.get)) + "\n", encoding="utf-8"
-    )
+    tokens = "\n".join(sorted(vocabulary, key=vocabulary.get))
+    (teacher / "vocab.txt").write_text(f"{tokens}\n", encoding="utf-8")
     make_model("bert", len(vocabulary)).save_pretrained(teacher)
-    binarized_data.main(
-        [
-            "--file_path",
-            str(text_file),
-            "--tokenizer_name",
-            str(teacher),
-            "--dump_file",
-            str(tmp_path / "d"),
-        ]
-    )
+    flags = ["--file_path", str(text_file), "--tokenizer_name", str(teacher)]
+    binarized_data.main([*flags, "--dump_file", str(tmp_path / "d")])
     counts = write_pickle(tmp_path / "counts.pickle", [1] * len(vocabulary))
     config = edit_json(world.config("bert"), tmp_path / "c.json", vocab_size=len(vocabulary))
-    train.main(
-        world.flags(
-            "bert",
-            tmp_path / "run",
-            max_steps=1,
-            teacher_name=str(teacher),
-            student_config=config,
-            data_file=str(tmp_path / "d.cased.pickle"),
-            token_counts=counts,
-        )
-    )
+    changes = {"teacher_name": teacher, "student_config": config, "token_counts": counts}
+    changes |= {"data_file": tmp_path / "d.cased.pickle", "max_steps": 1}
+    train.main(world.flags("bert", tmp_path / "run", **changes))
     tokenizer = transformers.AutoTokenizer.from_pretrained(tmp_path / "run")
     assert tokenizer.encode("Da") != tokenizer.encode("da")
 
@@ -776,34 +665,19 @@ def test_a_cased_bare_vocabulary_stays_cased_through_a_run(world, tmp_path, text
 
 @pytest.fixture(scope="module")
 def store(world, text_file, tmp_path_factory) -> str:
-    """The data of the BERT pair as a store, and the prefix that names it."""
+    """Write the data of the BERT pair as a store; return its path without suffix."""
     folder = tmp_path_factory.mktemp("store")
-    binarized_data.main(
-        [
-            "--file_path",
-            str(text_file),
-            "--tokenizer_name",
-            str(world.teachers["bert"]),
-            "--dump_file",
-            str(folder / "data"),
-            "--format",
-            "store",
-        ]
-    )
+    flags = ["--file_path", str(text_file), "--tokenizer_name", str(world.teachers["bert"])]
+    binarized_data.main([*flags, "--dump_file", str(folder / "data"), "--format", "store"])
     return str(folder / "data.tiny-bert")
 
 
-def test_a_run_from_the_store_is_the_run_from_the_pickle(world, store, tmp_path):
-    for name, data_file in (
-        ("pickle", world.data("bert")),
-        ("store", store),
-        ("named_by_bin", f"{store}.bin"),
-    ):
+def test_a_run_from_a_store_equals_the_run_from_a_pickle(world, store, tmp_path):
+    data_files = {"pickle": world.data("bert"), "store": store, "named_by_bin": f"{store}.bin"}
+    for name, data_file in data_files.items():
         train.main(world.flags("bert", tmp_path / name, data_file=data_file, max_steps=4))
-    names = ("pickle", "store", "named_by_bin")
-    states = [
-        torch.load(tmp_path / name / "pytorch_model.bin", weights_only=True) for name in names
-    ]
+    files = [tmp_path / name / "pytorch_model.bin" for name in data_files]
+    states = [torch.load(file, weights_only=True) for file in files]
     assert all(torch.equal(states[0][key], state[key]) for state in states for key in states[0])
 
 
@@ -824,14 +698,12 @@ def test_damage_found_while_training_stops_the_run(world, store, tmp_path, statu
         if suffix == ".bin":
             content[3000] ^= 1
         Path(f"{damaged}{suffix}").write_bytes(content)
-    status, errors = status_and_errors(
-        train.main, world.flags("bert", tmp_path / "run", data_file=damaged)
-    )
+    flags = world.flags("bert", tmp_path / "run", data_file=damaged)
+    status, errors = status_and_errors(train.main, flags)
     assert status == 2 and len(errors) == 1 and "data.tiny-bert.bin: bytes 0 to" in errors[0]
 
 
-def test_data_of_another_vocabulary_is_refused_by_name(world, store, tmp_path, status_and_errors):
-    """Of the same size, so that nothing else would notice."""
+def test_data_of_another_vocabulary_is_refused(world, store, tmp_path, status_and_errors):
     teacher = tmp_path / "other-bert"
     shutil.copytree(world.teachers["bert"], teacher)
     tokenizer = json.loads((teacher / "tokenizer.json").read_text())
@@ -841,11 +713,8 @@ def test_data_of_another_vocabulary_is_refused_by_name(world, store, tmp_path, s
     (teacher / "tokenizer.json").write_text(json.dumps(tokenizer))
     flags = world.flags("bert", tmp_path / "run", teacher_name=teacher, data_file=store)
     status, errors = status_and_errors(train.main, flags)
-    assert (
-        status == 2
-        and "was made with the tokenizer" in errors[0]
-        and "other-bert is another" in errors[0]
-    )
+    assert status == 2
+    assert "was made with the tokenizer" in errors[0] and "other-bert is another" in errors[0]
 
 
 BAD_STORE_FLAGS = {
@@ -861,7 +730,7 @@ BAD_STORE_FLAGS = {
 
 
 @pytest.mark.parametrize("name", BAD_STORE_FLAGS)
-def test_bad_data_flags_are_one_line(name, world, store, tmp_path, status_and_errors):
+def test_bad_data_flags_give_one_line(name, world, store, tmp_path, status_and_errors):
     shutil.copy(f"{store}.idx", tmp_path / "half.idx")
     changes, expected = BAD_STORE_FLAGS[name]
     changes = {
@@ -901,55 +770,31 @@ def test_bfloat16_follows_the_loss_curve_of_float32(world, tmp_path):
     "flags", [{"activation_checkpointing": True}, {"loss_normalization": "tokens"}]
 )
 @pytest.mark.parametrize("kind", KINDS)
-def test_other_ways_through_the_step_train(flags, kind, world, tmp_path):
+def test_other_ways_to_compute_an_update_train(flags, kind, world, tmp_path):
     train.main(world.flags(kind, tmp_path / "run", max_steps=2, **flags))
-    assert all(
-        torch.isfinite(tensor).all()
-        for tensor in torch.load(tmp_path / "run" / "pytorch_model.bin").values()
-    )
+    state = torch.load(tmp_path / "run" / "pytorch_model.bin")
+    assert all(torch.isfinite(tensor).all() for tensor in state.values())
 
 
-def test_by_tokens_how_an_update_is_cut_up_changes_nothing_but_the_masks(world, tmp_path):
-    """A causal model has no masks, and these students no dropout: 8 sequences at a time or 2, the
-    weights are the same.
-    """
-    config = json.loads(Path(world.config("gpt2")).read_text()) | {
-        "resid_pdrop": 0.0,
-        "embd_pdrop": 0.0,
-        "attn_pdrop": 0.0,
-    }
-    (tmp_path / "student.json").write_text(json.dumps(config))
-    # Without groups the first 4 updates hold the same sequences, however they are cut up.
-    flags = {
-        "student_config": tmp_path / "student.json",
-        "no-group_by_size": True,
-        "max_steps": 4,
-        "loss_normalization": "tokens",
-        "warmup_prop": 0.0,
-    }
+def test_normalization_by_tokens_is_independent_of_the_batch_size(world, tmp_path):
+    """Without masks and dropout, which depend on the number of the micro-batch."""
+    dropout = {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0}
+    student = edit_json(world.config("gpt2"), tmp_path / "student.json", **dropout)
+    # Without groups the first 4 updates hold the same sequences for both batch sizes.
+    flags = {"student_config": student, "no-group_by_size": True, "max_steps": 4}
+    flags |= {"loss_normalization": "tokens", "warmup_prop": 0.0}
     for name, size, accumulation in (("whole", 8, 1), ("parts", 2, 4)):
-        train.main(
-            world.flags(
-                "gpt2",
-                tmp_path / name,
-                batch_size=size,
-                gradient_accumulation_steps=accumulation,
-                **flags,
-            )
-        )
-    whole, parts = (
-        torch.load(tmp_path / name / "pytorch_model.bin") for name in ("whole", "parts")
-    )
-    for name in whole:
-        torch.testing.assert_close(
-            whole[name], parts[name], rtol=0, atol=2e-5
-        )  # AdamW enlarges rounding: lr 5e-4 an update
+        flags |= {"batch_size": size, "gradient_accumulation_steps": accumulation}
+        train.main(world.flags("gpt2", tmp_path / name, **flags))
+    files = [tmp_path / name / "pytorch_model.bin" for name in ("whole", "parts")]
+    whole, parts = (torch.load(file) for file in files)
+    for name in whole:  # AdamW enlarges rounding errors; the learning rate is 5e-4
+        torch.testing.assert_close(whole[name], parts[name], rtol=0, atol=2e-5)
 
 
 def test_two_precisions_at_once_are_refused(world, tmp_path, status_and_errors):
-    status, errors = status_and_errors(
-        train.main, world.flags("bert", tmp_path / "run", bf16=True, fp16=True)
-    )
+    flags = world.flags("bert", tmp_path / "run", bf16=True, fp16=True)
+    status, errors = status_and_errors(train.main, flags)
     assert status == 2 and errors == ["--bf16 and --fp16: two precisions; leave one of them out"]
 
 
@@ -962,7 +807,5 @@ def test_out_of_memory_names_the_micro_batch_and_the_flags(
     monkeypatch.setattr(train.Distiller, "launch", fail)
     status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run"))
     assert status == 2 and len(errors) == 1
-    assert re.match(
-        r"out of memory in a micro-batch of 5 x \d+ = \d+ padded tokens; lower --max_tokens",
-        errors[0],
-    )
+    pattern = r"out of memory in a micro-batch of 5 x \d+ = \d+ padded tokens; lower --max_tokens"
+    assert re.match(pattern, errors[0])
