@@ -136,7 +136,7 @@ def run_recipe(name: str, site: Path, *stages: str, **settings: str) -> subproce
 
 @pytest.fixture(scope="module")
 def run_of(request, site):
-    """Run each recipe of the selected tests once, two at a time; return a function that awaits one."""
+    """Run the selected recipes once, two at a time; return a function that waits for one."""
     chosen = [item for item in request.session.items if item.path == request.path]
     names = [
         item.callspec.params["name"]

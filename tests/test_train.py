@@ -500,9 +500,7 @@ def test_a_run_is_reproducible_bit_for_bit(world, tmp_path):
 
 
 @pytest.mark.parametrize("epochs, accumulation", [(1, 7), (3, 7), (2, 1000)])
-def test_updates_rates_and_epochs_follow_the_schedule(
-    epochs, accumulation, world, tmp_path, caplog
-):
+def test_updates_rates_and_epochs_follow_the_schedule(epochs, accumulation, world, tmp_path):
     changes = {"n_epoch": epochs, "gradient_accumulation_steps": accumulation}
     changes |= {"log_interval": 1, "warmup_prop": 0.3}
     train.main(world.flags("bert", tmp_path / "run", **changes))
@@ -609,9 +607,8 @@ def test_initializer_range_overrides_the_configuration(world, tmp_path):
     train.main(world.flags("bert", tmp_path / "run", max_steps=1, initializer_range=0.5))
     assert json.loads((tmp_path / "run" / "config.json").read_text())["initializer_range"] == 0.5
     state = torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True)
-    assert state["vocab_transform.weight"].std().item() == pytest.approx(
-        0.5, rel=0.1
-    )  # 1024 draws: standard error 2 %
+    std = state["vocab_transform.weight"].std().item()
+    assert std == pytest.approx(0.5, rel=0.1)  # 1024 draws: standard error 2 %
 
 
 def test_max_length_cuts_sequences(world, tmp_path):
