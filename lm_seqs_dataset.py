@@ -82,8 +82,11 @@ def make_preparation(
         raise InputError(
             f"{model.source}: its tokenizer has no mask_token, which --mlm needs; add it"
         )
-    counts_V = torch.from_numpy(read_token_counts(token_counts, model))
-    return mlm_preparation(model.tokenizer, counts_V, smoothing, **masking)
+    if token_counts is None:  # smoothing 0: all tokens weigh the same
+        counts_V = np.ones(model.vocab_size, np.int64)
+    else:
+        counts_V = read_token_counts(token_counts, model)
+    return mlm_preparation(model.tokenizer, torch.from_numpy(counts_V), smoothing, **masking)
 
 
 # --------------------------------------------------------------------------------------------------

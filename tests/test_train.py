@@ -120,7 +120,14 @@ def test_help_names_every_option_once(capsys):
 # --------------------------------------------------------------------------------------------------
 
 BAD_FLAGS = {
-    "mlm without weight": ({"alpha_mlm": 0.0, "alpha_clm": 0.5}, ["--mlm with --alpha_mlm 0.0"]),
+    "causal loss with mlm": (
+        {"alpha_mlm": 0.0, "alpha_clm": 0.5},
+        ["--alpha_clm 0.5 with --mlm: set --alpha_clm 0"],
+    ),
+    "nothing to learn": (
+        {"alpha_mlm": 0.0, "alpha_ce": 0.0, "alpha_cos": 0.0},
+        ["their sum is not above 0"],
+    ),
     "weight without mlm": (
         {"mlm": None},
         [
@@ -131,7 +138,10 @@ BAD_FLAGS = {
     ),
     "max length": ({"max_length": 11}, ["--max_length 11: expected above 11"]),
     "both language models": ({"alpha_clm": 0.5}, ["--alpha_mlm 2.0 and --alpha_clm 0.5"]),
-    "no counts": ({"token_counts": None}, ["--mlm without --token_counts"]),
+    "no counts": (
+        {"token_counts": None},
+        ["--mlm with --mlm_smoothing 0.7, without --token_counts"],
+    ),
     "missing counts": ({"token_counts": "nowhere"}, ["--token_counts nowhere: no such file"]),
     "missing data": ({"data_file": "nowhere"}, ["--data_file nowhere: no such file"]),
     "a folder": ({"student_config": "."}, ["--student_config .: is a folder"]),
@@ -806,3 +816,21 @@ def test_out_of_memory_names_the_micro_batch_and_the_flags(
     assert status == 2 and len(errors) == 1
     pattern = r"out of memory in a micro-batch of 5 x \d+ = \d+ padded tokens; lower --max_tokens"
     assert re.match(pattern, errors[0])
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_the_papers_ablation_without_a_language_modelling_loss_runs(kind, world, tmp_path):
+    changes = {"alpha_mlm": 0.0, "alpha_clm": 0.0, "max_steps": 2, "n_gpu": 0}
+    train.main(world.flags(kind, tmp_path / "run", **changes))
+    log = EventAccumulator(str(tmp_path / "run" / "log" / "train")).Reload()
+    tags = set(log.Tags()["scalars"])
+    assert {"losses/loss_ce", "losses/loss_cos"} <= tags
+    assert not {"losses/loss_mlm", "losses/loss_clm"} & tags
+
+
+def test_without_smoothing_token_counts_change_nothing(world, tmp_path):
+    for name, counts in (("with", world.counts("bert")), ("without", None)):
+        changes = {"mlm_smoothing": 0, "token_counts": counts, "max_steps": 2, "n_gpu": 0}
+        train.main(world.flags("bert", tmp_path / name, **changes))
+    weights = [(tmp_path / name / "pytorch_model.bin").read_bytes() for name in ("with", "without")]
+    assert weights[0] == weights[1]

@@ -111,7 +111,9 @@ class TrainConfig:
         "tokens are drawn for prediction with weight count ^ -MLM_SMOOTHING", 0.7, at_least=0
     )
     token_counts: str | None = option(
-        "token counts made by scripts/token_counts.py; needed with --mlm", None, resumable=True
+        "token counts made by scripts/token_counts.py; needed with --mlm and MLM_SMOOTHING above 0",
+        None,
+        resumable=True,
     )
     restrict_ce_to_mask: bool = option(
         "distil at masked positions only; without --mlm no effect", False
@@ -246,27 +248,25 @@ def objective_problems(config: TrainConfig) -> list[str]:
         if not (math.isfinite(alpha) and alpha >= 0)
     ]
     mlm, clm = alphas["mlm"], alphas["clm"]
-    if config.mlm and not mlm > 0:
+    # Both may be 0: the paper's ablation without the language-modelling loss (its table 4).
+    if mlm > 0 and clm > 0:
         problems.append(
-            f"--mlm with --alpha_mlm {mlm}: expected --alpha_mlm above 0; set it, or leave"
-            " --mlm out"
-        )
-    if not config.mlm and mlm > 0:
-        problems.append(f"--alpha_mlm {mlm} without --mlm: add --mlm, or set --alpha_mlm 0")
-    if (mlm > 0) == (clm > 0):
-        problems.append(
-            f"--alpha_mlm {mlm} and --alpha_clm {clm}: expected exactly one above 0; set the other"
+            f"--alpha_mlm {mlm} and --alpha_clm {clm}: expected one of them above 0; set the other"
             " to 0"
         )
+    elif config.mlm and clm > 0:
+        problems.append(f"--alpha_clm {clm} with --mlm: set --alpha_clm 0, or leave --mlm out")
+    if not config.mlm and mlm > 0:
+        problems.append(f"--alpha_mlm {mlm} without --mlm: add --mlm, or set --alpha_mlm 0")
     if not sum(alphas.values()) > 0:
         problems.append(
             f"{' '.join(f'--alpha_{name}' for name in alphas)}: their sum is not above 0; weigh an"
             " objective"
         )
-    if config.mlm and config.token_counts is None:
+    if config.mlm and config.mlm_smoothing > 0 and config.token_counts is None:
         problems.append(
-            "--mlm without --token_counts: expected the file that scripts/token_counts.py makes;"
-            " name it"
+            f"--mlm with --mlm_smoothing {config.mlm_smoothing}, without --token_counts: expected"
+            " the file that scripts/token_counts.py makes; name it, or set --mlm_smoothing 0"
         )
     if config.eval_interval is not None and config.eval_data_file is None:
         problems.append(
