@@ -4,7 +4,7 @@ Flow: micro-batches (distil/data/batches.py) -> teacher's and student's last hid
 rows that objectives read, selected once -> losses -> one backward a micro-batch, one gradient
 all-reduce, clip, update.
 
-Source: Sanh et al., 2019, "DistilBERT, a distilled version of BERT", section 3.
+Source: Sanh et al., 2019, "DistilBERT, a distilled version of BERT", sections 2 and 3.
 
 Shape suffixes: B sequences, T padded length, N selected positions, V vocabulary, D width, M
 micro-batches, K losses.
@@ -124,19 +124,19 @@ class DistillationModel(nn.Module):
         counts = dict(zip(self.alphas, counts_K, strict=True))
         total, means = self._logit_losses(batch, hidden_ND, teacher_ND, teacher_head, scale, counts)
         for name in (name for name in self.alphas if LOSSES[name].reads != "logits"):
-            value = self._hidden_loss(name, batch, own, others) / counts[name]
+            value = self._output_loss(name, batch, own, others) / counts[name]
             total = total + value * (self.alphas[name] * scale)
             means[name] = value.detach()
         return total, torch.stack([means[name] for name in self.alphas])
 
-    def _hidden_loss(self, name: str, batch: MicroBatch, own: Mapping, others: Mapping):
+    def _output_loss(self, name: str, batch: MicroBatch, own: Mapping, others: Mapping):
         """Sum an objective on what it reads of student and teacher over its rows."""
         loss = LOSSES[name]
         student_NX, teacher_NX = own[loss.reads], others.get(loss.reads)
         rows_N = to_device(batch.rows[loss.rows], student_NX.device)
         teacher_NX = None if teacher_NX is None else at_least_float32(teacher_NX[rows_N])
-        rows = at_least_float32(student_NX[rows_N]), teacher_NX, None, self.temperature
-        return loss.formula(*rows, *([self.objectives[name]] if loss.make_module else []))
+        given = at_least_float32(student_NX[rows_N]), teacher_NX, None, self.temperature
+        return loss.formula(*given, *([self.objectives[name]] if loss.make_module else []))
 
     def _logit_losses(
         self, batch: MicroBatch, hidden_ND, teacher_ND, teacher_head, scale, counts: Mapping
@@ -296,8 +296,8 @@ class Distiller:
 
         The device decides, so that the host need not wait.
         """
-        is_finite = torch.isfinite(shared).all() & torch.isfinite(norm)
-        self.is_broken.copy_(torch.maximum(self.is_broken, (~is_finite).float()))
+        update_is_finite = torch.isfinite(shared).all() & torch.isfinite(norm)
+        self.is_broken.copy_(torch.maximum(self.is_broken, (~update_is_finite).float()))
         self.optimizer.found_inf = self.is_broken  # as a gradient scaler tells it
         self.optimizer.step()
         del self.optimizer.found_inf

@@ -255,8 +255,8 @@ class GroupedBatchSampler:
     def deal(self, planned: list[PlannedBatch], rank: int, world_size: int) -> list[PlannedBatch]:
         """Select this rank's share of an update, balancing padded sizes.
 
-        Micro-batches are dealt from large to small, in the order of ranks 0 1 1 0 0 1 .., so that
-        the ranks' counts differ by at most 1.
+        Micro-batches are dealt from large to small, to ranks 0 .. W-1, then W-1 .. 0, and so on, so
+        that the ranks' counts differ by at most 1.
         """
         sizes = [len(b.sequences) * int(self.lengths[b.sequences].max()) for b in planned]
         share = []

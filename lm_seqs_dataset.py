@@ -95,7 +95,7 @@ def make_preparation(
 
 
 class LmSeqsDataset:
-    """Sequences of token ids, cut to the model's maximum and filtered, as views of one flat array.
+    """Sequences of token ids, split at the model's maximum, filtered; views of one flat array.
 
     The steps are those of 2019, in the same order: split, remove short, remove unknown. A sequence
     is a slice of the file's ids, with the start id prepended and the end id appended if the split
@@ -126,7 +126,7 @@ class LmSeqsDataset:
         max_length: int | None = None,
         flag: str = "--data_file",
     ):
-        """Open, check and filter a token file for a model; max_length: the model's, if not lower.
+        """Open, check and filter a token file for a model; max_length: lowers the model's maximum.
 
         Raises InputError naming flag and path where the file is unreadable, of another vocabulary,
         has ids outside the vocabulary, sequences without boundary tokens, or nothing left after

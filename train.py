@@ -114,7 +114,7 @@ def make_distiller(
 class Trainer:
     """A run: its configuration, models and data, and the loop over updates.
 
-    folder: on the main process only.
+    folder: None on other processes than the main one.
     """
 
     def __init__(

@@ -4,11 +4,12 @@ Reading order: the formula of each objective; its gradient derived by hand; both
 LOSSES, the table from which the program takes everything it knows about an objective. Its
 `--alpha_x` flag, log tag, input and rows follow from its row.
 
-The formulas define the objectives and are the reference of the tests. Training calls them through
-distil/kernels/head.py, which projects hidden states to logits a chunk of positions at a time and
-takes each chunk's gradient at once: no (N, V) tensor larger than a chunk exists.
+The formulas define the objectives and are the reference of the tests. Of an objective on logits,
+training runs the `gradient` (with --compile `by_row`) in distil/kernels/head.py, which projects
+hidden states to logits a chunk of positions at a time: no (N, V) tensor larger than a chunk exists.
+A formula itself runs where neither form exists, and on hidden states.
 
-Sources: Sanh et al., 2019, "DistilBERT, a distilled version of BERT", section 3 (training loss);
+Sources: Sanh et al., 2019, "DistilBERT, a distilled version of BERT", section 2 (training loss);
 Hinton et al., 2015, "Distilling the Knowledge in a Neural Network", section 2 (temperature).
 
 Symbols: s and t are the student's and the teacher's logits, T the temperature.
@@ -182,6 +183,8 @@ class Loss:
         return f"{self.title}; {self.condition}" if self.condition else self.title
 
 
+# "ce" is 2019's name: the paper's L_ce, the cross-entropy with soft targets, is this KL divergence
+# plus the teacher's entropy, a constant.
 LOSSES: dict[str, Loss] = {
     "ce": Loss(
         kl_divergence,

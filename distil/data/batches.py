@@ -22,8 +22,8 @@ from utils import keyed_seed
 class MicroBatch:
     """Input of one forward and backward pass, made on the host.
 
-    attention_mask_BT: 1 on real tokens; None if the model is called without a mask.
-    labels_BT: ids to predict, IGNORED_LABEL elsewhere.
+    attention_mask_BT: 1 on real tokens; None: none is made. It is passed only if a batch is padded.
+    labels_BT: ids to predict, IGNORED_LABEL elsewhere; of causal models not shifted yet.
     rows: kind of rows (see losses.Loss) -> ascending positions in the flattened (B, T).
     num_tokens: real tokens. selection: rows for the head, added by Distiller.ready.
     """

@@ -49,7 +49,7 @@ class TrainConfig:
         resumable=True,
     )
     resume: str | None = option(
-        "go on from the newest valid checkpoint in DUMP_PATH; with auto, start anew where there is"
+        "continue from the newest valid checkpoint in DUMP_PATH; with auto, start anew if there is"
         " none",
         None,
         choices=("required", "auto"),
@@ -57,10 +57,10 @@ class TrainConfig:
         resumable=True,
     )
     keep_checkpoints: int = option(
-        "checkpoints that stay, the newest",
+        "number of newest checkpoints to keep",
         3,
         at_least=2,
-        why="for one may be damaged",
+        why="in case one is damaged",
         resumable=True,
     )
     dump_path: str = option("folder that receives log, checkpoints and the student", resumable=True)
@@ -74,12 +74,12 @@ class TrainConfig:
         None,
         resumable=True,
     )
-    student_type: str = option("student's model type; auto: found out", AUTO, choices=STUDENT_TYPES)
+    student_type: str = option("student's model type; auto: detected", AUTO, choices=STUDENT_TYPES)
     student_config: str | None = option("student's configuration, JSON", None, resumable=True)
     student_pretrained_weights: str | None = option(
         "student's first weights: of scripts/extract*.py, or .safetensors", None, resumable=True
     )
-    teacher_type: str = option("teacher's model type; auto: found out", AUTO, choices=TEACHER_TYPES)
+    teacher_type: str = option("teacher's model type; auto: detected", AUTO, choices=TEACHER_TYPES)
     teacher_name: str = option(
         "teacher, hub name or local folder; its tokenizer is used", resumable=True
     )
@@ -131,19 +131,19 @@ class TrainConfig:
         "longest sequence, in token ids; default: what the teacher admits",
         None,
         above=MIN_LENGTH,
-        why="for shorter sequences are removed",
+        why="because shorter sequences are removed",
     )
-    batch_size: int = option("sequences a micro-batch, on each process", 5, at_least=1)
+    batch_size: int = option("sequences per micro-batch, on each process", 5, at_least=1)
     max_tokens: int | None = option(
-        "padded tokens a micro-batch, at the most, in place of BATCH_SIZE: long and short sequences"
-        " cost alike",
+        "maximum padded tokens per micro-batch, instead of BATCH_SIZE: long and short sequences"
+        " cost the same",
         None,
         at_least=1,
     )
     # Differs from the original: 2019's flag switched grouping off.
     group_by_size: bool = option("make batches of sequences of like lengths", True)
     gradient_accumulation_steps: int = option(
-        "micro-batches an update, on each process", 50, at_least=1, resumable=True
+        "micro-batches per update, on each process", 50, at_least=1, resumable=True
     )
     warmup_prop: float = option(
         "share of the updates over which the learning rate rises", 0.05, at_least=0, at_most=1
@@ -178,7 +178,7 @@ class TrainConfig:
         "compute the student's activations twice, to keep fewer of them", False, resumable=True
     )
     compile: bool = option(
-        "compile teacher and student (torch.compile): minutes at first, faster then",
+        "compile teacher and student (torch.compile): takes minutes to start, then runs faster",
         False,
         resumable=True,
     )
