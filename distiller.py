@@ -253,9 +253,9 @@ class Distiller:
         batch = dataclasses.replace(batch, selection=self.model.select(batch))
         return batch.pinned() if self.device.type == "cuda" else batch
 
-    def step(self, batches: Iterable[MicroBatch], numbers: Sequence[int], *args, **options):
+    def step(self, batches, numbers, num_mine: int, wants_statistics: bool = False) -> StepReport:
         """Launch an update and wait for it: see `launch`. Raises NonFiniteError."""
-        return self.launch(batches, numbers, *args, **options).read()
+        return self.launch(batches, numbers, num_mine, wants_statistics).read()
 
     def launch(
         self,

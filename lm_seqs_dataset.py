@@ -70,11 +70,18 @@ def read_token_counts(path: str | os.PathLike, model: LanguageModel) -> np.ndarr
 
 
 def make_preparation(
-    model: LanguageModel, token_counts: str | os.PathLike | None, smoothing: float, **masking
+    model: LanguageModel,
+    token_counts: str | os.PathLike | None,
+    smoothing: float,
+    seed: int,
+    mask_prop: float = 0.15,
+    fates: tuple[float, float, float] = (0.8, 0.1, 0.1),
+    restrict_ce_to_mask: bool = False,
 ) -> Callable:
     """Choose how batches are prepared: masked, by the token counts, or causal.
 
-    masking: see batches.mlm_preparation. Raises InputError where the tokenizer has no mask.
+    seed, mask_prop, fates: see batches.mlm_preparation. Raises InputError where the tokenizer has
+    no mask.
     """
     if not model.is_masked:
         return functools.partial(prepare_clm, with_mask=model.architecture.pads_by_mask)
@@ -86,7 +93,8 @@ def make_preparation(
         counts_V = np.ones(model.vocab_size, np.int64)
     else:
         counts_V = read_token_counts(token_counts, model)
-    return mlm_preparation(model.tokenizer, torch.from_numpy(counts_V), smoothing, **masking)
+    counts_V, drawn = torch.from_numpy(counts_V), (smoothing, seed, mask_prop, fates)
+    return mlm_preparation(model.tokenizer, counts_V, *drawn, restrict_ce_to_mask)
 
 
 # --------------------------------------------------------------------------------------------------

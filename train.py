@@ -54,23 +54,17 @@ def set_up(config: TrainConfig, runtime: Runtime) -> "Trainer":
     models.check_models(config, architecture, student_config, teacher)
     dataset = LmSeqsDataset.from_file(config.data_file, teacher, config.max_length)
     held_out = make_held_out(config, teacher)
-    prepare = make_preparation(
-        teacher,
-        config.token_counts,
-        config.mlm_smoothing,
-        seed=config.seed,
-        mask_prop=config.mlm_mask_prop,
-        fates=(config.word_mask, config.word_keep, config.word_rand),
-        restrict_ce_to_mask=config.restrict_ce_to_mask,
-    )
+    drawn = config.mlm_smoothing, config.seed, config.mlm_mask_prop
+    fates = config.word_mask, config.word_keep, config.word_rand
+    counts, at_masks = config.token_counts, config.restrict_ce_to_mask
+    prepare = make_preparation(teacher, counts, *drawn, fates, at_masks)
     student = models.make_student(config, architecture, student_config, teacher.tokenizer)
     longest_BT, _ = dataset.collate([int(np.argmax(dataset.lengths))])
     check_forward(student, longest_BT)
     check_forward(teacher, longest_BT)
     flops = None
     if runtime.is_main:
-        at_masks = config.mlm and config.restrict_ce_to_mask
-        sizes = config.active, longest_BT, config.mlm_mask_prop, at_masks
+        sizes = config.active, longest_BT, config.mlm_mask_prop, config.mlm and at_masks
         flops = count_update(student.network, teacher.network, *sizes)
     return Trainer(config, runtime, student, teacher, dataset, prepare, held_out, flops)
 

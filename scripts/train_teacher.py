@@ -125,8 +125,7 @@ def main(argv: list[str] | None = None) -> None:
     teacher = LanguageModel(architecture, model, tokenizer, source)
     dataset = LmSeqsDataset.from_file(args.data_file, teacher, args.max_length)
     # Smoothing 0: a teacher learns every token's prediction, frequent ones too, as BERT did.
-    masking = {"seed": args.seed, "mask_prop": args.mlm_mask_prop}
-    prepare = make_preparation(teacher, args.token_counts, smoothing=0.0, **masking)
+    prepare = make_preparation(teacher, args.token_counts, 0.0, args.seed, args.mlm_mask_prop)
     try:
         curve = train(make_distiller(args, model), dataset, prepare, args)
     except NonFiniteError as error:
