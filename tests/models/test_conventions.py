@@ -11,7 +11,7 @@ from transformers.models.auto import modeling_auto
 
 from distil.data.batches import MicroBatch, prepare_clm
 from distil.models import checks, conventions, first_weights, heads, language_model
-from distil.models.forward import last_hidden_state
+from distil.models.forward import read_outputs
 from distiller import DistillationModel
 from utils import InputError
 
@@ -101,8 +101,8 @@ def test_a_padded_batch_gives_the_losses_of_its_sequences_one_by_one(model_type,
             batch = prepare_clm(0, ids_BT, torch.tensor(lengths), with_mask=True)
         counts_K = torch.ones(len(losses))
         with torch.no_grad():
-            hidden_BTD = last_hidden_state(teacher, batch)
-        return model(batch, hidden_BTD, teacher_head, 1.0, counts_K)[1].detach()
+            teacher_read = read_outputs(teacher, batch, model.readings)
+        return model(batch, teacher_read, teacher_head, 1.0, counts_K)[1].detach()
 
     alone = sum(sums(ids_BT[k : k + 1, :length], [length]) for k, length in enumerate(lengths))
     torch.testing.assert_close(sums(ids_BT, lengths), alone, rtol=1e-4, atol=1e-4)
