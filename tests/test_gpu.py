@@ -62,7 +62,7 @@ def test_batches_are_copied_from_pinned_memory():
 @pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
 def test_an_update_waits_for_nothing(kind, amp_dtype):
     """By torch's own account of what waits."""
-    from test_begun_step import make_batches, make_distiller
+    from test_pending_update import make_batches, make_distiller
 
     distiller = make_distiller(kind, None, "cuda", amp_dtype=amp_dtype)
     assert not distiller.waits
@@ -77,7 +77,7 @@ def test_an_update_waits_for_nothing(kind, amp_dtype):
 
 
 def test_an_update_that_is_not_finite_is_left_out_on_the_gpu():
-    from test_begun_step import assert_equal, make_batches, make_distiller, state
+    from test_pending_update import assert_equal, make_batches, make_distiller, state
 
     from distil.training.post_mortem import NonFiniteError
 
