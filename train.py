@@ -133,7 +133,7 @@ class Trainer:
         self.num_micro_batches, num_updates = run_length(*length)
         self.identity = {}
         if runtime.is_main:
-            digests = dataset.tokens.digest(), held_out.digest if held_out else None
+            digests = dataset.tokens.digest(), held_out and held_out.dataset.tokens.digest()
             self.identity = resume.identify(config, student.network.config, teacher, *digests)
         networks = student.network, teacher.network
         self.distiller = make_distiller(config, runtime, *networks, num_updates)
@@ -300,7 +300,7 @@ class Trainer:
     @contextlib.contextmanager
     def _explaining(self, update: Update, number: int) -> Iterator[None]:
         """Raise failures of an update with its number, rank and sequences, its batches saved."""
-        lengths = [self.dataset.lengths[batch.sequences] for batch in update.mine]
+        lengths = (self.dataset.lengths[batch.sequences] for batch in update.mine)
         with post_mortem.naming_out_of_memory(lengths):
             try:
                 yield

@@ -281,20 +281,19 @@ LOGGED_FIGURES = ("loss", "accuracy", "perplexity", "kl", "agreement")
 class HeldOut:
     """Held-out data that a run is evaluated on.
 
-    batches: numbers of sequences; collate, passes: see passes_over; digest: of the file's content.
+    dataset: an LmSeqsDataset; batches: numbers of its sequences; passes: see passes_over.
     """
 
-    collate: Callable
+    dataset: object
     batches: list[np.ndarray]
     passes: Passes
-    digest: str
 
     @classmethod
     def of(cls, dataset, tokenizer, is_masked: bool) -> "HeldOut":
         """Plan the batches of an LmSeqsDataset, the same on all ranks."""
         masks = FixedMasks(tokenizer.mask_token_id, tokenizer.all_special_ids)
         passes = masks if is_masked else next_tokens
-        return cls(dataset.collate, plan_batches(dataset.lengths), passes, dataset.tokens.digest())
+        return cls(dataset, plan_batches(dataset.lengths), passes)
 
     def figures(
         self, student: Reader, teacher: Reader | None, runtime: Runtime
@@ -303,7 +302,9 @@ class HeldOut:
         with runtime.raise_on_all_ranks():
             ranks = runtime.rank, runtime.world_size
             sums_S = measure(
-                student, teacher, passes_over(self.collate, self.batches, self.passes, *ranks)
+                student,
+                teacher,
+                passes_over(self.dataset.collate, self.batches, self.passes, *ranks),
             )
         if runtime.world_size > 1:
             torch.distributed.all_reduce(sums_S)

@@ -102,10 +102,10 @@ def save_batches(
 
 
 @contextlib.contextmanager
-def naming_out_of_memory(lengths: Sequence[np.ndarray]) -> Iterator[None]:
+def naming_out_of_memory(lengths: Iterable[np.ndarray]) -> Iterator[None]:
     """Raise RankError where an allocation fails, naming the largest micro-batch and the remedy.
 
-    lengths: lengths_B of this rank's micro-batches; a rank may have none.
+    lengths: lengths_B of this rank's micro-batches, read on failure only; a rank may have none.
     """
     try:
         yield
