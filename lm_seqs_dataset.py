@@ -18,7 +18,7 @@ import numpy as np
 import torch
 
 from distil.data.batches import mlm_preparation, prepare_clm
-from distil.data.cards import check_vocabulary, read_verified_card
+from distil.data.cards import check_tokenizer, read_verified_card
 from distil.data.safe_pickle import read_pickle
 from distil.data.token_files import (
     MAX_UNKNOWN_SHARE,
@@ -65,7 +65,7 @@ def read_token_counts(path: str | os.PathLike, model: LanguageModel) -> np.ndarr
             f" {model.vocab_size}; count again with --vocab_size {model.vocab_size}"
         )
     card = read_verified_card(path, flag)
-    check_vocabulary(card, model.vocabulary, f"{flag} {path}", model.source)
+    check_tokenizer(card, model.tokenizer_facts, f"{flag} {path}", model.source)
     return counts_V.astype(np.int64)
 
 
@@ -142,7 +142,7 @@ class LmSeqsDataset:
         """
         source = f"{flag} {path}"
         tokens = open_token_file(path, flag)
-        check_vocabulary(tokens.card, model.vocabulary, source, model.source)
+        check_tokenizer(tokens.card, model.tokenizer_facts, source, model.source)
         largest_id = (tokens.card.get("counts") or {}).get("largest_id")
         ids = tokens.ids_M if largest_id is None else np.array([largest_id])
         check_ids_below(ids, model.vocab_size, source, model.source)

@@ -21,6 +21,7 @@ from tqdm.contrib.logging import logging_redirect_tqdm
 from distil.data.batches import MicroBatch
 from distil.evaluation import HeldOut, Reader
 from distil.flops import UpdateFlops, count_update, peak_flops
+from distil.models.export import tokenizer_for
 from distil.models.language_model import LanguageModel, check_forward
 from distil.system.launch import LostRankError, Runtime, is_another_rank, start_runtime
 from distil.system.prefetch import prefetched
@@ -163,7 +164,8 @@ class Trainer:
         flags = as_flags(self.config)
         log_bytes = None if point is None else point.state["log_bytes"]
         problem = folder_problem(self.config)  # asked again: loading took a while
-        saved = self.student.network, self.student.tokenizer
+        network = self.student.network
+        saved = network, tokenizer_for(network, self.student.tokenizer)
         self.folder = RunFolder(flags, *saved, log_bytes, problem)
         if point is None:
             self.save()

@@ -30,8 +30,14 @@ from distil.data.tally import ManyUnknown, Tally, draw_lengths, summary
 from distil.data.text_sources import Block, Source, find_sources, read_blocks
 from distil.data.token_files import FORMATS, require_counts_output, writing_tokens
 from distil.models.architectures import AUTO
+from distil.models.casing import add_casing_flags, casing_of_flags
 from distil.models.hub import short_name
-from distil.models.tokenizers import describe_tokenizer, load_tokenizer, resolve_tokenizer
+from distil.models.tokenizers import (
+    describe_tokenizer,
+    load_tokenizer,
+    load_tokenizer_of_2019,
+    resolve_tokenizer,
+)
 from distil.system.files import naming, require_output
 from distil.system.signals import exit_on_sigterm
 from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging
@@ -81,22 +87,17 @@ def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
         "--tokenizer_type",
         default="bert",
         choices=["bert", "roberta", "gpt2", AUTO],
-        help="auto: boundary tokens are those that the tokenizer has (default: %(default)s)",
+        help=(
+            "auto: the folder's tokenizer.json, else the class that its configuration names; others"
+            " give the ids of 2019, and refuse a tokenizer.json of other ids (default: %(default)s)"
+        ),
     )
     add(
         "--tokenizer_name",
         default="bert-base-uncased",
         help="hub name or local folder (default: %(default)s)",
     )
-    add(
-        "--do_lower_case",
-        action=argparse.BooleanOptionalAction,
-        default=None,
-        help=(
-            "bert only; default: as in the tokenizer's configuration, without one whether the"
-            " vocabulary has no capitals"
-        ),
-    )
+    add_casing_flags(parser)
 
 
 def add_output_flags(parser: argparse.ArgumentParser) -> None:
@@ -252,9 +253,11 @@ def check_numbers(args: argparse.Namespace) -> int:
 
 def make_encoding(args: argparse.Namespace) -> tuple[Encoding, dict]:
     """Load the tokenizer: (how lines become ids, the tokenizer's part of the card)."""
-    kind = resolve_tokenizer(args.tokenizer_type, args.tokenizer_name)
-    tokenizer = load_tokenizer(kind, args.tokenizer_name, "--tokenizer_name", args.do_lower_case)
-    description = describe_tokenizer(kind, args.tokenizer_name, tokenizer, args.do_lower_case)
+    name, flag = args.tokenizer_name, "--tokenizer_name"
+    kind = resolve_tokenizer(args.tokenizer_type, name, flag)
+    load = load_tokenizer if args.tokenizer_type == AUTO else load_tokenizer_of_2019
+    tokenizer = load(kind, name, flag, casing_of_flags(args))
+    description = describe_tokenizer(kind, name, tokenizer)
     special = description["special_ids"]
     largest_id = description["vocab_size"] - 1
     if args.vocab_size is not None and args.vocab_size <= largest_id:

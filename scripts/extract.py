@@ -11,13 +11,14 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.models.architectures import ARCHITECTURES, PAIRS
+from distil.models.export import save_folder
 from distil.models.first_weights import (
     evenly_spaced_layers,
     extract_student,
     student_of_layers,
     student_of_pair,
 )
-from distil.models.hub import load_config, quiet_transformers
+from distil.models.hub import load_config
 from distil.models.language_model import (
     is_masked_config,
     load_language_model,
@@ -212,9 +213,7 @@ def write_student(args: argparse.Namespace) -> None:
     teacher, tokenizer = model.network, model.tokenizer
     student = make_student(teacher, args, layers, source)
     with atomic_folder(args.output) as folder:
-        with quiet_transformers():
-            student.save_pretrained(folder)
-            tokenizer.save_pretrained(folder)
+        save_folder(student, tokenizer, folder)
         save_weights(folder / "first_weights.pth", student.state_dict())
         write_json(
             folder / "extraction.json",

@@ -17,11 +17,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+from distil.data.cards import tokenizer_difference
 from distil.data.inspection import make_report, section, special_of
 from distil.data.inspection_text import report_lines
 from distil.data.store import BLOCK_BYTES
 from distil.data.survey import Survey
 from distil.data.token_files import TokenFile, files_of, find_token_file, open_token_file
+from distil.models.casing import Casing, add_casing_flags
 from distil.system.files import require_output, write_json
 from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging
 
@@ -36,17 +38,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument(
         "--tokenizer_type",
-        choices=["bert", "roberta", "gpt2"],
+        choices=["bert", "roberta", "gpt2", "auto"],
         help="(default: what the file's card says)",
     )
     parser.add_argument(
         "--tokenizer_name", help="hub name or local folder (default: what the file's card says)"
     )
-    parser.add_argument(
-        "--do_lower_case",
-        action=argparse.BooleanOptionalAction,
-        help="bert only (default: as in the card)",
-    )
+    add_casing_flags(parser)
     parser.add_argument(
         "--num_sequences",
         type=int,
@@ -96,22 +94,28 @@ def choose_tokenizer(args: argparse.Namespace, card: Mapping[str, Any]) -> tuple
         return None, text
     # Imported here: transformers takes half a second.
     from distil.models.architectures import architecture_named
-    from distil.models.tokenizers import load_tokenizer, vocabulary_fingerprint
+    from distil.models.tokenizer_rules import tokenizer_facts
+    from distil.models.tokenizers import load_tokenizer
 
-    lower_case = of_card.get("do_lower_case") if args.do_lower_case is None else args.do_lower_case
+    casing = Casing(
+        *(
+            of_card.get(option) if getattr(args, option) is None else getattr(args, option)
+            for option in ("do_lower_case", "strip_accents")
+        )
+    )
     label = f"{name} ({kind})"
     try:
-        tokenizer = load_tokenizer(architecture_named(kind), name, "--tokenizer_name", lower_case)
+        tokenizer = load_tokenizer(architecture_named(kind), name, "--tokenizer_name", casing)
     except InputError as error:
         if is_named:
             raise
         reason = str(error).removeprefix(f"--tokenizer_name {name}: ")
         text = f"{label}, not loaded, so ids are not decoded: {reason}; give it as --tokenizer_name"
         return None, text
-    if of_card.get("vocabulary_sha256", "") in ("", vocabulary_fingerprint(tokenizer)):
+    if not tokenizer_difference(of_card, tokenizer_facts(tokenizer), "", ""):
         return tokenizer, label
     if is_named:
-        text = f"{label}, whose vocabulary is not the card's: texts and tokens may be wrong"
+        text = f"{label}, which is not the card's: texts and tokens may be wrong"
         return tokenizer, text
     text = f"{label} differs now from the card's, so ids are not decoded; give --tokenizer_name"
     return None, text

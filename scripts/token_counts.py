@@ -14,7 +14,7 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.data.cards import check_vocab_size, check_vocabulary, write_token_counts
+from distil.data.cards import check_tokenizer, check_vocab_size, write_token_counts
 from distil.data.token_files import (
     CHUNK_IDS,
     TokenFile,
@@ -76,8 +76,7 @@ def main(argv: list[str] | None = None) -> None:
     counts_V, tokenizer, num_sequences = np.zeros(args.vocab_size, np.int64), None, 0
     for path in args.data_file:
         tokens = open_token_file(path)
-        vocabulary = tokenizer.get("vocabulary_sha256") if tokenizer else None
-        check_vocabulary(tokens.card, vocabulary, f"--data_file {path}", args.data_file[0])
+        check_tokenizer(tokens.card, tokenizer, f"--data_file {path}", args.data_file[0])
         tokenizer = tokenizer or tokens.card.get("tokenizer")
         counts_V += count_ids(tokens, args.vocab_size, f"--data_file {path}", output)
         num_sequences += len(tokens.lengths_N)

@@ -126,14 +126,14 @@ def student_config_of(kind: str, vocab_size: int) -> dict:
 
 
 def model_facts(
-    vocab_size: int, source: str, special_ids=None, max_length: int = 64, vocabulary=None
+    vocab_size: int, source: str, special_ids=None, max_length: int = 64, facts=None
 ) -> types.SimpleNamespace:
     """Make the part of a LanguageModel that LmSeqsDataset needs."""
     return types.SimpleNamespace(
         special_ids=special_ids,
         max_length=max_length,
         vocab_size=vocab_size,
-        vocabulary=vocabulary,
+        tokenizer_facts=facts,
         source=source,
     )
 

@@ -1,7 +1,8 @@
 """Cards: the JSON file beside a token file or a file of counts that says how it was made.
 
-A card holds the tokenizer with its vocabulary's fingerprint, what was counted, and checksums: of
-the file, so that damage is found, and of the card itself. Files without a card are read too.
+A card holds the tokenizer with fingerprints of its vocabulary and rules, what was counted, and
+checksums: of the file, so that damage is found, and of the card itself. Files without a card are
+read too.
 """
 
 import hashlib
@@ -23,6 +24,8 @@ MAX_VOCAB_SIZE = 2**27  # larger than any vocabulary: a typing error
 CARD_PARTS = {
     "tokenizer": dict,
     "tokenizer vocabulary_sha256": str,
+    "tokenizer rules": dict,
+    "tokenizer rules_sha256": str,
     "tokenizer special_ids": dict,
     "counts": dict,
     "counts largest_id": int,
@@ -92,24 +95,60 @@ def read_verified_card(path: str | os.PathLike, flag: str) -> dict[str, Any]:
     return card
 
 
-def check_vocabulary(
-    card: Mapping[str, Any], vocabulary: str | None, source: str, model: str
+def check_tokenizer(
+    card: Mapping[str, Any], of_model: Mapping[str, Any] | None, source: str, model: str
 ) -> None:
-    """Raise InputError if a file's card names another vocabulary than the model's.
+    """Raise InputError if a file was made with another tokenizer than the model's.
 
-    vocabulary: fingerprint of the model's vocabulary, None if unknown. source, model: names of the
-    file and the model for the message.
+    of_model: `tokenizer_facts` of the model's tokenizer, None if unknown. source, model: names of
+    the file and the model for the message.
     """
     _check_parts(card, source)
     of_file = card.get("tokenizer") or {}
-    fingerprint = of_file.get("vocabulary_sha256")
-    if None not in (vocabulary, fingerprint) and fingerprint != vocabulary:
+    if not of_model or not of_file:
+        return
+    difference = tokenizer_difference(of_file, of_model, "its", f"that of {model}")
+    if difference:
         raise InputError(
-            f"{source}: was made with the tokenizer {of_file.get('name')}"
-            f" ({of_file.get('vocab_size')} entries, fingerprint {fingerprint[:12]}), but the"
-            f" vocabulary of {model} is another (fingerprint {vocabulary[:12]}); binarize and count"
-            " with that model's tokenizer"
+            f"{source}: was made with the tokenizer {of_file.get('name')}, another than that of"
+            f" {model}: {difference}; binarize and count with that model's tokenizer"
+            " (--tokenizer_type auto)"
         )
+    if "rules_sha256" in of_model and "rules_sha256" not in of_file:
+        text = "%s: its card is an older one, without the tokenizer's rules: only the vocabulary"
+        logger.info(f"{text} was compared.", source)
+
+
+def tokenizer_difference(
+    facts: Mapping[str, Any], others: Mapping[str, Any], whose: str, other: str
+) -> str | None:
+    """Describe how two tokenizers differ in vocabulary or rules, as `tokenizer_facts` has them.
+
+    Returns None if they agree in all that both state. whose, other: names for the message.
+    """
+
+    def differ(key: str) -> bool:
+        return None not in (facts.get(key), others.get(key)) and facts[key] != others[key]
+
+    if differ("vocabulary_sha256"):
+        stated = [
+            f"{one.get('vocab_size')} entries, fingerprint {one['vocabulary_sha256'][:12]}"
+            for one in (facts, others)
+        ]
+        return f"{whose} vocabulary has {stated[0]}, {other} {stated[1]}"
+    if differ("rules_sha256"):
+        rules, known = facts.get("rules") or {}, others.get("rules") or {}
+        part = next((part for part in known if rules.get(part) != known[part]), "rules")
+        values = [
+            found.get(part, f"digest {one['rules_sha256'][:12]}")
+            for found, one in ((rules, facts), (known, others))
+        ]
+        return f"{whose} {part.replace('_', ' ')} is {values[0]}, {other} {values[1]}"
+    # Older cards hold the flags of their program only.
+    option = next(filter(differ, ("do_lower_case", "strip_accents")), None)
+    if option and "rules_sha256" not in facts:
+        return f"{whose} {option} is {facts[option]}, {other} {others[option]}"
+    return None
 
 
 def _check_parts(card: Mapping[str, Any], source: str) -> None:

@@ -10,6 +10,7 @@ import functools
 import json
 import re
 from pathlib import Path
+from typing import Any
 
 import torch
 import transformers
@@ -20,7 +21,8 @@ from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
 from distil.models.checks import check_finite, some_of
 from distil.models.heads import Head, prediction_head
 from distil.models.hub import load_config, quiet_transformers
-from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
+from distil.models.tokenizer_rules import tokenizer_facts
+from distil.models.tokenizers import load_tokenizer, special_ids
 from distil.system.files import require_file
 from utils import InputError, logger, one_line
 
@@ -57,9 +59,9 @@ class LanguageModel:
         return special_ids(self.architecture, self.tokenizer)
 
     @functools.cached_property
-    def vocabulary(self) -> str:
-        """Fingerprint of the vocabulary: equal ones give ids the same meaning."""
-        return vocabulary_fingerprint(self.tokenizer)
+    def tokenizer_facts(self) -> dict[str, Any]:
+        """What decides the tokenizer's ids: see `tokenizer_facts` of tokenizer_rules.py."""
+        return tokenizer_facts(self.tokenizer)
 
     @functools.cached_property
     def head(self) -> Head:
@@ -128,7 +130,10 @@ def max_input_length(architecture: Architecture, tokenizer, config) -> int:
     # Differs from the original: from tokenizer and configuration. 2019 had a table of model names,
     # which fails for any other name.
     positions = getattr(config, "max_position_embeddings", None) or MAX_LENGTH
-    return int(min(tokenizer.model_max_length, positions - architecture.reserved_positions))
+    reserved = architecture.reserved_positions
+    if reserved and isinstance(getattr(config, "pad_token_id", None), int):
+        reserved = max(reserved, config.pad_token_id + 1)  # they are numbered from the padding id
+    return int(min(tokenizer.model_max_length, positions - reserved))
 
 
 def load_network(architecture: Architecture, name: str, flag: str) -> torch.nn.Module:

@@ -8,7 +8,7 @@ import torch
 import transformers
 
 from distil.models.hub import load_config, quiet_transformers, short_name
-from distil.models.tokenizers import vocabulary_fingerprint
+from distil.models.tokenizer_rules import vocabulary_fingerprint
 from distil.tasks.loading import load_any_tokenizer, longest_input
 from utils import InputError, one_line
 

@@ -5,33 +5,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import transformers
 
-from distil.models.architectures import ARCHITECTURES
+from distil.models.architectures import AUTO, architecture_named
+from distil.models.casing import Casing
 from distil.models.checks import check_finite
 from distil.models.hub import load_config, quiet_transformers
 from distil.models.language_model import is_masked_config, resolve_architecture
-from distil.models.tokenizers import load_tokenizer, vocabulary_fingerprint
+from distil.models.tokenizer_rules import difference
+from distil.models.tokenizers import load_tokenizer
 from utils import InputError, one_line
 
 
-def load_any_tokenizer(name: str, flag: str, do_lower_case: bool | None = None):
+def load_any_tokenizer(name: str, flag: str, casing: Casing | None = None):
     """Load a model's tokenizer by hub name or folder.
 
-    A model type of ARCHITECTURES gets the checks of distillation. Raises InputError naming `flag`.
+    casing: None where the program has no such flags. A model type of ARCHITECTURES gets the checks
+    of distillation. Raises InputError naming `flag`.
     """
     has_config = os.path.isfile(Path(name, "config.json"))
-    model_type = load_config(None, name, flag).model_type if has_config else None
-    if model_type in ARCHITECTURES:
-        return load_tokenizer(ARCHITECTURES[model_type], name, flag, do_lower_case)
-    with quiet_transformers():
-        try:
-            return transformers.AutoTokenizer.from_pretrained(name, trust_remote_code=False)
-        except Exception as error:
-            raise InputError(
-                f"{flag} {name}: no tokenizer could be loaded ({one_line(error)}); name a model's"
-                " folder"
-            ) from error
+    row = architecture_named(load_config(None, name, flag).model_type if has_config else AUTO)
+    return load_tokenizer(row, name, flag, casing, needs_roles=row.is_named)
 
 
 def longest_input(config) -> int | None:
@@ -90,9 +83,10 @@ def require_same_vocabulary(
     student_tokenizer, teacher_tokenizer, student: str, teacher: str
 ) -> None:
     """Raise InputError unless both tokenizers give the same token ids."""
-    if vocabulary_fingerprint(student_tokenizer) != vocabulary_fingerprint(teacher_tokenizer):
+    found = difference(student_tokenizer, teacher_tokenizer)
+    if found:
         raise InputError(
-            f"teacher {teacher} and student {student} have different tokenizers"
-            f" ({len(teacher_tokenizer)} and {len(student_tokenizer)} tokens); logits can be"
-            " compared on the same token ids only: fine-tune a teacher of the student's vocabulary"
+            f"teacher {teacher} and student {student} have different tokenizers: the student's:"
+            f" {found}; logits can be compared on the same token ids only: fine-tune a teacher of"
+            " the student's tokenizer"
         )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+from distil.models.casing import casing_of_flags
 from distil.models.hub import load_config
 from distil.tasks.features import Feature
 from distil.tasks.heads import HEADS, labels_of_head, require_causal, require_no_look_ahead
@@ -109,11 +110,10 @@ def load_tokenizers(args: argparse.Namespace):
     """Load the student's tokenizer; raise InputError where the teacher has another vocabulary."""
     name = args.tokenizer_name or args.model_name_or_path
     flag = "--tokenizer_name" if args.tokenizer_name else "--model_name_or_path"
-    tokenizer = load_any_tokenizer(name, flag, args.do_lower_case or None)
+    casing = casing_of_flags(args)
+    tokenizer = load_any_tokenizer(name, flag, casing)
     if args.teacher_name_or_path:
-        other = load_any_tokenizer(
-            args.teacher_name_or_path, "--teacher_name_or_path", args.do_lower_case or None
-        )
+        other = load_any_tokenizer(args.teacher_name_or_path, "--teacher_name_or_path", casing)
         require_same_vocabulary(tokenizer, other, name, args.teacher_name_or_path)
     set_padding_token(tokenizer, flag, name)
     return tokenizer

@@ -10,6 +10,7 @@ import re
 from collections.abc import Sequence
 from pathlib import Path
 
+from distil.models.casing import add_casing_flags
 from distil.system.files import file_problem, output_problem
 from distil.tasks.options import (
     NumberFlag,
@@ -94,7 +95,6 @@ SWITCHES = {
         "answer and score predict_file: by the trained model, or by model_name_or_path without"
         " --do_train"
     ),
-    "do_lower_case": "lower-case the text (default: as the tokenizer's folder)",
     "evaluate_during_training": "score predict_file at each line of the log",
     "eval_all_checkpoints": "answer and score by each checkpoint, too",
     "overwrite_output_dir": "replace the results of an earlier run in output_dir",
@@ -120,6 +120,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         parser.add_argument(f"--{name}", **options)
     add_number_flags(parser, NUMBERS)
     add_switches(parser, SWITCHES)
+    add_casing_flags(parser)
     ignored = parser.add_argument_group("accepted for old command lines, without effect")
     for name in ("overwrite_cache", "verbose_logging"):
         ignored.add_argument(f"--{name}", action="store_true", help=WITHOUT_EFFECT[name])

@@ -16,7 +16,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 import torch
-import transformers
+from tokenizers.pre_tokenizers import ByteLevel
 
 from distil.tasks.squad import Question
 from utils import InputError, logger
@@ -75,7 +75,8 @@ def encode(texts: Sequence[str], tokenizer) -> Iterator[Encoded]:
     backend.no_padding()
     backend.encode_special_tokens = True  # "[SEP]" in a text is text, not a separator
     # RoBERTa's tokens include the space before them: read the first word as one after a space, too.
-    lead = " " if isinstance(tokenizer, transformers.RobertaTokenizer) else ""
+    byte_level = isinstance(backend.pre_tokenizer, ByteLevel)
+    lead = " " if byte_level and not backend.pre_tokenizer.add_prefix_space else ""
     for start in range(0, len(texts), TEXTS_AT_ONCE):
         chunk = texts[start : start + TEXTS_AT_ONCE]
         encodings = backend.encode_batch(

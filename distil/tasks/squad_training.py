@@ -11,6 +11,8 @@ import torch
 import transformers
 
 from distil.models.architectures import ARCHITECTURES
+from distil.models.casing import casing_of_flags
+from distil.models.export import tokenizer_for
 from distil.models.hub import load_config
 from distil.models.language_model import max_input_length
 from distil.models.tokenizers import load_tokenizer
@@ -82,11 +84,11 @@ def load_tokenizers(args: argparse.Namespace):
     name, teacher = getattr(args, flag), args.teacher_name_or_path
     # Differs from the original: without --do_lower_case the tokenizer's folder decides. 2019 took
     # the text as cased.
-    lower_case = True if args.do_lower_case else None
-    tokenizer = load_tokenizer(ARCHITECTURES[args.model_type], name, f"--{flag}", lower_case)
+    casing = casing_of_flags(args)
+    tokenizer = load_tokenizer(ARCHITECTURES[args.model_type], name, f"--{flag}", casing)
     if teacher:
         teacher_tokenizer = load_tokenizer(
-            ARCHITECTURES[args.teacher_type], teacher, "--teacher_name_or_path", lower_case
+            ARCHITECTURES[args.teacher_type], teacher, "--teacher_name_or_path", casing
         )
         require_same_vocabulary(tokenizer, teacher_tokenizer, name, teacher)
     return tokenizer
@@ -131,7 +133,7 @@ def make_trainer(
         model=student,
         teacher=teacher,
         args=arguments,
-        processing_class=tokenizer,
+        processing_class=tokenizer_for(student, tokenizer) if train_windows else tokenizer,
         alpha_task=args.alpha_squad if teacher else 1.0,
         alpha_ce=args.alpha_ce if teacher else 0.0,
         temperature=args.temperature,

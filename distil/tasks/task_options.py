@@ -8,6 +8,7 @@ import dataclasses
 import os
 from pathlib import Path
 
+from distil.models.casing import add_casing_flags
 from distil.system.files import file_problem, output_problem
 from distil.tasks.options import (
     NumberFlag,
@@ -55,7 +56,6 @@ NUMBERS = {
     "logging_steps": NumberFlag(50, "updates between two lines of log", (1, 1e9)),
 }
 SWITCHES = {
-    "do_lower_case": "BERT: lower-case, also with a cased tokenizer",
     "no_cuda": "stay on the CPU",
     "fp16": "mixed precision, float16 (GPU)",
     "bf16": "mixed precision, bfloat16",
@@ -97,6 +97,7 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
     add("--teacher_name_or_path", help="model fine-tuned for this task, to learn from as well")
     add_number_flags(parser, NUMBERS)
     add_switches(parser, SWITCHES)
+    add_casing_flags(parser)
 
 
 def with_settings(args: argparse.Namespace) -> argparse.Namespace:

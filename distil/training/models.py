@@ -20,7 +20,8 @@ from distil.models.language_model import (
     resolve_architecture,
     resolve_by_name,
 )
-from distil.models.tokenizers import load_tokenizer, vocabulary_difference
+from distil.models.tokenizer_rules import difference
+from distil.models.tokenizers import load_tokenizer
 from distil.training.config import TrainConfig
 from utils import InputError, keyed_seed, raise_problems
 
@@ -75,10 +76,11 @@ def check_student_vocabulary(config: TrainConfig, architecture: Architecture, to
     if folder is None or not any(os.path.exists(f"{folder}/{file}") for file in TOKENIZER_FILES):
         return
     own = load_tokenizer(architecture, folder, "--student")
-    difference = vocabulary_difference(own, tokenizer)
-    if difference:
+    found = difference(own, tokenizer)
+    if found:
         raise InputError(
-            f"--student {folder}: {difference}; a student has its teacher's vocabulary"
+            f"--student {folder}: {found}; a student has its teacher's tokenizer: remove its"
+            " tokenizer files if it was trained on ids of the teacher's"
         )
 
 

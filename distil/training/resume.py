@@ -103,7 +103,8 @@ def identify(
         "teacher_name": checkpointing.content_digest(teacher.network.state_dict()),
         "data_file": data,
         "token_counts": file_digest(config.token_counts) if config.token_counts else None,
-        "vocabulary": teacher.vocabulary,
+        "vocabulary": teacher.tokenizer_facts["vocabulary_sha256"],
+        "tokenizer_rules": teacher.tokenizer_facts["rules_sha256"],
         "eval_data_file": held_out,
     }
 
@@ -117,10 +118,12 @@ def check_identity(
         was = then["student_config"].get(key, value)
         if was != value:
             problems.append(f"{student_source}: {key} is {value}, {found.path} was made with {was}")
-    for name in ("teacher_name", "data_file", "token_counts", "vocabulary"):
-        if now[name] != then[name]:
-            source = "the tokenizer of --teacher_name" if name == "vocabulary" else f"--{name}"
-            path = getattr(config, "teacher_name" if name == "vocabulary" else name)
+    of_tokenizer = "vocabulary", "tokenizer_rules"  # older checkpoints have no rules
+    for name in ("teacher_name", "data_file", "token_counts", *of_tokenizer):
+        if now[name] != then.get(name, now[name]):
+            is_tokenizer = name in of_tokenizer
+            source = "the tokenizer of --teacher_name" if is_tokenizer else f"--{name}"
+            path = getattr(config, "teacher_name" if is_tokenizer else name)
             digests = [str(digest)[:12] for digest in (now[name], then[name])]
             problems.append(
                 f"{source} {path}: its digest is {digests[0]}, {found.path} was made with"

@@ -25,11 +25,12 @@ TOKENIZER = {
     "vocabulary_sha256": "a" * 64,
     "special_ids": {"start": 1, "end": 2, "pad": 0, "unknown": 3},
 }
+OTHER = TOKENIZER | {"vocabulary_sha256": "b" * 64}
 
 
-def of_100(source: str, vocabulary: str | None = None):
+def of_100(source: str, facts: dict | None = None):
     """Stand in for a model of 100 entries."""
-    return model_facts(100, source, SpecialIds(1, 2, 0, 3), vocabulary=vocabulary)
+    return model_facts(100, source, SpecialIds(1, 2, 0, 3), facts=facts)
 
 
 def random_sequences(num: int, seed: int = 0, largest: int = 99) -> list[list[int]]:
@@ -375,14 +376,16 @@ def test_a_file_of_another_vocabulary_is_refused_with_both_names(tmp_path):
     with pytest.raises(
         InputError,
         match=(
-            r"made with the tokenizer t \(100 entries.*the vocabulary of the teacher X is another"
+            r"made with the tokenizer t, another than that of the teacher X: its vocabulary has"
+            r" 100 entries, fingerprint aaaaaaaaaaaa, that of the teacher X 100 entries, fingerprint"
+            r" bbbbbbbbbbbb"
         ),
     ):
-        LmSeqsDataset.from_file(path, of_100("the teacher X", "b" * 64))
+        LmSeqsDataset.from_file(path, of_100("the teacher X", OTHER))
     write_token_counts(tmp_path / "counts", np.ones(100, np.int64), {"tokenizer": TOKENIZER})
-    assert read_token_counts(tmp_path / "counts", of_100("X", "a" * 64)).sum() == 100
+    assert read_token_counts(tmp_path / "counts", of_100("X", TOKENIZER)).sum() == 100
     with pytest.raises(InputError, match=r"--token_counts .*counts: was made with the tokenizer t"):
-        read_token_counts(tmp_path / "counts", of_100("X", "b" * 64))
+        read_token_counts(tmp_path / "counts", of_100("X", OTHER))
 
 
 def test_damaged_counts_are_named(tmp_path):

@@ -37,7 +37,8 @@ from distil.data.token_files import SpecialIds, open_token_file
 from distil.models.architectures import architecture_named
 from distil.models.first_weights import load_student_weights
 from distil.models.language_model import build_network, read_student_config
-from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
+from distil.models.tokenizer_rules import tokenizer_facts
+from distil.models.tokenizers import load_tokenizer, special_ids
 from distil.system.files import json_digest
 from distil.training import checkpointing
 from lm_seqs_dataset import LmSeqsDataset, read_token_counts
@@ -151,7 +152,7 @@ class Reader:
     kind: str
     special_ids: SpecialIds
     vocab_size: int
-    vocabulary: str
+    tokenizer_facts: dict
     max_length: int = 64
     source: str = "the teacher"
 
@@ -164,7 +165,7 @@ class Reader:
             kind,
             special_ids(architecture_named(kind), tokenizer),
             size,
-            vocabulary_fingerprint(tokenizer),
+            tokenizer_facts(tokenizer),
         )
 
     def tokens(self, path: Path) -> str:

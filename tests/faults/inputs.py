@@ -41,7 +41,8 @@ import token_counts
 import train
 from distil.data.token_files import MIN_LENGTH, open_token_file
 from distil.models.architectures import architecture_named
-from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
+from distil.models.tokenizer_rules import tokenizer_facts
+from distil.models.tokenizers import load_tokenizer, special_ids
 from grouped_batch_sampler import GroupedBatchSampler, Update
 from lm_seqs_dataset import LmSeqsDataset
 from utils import InputError, one_line, run_program
@@ -1019,9 +1020,7 @@ def long_line(number: int) -> Corpus:
 
 def corpora(bench) -> None:
     """T22: binarize possible text, count it, and open it as training does."""
-    opened = {
-        kind: tokenizer_facts(kind, str(folder)) for kind, folder in bench.world.teachers.items()
-    }
+    opened = {kind: facts_of(kind, str(folder)) for kind, folder in bench.world.teachers.items()}
     numbers = itertools.count()
 
     def check(corpus: Corpus) -> None:
@@ -1036,14 +1035,14 @@ def corpora(bench) -> None:
     generate(bench, 50, corpora_cases(), check)
 
 
-def tokenizer_facts(kind: str, name: str) -> dict:
+def facts_of(kind: str, name: str) -> dict:
     """Return the facts of a tokenizer with which training opens a token file."""
     tokenizer = load_tokenizer(architecture_named(kind), name, "--teacher_name")
     special = special_ids(architecture_named(kind), tokenizer)
     return {
         "special": special,
         "vocab_size": len(tokenizer),
-        "vocabulary": vocabulary_fingerprint(tokenizer),
+        "tokenizer": tokenizer_facts(tokenizer),
     }
 
 
@@ -1121,7 +1120,7 @@ def check_tokens(corpus: Corpus, written: str, facts: dict) -> None:
             "--teacher_name t",
             facts["special"],
             POSITIONS,
-            facts["vocabulary"],
+            facts["tokenizer"],
         )
         dataset = LmSeqsDataset.from_file(written, teacher)
     except InputError as error:

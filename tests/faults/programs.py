@@ -34,7 +34,8 @@ import token_counts
 import train
 from distil.data.cards import read_card, write_card
 from distil.models.architectures import architecture_named as row
-from distil.models.tokenizers import load_tokenizer, vocabulary_fingerprint
+from distil.models.tokenizer_rules import vocabulary_fingerprint
+from distil.models.tokenizers import load_tokenizer
 from distil.system.signals import exit_on_sigterm
 from distil.training import checkpointing
 from utils import InputError
