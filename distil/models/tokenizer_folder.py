@@ -323,7 +323,11 @@ def _bert(folder: TokenizerFolder, kind: type):
     declared, options = folder.content(CONFIG), folder.class_options()
     tokens = _word_pieces(folder)
     if "do_lower_case" not in {**declared, **options}:
-        options["do_lower_case"] = not any(token != token.lower() for token in tokens)
+        options["do_lower_case"] = (
+            casing_of(tokenizers.Tokenizer.from_file(folder.files[FILE]))[0]
+            if FILE in folder.files
+            else not any(token != token.lower() for token in tokens)
+        )
     with quiet_transformers():
         tokenizer = kind.from_pretrained(folder.name, trust_remote_code=False, **options)
     accented = [token for token in tokens if _has_accent(token)]

@@ -1,5 +1,5 @@
-# Sourced by the recipes, after their own settings (CONFIG: the student's file in training_configs/; TOKENIZER: the teacher's
-# type): the settings they share, the checks, the commands of the stages, and the stages that several have.
+# Sourced by the recipes, after their own settings (CONFIG: the student's file in training_configs/): the settings they share,
+# the checks, the commands of the stages, and the stages that several have.
 #
 # Every setting is an environment variable. Those at the head of each recipe, and
 #   OUT            folder that receives everything (default: serialization_dir/STUDENT_NAME)
@@ -221,8 +221,8 @@ split_sequences() {
     rm "$OUT/sequences.txt"
 }
 
-make_token_files() { # tokenizer type: both texts -> CORPUS (a store), COUNTS, HELD_OUT_FILE
-    local tokenizer=(--tokenizer_type "$1" --tokenizer_name "$TEACHER")
+make_token_files() { # both texts -> CORPUS (a store), COUNTS, HELD_OUT_FILE, by the tokenizer in the teacher's folder
+    local tokenizer=(--tokenizer_type auto --tokenizer_name "$TEACHER")
     step "$COUNTS" program scripts/binarized_data.py --file_path "$OUT/train.txt" "${tokenizer[@]}" \
         --dump_file "$OUT/corpus" --format store --token_counts_dump "$COUNTS"
     step "$HELD_OUT_FILE" program scripts/binarized_data.py --file_path "$OUT/held_out.txt" "${tokenizer[@]}" \
@@ -282,7 +282,7 @@ stage_student() {
 
 stage_data() {
     make_sequences
-    make_token_files "$TOKENIZER"
+    make_token_files
 }
 
 stage_train() {

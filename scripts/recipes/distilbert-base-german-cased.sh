@@ -17,7 +17,6 @@ TEACHER="${TEACHER:-bert-base-german-dbmdz-cased}"
 TEXT="${TEXT:-data/german}"
 TASKS="${TASKS-ner}"
 CONFIG=distilbert-base-german-cased
-TOKENIZER=bert
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 run_stages "$@"

@@ -18,12 +18,11 @@ TEXT="${TEXT:-data/wikipedia}"
 TASKS="${TASKS-xnli}"
 EXPONENT="${EXPONENT:-0.7}"
 CONFIG=distilbert-base-multilingual-cased
-TOKENIZER=bert
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 stage_data() {
     make_sequences --by_language --sampling_exponent "$EXPONENT"
-    make_token_files "$TOKENIZER"
+    make_token_files
 }
 
 run_stages "$@"

@@ -17,7 +17,6 @@ TEACHER="${TEACHER:-bert-base-uncased}"
 TEXT="${TEXT:-data/documents}"
 TASKS="${TASKS-cola mnli mrpc qnli qqp rte sst2 stsb wnli}"
 CONFIG=distilbert-base-uncased
-TOKENIZER=bert
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 run_stages "$@"

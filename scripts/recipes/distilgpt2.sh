@@ -18,7 +18,6 @@ TEXT="${TEXT:-data/documents}"
 TASKS="${TASKS-wikitext}"
 MAX_CHARS="${MAX_CHARS:-4000}"
 CONFIG=distilgpt2
-TOKENIZER=gpt2
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 stage_student() {

@@ -16,7 +16,6 @@ TEACHER="${TEACHER:-roberta-base}"
 TEXT="${TEXT:-data/documents}"
 TASKS="${TASKS-cola mnli mrpc qnli qqp rte sst2 stsb wnli}"
 CONFIG=distilroberta-base
-TOKENIZER=roberta
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 stage_student() {

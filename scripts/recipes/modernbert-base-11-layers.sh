@@ -17,7 +17,6 @@ TEACHER="${TEACHER:-answerdotai/ModernBERT-base}"
 TEXT="${TEXT:-data/documents}"
 TASKS="${TASKS-cola mnli mrpc qnli qqp rte sst2 stsb wnli}"
 NUM_LAYERS="${NUM_LAYERS:-11}"
-TOKENIZER=auto
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 stage_student() {

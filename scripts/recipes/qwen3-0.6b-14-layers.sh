@@ -20,7 +20,6 @@ TASKS="${TASKS-wikitext}"
 NUM_LAYERS="${NUM_LAYERS:-14}"
 MAX_CHARS="${MAX_CHARS:-4000}"
 LEARNING_RATE="${LEARNING_RATE:-1e-4}"
-TOKENIZER=auto
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
 
 stage_student() {

@@ -377,8 +377,8 @@ def test_a_file_of_another_vocabulary_is_refused_with_both_names(tmp_path):
         InputError,
         match=(
             r"made with the tokenizer t, another than that of the teacher X: its vocabulary has"
-            r" 100 entries, fingerprint aaaaaaaaaaaa, that of the teacher X 100 entries, fingerprint"
-            r" bbbbbbbbbbbb"
+            r" 100 entries, fingerprint aaaaaaaaaaaa, that of the teacher X 100 entries,"
+            r" fingerprint bbbbbbbbbbbb"
         ),
     ):
         LmSeqsDataset.from_file(path, of_100("the teacher X", OTHER))
