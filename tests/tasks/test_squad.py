@@ -1,5 +1,6 @@
 """SQuAD: files, windows, decoding, metric, and the program that fine-tunes and scores."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -720,6 +721,33 @@ def test_a_model_learns_by_heart_and_everything_is_written(learnt, files):
         assert (learnt / "checkpoint-60" / name).is_file() and (
             learnt / "checkpoint-120" / name
         ).is_file()
+
+
+def test_a_teacher_is_measured_on_training_windows(learnt, models, files, tmp_path, capsys):
+    changes = {"teacher_type": "bert", "do_train": True, "train_file": files["few"], "max_steps": 1}
+    for teacher, message in (
+        (learnt, "INFO    The teacher finds the start in "),
+        (models["bert"], "of 10 training windows: no better than guessing"),  # random weights
+    ):
+        changes |= {"teacher_name_or_path": teacher, "overwrite_output_dir": True}
+        program.main(flags("bert", models, tmp_path / "out", **changes))
+        assert message in capsys.readouterr().err
+
+
+def test_a_teacher_whose_start_and_end_are_swapped_is_refused(models, files, tmp_path):
+    trainer = make_trainer("bert", "bert", models, files, tmp_path)
+    args, data = argparse.Namespace(teacher_name_or_path="T"), trainer.train_dataset
+    found_N2, _ = squad_training.spans_of_teacher(trainer, list(data))
+    for order in ([0, 1], [1, 0]):  # answers that are the teacher's own, then with ends swapped
+        data.windows = [
+            dataclasses.replace(window, span=tuple(span))
+            for window, span in zip(data.windows, found_N2[:, order].tolist(), strict=True)
+        ]
+        if order == [0, 1]:
+            squad_training.check_teacher(args, trainer)
+            continue
+        with pytest.raises(InputError, match="--teacher_name_or_path T: .* start and end swapped"):
+            squad_training.check_teacher(args, trainer)
 
 
 def test_a_file_of_predictions_is_scored_alone(learnt, files, capsys):
