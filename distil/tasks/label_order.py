@@ -118,7 +118,8 @@ def check_teacher(plan: Plan) -> None:
         plan, outputs_of_teacher(plan, features), features, "training examples", name
     )
     if is_sure:
-        raise InputError(f"{name}: {found}{problem}; or name another teacher")
+        else_ = "name" if plan.task.head == "values" else "or name"
+        raise InputError(f"{name}: {found}{problem}; {else_} another teacher")
     logger.info("The teacher: %s.", found)
     if problem:
         logger.warning("%s: %s%s. Too little to tell: used as it is.", name, found, problem)

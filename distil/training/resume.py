@@ -117,7 +117,10 @@ def check_identity(
         was = then["student_config"].get(key, value)
         if was != value:
             problems.append(f"{student_source}: {key} is {value}, {found.path} was made with {was}")
-    for name in ("teacher_name", "data_file", "token_counts", "vocabulary"):
+    names = ["teacher_name", "data_file", "vocabulary"]
+    if config.mlm and config.mlm_smoothing > 0:  # otherwise the counts change nothing
+        names.append("token_counts")
+    for name in names:
         if now[name] != then[name]:
             source = "the tokenizer of --teacher_name" if name == "vocabulary" else f"--{name}"
             path = getattr(config, "teacher_name" if name == "vocabulary" else name)
