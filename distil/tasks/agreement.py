@@ -49,4 +49,5 @@ def falls(pearson: float, num: int) -> bool:
     """Return whether a correlation is below 0 by more than luck explains (Fisher's z)."""
     if num <= 3:
         return False
-    return math.atanh(max(pearson, -1 + 1e-9)) * math.sqrt(num - 3) < -deviations_of_luck()
+    pearson = min(max(pearson, 1e-9 - 1), 1 - 1e-9)
+    return math.atanh(pearson) * math.sqrt(num - 3) < -deviations_of_luck()

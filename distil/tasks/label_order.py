@@ -38,22 +38,23 @@ def describe_classes(
     """
     counts_CC = np.zeros((len(names), len(names)))
     np.add.at(counts_CC, (outputs, labels), 1)
-    num, right = len(labels), int(np.trace(counts_CC))
-    guessed = 100 * (counts_CC.sum(0) @ counts_CC.sum(1)) / num**2
-    found = (
-        f"right on {right} of {num} {what} ({100 * right / num:.1f} %, guessing gets"
-        f" {guessed:.1f} %)"
-    )
+    found = f"right on {_shares(counts_CC, f' of {len(labels)} {what}')}"
     order_C, deviations = find_better_order(counts_CC)
     if not deviations:
         return found, "", False
-    would_be = int(counts_CC[np.arange(len(names)), order_C].sum())
     order = " ".join(names[number] for number in order_C)
     better = (
         f" with its outputs taken as {' '.join(names)}; taken as {order}, it would be right on"
-        f" {would_be}: name their order by --label_order {order}"
+        f" {_shares(counts_CC[:, order_C])}: name their order by --label_order {order}"
     )
     return found, better, is_beyond_luck(deviations, len(names))
+
+
+def _shares(counts_CC: np.ndarray, of_what: str = "") -> str:
+    """Write how many examples are right, and the share that independent outputs would get."""
+    num, right = counts_CC.sum(), int(np.trace(counts_CC))
+    guessed = 100 * (counts_CC.sum(0) @ counts_CC.sum(1)) / num**2
+    return f"{right}{of_what} ({100 * right / num:.1f} %, guessing gets {guessed:.1f} %)"
 
 
 def describe_values(outputs: np.ndarray, labels: np.ndarray, what: str) -> tuple[str, str, bool]:

@@ -19,7 +19,7 @@ from stand_ins import make_lines
 import run_task
 from distil.system.rank_zero import reporting_on_rank_0
 from distil.tasks import readers, task_options
-from distil.tasks.agreement import LUCK, find_better_order, is_beyond_luck
+from distil.tasks.agreement import LUCK, falls, find_better_order, is_beyond_luck
 from distil.tasks.features import collator, text_features, word_features
 from distil.tasks.fine_tuning import IGNORED_LABEL, inputs_of
 from distil.tasks.heads import HEADS
@@ -207,8 +207,9 @@ def test_a_teacher_in_the_datasets_order_is_refused_and_taught_by_label_order(
     assert status == 2 and len(errors) == 1 and not (tmp_path / "out" / "scores.json").exists()
     assert re.search(
         r"--teacher_name_or_path .*: right on \d+ of 200 training examples \(\d\.\d %.*taken as"
-        r" entailment neutral contradiction, it would be right on 1\d\d: name their order by"
-        r" --label_order entailment neutral contradiction",
+        r" entailment neutral contradiction, it would be right on 1\d\d \(8\d\.\d %,"
+        r" guessing gets 3\d\.\d %\): name their order by --label_order entailment neutral"
+        r" contradiction; or name another teacher",
         errors[0],
     )
     run_task.main([*flags, "--label_order", *OF_DATASETS, "--save_models", "all"])
@@ -337,6 +338,20 @@ def test_the_flag_goes_before_the_models_names_with_a_warning(teachers, tmp_path
     )
 
 
+def test_a_student_with_a_head_in_another_order_than_its_teacher_is_named(
+    teachers, tmp_path, capsys
+):
+    made = make(tmp_path, "bert", "mnli", teachers, order=OF_DATASETS, num=(60, 6))
+    student = transformers.AutoModelForSequenceClassification.from_pretrained(made.model)
+    student.config.id2label = dict(enumerate(NLI))
+    for saved in (student, transformers.AutoTokenizer.from_pretrained(made.model)):
+        saved.save_pretrained(tmp_path / "student")
+    flags = arguments(made, "mnli", tmp_path / "student", tmp_path / "out")
+    assert labels_used([*flags, "--label_order", *OF_DATASETS]) == OF_DATASETS
+    told = "its head has contradiction entailment neutral, the teacher entailment neutral contra"
+    assert told in capsys.readouterr().err
+
+
 # --------------------------------------------------------------------------------------------------
 # Luck
 # --------------------------------------------------------------------------------------------------
@@ -362,6 +377,12 @@ def test_teachers_that_are_no_better_than_guessing_are_not_refused_by_luck(num_c
             )
     # 10 of 3,000 have a probability of 0.001 at a share of LUCK.
     assert refused <= 10 and weak <= 10 and LUCK == 1e-3
+
+
+@pytest.mark.parametrize("pearson, num, expected", [(1.0, 50, False), (-1.0, 50, True)])
+def test_values_fall_only_where_luck_explains_it_no_more(pearson, num, expected):
+    assert falls(pearson, num) is expected
+    assert not falls(-0.42, 50) and falls(-0.425, 50)  # tanh(3.09 / sqrt(47)) = 0.4225
 
 
 def test_one_answer_for_everything_fits_no_order_better():
