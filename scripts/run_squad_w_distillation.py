@@ -86,6 +86,7 @@ def run(args: argparse.Namespace) -> None:
     )
     num_train = len({window.question for window in windows})
     if args.do_train:
+        squad_training.check_teacher(args, trainer)
         squad_training.train(args, trainer)
     if args.do_eval:
         evaluate_checkpoints(args, arguments, tokenizer, evaluation, num_train)

@@ -63,11 +63,13 @@ def score_file(args: argparse.Namespace) -> dict[str, float]:
 
 def run_all(args: argparse.Namespace) -> None:
     """Run every seed and rewrite scores.json after each, so that an interrupted series keeps it."""
+    from distil.tasks.label_order import check_teacher
     from distil.tasks.plan import make_plan
     from distil.tasks.scores import write_scores
     from distil.tasks.seed_runs import keep_median_model, run_seed
 
     plan, runs = make_plan(args), []
+    check_teacher(plan)
     is_first = os.environ.get("RANK", "0") == "0"
     flags = {name: value for name, value in vars(args).items() if name != "is_length_given"}
     for seed in args.seeds:

@@ -45,7 +45,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser.add_argument("--config", required=True, help="BERT configuration, JSON")
     parser.add_argument("--tokenizer_name", required=True, help="hub name or local folder")
     parser.add_argument("--data_file", required=True, help="token file made by binarized_data.py")
-    parser.add_argument("--token_counts", required=True, help="counts made by token_counts.py")
+    parser.add_argument(
+        "--token_counts",
+        help="counts made by token_counts.py; not needed, all tokens are predicted alike",
+    )
     parser.add_argument(
         "--output_dir", required=True, help="folder for model, tokenizer and curve.json"
     )

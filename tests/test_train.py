@@ -19,6 +19,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 import binarized_data
 import train
+import train_teacher
 from distil.losses import LOSSES
 from utils import git_facts
 
@@ -833,4 +834,25 @@ def test_without_smoothing_token_counts_change_nothing(world, tmp_path):
         changes = {"mlm_smoothing": 0, "token_counts": counts, "max_steps": 2, "n_gpu": 0}
         train.main(world.flags("bert", tmp_path / name, **changes))
     weights = [(tmp_path / name / "pytorch_model.bin").read_bytes() for name in ("with", "without")]
+    assert weights[0] == weights[1]
+
+
+@pytest.mark.parametrize("kind, name", [("bert", "cos"), ("roberta", "mse"), ("gpt2", "cos")])
+def test_one_distance_from_the_teacher_is_trained_and_evaluated_alone(kind, name, world, tmp_path):
+    alphas = dict.fromkeys((f"alpha_{loss}" for loss in LOSSES), 0.0) | {f"alpha_{name}": 1.0}
+    masks = {} if kind == "gpt2" else {"mlm_smoothing": 0, "token_counts": None}
+    held_out = {"eval_data_file": world.data(kind), "max_steps": 2, "n_gpu": 0}
+    train.main(world.flags(kind, tmp_path / "run", **alphas, **masks, **held_out))
+    log = EventAccumulator(str(tmp_path / "run" / "log" / "train")).Reload()
+    losses = {tag for tag in log.Tags()["scalars"] if tag.startswith("losses/loss_")}
+    assert losses == {f"losses/loss_{name}"} and (tmp_path / "run" / "best").is_dir()
+
+
+def test_a_teacher_is_trained_alike_without_token_counts(world, tmp_path):
+    teacher = world.teachers["bert"]
+    for name, counts in {"with": ["--token_counts", world.counts("bert")], "without": []}.items():
+        flags = ["--config", teacher / "config.json", "--tokenizer_name", teacher]
+        flags += ["--data_file", world.data("bert"), "--output_dir", tmp_path / name, *counts]
+        train_teacher.main([str(flag) for flag in [*flags, "--num_steps", "2"]])
+    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without")]
     assert weights[0] == weights[1]

@@ -12,7 +12,7 @@ from distil.models.checks import evaluating, is_close, some_ids, without_cache
 from distil.models.language_model import is_masked_config
 from distil.tasks.features import Feature, block_features, text_features, word_features
 from distil.tasks.tasks import TASKS, TWO_CLASSES
-from utils import InputError
+from utils import InputError, logger
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,9 +90,17 @@ def require_no_look_ahead(model: torch.nn.Module, name: str, flag: str) -> None:
 
 
 def labels_of_head(
-    config, task_name: str, wanted: Sequence[str], name: str, flag: str
+    config,
+    task_name: str,
+    wanted: Sequence[str],
+    name: str,
+    flag: str,
+    order: Sequence[str] = (),
 ) -> tuple[str, ...]:
-    """Return the labels in the order of a fine-tuned model's head; raise InputError for others."""
+    """Return the labels in the order of a fine-tuned model's outputs.
+
+    order: of --label_order, before the model's own names. Raises InputError for other labels.
+    """
     _require_made_for(getattr(config, "finetuning_task", None), task_name, name, flag)
     head = TASKS[task_name].head
     if head == "next tokens":
@@ -104,23 +112,59 @@ def labels_of_head(
                 " value"
             )
         return ()
-    names = [str(config.id2label[number]) for number in range(config.num_labels)]
+    names = names_of_classes(config)
+    if order and len(order) != len(names):
+        raise InputError(
+            f"--label_order {' '.join(order)}: {len(order)} names, the head of {flag} {name} has"
+            f" {len(names)} classes; name each once"
+        )
     if head == "tokens":
-        if unknown := [label for label in wanted if label not in names]:
-            raise InputError(
-                f"{flag} {name}: its head has no class for the files' {', '.join(unknown[:6])},"
-                f" only {', '.join(names[:6])}{', ..' if len(names) > 6 else ''}; name a model"
-                " fine-tuned for such labels"
-            )
-        return tuple(names)
-    by_name = {label.lower(): label for label in wanted}
-    if len(names) == len(wanted) and {found.lower() for found in names} == set(by_name):
-        return tuple(by_name[found.lower()] for found in names)
-    if len(names) == len(wanted) and names == [f"LABEL_{number}" for number in range(len(names))]:
-        return tuple(wanted)
+        return _labels_of_words(names, wanted, name, flag, order)
+    own, said = (TASKS[task_name].labels_by_name(classes) for classes in (names, order))
+    if own and said not in ((), own):
+        _warn_of_other_names(order, names, name, flag)
+    if len(names) == len(wanted) and (said or own or has_default_names(config)):
+        return said or own or tuple(wanted)
+    remedy = ", or say which is which by --label_order" if len(names) == len(wanted) else ""
     raise InputError(
         f"{flag} {name}: its head has {len(names)} classes ({', '.join(names[:6])}), {task_name}"
-        f" has {len(wanted)} ({', '.join(wanted[:6])}); name a model fine-tuned for {task_name}"
+        f" has {len(wanted)} ({', '.join(wanted[:6])}); name a model fine-tuned for"
+        f" {task_name}{remedy}"
+    )
+
+
+def names_of_classes(config) -> list[str]:
+    """List the names of a head's classes, as its configuration has them."""
+    return [str(config.id2label.get(number, "?")) for number in range(config.num_labels)]
+
+
+def has_default_names(config) -> bool:
+    """Return whether a head's classes have no names: LABEL_0, LABEL_1, .. tell no order."""
+    return names_of_classes(config) == [f"LABEL_{number}" for number in range(config.num_labels)]
+
+
+def _labels_of_words(
+    names: Sequence[str], wanted: Sequence[str], name: str, flag: str, order: Sequence[str]
+) -> tuple[str, ...]:
+    found = tuple(order or names)
+    if unknown := [label for label in wanted if label not in found]:
+        raise InputError(
+            f"{flag} {name}: its head has no class for the files' {', '.join(unknown[:6])},"
+            f" only {', '.join(found[:6])}{', ..' if len(found) > 6 else ''}; name a model"
+            " fine-tuned for such labels, or say which is which by --label_order"
+        )
+    if order and set(names) >= set(wanted) and found != tuple(names):
+        _warn_of_other_names(order, names, name, flag)
+    return found
+
+
+def _warn_of_other_names(order: Sequence[str], names: Sequence[str], name: str, flag: str) -> None:
+    logger.warning(
+        "--label_order %s: %s %s calls them %s; the flag decides.",
+        " ".join(order),
+        flag,
+        name,
+        " ".join(names),
     )
 
 

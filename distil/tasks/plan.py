@@ -10,7 +10,14 @@ import torch
 from distil.models.casing import casing_of_flags
 from distil.models.hub import load_config
 from distil.tasks.features import Feature
-from distil.tasks.heads import HEADS, labels_of_head, require_causal, require_no_look_ahead
+from distil.tasks.heads import (
+    HEADS,
+    has_default_names,
+    labels_of_head,
+    names_of_classes,
+    require_causal,
+    require_no_look_ahead,
+)
 from distil.tasks.loading import (
     load_any_tokenizer,
     load_for_task,
@@ -64,13 +71,17 @@ def set_padding_token(tokenizer, flag: str, name: str) -> None:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """What the runs of all seeds share; labels: in the order of their ids."""
+    """What the runs of all seeds share.
+
+    labels: in the order of their ids. is_order_assumed: the model that is read names no classes.
+    """
 
     args: argparse.Namespace
     task: Task
     tokenizer: Any
     teacher: torch.nn.Module | None
     labels: tuple[str, ...]
+    is_order_assumed: bool
     train: list[Example]
     scored: list[Example]
     train_features: list[Feature]
@@ -103,7 +114,8 @@ def make_plan(args: argparse.Namespace) -> Plan:
                 f"{part[0].where}: no word of the file gives a token; is it in the --encoding of"
                 " the tokenizer?"
             )
-    return Plan(args, task, tokenizer, teacher, labels, train, scored, *features)
+    is_assumed = not args.label_order and has_default_names(next(reversed(configs.values())))
+    return Plan(args, task, tokenizer, teacher, labels, is_assumed, train, scored, *features)
 
 
 def load_tokenizers(args: argparse.Namespace):
@@ -140,10 +152,20 @@ def choose_labels(
     wanted: tuple[str, ...],
 ) -> tuple[str, ...]:
     """Return the labels in the order of their ids: the teacher's or the scored model's, if any."""
+    own = TASKS[args.task].labels_by_name(names_of_classes(configs["--model_name_or_path"]))
     if args.do_train and not args.teacher_name_or_path:
-        return wanted
+        return own or wanted  # its own: a head that is trained for the task is trained further
     flag = "--teacher_name_or_path" if args.teacher_name_or_path else "--model_name_or_path"
-    return labels_of_head(configs[flag], args.task, wanted, flags[flag], flag)
+    order = args.label_order or ()
+    labels = labels_of_head(configs[flag], args.task, wanted, flags[flag], flag, order)
+    if args.do_train and own and own != labels:
+        logger.warning(
+            "--model_name_or_path %s: its head has %s, the teacher %s: it starts out wrong.",
+            args.model_name_or_path,
+            " ".join(own),
+            " ".join(labels),
+        )
+    return labels
 
 
 def load_teacher(args: argparse.Namespace, task: Task, tokenizer) -> torch.nn.Module | None:

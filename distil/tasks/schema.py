@@ -133,3 +133,9 @@ class Task:
             for parts in self.scored.values()
             for part in parts
         )
+
+    def labels_by_name(self, names: Sequence[str]) -> tuple[str, ...]:
+        """Return the labels in the order of `names`, in any case; () where those are others."""
+        by_name = {label.lower(): label for label in self.labels} | dict(self.aliases)
+        found = tuple(by_name.get(name.lower(), "") for name in names)
+        return found if sorted(found) == sorted(self.labels) else ()

@@ -16,6 +16,7 @@ from distil.system.files import write_json
 from distil.tasks.features import collator
 from distil.tasks.fine_tuning import IGNORED_LABEL, Trainer, require_an_update, training_arguments
 from distil.tasks.heads import HEADS, require_no_look_ahead
+from distil.tasks.label_order import check_scored
 from distil.tasks.loading import load_for_task
 from distil.tasks.metrics import num_words, perplexities, score
 from distil.tasks.plan import Plan
@@ -117,6 +118,8 @@ def run_seed(plan: Plan, seed: int) -> dict[str, Any] | None:
             remove_earlier_run(plan.args)
         trainer.train()
     outputs = trainer.predict(plan.scored_features).predictions if plan.args.do_eval else None
+    if outputs is not None:
+        check_scored(plan, outputs)
     if trainer.is_world_process_zero():
         write_seed(plan, trainer, folder)
     if outputs is None:

@@ -230,18 +230,20 @@ def read_predictions(path: str | os.PathLike, flag: str) -> dict[str, str]:
 def score_predictions(
     questions: Sequence[Question],
     predictions: Mapping[str, str],
-    what: str = "predictions",
     *,
     with_impossible: bool = False,
 ) -> dict[str, float]:
-    """Score the whole set: exact, f1 (x100) and total.
+    """Score the whole set: exact, f1 (x100) and total; a question without a prediction counts 0.
 
-    with_impossible: also HasAns_ and NoAns_ figures, as v2.0's script. Raises InputError naming
-    `what` unless questions and predictions have the same ids.
+    with_impossible: also HasAns_ and NoAns_ figures, as v2.0's script.
     """
-    _require_same_ids(questions, predictions, what)
+    # Differs from the original: v2.0's script leaves questions without a prediction out of the
+    # means; a part of the answers would look like a better model. v1.1's script counts 0, too.
     scored = [
-        score_answer(question, predictions[question.id], with_impossible) for question in questions
+        score_answer(question, predictions[question.id], with_impossible)
+        if question.id in predictions
+        else (0.0, 0.0)
+        for question in questions
     ]
     scores = _means(scored, "")
     if with_impossible:
@@ -255,23 +257,25 @@ def score_predictions(
     return scores
 
 
-def _require_same_ids(
-    questions: Sequence[Question], predictions: Mapping[str, str], what: str
-) -> None:
+def check_ids(questions: Sequence[Question], predictions: Mapping[str, str], what: str) -> None:
+    """Warn of questions without a prediction and of predictions for unknown ids.
+
+    Raises InputError naming `what` where no id is known.
+    """
     known = {question.id for question in questions}
-    problems = {
-        "no prediction for": known - predictions.keys(),
-        "a prediction for the unknown": predictions.keys() - known,
-    }
-    lines = [
-        f"{what}: {problem} id"
-        f" {min(names)!r}{f' and {len(names) - 1} others' if len(names) > 1 else ''}; name the file"
-        " that the predictions were made for (--predict_file)"
-        for problem, names in problems.items()
-        if names
-    ]
-    if lines:
-        raise InputError("\n".join(lines))
+    missing, unknown = known - predictions.keys(), predictions.keys() - known
+    if missing == known:
+        raise InputError(
+            f"{what}: none of its {len(predictions)} ids is a question's, such as"
+            f" {questions[0].id!r}; name the file that the predictions were made for"
+            " (--predict_file)"
+        )
+    for names, problem in (
+        (missing, "questions without a prediction, counted as 0"),
+        (unknown, "predictions for unknown ids, ignored"),
+    ):
+        if names:
+            logger.warning("%s: %s: %d, such as %r.", what, problem, len(names), min(names))
 
 
 def _means(scored: Sequence[tuple[float, float]], prefix: str) -> dict[str, float]:

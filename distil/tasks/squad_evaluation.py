@@ -10,7 +10,13 @@ import numpy as np
 from distil.system.files import file_problem, write_json
 from distil.tasks.fine_tuning import Trainer
 from distil.tasks.scores import write_scores
-from distil.tasks.squad import Question, read_predictions, read_questions, score_predictions
+from distil.tasks.squad import (
+    Question,
+    check_ids,
+    read_predictions,
+    read_questions,
+    score_predictions,
+)
 from distil.tasks.squad_options import data_path, task_name
 from distil.tasks.squad_spans import Answers, Limits, Rules, Window, decode, make_windows
 from utils import raise_problems
@@ -124,8 +130,7 @@ def score_file(args: argparse.Namespace) -> None:
     }
     raise_problems(file_problem(path, flag) for flag, path in files.items())
     predictions = read_predictions(args.score_predictions, "--score_predictions")
-    what = f"--score_predictions {args.score_predictions}"
-    scores = score_predictions(
-        read_predict_file(args), predictions, what, with_impossible=args.version_2_with_negative
-    )
+    questions = read_predict_file(args)
+    check_ids(questions, predictions, f"--score_predictions {args.score_predictions}")
+    scores = score_predictions(questions, predictions, with_impossible=args.version_2_with_negative)
     print(describe(scores), flush=True)

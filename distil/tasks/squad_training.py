@@ -2,7 +2,9 @@
 
 import argparse
 import functools
+import math
 import os
+import random
 import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,7 +18,8 @@ from distil.models.export import tokenizer_for
 from distil.models.hub import load_config
 from distil.models.language_model import max_input_length
 from distil.models.tokenizers import load_tokenizer
-from distil.tasks.fine_tuning import Trainer, training_arguments
+from distil.tasks.agreement import deviations_of_luck
+from distil.tasks.fine_tuning import Trainer, inputs_of, training_arguments
 from distil.tasks.loading import load_for_task, require_same_vocabulary
 from distil.tasks.squad import read_questions
 from distil.tasks.squad_evaluation import Evaluation, limits_of
@@ -29,6 +32,8 @@ TRAINING_FLAGS = (
     *("max_grad_norm", "num_train_epochs", "max_steps", "warmup_steps", "logging_steps"),
     *("save_steps", "fp16"),
 )
+
+NUM_MEASURED = 64  # training windows on which a teacher is measured
 
 
 class SpanTrainer(Trainer):
@@ -147,6 +152,50 @@ def make_trainer(
             else None
         ),
     )
+
+
+def check_teacher(args: argparse.Namespace, trainer: SpanTrainer) -> None:
+    """Measure the teacher on some of the training windows that have an answer; log the result.
+
+    Raises InputError where its starts and ends are swapped, beyond luck.
+    """
+    windows = trainer.train_dataset
+    answered = [number for number, window in enumerate(windows.windows) if any(window.span)]
+    if trainer.teacher is None or not answered:
+        return
+    chosen = random.Random(0).sample(answered, min(NUM_MEASURED, len(answered)))
+    found_N2, truth_N2 = spans_of_teacher(trainer, [windows[number] for number in chosen])
+    straight_N, swapped_N = ((found_N2 == truth).sum(1) for truth in (truth_N2, truth_N2.flip(1)))
+    votes = torch.sign(swapped_N - straight_N)
+    name, num = f"--teacher_name_or_path {args.teacher_name_or_path}", len(chosen)
+    starts, ends = (found_N2 == truth_N2).sum(0).tolist()
+    found = f"finds the start in {starts} and the end in {ends} of {num} training windows"
+    if votes.sum() > deviations_of_luck() * math.sqrt(max(votes.abs().sum(), 1)):
+        swapped = int(swapped_N.sum())
+        raise InputError(
+            f"{name}: {found}, and {swapped} of the {2 * num} with start and end swapped; swap the"
+            " rows of its qa_outputs, or name another teacher"
+        )
+    logger.info("The teacher %s.", found)
+    guessed = sum(1 / len(windows.windows[number].ids) for number in chosen)
+    if max(starts, ends) <= guessed + deviations_of_luck() * math.sqrt(guessed):
+        logger.warning("%s: %s: no better than guessing.", name, found)
+
+
+@torch.no_grad()
+def spans_of_teacher(
+    trainer: SpanTrainer, items: Sequence[Mapping[str, torch.Tensor]]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Return the most probable starts and ends of windows, and the true ones: (N, 2) each."""
+    found, truth, size = [], [], trainer.args.per_device_eval_batch_size
+    for first in range(0, len(items), size):
+        batch = dict(trainer.data_collator(items[first : first + size]))
+        truth.append(torch.stack([batch.pop(f"{end}_positions") for end in ("start", "end")], 1))
+        batch = {key: tensor.to(trainer.args.device) for key, tensor in batch.items()}
+        output = trainer.teacher(**inputs_of(trainer.teacher, batch))
+        best = [logits.argmax(-1).cpu() for logits in (output.start_logits, output.end_logits)]
+        found.append(torch.stack(best, 1))
+    return torch.cat(found), torch.cat(truth)
 
 
 def trainer_arguments(args: argparse.Namespace):

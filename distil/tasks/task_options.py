@@ -18,7 +18,7 @@ from distil.tasks.options import (
     number_problems,
     second_step_problems,
 )
-from distil.tasks.schema import Settings
+from distil.tasks.schema import Settings, Task
 from distil.tasks.tasks import TASKS
 from utils import raise_problems
 
@@ -95,6 +95,13 @@ def add_flags(parser: argparse.ArgumentParser) -> None:
         help="whose model is kept (default: the median seed's)",
     )
     add("--teacher_name_or_path", help="model fine-tuned for this task, to learn from as well")
+    add(
+        "--label_order",
+        nargs="+",
+        metavar="NAME",
+        help="the task's classes in the order of the teacher's outputs, or of those of the model"
+        " that is scored (default: as the model's configuration names them)",
+    )
     add_number_flags(parser, NUMBERS)
     add_switches(parser, SWITCHES)
     add_casing_flags(parser)
@@ -136,6 +143,8 @@ def _data_problems(args: argparse.Namespace) -> list[str]:
             f"--data_dir: {args.task} has no default data set on the hub; name a folder, or a"
             " --dataset_name"
         )
+    if args.label_order:
+        problems += _label_order_problems(args, task)
     try:
         "a".encode(args.encoding)
     except (LookupError, ValueError):
@@ -143,6 +152,22 @@ def _data_problems(args: argparse.Namespace) -> list[str]:
             f"--encoding {args.encoding}: no such encoding of text; utf-8 and latin-1 are usual"
         )
     return problems
+
+
+def _label_order_problems(args: argparse.Namespace, task: Task) -> list[str]:
+    flag = f"--label_order {' '.join(args.label_order)}"
+    if args.score_predictions or (args.do_train and not args.teacher_name_or_path):
+        return [f"{flag}: no fine-tuned model is read; leave it out, or name a teacher"]
+    if task.head not in ("classes", "tokens"):
+        return [f"{flag}: {args.task} has no classes; leave it out"]
+    if task.head == "tokens":
+        twice = len(set(args.label_order)) < len(args.label_order)
+        return [f"{flag}: a name is there twice; name each class once"] if twice else []
+    if task.labels_by_name(args.label_order):
+        return []
+    return [
+        f"{flag}: expected {' '.join(task.labels)}, each once, in the order of the model's outputs"
+    ]
 
 
 def _scoring_problems(args: argparse.Namespace) -> list[str]:

@@ -295,11 +295,7 @@ def type_problems(config: TrainConfig) -> list[str]:
         is_masked = ARCHITECTURES[model_type].is_masked
         if config.mlm != is_masked:
             kind = "masked" if is_masked else "causal"
-            remedy = (
-                "add --mlm, with --alpha_mlm above 0 and --alpha_clm 0"
-                if is_masked
-                else "leave --mlm out"
-            )
+            remedy = "add --mlm, and set --alpha_clm 0" if is_masked else "leave --mlm out"
             problems.append(
                 f"{flag} {model_type} {'with' if config.mlm else 'without'} --mlm: it is a {kind}"
                 f" model; {remedy}"

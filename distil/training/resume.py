@@ -119,7 +119,10 @@ def check_identity(
         if was != value:
             problems.append(f"{student_source}: {key} is {value}, {found.path} was made with {was}")
     of_tokenizer = "vocabulary", "tokenizer_rules"  # older checkpoints have no rules
-    for name in ("teacher_name", "data_file", "token_counts", *of_tokenizer):
+    names = ["teacher_name", "data_file", *of_tokenizer]
+    if config.mlm and config.mlm_smoothing > 0:  # otherwise the counts change nothing
+        names.append("token_counts")
+    for name in names:
         if now[name] != then.get(name, now[name]):
             is_tokenizer = name in of_tokenizer
             source = "the tokenizer of --teacher_name" if is_tokenizer else f"--{name}"

@@ -1,5 +1,6 @@
 """SQuAD: files, windows, decoding, metric, and the program that fine-tunes and scores."""
 
+import argparse
 import dataclasses
 import json
 import math
@@ -722,6 +723,33 @@ def test_a_model_learns_by_heart_and_everything_is_written(learnt, files):
         ).is_file()
 
 
+def test_a_teacher_is_measured_on_training_windows(learnt, models, files, tmp_path, capsys):
+    changes = {"teacher_type": "bert", "do_train": True, "train_file": files["few"], "max_steps": 1}
+    for teacher, message in (
+        (learnt, "INFO    The teacher finds the start in "),
+        (models["bert"], "of 10 training windows: no better than guessing"),  # random weights
+    ):
+        changes |= {"teacher_name_or_path": teacher, "overwrite_output_dir": True}
+        program.main(flags("bert", models, tmp_path / "out", **changes))
+        assert message in capsys.readouterr().err
+
+
+def test_a_teacher_whose_start_and_end_are_swapped_is_refused(models, files, tmp_path):
+    trainer = make_trainer("bert", "bert", models, files, tmp_path)
+    args, data = argparse.Namespace(teacher_name_or_path="T"), trainer.train_dataset
+    found_N2, _ = squad_training.spans_of_teacher(trainer, list(data))
+    for order in ([0, 1], [1, 0]):  # answers that are the teacher's own, then with ends swapped
+        data.windows = [
+            dataclasses.replace(window, span=tuple(span))
+            for window, span in zip(data.windows, found_N2[:, order].tolist(), strict=True)
+        ]
+        if order == [0, 1]:
+            squad_training.check_teacher(args, trainer)
+            continue
+        with pytest.raises(InputError, match="--teacher_name_or_path T: .* start and end swapped"):
+            squad_training.check_teacher(args, trainer)
+
+
 def test_a_file_of_predictions_is_scored_alone(learnt, files, capsys):
     command = [
         "--score_predictions",
@@ -1217,11 +1245,8 @@ def test_results_are_not_overwritten_unasked(learnt, models, files, tmp_path, st
 def test_predictions_for_other_questions_are_refused(files, tmp_path, status_and_errors):
     ids = [question.id for question in read_v1(files["few"])]
     wrong = {
-        "unknown": ({name: "x" for name in [*ids, "y9"]}, "a prediction for the unknown id 'y9'"),
-        "missing": (
-            {name: "x" for name in ids[2:]},
-            f"no prediction for id {ids[0]!r} and 1 others",
-        ),
+        "unknown": ({"y9": "x"}, f"none of its 1 ids is a question's, such as {ids[0]!r}"),
+        "empty": ({}, "none of its 0 ids is a question's"),
         "list": (["x"], "holds a list, expected an object"),
         "number": ({name: 1 for name in ids}, f"id {ids[0]!r} has a int, expected the answer"),
         "no json": ("{", "no readable JSON"),
@@ -1233,6 +1258,27 @@ def test_predictions_for_other_questions_are_refused(files, tmp_path, status_and
         assert status == 2 and len(errors) == 1 and message in errors[0] and path in errors[0]
     status, errors = status_and_errors(program.main, ["--score_predictions", "nowhere"])
     assert status == 2 and len(errors) == 2
+
+
+@pytest.mark.parametrize("version", ["v1", "v2"])
+def test_missing_predictions_count_0_and_unknown_ones_are_ignored(version, files, tmp_path, capsys):
+    questions = read_questions(
+        files[version], "", with_impossible=version == "v2", for_training=False
+    )
+    right = {q.id: q.answers[0] if q.answers else "" for q in questions[:20]}
+    path = write(tmp_path / "p.json", {**right, "y8": "x", "y9": "x"})
+    v2 = ["--version_2_with_negative"] if version == "v2" else []
+    program.main(["--score_predictions", path, "--predict_file", files[version], *v2])
+    printed = capsys.readouterr()
+    assert printed.out.startswith("exact match 83.33, F1 83.33 (24 questions)")  # 20 of 24
+    assert (
+        f"without a prediction, counted as 0: 4, such as {questions[20].id!r}" in printed.err
+        and "for unknown ids, ignored: 2, such as 'y8'" in printed.err
+    )
+    write(tmp_path / "p.json", {q.id: right.get(q.id, "x y z") for q in questions})
+    program.main(["--score_predictions", path, "--predict_file", files[version], *v2])
+    printed = capsys.readouterr()
+    assert "83.33" in printed.out and "prediction" not in printed.err  # nothing to warn of
 
 
 def test_flags_without_a_meaning_are_accepted_with_a_notice(files, tmp_path, capsys):

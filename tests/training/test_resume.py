@@ -246,6 +246,16 @@ def test_other_inputs_are_refused_with_both_values(
     assert contents(run) == before
 
 
+def test_counts_that_change_nothing_may_be_left_out_of_a_resumed_run(world, tmp_path):
+    flags = world.flags("bert", tmp_path / "run", **SHORT, mlm_smoothing=0, max_steps=2)
+    train.main(flags)
+    plain = world.flags(
+        "bert", tmp_path / "run", **SHORT, mlm_smoothing=0, max_steps=2, token_counts=None
+    )
+    train.main([*plain, "--resume"])
+    train.main([*flags, "--resume"])
+
+
 def test_without_a_checkpoint_only_resume_auto_starts(world, tmp_path, status_and_errors):
     flags = world.flags("bert", tmp_path / "run", **SHORT)
     status, errors = status_and_errors(train.main, [*flags, "--resume"])
