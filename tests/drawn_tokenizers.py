@@ -179,7 +179,8 @@ def make_backend(one: Draw, lines: list[str]) -> tokenizers.Tokenizer:
         "BPE": lambda: models.BPE(unk_token=unknown, fuse_unk=True),
         "Unigram": models.Unigram,
     }
-    options = {"special_tokens": special, "show_progress": False, "vocab_size": 900}
+    num = 600 + len(set("".join(lines)))
+    options = {"special_tokens": special, "show_progress": False, "vocab_size": num}
     trainer = {
         "WordPiece": lambda: trainers.WordPieceTrainer(**options),
         "bytes": lambda: trainers.BpeTrainer(initial_alphabet=pre.ByteLevel.alphabet(), **options),

@@ -96,6 +96,13 @@ def load_tokenizers(args: argparse.Namespace):
             ARCHITECTURES[args.teacher_type], teacher, "--teacher_name_or_path", casing
         )
         require_same_vocabulary(tokenizer, teacher_tokenizer, name, teacher)
+    roles = ("cls_token", "sep_token", "pad_token")
+    missing = [role for role in roles if getattr(tokenizer, f"{role}_id") is None]
+    if missing:
+        raise InputError(
+            f"--{flag} {name}: its tokenizer has no {', no '.join(missing)}, which windows of"
+            " question and context need; add it to its tokenizer_config.json"
+        )
     return tokenizer
 
 

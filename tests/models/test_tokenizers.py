@@ -23,6 +23,7 @@ from distil.models.casing import Casing
 from distil.models.export import save_folder
 from distil.models.tokenizer_rules import TEXTS, casing_of, rules_of, tokenizer_facts
 from distil.models.tokenizers import load_tokenizer, load_tokenizer_of_2019, special_ids
+from distil.tasks.squad_spans import encode
 from utils import InputError
 
 SPECIALS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -191,6 +192,18 @@ def test_a_folder_without_a_vocabulary_is_refused(tmp_path):
     make_model("bert", 50).config.save_pretrained(tmp_path)
     with pytest.raises(InputError, match="has neither tokenizer.json nor a vocabulary"):
         load_tokenizer(ARCHITECTURES["bert"], str(tmp_path), "--x")
+
+
+def test_questions_and_contexts_get_the_ids_of_tokenizer_json(teachers, tmp_path):
+    for kind in ("bert", "roberta"):
+        backend = word_pieces(normalizers.NFC())
+        teacher = save_teacher(tmp_path / kind, backend, kind)
+        tokenizer = load_tokenizer(ARCHITECTURES[kind], str(teacher), "--x")
+        found = [one.ids.tolist() for one in encode(LINES, tokenizer)]
+        assert found == [one.ids for one in backend.encode_batch(LINES)]
+    bytes_ = load_tokenizer(ARCHITECTURES["roberta"], str(teachers["roberta"]), "--x")
+    (found,) = encode(["bake"], bytes_)  # RoBERTa reads a first word as one after a space
+    assert found.ids.tolist() == bytes_(" bake", add_special_tokens=False)["input_ids"]
 
 
 # --------------------------------------------------------------------------------------------------
