@@ -187,6 +187,7 @@ def fingerprints(*names: str) -> Callable[[Mix], list[str]]:
 
 FFN, NORM = "distilbert.transformer.layer.1.ffn.lin1.weight", "distilbert.embeddings.LayerNorm.bias"
 SENTENCE = [2, *range(5, 25), 3]
+OTHER_VOCABULARY = ["its vocabulary has", "that of --teacher_name"]
 
 # name -> (makes the mismatch, both values, as texts in one line of the message, or their function).
 MISMATCHES: dict[str, tuple[Callable[[Mix], None], list[str] | Callable[[Mix], list[str]]]] = {
@@ -235,19 +236,13 @@ MISMATCHES: dict[str, tuple[Callable[[Mix], None], list[str] | Callable[[Mix], l
         lambda mix: ["999 entries", str(mix.vocab_size)],
     ),
     "counts of another tokenizer": (counts_of_other_tokenizer, fingerprints("token_counts")),
-    "no [MASK]": (
-        lambda mix: mix.without_token("[MASK]"),
-        ["mask_token [MASK]", "bert vocabulary"],
-    ),
-    "no [CLS]": (lambda mix: mix.without_token("[CLS]"), ["cls_token [CLS]", "bert vocabulary"]),
-    "no [PAD]": (lambda mix: mix.without_token("[PAD]"), ["pad_token [PAD]", "bert vocabulary"]),
-    "no <mask>, roberta": (
-        lambda mix: mix.without_token("<mask>"),
-        ["mask_token <mask>", "roberta vocabulary"],
-    ),
+    "no [MASK]": (lambda mix: mix.without_token("[MASK]"), OTHER_VOCABULARY),
+    "no [CLS]": (lambda mix: mix.without_token("[CLS]"), OTHER_VOCABULARY),
+    "no [PAD]": (lambda mix: mix.without_token("[PAD]"), OTHER_VOCABULARY),
+    "no <mask>, roberta": (lambda mix: mix.without_token("<mask>"), OTHER_VOCABULARY),
     "no <|endoftext|>, gpt2": (
         lambda mix: mix.without_token("<|endoftext|>"),
-        ["<|endoftext|>", "gpt2 vocabulary"],
+        ["no token for end", "sep_token or eos_token"],
     ),
     "missing tensor": (lambda mix: mix.weights(lambda state: state.pop(FFN)), ["lacks", FFN]),
     "misshapen tensor": (
@@ -284,7 +279,7 @@ MISMATCHES: dict[str, tuple[Callable[[Mix], None], list[str] | Callable[[Mix], l
     ),
     "teacher of another type": (
         lambda mix: mix.changes.update(teacher_name=mix.world.teachers["roberta"]),
-        ["Roberta", "bert"],
+        ["is a roberta model", "expected bert"],
     ),
     # The other six resume from a checkpoint: see RESUMED.
 }
