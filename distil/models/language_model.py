@@ -46,6 +46,11 @@ class LanguageModel:
         """Number of logits, V; the tokenizer may have fewer entries."""
         return self.network.config.vocab_size
 
+    @functools.cached_property
+    def num_entries(self) -> int:
+        """The tokenizer's largest id + 1. The model's rows beyond are padding, never asked for."""
+        return max(self.tokenizer.get_vocab().values()) + 1
+
     @property
     def max_length(self) -> int:
         """Length in ids of the longest sequence that tokenizer and position table admit."""

@@ -150,10 +150,15 @@ class Reader:
 
     kind: str
     special_ids: SpecialIds
-    vocab_size: int
+    num_entries: int
     vocabulary: str
     max_length: int = 64
     source: str = "the teacher"
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the rows of the teacher's vocabulary: it has no padding."""
+        return self.num_entries
 
     @classmethod
     def of(cls, world: World, kind: str) -> "Reader":
