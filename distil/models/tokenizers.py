@@ -16,6 +16,7 @@ import transformers
 from distil.data.token_files import SpecialIds
 from distil.models.architectures import ANY_TOKENIZER, ARCHITECTURES, AUTO, Architecture
 from distil.models.hub import fetch_files, quiet_transformers, read_json
+from distil.models.vocabulary_files import check_vocabulary_files, vocabulary_files
 from utils import InputError, logger, one_line
 
 MASK_TOKENS = {"[MASK]", "<mask>"}
@@ -81,6 +82,7 @@ def _load_any_tokenizer(
 ):
     """Load a fast tokenizer of any class that has tokens for all required roles."""
     options = {} if do_lower_case is None else {"do_lower_case": do_lower_case}
+    check_vocabulary_files(vocabulary_files(name), f"{flag} {name}")
     with quiet_transformers():
         tokenizer = transformers.AutoTokenizer.from_pretrained(
             name, trust_remote_code=architecture.runs_remote_code, **options
@@ -127,6 +129,7 @@ def _load_named_tokenizer(
 ):
     """Load the tokenizer class of a row of ARCHITECTURES, as 2019 did."""
     files = _tokenizer_files(architecture, name, flag)
+    check_vocabulary_files(files, f"{flag} {name}")
     declared = read_json(files.get("tokenizer_config.json"), f"{flag} {name}")
     _check_tokenizer_class(architecture, declared, name, flag)
     options = {}
