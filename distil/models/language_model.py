@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 
 import torch
@@ -18,7 +19,7 @@ from distil.data.token_files import SpecialIds
 from distil.models import conventions
 from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
 from distil.models.checks import check_finite, some_of
-from distil.models.heads import Head, prediction_head
+from distil.models.heads import Head, path_of, prediction_head
 from distil.models.hub import load_config, quiet_transformers
 from distil.models.tokenizers import load_tokenizer, special_ids, vocabulary_fingerprint
 from distil.system.files import require_file
@@ -168,6 +169,11 @@ def load_network(architecture: Architecture, name: str, flag: str) -> torch.nn.M
             " unedited model"
         )
     absent = set(report["missing_keys"])
+    state = model.state_dict()
+    biases = linked_biases(model, state, absent)
+    for name, value in biases.items():
+        state[name].copy_(value)
+    absent -= set(biases)
     missing = sorted(absent - set(row.aliases) - _tied_names(model, absent))
     if missing:
         raise InputError(
@@ -175,6 +181,7 @@ def load_network(architecture: Architecture, name: str, flag: str) -> torch.nn.M
             " expected, with its head"
         )
     check_finite(model.state_dict(), f"{flag} {name}")
+    _declare_untied(model, f"{flag} {name}")
     if not row.is_named:
         conventions.check_conventions(model, row.is_masked, f"{flag} {name}")
     return model
@@ -185,6 +192,43 @@ def _loader(row: Architecture):
     if row.is_named:
         return getattr(transformers, row.model_class)
     return transformers.AutoModelForMaskedLM if row.is_masked else transformers.AutoModelForCausalLM
+
+
+def linked_biases(
+    model: torch.nn.Module, state: Mapping[str, torch.Tensor], absent: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Find the values of a model's absent output biases under their second names: name -> value.
+
+    transformers 4 had one bias under two names (lm_head.bias, lm_head.decoder.bias) and saved it
+    once; in transformers 5 an untied model has two, and one that is absent would be zero.
+    """
+    links = getattr(model, "_tied_weights_keys", None)
+    links, own = links if isinstance(links, dict) else {}, model.state_dict()
+    return {
+        name: state[other]
+        for name, other in [*links.items(), *((b, a) for a, b in links.items())]
+        if name in absent and other in state and other not in absent and own[name].dim() == 1
+    }
+
+
+def is_untied(model: torch.nn.Module) -> bool:
+    """Test whether a model's input and output embeddings are two tables."""
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is not model.get_input_embeddings().weight
+
+
+def _declare_untied(model: torch.nn.Module, source: str) -> None:
+    """Correct a configuration that ties embeddings which the loaded checkpoint has two of.
+
+    transformers 5 leaves such a model untied, but a copy of its configuration would tie them.
+    """
+    links = getattr(model, "_tied_weights_keys", None) or {}
+    output = path_of(model, model.get_output_embeddings())
+    is_tied = getattr(model.config, "tie_word_embeddings", False) and f"{output}.weight" in links
+    if is_tied and is_untied(model):
+        text = "%s: its configuration ties input and output embeddings, its weights do not: it is"
+        logger.warning(f"{text} taken as untied.", source)
+        model.config.tie_word_embeddings = False
 
 
 def _tied_names(model: torch.nn.Module, names: set[str]) -> set[str]:

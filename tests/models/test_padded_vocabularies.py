@@ -14,7 +14,7 @@ import families
 import pytest
 import torch
 import transformers
-from test_conventions import FAMILIES, families_at_random
+from test_conventions import FAMILIES, families_at_random, is_small
 
 import binarized_data
 import evaluate_lm
@@ -155,6 +155,7 @@ def run_draw(drawn, teachers, text_file, tmp_path, capsys) -> dict[str, str]:
         folder = tmp_path / str(number)
         folder.mkdir()
         try:
+            assert is_small(*family)
             case = Case(folder, family, paddings, teachers, text_file)
         except Exception:  # the family does not support the sizes
             outcomes[f"{family[0]} {paddings}"] = "not built"
