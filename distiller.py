@@ -224,6 +224,7 @@ class Distiller:
         self.teacher = teacher if model.needs_teacher else None
         own_head = None if self.teacher is None else prediction_head(self.teacher)
         self.teacher_head = teacher_head or own_head
+        model.uses_fast_head &= own_head is None or hasattr(self.teacher_head, "projection")
         self.max_grad_norm, self.seed, self.world_size = max_grad_norm, seed, world_size
         self.amp_dtype, self.normalization = amp_dtype, normalization
         if amp_dtype is not None and self.teacher is not None:
@@ -240,8 +241,7 @@ class Distiller:
             getattr(optimizer, "_step_supports_amp_scaling", False) and amp_dtype != torch.float16
         )
         self.waits = not can_skip or (self.device.type == "cpu" if waits is None else waits)
-        alphas = list(model.alphas.values())
-        self.alphas_K = torch.tensor(alphas, dtype=torch.float64, device=self.device)
+        self.alphas_K = torch.tensor([*model.alphas.values()], dtype=torch.float64).to(self.device)
         self.is_broken = torch.zeros((), device=self.device)  # 1 once an update was not finite
         self.wrapped: nn.Module = model
         if world_size > 1:

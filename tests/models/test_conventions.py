@@ -12,7 +12,7 @@ from transformers.models.auto import modeling_auto
 from distil.data.batches import MicroBatch, prepare_clm
 from distil.models import checks, conventions, first_weights, heads, language_model
 from distil.models.forward import read_outputs
-from distiller import DistillationModel
+from distiller import DistillationModel, Distiller
 from utils import InputError
 
 FAMILIES = [(name, True) for name in families.MASKED] + [(name, False) for name in families.CAUSAL]
@@ -106,6 +106,21 @@ def test_a_padded_batch_gives_the_losses_of_its_sequences_one_by_one(model_type,
 
     alone = sum(sums(ids_BT[k : k + 1, :length], [length]) for k, length in enumerate(lengths))
     torch.testing.assert_close(sums(ids_BT, lengths), alone, rtol=1e-4, atol=1e-4)
+
+
+def test_a_teacher_whose_logits_are_capped_teaches_a_student_with_a_plain_head():
+    """Gemma-2's head is more than layers and one linear map: both use the slower head."""
+    teacher, student = (families.tiny_model(name, False) for name in ("gemma2", "qwen2"))
+    model = DistillationModel(student, {"ce": 1.0}, 2.0)
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    distiller = Distiller(model, teacher, optimizer, None, max_grad_norm=1.0, seed=1)
+    ids_BT = ids_of(teacher, 2, 20)
+    batch = prepare_clm(0, ids_BT, torch.tensor([20, 20]))
+    (losses_K,) = distiller.accumulate([batch], [0], 1)
+    rows_NV = [(logits_of(m, ids_BT).flatten(0, 1).double() / 2) for m in (teacher, student)]
+    p_NV, log_q_NV = rows_NV[0].softmax(-1), rows_NV[1].log_softmax(-1)
+    expected = 4 * (p_NV * (p_NV.log() - log_q_NV)).sum(-1).mean()
+    torch.testing.assert_close(losses_K[1], expected, rtol=1e-4, atol=1e-5)
 
 
 @each_family
