@@ -25,6 +25,7 @@ from distil.models.language_model import (
     load_language_model,
     load_network,
     resolve_architecture,
+    save_used_bias_twice,
 )
 from distil.system.files import atomic_folder, require_output, save_weights, write_json
 from utils import (
@@ -236,6 +237,7 @@ def write_student(args: argparse.Namespace) -> None:
     raise_problems([tokenizer_problem(model)])
     teacher, tokenizer = model.network, model.tokenizer
     student = make_student(teacher, args, layers, source)
+    save_used_bias_twice(student)
     with atomic_folder(args.output) as folder:
         with quiet_transformers():
             student.save_pretrained(folder)

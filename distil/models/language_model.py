@@ -211,6 +211,28 @@ def linked_biases(
     }
 
 
+def save_used_bias_twice(model: torch.nn.Module) -> None:
+    """Give an unused second output bias the value of the used one whenever the model is saved.
+
+    Of an untied model transformers 5 uses decoder.bias alone, transformers 4 reads either name.
+    """
+    projection = model.get_output_embeddings()
+    used, own = getattr(projection, "bias", None), dict(model.named_parameters())
+    if used is None or not is_untied(model):
+        return
+    name = next(name for name, parameter in own.items() if parameter is used)
+    links = getattr(model, "_tied_weights_keys", None)
+    other = own.get(links.get(name)) if isinstance(links, dict) else None
+    if other is None or other is used:
+        return
+
+    @torch.no_grad()
+    def copy(*unused) -> None:
+        other.copy_(used)
+
+    model.register_state_dict_pre_hook(copy)
+
+
 def is_untied(model: torch.nn.Module) -> bool:
     """Test whether a model's input and output embeddings are two tables."""
     output = model.get_output_embeddings()

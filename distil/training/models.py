@@ -20,6 +20,7 @@ from distil.models.language_model import (
     read_student_config,
     resolve_architecture,
     resolve_by_name,
+    save_used_bias_twice,
 )
 from distil.models.tokenizers import load_tokenizer, vocabulary_difference
 from distil.training.config import TrainConfig
@@ -124,6 +125,7 @@ def make_student(
         student = build_network(architecture, student_config, student_source(config))
     if config.student_pretrained_weights is not None:
         load_student_weights(student, architecture, config.student_pretrained_weights)
+    save_used_bias_twice(student)
     positions, token_types = config.freeze_pos_embs, config.freeze_token_type_embds
     freeze_embeddings(student, architecture, positions=positions, token_types=token_types)
     if config.activation_checkpointing:

@@ -14,10 +14,12 @@ import families
 import pytest
 import torch
 import transformers
+from stand_ins import student_config_of
 from test_conventions import FAMILIES, families_at_random, is_small
 
 import binarized_data
 import evaluate_lm
+import extract_distilbert
 import token_counts
 import train
 from distil import evaluation
@@ -261,6 +263,24 @@ def test_a_student_with_fewer_rows_than_the_tokenizer_is_refused(case, capsys):
     student["vocab_size"] = case.num_entries  # as the message says
     (case.folder / "small.json").write_text(json.dumps(student))
     train.main(case.flags(student_config=case.folder / "small.json", dump_path=case.folder / "s"))
+
+
+def test_first_weights_of_other_rows_name_the_size_to_set(case, tmp_path, capsys):
+    """A state dict has its teacher's rows; the message's remedy is followed."""
+    first = tmp_path / "first.pth"
+    flags = {"model_type": "bert", "model_name": case.teacher, "dump_checkpoint": first}
+    extract_distilbert.main([*words(flags), "--num_layers", "2"])
+    content = student_config_of("bert", case.num_entries + 8) | {"n_layers": 2}
+    content |= {"model_type": "distilbert", "max_position_embeddings": 80}
+    given = {"student_config": tmp_path / "student.json", "student_pretrained_weights": first}
+    given |= {"dump_path": tmp_path / "run"}
+    flags = case.flags(**given)
+    (tmp_path / "student.json").write_text(json.dumps(content))
+    (error,) = errors_of(train.main, flags, capsys)
+    assert "set the sizes of these weights in the student's JSON" in error
+    content["vocab_size"] = case.num_entries + 40
+    (tmp_path / "student.json").write_text(json.dumps(content | {"hidden_dim": 48}))
+    train.main(flags)
 
 
 COUNTS = {

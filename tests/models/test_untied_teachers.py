@@ -245,6 +245,27 @@ def test_a_distilbert_carries_its_teachers_entries(entry):
     assert getattr(student.config, names[entry]) == value
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta"])
+def test_an_exported_untied_student_holds_one_bias_under_both_names(
+    kind, world, teachers, tmp_path
+):
+    """transformers 4 reads either name; transformers 5 trains one of two."""
+    teacher = untied_teacher(tmp_path / f"tiny-{kind}", kind, teachers)
+    flags = ["--teacher", str(teacher), "--num_layers", "2", "--output", str(tmp_path / "student")]
+    extract.main(flags)
+    argv = world.flags(kind, tmp_path / "run", teacher_name=teacher, max_steps=3)
+    argv = [word for word in argv if word not in ("--student_type", world.STUDENTS[kind])]
+    place = argv.index("--student_config")
+    argv[place : place + 2] = ["--student", str(tmp_path / "student"), "--learning_rate", "0.01"]
+    train.main([word for word in argv if word not in ("--teacher_type", kind)])
+    states = [safetensors.torch.load_file(tmp_path / "student" / "model.safetensors")]
+    states.append(torch.load(tmp_path / "run" / "pytorch_model.bin", weights_only=True))
+    for state in states:
+        (used,) = (name for name in state if name.endswith("decoder.bias"))
+        assert torch.equal(state[used], state[used.replace("decoder.bias", "bias")])
+    assert not torch.equal(states[0][used], states[1][used])  # trained
+
+
 # --------------------------------------------------------------------------------------------------
 # Layer maps
 # --------------------------------------------------------------------------------------------------
