@@ -191,7 +191,8 @@ class DistillationModel(nn.Module):
 class Distiller:
     """Update a student towards its teacher.
 
-    teacher: None where no objective reads one. optimizer, schedule: stepped once an update.
+    teacher: None where no objective reads one. teacher_head: hidden states to the logits compared;
+    None: all. optimizer, schedule: stepped once an update.
     max_grad_norm: bound of the gradient's norm. seed: keys dropout by micro-batch. world_size:
     ranks that share an update. amp_dtype: None, or the dtype of mixed precision, to which the
     teacher is converted. normalization: "micro_batches" = the mean over each micro-batch's rows,
@@ -210,6 +211,7 @@ class Distiller:
         optimizer: torch.optim.Optimizer,
         schedule: torch.optim.lr_scheduler.LRScheduler | None,
         *,
+        teacher_head: Head | None = None,
         max_grad_norm: float,
         seed: int,
         world_size: int = 1,
@@ -220,7 +222,9 @@ class Distiller:
     ):
         self.model, self.optimizer, self.schedule = model, optimizer, schedule
         self.teacher = teacher if model.needs_teacher else None
-        self.teacher_head = None if self.teacher is None else prediction_head(self.teacher)
+        own_head = None if self.teacher is None else prediction_head(self.teacher)
+        self.teacher_head = teacher_head or own_head
+        model.uses_fast_head &= own_head is None or hasattr(self.teacher_head, "projection")
         self.max_grad_norm, self.seed, self.world_size = max_grad_norm, seed, world_size
         self.amp_dtype, self.normalization = amp_dtype, normalization
         if amp_dtype is not None and self.teacher is not None:
@@ -237,8 +241,7 @@ class Distiller:
             getattr(optimizer, "_step_supports_amp_scaling", False) and amp_dtype != torch.float16
         )
         self.waits = not can_skip or (self.device.type == "cpu" if waits is None else waits)
-        alphas = list(model.alphas.values())
-        self.alphas_K = torch.tensor(alphas, dtype=torch.float64, device=self.device)
+        self.alphas_K = torch.tensor([*model.alphas.values()], dtype=torch.float64).to(self.device)
         self.is_broken = torch.zeros((), device=self.device)  # 1 once an update was not finite
         self.wrapped: nn.Module = model
         if world_size > 1:
@@ -398,11 +401,8 @@ class Distiller:
         self.optimizer.zero_grad(set_to_none=True)
 
     def _without_reduction(self, is_wanted: bool) -> contextlib.AbstractContextManager:
-        return (
-            self.wrapped.no_sync()
-            if is_wanted and self.world_size > 1
-            else contextlib.nullcontext()
-        )
+        is_needed = is_wanted and self.world_size > 1
+        return self.wrapped.no_sync() if is_needed else contextlib.nullcontext()
 
     def _check_overflow(self, norm: float, numbers: Sequence[int]) -> None:
         """Leave an overflow in float16 to the scaler while it has smaller scales to try."""

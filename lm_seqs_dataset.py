@@ -38,10 +38,11 @@ CHUNK_IDS = 2**22  # searched for unknown ids at a time
 
 
 def read_token_counts(path: str | os.PathLike, model: LanguageModel) -> np.ndarray:
-    """Read the occurrences of each id of a model's vocabulary: int64 (V,).
+    """Read the occurrences of each entry of a model's tokenizer: int64 (num_entries,).
 
-    Raises InputError for anything but a list of V non-negative ints, and for counts of another
-    vocabulary, where the file has a card.
+    Rows of the model beyond the tokenizer's have no counts, or counts of 0. Raises InputError for
+    anything but a list of so many non-negative ints, and for counts of another vocabulary, where
+    the file has a card.
     """
     flag = "--token_counts"
     content = read_pickle(path, flag)
@@ -59,14 +60,22 @@ def read_token_counts(path: str | os.PathLike, model: LanguageModel) -> np.ndarr
             f"{flag} {path}: expected a list of counts, one per token id; make it with"
             " token_counts.py"
         )
-    if len(counts_V) != model.vocab_size:
-        raise InputError(
-            f"{flag} {path}: has {len(counts_V)} entries, the vocabulary of {model.source} has"
-            f" {model.vocab_size}; count again with --vocab_size {model.vocab_size}"
-        )
     card = read_verified_card(path, flag)
     check_tokenizer(card, model.tokenizer_facts, f"{flag} {path}", model.source)
-    return counts_V.astype(np.int64)
+    num_entries = model.num_entries
+    remedy = f"count the ids of that tokenizer's data, with --vocab_size {num_entries}"
+    if not num_entries <= len(counts_V) <= max(num_entries, model.vocab_size):
+        raise InputError(
+            f"{flag} {path}: has {len(counts_V)} entries, the vocabulary of {model.source} has"
+            f" {num_entries}; {remedy}"
+        )
+    if counts_V[num_entries:].any():
+        counted = num_entries + int(np.flatnonzero(counts_V[num_entries:])[0])
+        raise InputError(
+            f"{flag} {path}: counts the id {counted}, but the vocabulary of {model.source} has"
+            f" {num_entries} entries; {remedy}"
+        )
+    return counts_V[:num_entries].astype(np.int64)
 
 
 def make_preparation(
@@ -90,7 +99,7 @@ def make_preparation(
             f"{model.source}: its tokenizer has no mask_token, which --mlm needs; add it"
         )
     if token_counts is None:  # smoothing 0: all tokens weigh the same
-        counts_V = np.ones(model.vocab_size, np.int64)
+        counts_V = np.ones(model.num_entries, np.int64)
     else:
         counts_V = read_token_counts(token_counts, model)
     counts_V, drawn = torch.from_numpy(counts_V), (smoothing, seed, mask_prop, fates)
@@ -145,7 +154,7 @@ class LmSeqsDataset:
         check_tokenizer(tokens.card, model.tokenizer_facts, source, model.source)
         largest_id = (tokens.card.get("counts") or {}).get("largest_id")
         ids = tokens.ids_M if largest_id is None else np.array([largest_id])
-        check_ids_below(ids, model.vocab_size, source, model.source)
+        check_ids_below(ids, model.num_entries, source, model.source)
         longest = min(max_length or model.max_length, model.max_length)
         dataset = cls(tokens, model.special_ids, longest, source)
         if len(dataset) == 0:

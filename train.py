@@ -81,9 +81,14 @@ def make_held_out(config: TrainConfig, teacher: LanguageModel) -> HeldOut | None
 
 
 def make_distiller(
-    config: TrainConfig, runtime: Runtime, student, teacher, num_updates: int
+    config: TrainConfig,
+    runtime: Runtime,
+    student_model: LanguageModel,
+    teacher_model: LanguageModel,
+    num_updates: int,
 ) -> Distiller:
     """Put the networks on the device, and optimizer and schedule around the student."""
+    student, teacher = student_model.network, teacher_model.network
     model = DistillationModel(student, config.alphas, config.temperature, teacher=teacher)
     model.to(runtime.device)
     if not model.uses_fast_head:
@@ -97,6 +102,7 @@ def make_distiller(
         teacher,
         optimizer,
         make_schedule(optimizer, num_updates, config.warmup_prop),
+        teacher_head=models.compared_head(student_model, teacher_model),
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         world_size=runtime.world_size,
@@ -136,8 +142,7 @@ class Trainer:
         if runtime.is_main:
             digests = dataset.tokens.digest(), held_out and held_out.dataset.tokens.digest()
             self.identity = resume.identify(config, student.network.config, teacher, *digests)
-        networks = student.network, teacher.network
-        self.distiller = make_distiller(config, runtime, *networks, num_updates)
+        self.distiller = make_distiller(config, runtime, student, teacher, num_updates)
         self.flops = flops
         self.progress = self._make_progress()
 

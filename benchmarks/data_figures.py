@@ -13,7 +13,8 @@ from distil.data.encoding import Encoding, LineEncoder, WorkerPool, divide_work
 from distil.data.text_sources import find_sources, read_blocks
 from distil.data.token_files import writing_tokens
 from distil.models.architectures import architecture_named
-from distil.models.tokenizers import load_tokenizer, special_ids
+from distil.models.tokenizer_roles import special_ids
+from distil.models.tokenizers import load_tokenizer
 from utils import InputError
 
 LINES_PER_BATCH = 2000

@@ -94,7 +94,7 @@ def of_bert(max_length: int) -> types.SimpleNamespace:
     return types.SimpleNamespace(
         special_ids=SpecialIds(101, 102, 0, 100),
         max_length=max_length,
-        vocab_size=2**31 - 1,
+        num_entries=2**31 - 1,
         vocabulary=None,
         source="the benchmark",
     )

@@ -24,7 +24,7 @@ from distil.models.language_model import (
     freeze_embeddings,
     read_student_config,
 )
-from distil.models.tokenizers import special_ids
+from distil.models.tokenizer_roles import special_ids
 from distil.system.prefetch import prefetched
 from distil.training.optimizer import make_optimizer
 from distiller import DistillationModel, Distiller

@@ -121,11 +121,14 @@ class Reader:
     """A model in two steps: from a batch to hidden states, from these to predictions.
 
     amp_dtype: dtype of torch's mixed precision for both steps; None: the model's dtype.
+    num_entries: of the tokenizer, over which a teacher with other rows than its student's is
+    compared; None: all its rows.
     """
 
     model: nn.Module
     head: Head
     amp_dtype: torch.dtype | None = None
+    num_entries: int | None = None
 
     def hidden(self, batch: MicroBatch) -> torch.Tensor:
         """Return the last hidden states, (B x T, D)."""
@@ -143,9 +146,9 @@ class Reader:
         return torch.autocast(device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
 
-def reader_of(model: nn.Module) -> Reader:
+def reader_of(model: nn.Module, num_entries: int | None = None) -> Reader:
     """Read a whole language model with its head."""
-    return Reader(model, prediction_head(model))
+    return Reader(model, prediction_head(model), num_entries=num_entries)
 
 
 # The sums over labels; without a teacher the last five are 0.
@@ -212,7 +215,7 @@ def _sums_of_rows(
     sums = [torch.tensor(len(labels_C)), *_label_sums(own, labels_C)]
     if teacher is not None:
         others = teacher.predict(teacher_CD)
-        sums += [*_distance_sums(own, others), *_label_sums(others, labels_C)]
+        sums += [*_distance_sums(own, others, teacher.num_entries), *_label_sums(others, labels_C)]
         if student_CD.shape == teacher_CD.shape:
             distance = cosine_distance(
                 at_least_float32(student_CD), at_least_float32(teacher_CD), None, 1.0
@@ -231,10 +234,19 @@ def _label_sums(predicted: Predicted, labels_C: torch.Tensor) -> tuple[torch.Ten
     return -log_probs_CV.gather(1, labels_C[:, None]).double().sum(), (first_C == labels_C).sum()
 
 
-def _distance_sums(student: Predicted, teacher: Predicted) -> tuple[torch.Tensor, torch.Tensor]:
-    """Sum KL(teacher || student) at temperature 1; count the positions of equal first tokens."""
+def _distance_sums(
+    student: Predicted, teacher: Predicted, num_entries: int | None = None
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Sum KL(teacher || student) at temperature 1; count the positions of equal first tokens.
+
+    Where the two have different rows, the teacher's first num_entries count, as in training.
+    """
     student_first_C, student_log_probs_CV = student
     teacher_first_C, teacher_log_probs_CV = teacher
+    if student_log_probs_CV.shape != teacher_log_probs_CV.shape:
+        teacher_log_probs_CV = teacher_log_probs_CV[:, :num_entries].log_softmax(-1)
+        teacher_first_C = teacher_log_probs_CV.argmax(-1)
+        student_log_probs_CV = student_log_probs_CV[:, : teacher_log_probs_CV.shape[1]]
     kl = F.kl_div(
         student_log_probs_CV, teacher_log_probs_CV, reduction="none", log_target=True
     ).sum(-1)

@@ -108,13 +108,15 @@ def run_measurement(
     teacher: torch.nn.Module | None,
     collate: Callable,
     source: str,
+    num_entries: int | None = None,
 ) -> dict[str, float]:
     """Measure a model, against its teacher if there is one; return figures by prefixed name.
 
-    collate: see passes_over. source: the model's flag and name. Raises InputError for a figure that
-    is not finite.
+    collate: see passes_over. source: the model's flag and name. num_entries: of the tokenizer.
+    Raises InputError for a figure that is not finite.
     """
-    readers = [None if one is None else reader_of(one) for one in (network, teacher)]
+    networks = network, teacher
+    readers = [None if one is None else reader_of(one, num_entries) for one in networks]
     title = f"{measurement.prefix}loss"
     with tqdm(total=len(measurement.batches), unit="batch", desc=title, **bar_options()) as bar:
 

@@ -13,7 +13,9 @@ Sources: Sanh et al., 2019, "DistilBERT, a distilled version of BERT", section 2
 Hinton et al., 2015, "Distilling the Knowledge in a Neural Network", section 2 (temperature).
 
 Symbols: s and t are the student's and the teacher's logits, T the temperature.
-Shape suffixes: N selected positions, V vocabulary, D width, 1 a kept dimension.
+Shape suffixes: N selected positions, V vocabulary, E the entries that the teacher has logits for
+(the first of the V; the student's further rows pad its table, and are predicted with probability 0
+by the teacher), D width, 1 a kept dimension.
 """
 
 import dataclasses
@@ -38,27 +40,28 @@ def at_least_float32(tensor: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
-def kl_divergence(student_NV, teacher_NV, labels_N, temperature: float) -> torch.Tensor:
+def kl_divergence(student_NV, teacher_NE, labels_N, temperature: float) -> torch.Tensor:
     """Sum T^2 KL(softmax(t / T) || softmax(s / T)) over rows, in nats.
 
     Gradients shrink as 1 / T^2; the factor T^2 keeps their size (Hinton et al., 2015, section 2).
     """
     student_log_probs_NV = F.log_softmax(student_NV / temperature, dim=-1)
-    teacher_log_probs_NV = F.log_softmax(teacher_NV / temperature, dim=-1)
+    teacher_log_probs_NE = F.log_softmax(teacher_NE / temperature, dim=-1)
+    student_log_probs_NE = student_log_probs_NV[:, : teacher_NE.shape[1]]
     divergence = F.kl_div(
-        student_log_probs_NV, teacher_log_probs_NV, reduction="sum", log_target=True
+        student_log_probs_NE, teacher_log_probs_NE, reduction="sum", log_target=True
     )
     return divergence * temperature**2
 
 
-def cross_entropy(student_NV, teacher_NV, labels_N, temperature: float) -> torch.Tensor:
+def cross_entropy(student_NV, teacher_NE, labels_N, temperature: float) -> torch.Tensor:
     """Sum -log softmax(s)[label] over rows; teacher and temperature are not used."""
     return F.cross_entropy(student_NV, labels_N, reduction="sum")
 
 
-def squared_error(student_NV, teacher_NV, labels_N, temperature: float) -> torch.Tensor:
-    """Sum (s - t)^2 over rows and vocabulary."""
-    return (student_NV - teacher_NV).square().sum()
+def squared_error(student_NV, teacher_NE, labels_N, temperature: float) -> torch.Tensor:
+    """Sum (s - t)^2 over rows and the entries that the teacher has logits for."""
+    return (student_NV[:, : teacher_NE.shape[1]] - teacher_NE).square().sum()
 
 
 def cosine_distance(student_ND, teacher_ND, labels_N, temperature: float) -> torch.Tensor:
@@ -73,20 +76,29 @@ def cosine_distance(student_ND, teacher_ND, labels_N, temperature: float) -> tor
 # --------------------------------------------------------------------------------------------------
 
 
-def kl_divergence_gradient(student_NV, teacher_NV, labels_N, temperature: float) -> WithGradient:
+def _padded_to(student_NV: torch.Tensor, part_NE: torch.Tensor) -> torch.Tensor:
+    """Append zeros for the entries that the teacher has no logits for."""
+    num_missing = student_NV.shape[1] - part_NE.shape[1]
+    return F.pad(part_NE, (0, num_missing)) if num_missing else part_NE
+
+
+def kl_divergence_gradient(student_NV, teacher_NE, labels_N, temperature: float) -> WithGradient:
     """Differentiate kl_divergence: T (softmax(s / T) - softmax(t / T)).
 
     Source: Hinton et al., 2015, section 2.1, times T^2.
     """
     student_log_probs_NV = F.log_softmax(at_least_float32(student_NV) / temperature, dim=-1)
-    teacher_log_probs_NV = F.log_softmax(at_least_float32(teacher_NV) / temperature, dim=-1)
-    teacher_probs_NV = teacher_log_probs_NV.exp()
-    log_ratio_NV = teacher_log_probs_NV.sub_(student_log_probs_NV)
-    total = torch.dot(teacher_probs_NV.flatten(), log_ratio_NV.flatten()) * temperature**2
-    return total, student_log_probs_NV.exp_().sub_(teacher_probs_NV).mul_(temperature)
+    teacher_log_probs_NE = F.log_softmax(at_least_float32(teacher_NE) / temperature, dim=-1)
+    teacher_probs_NE = teacher_log_probs_NE.exp()
+    num_entries = teacher_NE.shape[1]
+    log_ratio_NE = teacher_log_probs_NE.sub_(student_log_probs_NV[:, :num_entries])
+    total = torch.dot(teacher_probs_NE.flatten(), log_ratio_NE.flatten()) * temperature**2
+    gradient_NV = student_log_probs_NV.exp_()
+    gradient_NV[:, :num_entries].sub_(teacher_probs_NE)
+    return total, gradient_NV.mul_(temperature)
 
 
-def cross_entropy_gradient(student_NV, teacher_NV, labels_N, temperature: float) -> WithGradient:
+def cross_entropy_gradient(student_NV, teacher_NE, labels_N, temperature: float) -> WithGradient:
     """Differentiate cross_entropy: softmax(s) - onehot(label)."""
     log_probs_NV = F.log_softmax(at_least_float32(student_NV), dim=-1)
     total = -log_probs_NV.gather(1, labels_N[:, None]).sum()
@@ -95,10 +107,11 @@ def cross_entropy_gradient(student_NV, teacher_NV, labels_N, temperature: float)
     return total, gradient_NV
 
 
-def squared_error_gradient(student_NV, teacher_NV, labels_N, temperature: float) -> WithGradient:
+def squared_error_gradient(student_NV, teacher_NE, labels_N, temperature: float) -> WithGradient:
     """Differentiate squared_error: 2 (s - t)."""
-    difference_NV = at_least_float32(student_NV) - at_least_float32(teacher_NV)
-    return difference_NV.square().sum(), difference_NV.mul_(2)
+    student_NE = at_least_float32(student_NV)[:, : teacher_NE.shape[1]]
+    difference_NE = student_NE - at_least_float32(teacher_NE)
+    return difference_NE.square().sum(), _padded_to(student_NV, difference_NE.mul_(2))
 
 
 # --------------------------------------------------------------------------------------------------
@@ -115,17 +128,18 @@ def _softmax_and_log_sum(logits_NV: torch.Tensor) -> tuple[torch.Tensor, torch.T
     return exponentials_NV / sum_N1, largest_N1 + sum_N1.log()
 
 
-def kl_divergence_rows(student_NV, teacher_NV, labels_N, temperature: float) -> WithGradient:
+def kl_divergence_rows(student_NV, teacher_NE, labels_N, temperature: float) -> WithGradient:
     """Compute kl_divergence_gradient with one loss per row."""
-    student_NV, teacher_NV = student_NV / temperature, teacher_NV / temperature
+    student_NV, teacher_NE = student_NV / temperature, teacher_NE / temperature
     student_probs_NV, student_log_sum_N1 = _softmax_and_log_sum(student_NV)
-    teacher_probs_NV, teacher_log_sum_N1 = _softmax_and_log_sum(teacher_NV)
-    log_ratio_NV = (teacher_NV - teacher_log_sum_N1) - (student_NV - student_log_sum_N1)
-    losses_N = (teacher_probs_NV * log_ratio_NV).sum(-1) * temperature**2
-    return losses_N, (student_probs_NV - teacher_probs_NV) * temperature
+    teacher_probs_NE, teacher_log_sum_N1 = _softmax_and_log_sum(teacher_NE)
+    student_NE = student_NV[:, : teacher_NE.shape[1]]
+    log_ratio_NE = (teacher_NE - teacher_log_sum_N1) - (student_NE - student_log_sum_N1)
+    losses_N = (teacher_probs_NE * log_ratio_NE).sum(-1) * temperature**2
+    return losses_N, (student_probs_NV - _padded_to(student_NV, teacher_probs_NE)) * temperature
 
 
-def cross_entropy_rows(student_NV, teacher_NV, labels_N, temperature: float) -> WithGradient:
+def cross_entropy_rows(student_NV, teacher_NE, labels_N, temperature: float) -> WithGradient:
     """Compute cross_entropy_gradient with one loss per row."""
     probs_NV, log_sum_N1 = _softmax_and_log_sum(student_NV)
     is_label_NV = torch.arange(student_NV.shape[-1], device=student_NV.device) == labels_N[:, None]
@@ -133,10 +147,10 @@ def cross_entropy_rows(student_NV, teacher_NV, labels_N, temperature: float) -> 
     return losses_N, torch.where(is_label_NV, probs_NV - 1.0, probs_NV)
 
 
-def squared_error_rows(student_NV, teacher_NV, labels_N, temperature: float) -> WithGradient:
+def squared_error_rows(student_NV, teacher_NE, labels_N, temperature: float) -> WithGradient:
     """Compute squared_error_gradient with one loss per row."""
-    difference_NV = student_NV - teacher_NV
-    return difference_NV.square().sum(-1), 2.0 * difference_NV
+    difference_NE = student_NV[:, : teacher_NE.shape[1]] - teacher_NE
+    return difference_NE.square().sum(-1), _padded_to(student_NV, 2.0 * difference_NE)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -149,8 +163,8 @@ class Loss:
     """One objective: its formula, and the input and rows that the formula is applied to.
 
     formula: (student, teacher, labels_N, temperature) -> sum over rows; the first two are logits
-        (N, V) or other outputs (N, ..); labels_N are the ids to predict, given for logits at
-        "masked" and "next" rows, else None.
+        (N, V) and (N, E), or other outputs (N, ..); labels_N are the ids to predict, given for
+        logits at "masked" and "next" rows, else None.
     reads: "logits", or a row of READINGS in distil/models/forward.py ("hidden": last hidden
         states).
     rows: "real" (every real token), "masked" (positions drawn for masked-LM), "next" (positions

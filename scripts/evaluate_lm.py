@@ -262,12 +262,6 @@ def load_both(args: argparse.Namespace) -> list[LanguageModel]:
     if len(loaded) > 1:
         model, teacher = loaded
         require_same_vocabulary(model.tokenizer, teacher.tokenizer, args.model, args.teacher)
-        sizes = [one.vocab_size for one in loaded]
-        if sizes[0] != sizes[1]:
-            raise InputError(
-                f"{teacher.source}: gives {sizes[1]} logits, {model.source} {sizes[0]}; take one of"
-                " as many"
-            )
     return loaded
 
 
@@ -305,7 +299,7 @@ def measurements(
     if not model.is_masked:
         return causal_measurements(lengths)
     tokenizer = model.tokenizer
-    counts_V, smoothing = np.ones(model.vocab_size, np.int64), 0.0
+    counts_V, smoothing = np.ones(model.num_entries, np.int64), 0.0
     if args.token_counts is not None:
         counts_V, smoothing = read_token_counts(args.token_counts, model), args.mlm_smoothing
     fixed = FixedMasks(tokenizer.mask_token_id, tokenizer.all_special_ids, args.mask_every)
@@ -327,8 +321,9 @@ def main(argv: list[str] | None = None) -> None:
     figures: dict[str, float] = {}
     teacher_network = None if teacher is None else teacher.network
     for measurement in measurements(args, model, dataset.lengths):
+        networks = model.network, teacher_network
         figures |= run_measurement(
-            measurement, model.network, teacher_network, dataset.collate, model.source
+            measurement, *networks, dataset.collate, model.source, model.num_entries
         )
     num_examples = {"sequences": len(dataset), "ids": int(dataset.lengths.sum())}
     runs = [{"seed": args.seed, "metrics": as_metrics(figures), "num_examples": num_examples}]

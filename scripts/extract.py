@@ -11,6 +11,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.models.architectures import ARCHITECTURES, PAIRS
+from distil.models.checks import tokenizer_problem
 from distil.models.export import save_folder
 from distil.models.first_weights import (
     evenly_spaced_layers,
@@ -21,12 +22,21 @@ from distil.models.first_weights import (
 from distil.models.hub import load_config
 from distil.models.language_model import (
     is_masked_config,
+    is_untied,
     load_language_model,
     load_network,
     resolve_architecture,
+    save_used_bias_twice,
 )
 from distil.system.files import atomic_folder, require_output, save_weights, write_json
-from utils import InputError, OneLineParser, logger, run_program, setup_logging
+from utils import (
+    InputError,
+    OneLineParser,
+    logger,
+    raise_problems,
+    run_program,
+    setup_logging,
+)
 
 DEFAULT_NUM_LAYERS = 6
 
@@ -92,12 +102,11 @@ def _add_state_dict_flags(parser: argparse.ArgumentParser, defaults: Defaults) -
         nargs="+",
         help="the teacher's layers to take, in place of --num_layers",
     )
-    if any(PAIRS[pair].fold_token_types for pair in defaults.student_types.items()):
-        add(
-            "--fold_token_types",
-            action="store_true",
-            help="add token type 0 to every position, which makes the copy exact",
-        )
+    add(
+        "--fold_token_types",
+        action="store_true",
+        help="add token type 0 to every position of a DistilBERT, which makes the copy exact",
+    )
 
 
 def _add_student_flags(parser: argparse.ArgumentParser) -> None:
@@ -174,21 +183,36 @@ def extract(defaults: Defaults, argv: list[str] | None = None) -> None:
 def write_state_dict(args: argparse.Namespace, defaults: Defaults) -> None:
     """Write the state dict of a student's first weights, as in 2019."""
     require_output(args.dump_checkpoint, "--dump_checkpoint", [args.model_name])
+    student_type = defaults.student_types[args.model_type]
+    require_folding(args, args.model_type, student_type)
     teacher = load_network(ARCHITECTURES[args.model_type], args.model_name, "--model_name")
     layers = choose_layers(teacher.config.num_hidden_layers, args.num_layers, args.layers)
-    state = extract_student(
-        teacher,
-        defaults.student_types[args.model_type],
-        layers,
-        vocab_transform=args.vocab_transform,
-        fold_token_types=getattr(args, "fold_token_types", False),
-    )
+    options = {"vocab_transform": args.vocab_transform, "fold_token_types": args.fold_token_types}
+    state = extract_student(teacher, student_type, layers, **options)
     save_weights(args.dump_checkpoint, state)
     print(
         f"Took {len(layers)} layers ({' '.join(map(str, layers))}) and {len(state)} tensors.",
         flush=True,
     )
     logger.info("Wrote %s.", args.dump_checkpoint)
+    numbers = "".join(map(str, layers))
+    is_default = args.dump_checkpoint == defaults.dump_checkpoint
+    if is_default and not Path(args.dump_checkpoint).stem.endswith(f"_{numbers}"):
+        text = "%s: the default name is of other layers than it holds (%s); rename it."
+        logger.warning(text, args.dump_checkpoint, " ".join(map(str, layers)))
+    if is_untied(teacher):
+        text = '%s: the teacher\'s input and output embeddings differ: set "tie_word_embeddings":'
+        logger.warning(f"{text} false in the student's JSON.", args.dump_checkpoint)
+
+
+def require_folding(args: argparse.Namespace, teacher_type: str, student_type: str | None) -> None:
+    """Raise InputError for --fold_token_types where the student keeps its token types."""
+    pair = PAIRS.get((teacher_type, student_type or teacher_type))
+    if args.fold_token_types and not (pair and pair.fold_token_types):
+        raise InputError(
+            "--fold_token_types: is for a DistilBERT made of a BERT (extract_distilbert.py, or"
+            " --student_type distilbert); leave it out"
+        )
 
 
 def write_student(args: argparse.Namespace) -> None:
@@ -203,6 +227,7 @@ def write_student(args: argparse.Namespace) -> None:
     config = load_config(None, args.teacher, "--teacher", args.trust_remote_code)
     trust = args.trust_remote_code
     architecture = resolve_architecture(config, is_masked_config(config, source), source, trust)
+    require_folding(args, config.model_type, args.student_type)
     num_layers = getattr(config, "num_hidden_layers", None)
     layers = (
         choose_layers(num_layers, args.num_layers, args.layers)
@@ -210,8 +235,10 @@ def write_student(args: argparse.Namespace) -> None:
         else []
     )
     model = load_language_model(architecture, args.teacher, "--teacher")
+    raise_problems([tokenizer_problem(model)])
     teacher, tokenizer = model.network, model.tokenizer
     student = make_student(teacher, args, layers, source)
+    save_used_bias_twice(student)
     with atomic_folder(args.output) as folder:
         save_folder(student, tokenizer, folder)
         save_weights(folder / "first_weights.pth", student.state_dict())
@@ -236,9 +263,7 @@ def write_student(args: argparse.Namespace) -> None:
 def make_student(teacher, args: argparse.Namespace, layers: Sequence[int], source: str):
     """Make a student of the teacher's type, or of --student_type, which PAIRS lists for it."""
     if args.student_type is not None:
-        return student_of_pair(
-            teacher, args.student_type, layers, getattr(args, "fold_token_types", False)
-        )
+        return student_of_pair(teacher, args.student_type, layers, args.fold_token_types)
     return student_of_layers(teacher, layers, source)
 
 

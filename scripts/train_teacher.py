@@ -122,7 +122,8 @@ def main(argv: list[str] | None = None) -> None:
     largest_id = max(tokenizer.get_vocab().values())
     if largest_id >= config.vocab_size:
         raise InputError(
-            f"{source}: vocab_size is {config.vocab_size}, the tokenizer has ids up to {largest_id}"
+            f"{source}: vocab_size is {config.vocab_size}, the tokenizer has ids up to"
+            f" {largest_id}; set vocab_size {largest_id + 1} or more"
         )
     torch.manual_seed(keyed_seed(args.seed, "teacher"))
     model = build_network(architecture, config, source)

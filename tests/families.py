@@ -94,9 +94,12 @@ def causal_tokenizer(gpt2_folder: Path) -> transformers.PreTrainedTokenizerBase:
 
 
 def make_teacher(
-    folder: Path, model_type: str, is_masked: bool, stand_ins: dict[str, Path]
+    folder: Path, model_type: str, is_masked: bool, stand_ins: dict[str, Path], padding: int = 0
 ) -> Path:
-    """Save a tiny teacher of a family with a suitable tokenizer; return its folder."""
+    """Save a tiny teacher of a family with a suitable tokenizer; return its folder.
+
+    padding: rows of its vocabulary beyond the tokenizer's.
+    """
     if is_masked:
         kind = "roberta" if model_type in ROBERTA_LIKE else "bert"
         tokenizer = transformers.AutoTokenizer.from_pretrained(stand_ins[kind])
@@ -104,7 +107,7 @@ def make_teacher(
         tokenizer = causal_tokenizer(stand_ins["gpt2"])
     roles = ("pad_token_id", "bos_token_id", "eos_token_id", "cls_token_id", "sep_token_id")
     ids = {name: number for name in roles if (number := getattr(tokenizer, name)) is not None}
-    model = tiny_model(model_type, is_masked, len(tokenizer), **ids)
+    model = tiny_model(model_type, is_masked, len(tokenizer) + padding, **ids)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
     return folder

@@ -133,6 +133,7 @@ def model_facts(
         special_ids=special_ids,
         max_length=max_length,
         vocab_size=vocab_size,
+        num_entries=vocab_size,
         tokenizer_facts=facts,
         source=source,
     )

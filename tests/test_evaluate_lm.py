@@ -38,7 +38,8 @@ from distil.evaluation import (
 )
 from distil.kernels.head import rows_per_chunk
 from distil.models.architectures import ARCHITECTURES, architecture_named
-from distil.models.tokenizers import load_tokenizer, special_ids
+from distil.models.tokenizer_roles import special_ids
+from distil.models.tokenizers import load_tokenizer
 from distil.training import checkpointing
 from distil.training.progress import Intervals, Progress
 from lm_seqs_dataset import LmSeqsDataset

@@ -404,3 +404,26 @@ def test_padding_the_vocabulary_changes_nothing(monkeypatch):
     expected = run_head(student, teacher, terms, torch.float64, "plain")
     for mine, other in zip(found, expected, strict=True):
         torch.testing.assert_close(mine, other, **FLOAT64)
+
+
+@pytest.mark.parametrize("way", ["plain", "fast", "joined"])
+def test_a_teacher_of_fewer_entries_gives_the_others_probability_0(way, uncompiled):
+    """Compare with a teacher that has their logits, too small for a probability."""
+    student, teacher, terms = projection_case(20, 57, names=("ce", "mlm"))
+    fewer = [teacher[0], *(tensor[:50] for tensor in teacher[1:])]
+    found = run_head(student, fewer, terms, torch.float64, way, 6)
+    teacher[2][50:] = -1e9
+    expected = run_head(student, teacher, terms, torch.float64, "plain")
+    for mine, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(mine, other, **FLOAT64)
+
+
+@pytest.mark.parametrize("way", ["plain", "fast", "joined"])
+def test_squared_errors_are_over_the_entries_that_the_teacher_has(way, uncompiled):
+    student, teacher, terms = projection_case(20, 57, names=("mse",))
+    fewer = [[rows, weight[:50], bias[:50]] for rows, weight, bias in (student, teacher)]
+    total, sums_K, *gradients = run_head(student, fewer[1], terms, torch.float64, way, 6)
+    expected = run_head(*fewer, terms, torch.float64, "plain")
+    gradients = [gradients[0], *(gradient[:50] for gradient in gradients[1:])]
+    for mine, other in zip([total, sums_K, *gradients], expected, strict=True):
+        torch.testing.assert_close(mine, other, **FLOAT64)

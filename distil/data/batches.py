@@ -101,7 +101,7 @@ class MlmPreparation:
 
     weights_V: see masking_weights. mask_prop: share of real tokens to predict.
     word_mask, word_keep, word_rand: probabilities that a drawn token becomes [MASK], stays, or
-    becomes an id uniform over the vocabulary.
+    becomes an id uniform over the V entries of weights_V, the tokenizer's.
     """
 
     weights_V: torch.Tensor

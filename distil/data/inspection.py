@@ -31,7 +31,7 @@ def special_of(card: Mapping[str, Any], kind: str | None, tokenizer) -> dict[str
     found = section(card, "tokenizer", "special_ids")
     if not found and tokenizer is not None:
         from distil.models.architectures import architecture_named
-        from distil.models.tokenizers import special_ids
+        from distil.models.tokenizer_roles import special_ids
 
         found = dataclasses.asdict(special_ids(architecture_named(kind), tokenizer))
     return {role: found[role] if isinstance(found.get(role), int) else None for role in ROLES}

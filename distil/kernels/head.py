@@ -4,7 +4,7 @@
 fast one: the last linear map by hand, 4 matrix products and one pass over each chunk of logits.
 
 Shape suffixes: N selected positions, C positions of a chunk, V vocabulary, D width, K active
-losses.
+losses. A teacher may have logits for the first entries of the V only: see distil/losses.py.
 """
 
 import dataclasses
@@ -230,6 +230,7 @@ class _FastHead(torch.autograd.Function):
         grad_bias_V = torch.zeros_like(bias_V) if wants_bias else None
         chunk_rows = chunk_rows or even_chunk_rows(num_rows, vocab_size, kind)
         block_rows = BLOCK_ROWS if kind == "cpu" else chunk_rows
+        teacher_size = 0 if teacher is None else len(teacher.weight_VD)
         with torch.autocast(kind, enabled=False):
             student = Projection(rows_ND, weight_VD, bias_V).prepared(dtype)
             teacher = None if teacher is None else teacher.prepared(dtype)
@@ -241,7 +242,7 @@ class _FastHead(torch.autograd.Function):
                 found = []
                 for start in range(first, last, block_rows):
                     block = slice(start - first, min(start + block_rows, last) - first)
-                    block_CV = None if teacher_CV is None else teacher_CV[block, :vocab_size]
+                    block_CV = None if teacher_CV is None else teacher_CV[block, :teacher_size]
                     found.append(replace(logits_CV[block, :vocab_size], block_CV, first=start))
                 totals, sums = zip(*found, strict=True)
                 total += torch.stack(totals).sum()

@@ -172,11 +172,14 @@ class Pair:
         token type 0 to, and name of the teacher's table; None if the student has token types.
     config_entries: student's configuration entry -> teacher's, to build a student from some of the
         teacher's layers.
+    fixed_entries: entries of the teacher that the student's configuration cannot hold, with the
+        values that a student computes with.
     """
 
     parameter_names: Mapping[str, str] | None = None
     fold_token_types: tuple[str, str] | None = None
     config_entries: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    fixed_entries: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 def _with_weight_and_bias(modules: Mapping[str, str]) -> dict[str, str]:
@@ -189,7 +192,7 @@ BERT_TO_DISTILBERT = {
         "bert.embeddings.position_embeddings.weight"
     ),
     "vocab_projector.weight": "cls.predictions.decoder.weight",
-    "vocab_projector.bias": "cls.predictions.bias",
+    "vocab_projector.bias": "cls.predictions.decoder.bias",  # cls.predictions.bias where tied
     **_with_weight_and_bias(
         {
             "distilbert.embeddings.LayerNorm": "bert.embeddings.LayerNorm",
@@ -232,6 +235,16 @@ PAIRS: dict[tuple[str, str], Pair] = {
             "attention_dropout": "attention_probs_dropout_prob",
             "initializer_range": "initializer_range",
             "pad_token_id": "pad_token_id",
+            "bos_token_id": "bos_token_id",
+            "eos_token_id": "eos_token_id",
+            "tie_word_embeddings": "tie_word_embeddings",
+        },
+        fixed_entries={
+            "layer_norm_eps": 1e-12,
+            "is_decoder": False,
+            "add_cross_attention": False,
+            "position_embedding_type": "absolute",
+            "classifier_dropout": None,
         },
     ),
     ("roberta", "roberta"): Pair(),

@@ -14,12 +14,34 @@ from utils import InputError
 
 def tokenizer_problem(model) -> str | None:
     """Describe the problem of a LanguageModel whose tokenizer has ids >= its vocabulary size."""
-    largest_id = max(model.tokenizer.get_vocab().values())
-    if largest_id < model.vocab_size:
+    if model.num_entries <= model.vocab_size:
         return None
     return (
-        f"{model.source}: its tokenizer has ids up to {largest_id}, the model's vocabulary"
-        f" {model.vocab_size} entries; take a model and tokenizer that belong together"
+        f"{model.source}: its tokenizer has ids up to {model.num_entries - 1}, the model's"
+        f" vocabulary {model.vocab_size} entries; take a model and tokenizer that belong together"
+    )
+
+
+def vocabulary_problem(
+    student_config, teacher, source: str, is_fixed: bool, is_proven: bool
+) -> str | None:
+    """Describe the problem of a student whose vocabulary does not fit its teacher's tokenizer.
+
+    Either may have further rows, which pad its tables. teacher: a LanguageModel. is_fixed: the
+    student has weights. is_proven: where the sizes differ, the student is known to be of the same
+    tokenizer, by its folder's or because its weights are random.
+    """
+    size, needed = student_config.vocab_size, teacher.num_entries
+    if size == teacher.vocab_size or (size >= needed and is_proven):
+        return None
+    sizes = f"{source}: vocabulary is {size}, the teacher's is {teacher.vocab_size}"
+    if size < needed:
+        remedy = f"set vocab_size {needed} or more in the student's JSON"
+        remedy = "take a student of the teacher's tokenizer" if is_fixed else remedy
+        return f"{sizes}, with a tokenizer of {needed} entries; {remedy}"
+    return (
+        f"{sizes}, and the folder has no tokenizer that shows them to be of one; if they are, copy"
+        " the teacher's tokenizer files into it"
     )
 
 
@@ -44,13 +66,14 @@ def size_mismatches(
     source: str,
     student: Architecture,
     needs_width: bool = True,
+    is_fixed: bool = False,
 ) -> list[str]:
     """Describe each size in which a student must equal its teacher but does not.
 
-    Students of ARCHITECTURES must equal it in all sizes listed, as in 2019; others in the
-    vocabulary, and in the width if hidden states are compared (needs_width).
+    Students of ARCHITECTURES must equal it in all sizes listed, as in 2019; others in the width if
+    hidden states are compared (needs_width). is_fixed: the student has weights, of these sizes.
     """
-    sizes = {"vocab_size": "vocabulary"}
+    sizes = {}
     if student.is_named or needs_width:
         sizes["hidden_size"] = "width"
     if student.is_named:
@@ -59,8 +82,12 @@ def size_mismatches(
         sizes["pad_token_id"] = "padding id"
     return [
         f"{source}: {what} is {getattr(student_config, name)}, the teacher's is"
-        f" {getattr(teacher_config, name, None)}; they must be equal, set"
-        f" {student_config.attribute_map.get(name, name)} in the student's JSON"
+        f" {getattr(teacher_config, name, None)}; they must be equal, "
+        + (
+            "extract the student from this teacher"
+            if is_fixed
+            else f"set {student_config.attribute_map.get(name, name)} in the student's JSON"
+        )
         for name, what in sizes.items()
         if getattr(student_config, name) != getattr(teacher_config, name, None)
     ]

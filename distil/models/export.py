@@ -11,7 +11,8 @@ import torch
 import transformers
 
 from distil.models.hub import quiet_transformers
-from distil.models.tokenizer_folder import GENERIC, ROLE_TOKENS, PreTrainedTokenizerFast
+from distil.models.tokenizer_folder import GENERIC, PreTrainedTokenizerFast
+from distil.models.tokenizer_roles import ROLE_TOKENS
 from distil.models.tokenizer_rules import other_ids
 from utils import logger, one_line
 

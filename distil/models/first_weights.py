@@ -1,7 +1,8 @@
 """A student's first weights: copied from layers of its teacher, or loaded from a file.
 
 Source: Sanh et al., 2019, section 3: one layer out of two; 2019's code, and this one, take evenly
-spaced ones, first and last included: 0 2 4 7 9 11 of 12.
+spaced ones, first and last included: 0 2 4 7 9 11 of 12. Every student made here is compared with
+its teacher without the other layers.
 """
 
 import os
@@ -25,18 +26,26 @@ from distil.models.checks import (
 )
 from distil.models.conventions import NUM_LAYERS, config_with_layers, layer_lists
 from distil.models.heads import replaced
-from distil.models.language_model import build_network
+from distil.models.language_model import build_network, is_untied, linked_biases
 from distil.system.files import require_file
 from utils import InputError, logger, one_line
 
 StateDict = Mapping[str, torch.Tensor]
 
 
+# Differs from the original: 2019's script took 0 2 4 7 9 11 of any teacher; the default name of its
+# file for roberta-large, tf_roberta_048131723.pth, states these. No rounding of evenly spaced
+# numbers gives both.
+LAYERS_OF_2019 = {(24, 6): [0, 4, 8, 13, 17, 23]}
+
+
 def evenly_spaced_layers(num_teacher_layers: int, num_student_layers: int) -> list[int]:
     """Select layers round(linspace(0, L - 1, l)), the first and last included.
 
-    12 -> 6 gives 0 2 4 7 9 11.
+    12 -> 6 gives 0 2 4 7 9 11. LAYERS_OF_2019 has the exceptions.
     """
+    if (num_teacher_layers, num_student_layers) in LAYERS_OF_2019:
+        return list(LAYERS_OF_2019[num_teacher_layers, num_student_layers])
     return np.rint(np.linspace(0, num_teacher_layers - 1, num_student_layers)).astype(int).tolist()
 
 
@@ -90,7 +99,9 @@ def student_of_pair(
 ):
     """Build a student of another architecture from a teacher's layers.
 
-    Raises InputError if PAIRS has no such pair with configuration entries.
+    It is compared with the teacher without its other layers and, unless they are folded, its token
+    types. Raises InputError if PAIRS has no such pair with configuration entries, or if the student
+    computes something else.
     """
     pair = PAIRS.get((teacher.config.model_type, student_type))
     if pair is None or not pair.config_entries:
@@ -103,6 +114,12 @@ def student_of_pair(
         num_hidden_layers=len(layers),
         **{s: getattr(teacher.config, t) for s, t in pair.config_entries.items()},
     )
+    config.tie_word_embeddings = not is_untied(teacher)
+    lost = [
+        f"{name} {found} (a {student_type}'s is {value})"
+        for name, value in pair.fixed_entries.items()
+        if (found := getattr(teacher.config, name, value)) != value
+    ]
     student = build_network(
         ARCHITECTURES[student_type], config, f"{student_type} of {len(layers)} layers"
     )
@@ -110,13 +127,46 @@ def student_of_pair(
         teacher, student_type, layers, vocab_transform=True, fold_token_types=fold_token_types
     )
     student.load_state_dict(state, strict=False)
+    types = pair.fold_token_types and not fold_token_types
+    if not _equals_cut(teacher, student, layers, drops_token_types=bool(types)):
+        reason = f"; its configuration cannot hold {', '.join(lost)}" if lost else ""
+        raise InputError(
+            f"--student_type {student_type}: a {student_type} computes something else than layers"
+            f" {' '.join(map(str, layers))} of the teacher{reason}; leave --student_type out"
+        )
+    if lost:
+        text = "--student_type %s: its configuration cannot hold %s; the logits are equal on a few"
+        logger.warning(f"{text} tokens.", student_type, ", ".join(lost))
+    if types:
+        text = "A %s has no token types: the teacher's are dropped (--fold_token_types adds type 0"
+        logger.info(f"{text} to its positions).", student_type)
     return student
 
 
+@torch.no_grad()
+def _equals_cut(
+    teacher: nn.Module, student: nn.Module, layers: Sequence[int], drops_token_types: bool
+) -> bool:
+    """Compare a student with the teacher of a row, without other layers and token types."""
+    row = ARCHITECTURES[teacher.config.model_type]
+    path = row.layers.removesuffix(".")
+    kept = nn.ModuleList(teacher.get_submodule(path)[layer] for layer in layers)
+    cut = replaced(teacher, path, kept)
+    if drops_token_types:
+        table = teacher.get_submodule(row.token_type_embeddings)
+        zeros = nn.Embedding(*table.weight.shape, _weight=torch.zeros_like(table.weight))
+        cut = replaced(cut, row.token_type_embeddings, zeros)
+    ids_BT, options = some_ids(teacher, 1), without_cache(teacher)
+    with evaluating(teacher, student, cut):
+        return is_close(student(ids_BT).logits, cut(ids_BT, **options).logits)
+
+
 def _names_of_one_architecture(teacher_state: StateDict, row: Architecture) -> dict[str, str]:
-    """Map names to themselves, with {layer} for numbers; skip aliases and old buffers."""
+    """Map names to themselves, with {layer} for numbers; skip tied aliases and old buffers."""
     pattern = re.compile(re.escape(row.layers) + r"\d+\.")
-    names = [n for n in teacher_state if n not in row.aliases and not re.search(row.obsolete, n)]
+    others = {t.data_ptr() for n, t in teacher_state.items() if n not in row.aliases}
+    tied = {n for n in row.aliases if n in teacher_state and teacher_state[n].data_ptr() in others}
+    names = [n for n in teacher_state if n not in tied and not re.search(row.obsolete, n)]
     templates = [pattern.sub(f"{row.layers}{{layer}}.", name) for name in names]
     return {template: template for template in templates}
 
@@ -133,13 +183,16 @@ def load_student_weights(student: torch.nn.Module, row: Architecture, path: str)
     given = _read_state_dict(path, "--student_pretrained_weights")
     given = {n: t for n, t in given.items() if n in own or not re.search(row.obsolete, n)}
     storages = {own[n].data_ptr() for n in given if n in own}
-    missing = [n for n in own if n not in given and own[n].data_ptr() not in storages]
+    absent = [n for n in own if n not in given and own[n].data_ptr() not in storages]
+    given |= linked_biases(student, given, absent)
+    missing = [n for n in absent if n not in given]
     optional = [n for n in missing if n.startswith(row.head_transform)]
     # Differs from the original: 2019 silently loaded the tensors that fitted.
     kinds = {"lacks": [n for n in missing if n not in optional], **_misfits(given, own)}
-    remedy = "extract them anew for this student's configuration"
     problems = [
-        f"{source}: {kind} {some_of(names)}; {remedy}" for kind, names in kinds.items() if names
+        f"{source}: {kind} {some_of(names)}; {REMEDIES.get(kind, REMEDY)}"
+        for kind, names in kinds.items()
+        if names
     ]
     if problems:
         raise InputError("\n".join(problems))
@@ -149,6 +202,15 @@ def load_student_weights(student: torch.nn.Module, row: Architecture, path: str)
         remedy = "initialized at random (extract with --vocab_transform to copy them)"
         logger.warning("%s has no %s: %s.", path, some_of(optional), remedy)
     logger.info("Loaded %d tensors from %s.", len(given), path)
+
+
+REMEDY = "extract them anew for this student's configuration"
+REMEDIES = {
+    "has another shape for": "set the sizes of these weights in the student's JSON",
+    "has another value for": (
+        'the weights of an untied teacher need "tie_word_embeddings": false in the student\'s JSON'
+    ),
+}
 
 
 def _misfits(given: StateDict, own: StateDict) -> dict[str, list[str]]:

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import functools
+import types
 from collections.abc import Callable
 
 import torch
@@ -26,6 +27,35 @@ class PredictionHead:
     def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
         """Return logits_NV."""
         return self.projection(self.transform(hidden_ND))
+
+
+@dataclasses.dataclass(frozen=True)
+class FirstEntries:
+    """A head's logits for the first num_entries of its vocabulary; the rows beyond pad its table.
+
+    Transform and projection exist if the head has them. The projection is cut when it is read: the
+    head's parameters may move to another device or precision.
+    """
+
+    head: Head
+    num_entries: int
+
+    def __call__(self, hidden_ND: torch.Tensor) -> torch.Tensor:
+        """Return logits_NE."""
+        return self.head(hidden_ND)[:, : self.num_entries]
+
+    def __getattr__(self, name: str):
+        if name == "transform":
+            return self.head.transform
+        if name == "projection":
+            return _first_rows(self.head.projection, self.num_entries)
+        raise AttributeError(name)
+
+
+def _first_rows(projection: nn.Linear, num_entries: int) -> types.SimpleNamespace:
+    """Cut a linear map's weight and bias, without a copy."""
+    bias = None if projection.bias is None else projection.bias[:num_entries]
+    return types.SimpleNamespace(weight=projection.weight[:num_entries], bias=bias)
 
 
 def prediction_head(model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Tensor]:

@@ -9,6 +9,7 @@ import dataclasses
 import functools
 import json
 import re
+from collections.abc import Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -19,10 +20,11 @@ from distil.data.token_files import SpecialIds
 from distil.models import conventions
 from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
 from distil.models.checks import check_finite, some_of
-from distil.models.heads import Head, prediction_head
+from distil.models.heads import Head, path_of, prediction_head
 from distil.models.hub import load_config, quiet_transformers
+from distil.models.tokenizer_roles import special_ids
 from distil.models.tokenizer_rules import tokenizer_facts
-from distil.models.tokenizers import load_tokenizer, special_ids
+from distil.models.tokenizers import load_tokenizer
 from distil.system.files import require_file
 from utils import InputError, logger, one_line
 
@@ -47,6 +49,11 @@ class LanguageModel:
     def vocab_size(self) -> int:
         """Number of logits, V; the tokenizer may have fewer entries."""
         return self.network.config.vocab_size
+
+    @functools.cached_property
+    def num_entries(self) -> int:
+        """The tokenizer's largest id + 1. The model's rows beyond are padding, never asked for."""
+        return max(self.tokenizer.get_vocab().values()) + 1
 
     @property
     def max_length(self) -> int:
@@ -168,6 +175,11 @@ def load_network(architecture: Architecture, name: str, flag: str) -> torch.nn.M
             " unedited model"
         )
     absent = set(report["missing_keys"])
+    state = model.state_dict()
+    biases = linked_biases(model, state, absent)
+    for name, value in biases.items():
+        state[name].copy_(value)
+    absent -= set(biases)
     missing = sorted(absent - set(row.aliases) - _tied_names(model, absent))
     if missing:
         raise InputError(
@@ -175,6 +187,7 @@ def load_network(architecture: Architecture, name: str, flag: str) -> torch.nn.M
             " expected, with its head"
         )
     check_finite(model.state_dict(), f"{flag} {name}")
+    _declare_untied(model, f"{flag} {name}")
     if not row.is_named:
         conventions.check_conventions(model, row.is_masked, f"{flag} {name}")
     return model
@@ -185,6 +198,65 @@ def _loader(row: Architecture):
     if row.is_named:
         return getattr(transformers, row.model_class)
     return transformers.AutoModelForMaskedLM if row.is_masked else transformers.AutoModelForCausalLM
+
+
+def linked_biases(
+    model: torch.nn.Module, state: Mapping[str, torch.Tensor], absent: Collection[str]
+) -> dict[str, torch.Tensor]:
+    """Find the values of a model's absent output biases under their second names: name -> value.
+
+    transformers 4 had one bias under two names (lm_head.bias, lm_head.decoder.bias) and saved it
+    once; in transformers 5 an untied model has two, and one that is absent would be zero.
+    """
+    links = getattr(model, "_tied_weights_keys", None)
+    links, own = links if isinstance(links, dict) else {}, model.state_dict()
+    return {
+        name: state[other]
+        for name, other in [*links.items(), *((b, a) for a, b in links.items())]
+        if name in absent and other in state and other not in absent and own[name].dim() == 1
+    }
+
+
+def save_used_bias_twice(model: torch.nn.Module) -> None:
+    """Give an unused second output bias the value of the used one whenever the model is saved.
+
+    Of an untied model transformers 5 uses decoder.bias alone, transformers 4 reads either name.
+    """
+    projection = model.get_output_embeddings()
+    used, own = getattr(projection, "bias", None), dict(model.named_parameters())
+    if used is None or not is_untied(model):
+        return
+    name = next(name for name, parameter in own.items() if parameter is used)
+    links = getattr(model, "_tied_weights_keys", None)
+    other = own.get(links.get(name)) if isinstance(links, dict) else None
+    if other is None or other is used:
+        return
+
+    @torch.no_grad()
+    def copy(*unused) -> None:
+        other.copy_(used)
+
+    model.register_state_dict_pre_hook(copy)
+
+
+def is_untied(model: torch.nn.Module) -> bool:
+    """Test whether a model's input and output embeddings are two tables."""
+    output = model.get_output_embeddings()
+    return output is not None and output.weight is not model.get_input_embeddings().weight
+
+
+def _declare_untied(model: torch.nn.Module, source: str) -> None:
+    """Correct a configuration that ties embeddings which the loaded checkpoint has two of.
+
+    transformers 5 leaves such a model untied, but a copy of its configuration would tie them.
+    """
+    links = getattr(model, "_tied_weights_keys", None) or {}
+    output = path_of(model, model.get_output_embeddings())
+    is_tied = getattr(model.config, "tie_word_embeddings", False) and f"{output}.weight" in links
+    if is_tied and is_untied(model):
+        text = "%s: its configuration ties input and output embeddings, its weights do not: it is"
+        logger.warning(f"{text} taken as untied.", source)
+        model.config.tie_word_embeddings = False
 
 
 def _tied_names(model: torch.nn.Module, names: set[str]) -> set[str]:

@@ -7,7 +7,6 @@ the normalizer and pre-tokenizer of tokenizer.json; here that file stands as it 
 from __future__ import annotations
 
 import dataclasses
-import inspect
 import os
 import unicodedata
 from collections.abc import Mapping, Sequence
@@ -19,7 +18,9 @@ import transformers
 from distil.models.architectures import Architecture
 from distil.models.casing import Casing
 from distil.models.hub import fetch_files, quiet_transformers, read_json
+from distil.models.tokenizer_roles import role_tokens
 from distil.models.tokenizer_rules import casing_of, other_ids, rules_of
+from distil.models.vocabulary_files import check_vocabulary_files
 from utils import InputError, logger, one_line
 
 FILE, CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -186,16 +187,6 @@ def _set_casing(backend: tokenizers.Tokenizer, folder: TokenizerFolder) -> dict[
 
 OPTIONS = {"do_lower_case": "lower-case", "strip_accents": "strip accents"}
 ATTRIBUTES = {"do_lower_case": "lowercase", "strip_accents": "strip_accents"}
-# Role -> the names by which a special token is known where nothing states its role.
-ROLE_TOKENS = {
-    "bos_token": ("<s>", "<bos>", "<|begin_of_text|>"),
-    "eos_token": ("</s>", "<eos>", "<|endoftext|>", "<|end_of_text|>"),
-    "unk_token": ("[UNK]", "<unk>"),
-    "sep_token": ("[SEP]",),
-    "pad_token": ("[PAD]", "<pad>"),
-    "cls_token": ("[CLS]",),
-    "mask_token": ("[MASK]", "<mask>"),
-}
 COPIED = ("model_max_length", "model_input_names", "padding_side", "truncation_side")
 
 
@@ -204,7 +195,9 @@ def _wrapped(backend: tokenizers.Tokenizer, folder: TokenizerFolder, automatic):
     declared = folder.content(CONFIG)
     found = declared if automatic is None else {**declared, **_attributes(automatic)}
     options = {key: found[key] for key in COPIED if found.get(key) is not None}
-    options |= _role_tokens(backend, folder, automatic)
+    stated = declared, folder.content(SPECIAL_MAP)
+    kind = type(automatic) if automatic is not None else _class_named(_class_of_type(folder))
+    options |= role_tokens(backend, stated, automatic, kind)
     template = getattr(automatic, "chat_template", None) or declared.get("chat_template")
     if template:
         options["chat_template"] = template
@@ -218,51 +211,6 @@ def _wrapped(backend: tokenizers.Tokenizer, folder: TokenizerFolder, automatic):
 
 def _attributes(tokenizer) -> dict:
     return {key: getattr(tokenizer, key) for key in COPIED if hasattr(tokenizer, key)}
-
-
-def _role_tokens(backend: tokenizers.Tokenizer, folder: TokenizerFolder, automatic) -> dict:
-    """Name the tokens of roles: those of the vocabulary only, others would get new ids.
-
-    Sources in this order: the file's model, for unknown text; the configuration; AutoTokenizer's,
-    or the defaults of the class of the model's type; special tokens of usual names.
-    """
-    vocabulary, declared = backend.get_vocab(), folder.content(CONFIG)
-    model = rules_of(backend)["model"]
-    unknown = getattr(backend.model, "unk_token", None)
-    if model["type"] == "Unigram" and model["unk_id"] is not None:
-        unknown = backend.id_to_token(model["unk_id"])
-    by_default = {}
-    if automatic is None:
-        kind = _class_named(_class_of_type(folder))
-        parameters = inspect.signature(kind.__init__).parameters if kind else {}
-        by_default = {role: one.default for role, one in parameters.items()}
-    sources = [{"unk_token": unknown}, declared, folder.content(SPECIAL_MAP)]
-    sources.append(by_default or {role: getattr(automatic, role, None) for role in ROLE_TOKENS})
-    special = {t.content for t in backend.get_added_tokens_decoder().values() if t.special}
-    found = {}
-    for role, names in ROLE_TOKENS.items():
-        contents = [_content(source.get(role)) for source in sources]
-        contents += [name for name in names if name in special]
-        token = next((one for one in contents if one in vocabulary), None)
-        found |= {} if token is None else {role: token}
-    extra = [
-        token
-        for source in sources[1:3]
-        for key in ("additional_special_tokens", "extra_special_tokens")
-        for one in _items(source.get(key))
-        if (token := _content(one)) in vocabulary and token not in found.values()
-    ]
-    return found | ({"extra_special_tokens": list(dict.fromkeys(extra))} if extra else {})
-
-
-def _items(value) -> list:
-    return list(value.values()) if isinstance(value, dict) else list(value or [])
-
-
-def _content(token) -> str | None:
-    """Return the text of a token, which files write as a string or as an object."""
-    token = token.get("content") if isinstance(token, dict) else token
-    return token if isinstance(token, str) else None
 
 
 # --------------------------------------------------------------------------------------------------
@@ -289,6 +237,7 @@ def of_vocabulary(folder: TokenizerFolder):
             f"{folder.source}: has neither {FILE} nor {needed}; name a folder with a tokenizer, or"
             " another tokenizer type"
         )
+    _check_files(folder, kind)
     if kind is not None and issubclass(kind, transformers.BertTokenizer):
         return _bert(folder, kind)
     with quiet_transformers():
@@ -309,11 +258,21 @@ def _has_files(folder: TokenizerFolder, name: str) -> bool:
     return bool(wanted) and len(find_files(folder.name, folder.flag, wanted)) == len(wanted)
 
 
+def _check_files(folder: TokenizerFolder, kind: type | None) -> None:
+    """Check the files that a class of 2019 reads; others read other content under their names."""
+    own = getattr(kind, "vocab_files_names", {}).values()
+    known = {"BertTokenizer", "RobertaTokenizer", "GPT2Tokenizer"}
+    if known & {one.__name__ for one in getattr(kind, "__mro__", ())}:
+        found = {file: path for file, path in folder.files.items() if file in own}
+        check_vocabulary_files(found, folder.source)
+
+
 def _class_of_files(folder: TokenizerFolder) -> str | None:
     """Name the class that a vocabulary without any configuration fits."""
     if "vocab.txt" in folder.files:
         return "BertTokenizer"
     if {"vocab.json", "merges.txt"} <= set(folder.files):
+        _check_files(folder, transformers.GPT2Tokenizer)
         return "RobertaTokenizer" if "<mask>" in folder.content("vocab.json") else "GPT2Tokenizer"
     return None
 
@@ -372,6 +331,7 @@ def of_2019(folder: TokenizerFolder):
             f" {row.tokenizer_class} tokenizer, or another tokenizer type"
         )
     _check_declared_class(folder, declared)
+    _check_files(folder, getattr(transformers, row.tokenizer_class))
     if row.tokenizer_class == "BertTokenizer":
         tokenizer = _bert(folder, transformers.BertTokenizer)
     else:

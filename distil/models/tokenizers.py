@@ -1,18 +1,17 @@
-"""Load the tokenizer that lies in a model's folder, and read the ids of its roles.
+"""Load the tokenizer that lies in a model's folder, and describe it.
 
 tokenizer.json decides where there is one, else the class that the configuration names is built from
-the vocabulary (tokenizer_folder.py). tokenizer_rules.py compares tokenizers.
+the vocabulary (tokenizer_folder.py). tokenizer_roles.py names the special tokens,
+tokenizer_rules.py compares tokenizers.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Mapping, Sequence
 
 import tokenizers
 
-from distil.data.token_files import SpecialIds
 from distil.models.architectures import ANY_TOKENIZER, ARCHITECTURES, AUTO, Architecture
 from distil.models.casing import Casing
 from distil.models.hub import read_json
@@ -26,6 +25,7 @@ from distil.models.tokenizer_folder import (
     of_file,
     of_vocabulary,
 )
+from distil.models.tokenizer_roles import OPTIONAL_ROLES, ROLES, special_ids
 from distil.models.tokenizer_rules import tokenizer_facts
 from utils import InputError, logger, one_line
 
@@ -88,43 +88,6 @@ def resolve_tokenizer(
     files = find_files(name, flag)
     config = read_json(files.get("config.json"), f"{flag} {name}")
     return ARCHITECTURES.get(config.get("model_type"), ANY_TOKENIZER)
-
-
-# --------------------------------------------------------------------------------------------------
-# Roles
-# --------------------------------------------------------------------------------------------------
-
-# Role -> attributes of the tokenizer; the first one that is set gives the role's token.
-ROLES = {
-    "start": ("cls_token", "bos_token"),
-    "end": ("sep_token", "eos_token"),
-    "pad": ("pad_token", "eos_token", "unk_token"),
-    "unknown": ("unk_token",),
-}
-OPTIONAL_ROLES = {"start", "unknown"}
-
-
-def _role_names(architecture: Architecture, role: str) -> tuple[str, ...]:
-    """List the attributes that may give a role: first the one of 2019 for the architecture."""
-    if not architecture.is_named or role == "unknown":
-        return ROLES[role]
-    return (getattr(architecture, f"{role}_token"), *ROLES[role])
-
-
-def _first_token(tokenizer, vocabulary: Mapping[str, int], names: Sequence[str]) -> str | None:
-    """Return the first of these special tokens that is set and in the vocabulary, or None."""
-    return next(
-        (token for name in names if (token := getattr(tokenizer, name, None)) in vocabulary), None
-    )
-
-
-def special_ids(architecture: Architecture, tokenizer) -> SpecialIds:
-    """Return the ids of start, end, padding and unknown token."""
-    vocabulary = tokenizer.get_vocab()
-    tokens = {
-        role: _first_token(tokenizer, vocabulary, _role_names(architecture, role)) for role in ROLES
-    }
-    return SpecialIds(**{role: vocabulary.get(token) for role, token in tokens.items()})
 
 
 def _check_roles(tokenizer, folder: TokenizerFolder) -> None:

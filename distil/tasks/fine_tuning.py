@@ -95,7 +95,8 @@ class Trainer(transformers.Trainer):
     """The library's Trainer with a teacher; inputs_of selects what each of the two models reads.
 
     distance: row of DISTANCES. teacher: run in evaluation mode, without gradients; None for plain
-    fine-tuning.
+    fine-tuning. num_entries: of the tokenizer, over which a teacher predicts the next token where
+    its vocabulary is padded to other rows than the student's.
     """
 
     def __init__(
@@ -106,15 +107,12 @@ class Trainer(transformers.Trainer):
         alpha_task: float = 1.0,
         alpha_ce: float = 0.0,
         temperature: float = 2.0,
+        num_entries: int | None = None,
         **options: Any,
     ):
         super().__init__(**options)
-        self.distance, self.alpha_task, self.alpha_ce, self.temperature = (
-            distance,
-            alpha_task,
-            alpha_ce,
-            temperature,
-        )
+        self.distance, self.num_entries = distance, num_entries
+        self.alpha_task, self.alpha_ce, self.temperature = alpha_task, alpha_ce, temperature
         self.teacher = (
             None if teacher is None else teacher.to(self.args.device).eval().requires_grad_(False)
         )
@@ -130,6 +128,8 @@ class Trainer(transformers.Trainer):
             with torch.no_grad():
                 given = {name: tensor for name, tensor in inputs.items() if name not in labels}
                 teacher = self.teacher(**inputs_of(self.teacher, given))
+            if self.distance == "next tokens" and teacher.logits.shape != student.logits.shape:
+                teacher.logits = teacher.logits[..., : self.num_entries]
             distance = DISTANCES[self.distance](
                 student, teacher, inputs.get("labels"), self.temperature
             )

@@ -79,6 +79,17 @@ def load_for_task(
     return model
 
 
+def require_ids(model: torch.nn.Module, tokenizer, name: str, flag: str) -> None:
+    """Raise InputError where a tokenizer has ids beyond a model's embeddings."""
+    largest = max(tokenizer.get_vocab().values())
+    if largest >= model.config.vocab_size:
+        raise InputError(
+            f"{flag} {name}: the tokenizer has ids up to {largest}, the model"
+            f" {model.config.vocab_size} embeddings; name the model's own tokenizer by"
+            " --tokenizer_name"
+        )
+
+
 def require_same_vocabulary(
     student_tokenizer, teacher_tokenizer, student: str, teacher: str
 ) -> None:

@@ -22,6 +22,7 @@ from distil.tasks.loading import (
     load_any_tokenizer,
     load_for_task,
     longest_input,
+    require_ids,
     require_same_vocabulary,
 )
 from distil.tasks.readers import (
@@ -175,6 +176,7 @@ def load_teacher(args: argparse.Namespace, task: Task, tokenizer) -> torch.nn.Mo
     auto_class = HEADS[task.head].auto_class
     name, flag = args.teacher_name_or_path, "--teacher_name_or_path"
     teacher = load_for_task(auto_class, name, flag, is_fine_tuned=True)
+    require_ids(teacher, tokenizer, name, flag)
     if task.head == "next tokens":
         require_no_look_ahead(teacher, name, flag)
     teacher.config.pad_token_id = tokenizer.pad_token_id

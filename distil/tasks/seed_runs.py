@@ -17,12 +17,12 @@ from distil.tasks.features import collator
 from distil.tasks.fine_tuning import IGNORED_LABEL, Trainer, require_an_update, training_arguments
 from distil.tasks.heads import HEADS, require_no_look_ahead
 from distil.tasks.label_order import check_scored
-from distil.tasks.loading import load_for_task
+from distil.tasks.loading import load_for_task, require_ids
 from distil.tasks.metrics import num_words, perplexities, score
 from distil.tasks.plan import Plan
 from distil.tasks.predictions import finite, prediction_rows, write_predictions
 from distil.tasks.task_options import seed_folder, seed_folders
-from utils import InputError, logger
+from utils import logger
 
 FILES_OF_EVERY_SEED = ("predictions.tsv", "log.json")
 TRAINING_FLAGS = (
@@ -51,11 +51,7 @@ def load_student(plan: Plan) -> torch.nn.Module:
     is_fine_tuned = not args.do_train or plan.task.head == "next tokens"
     name, flag = args.model_name_or_path, "--model_name_or_path"
     model = load_for_task(head.auto_class, name, flag, is_fine_tuned=is_fine_tuned, **options)
-    if len(plan.tokenizer) > model.config.vocab_size:
-        raise InputError(
-            f"{flag} {name}: the tokenizer has {len(plan.tokenizer)} tokens, the model"
-            f" {model.config.vocab_size}; name the model's own tokenizer by --tokenizer_name"
-        )
+    require_ids(model, plan.tokenizer, name, flag)
     if plan.task.head == "next tokens":
         require_no_look_ahead(model, name, flag)
         if model.loss_type is None:
@@ -85,6 +81,7 @@ def make_trainer(plan: Plan, seed: int) -> Trainer:
         alpha_task=args.alpha_task if plan.teacher is not None else 1.0,
         alpha_ce=args.alpha_ce,
         temperature=args.temperature,
+        num_entries=max(plan.tokenizer.get_vocab().values()) + 1,
         model=load_student(plan),
         args=arguments,
         train_dataset=plan.train_features or None,

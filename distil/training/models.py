@@ -6,9 +6,10 @@ import torch
 
 from distil.losses import LOSSES
 from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
-from distil.models.checks import size_mismatches, tokenizer_problem
+from distil.models.checks import size_mismatches, tokenizer_problem, vocabulary_problem
 from distil.models.first_weights import load_student_weights
 from distil.models.forward import recompute_activations
+from distil.models.heads import FirstEntries, Head
 from distil.models.hub import load_config
 from distil.models.language_model import (
     LanguageModel,
@@ -19,11 +20,12 @@ from distil.models.language_model import (
     read_student_config,
     resolve_architecture,
     resolve_by_name,
+    save_used_bias_twice,
 )
 from distil.models.tokenizer_rules import difference
 from distil.models.tokenizers import load_tokenizer
 from distil.training.config import TrainConfig
-from utils import InputError, keyed_seed, raise_problems
+from utils import InputError, keyed_seed, logger, raise_problems
 
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer_config.json", "vocab.txt", "vocab.json")
 
@@ -66,14 +68,41 @@ def check_models(
     check_student_vocabulary(config, architecture, teacher.tokenizer)
     needs_width = any(LOSSES[name].reads == "hidden" for name in config.active)
     configs = student_config, teacher.network.config
-    sizes = size_mismatches(*configs, student_source(config), architecture, needs_width)
-    raise_problems([*sizes, tokenizer_problem(teacher)])
+    is_fixed = config.student is not None  # its weights have sizes
+    sizes = size_mismatches(*configs, student_source(config), architecture, needs_width, is_fixed)
+    is_proven = config.student is None or has_tokenizer(config.student)
+    rows = vocabulary_problem(student_config, teacher, student_source(config), is_fixed, is_proven)
+    raise_problems([rows, *sizes, tokenizer_problem(teacher)])
+    if student_config.vocab_size != teacher.vocab_size:
+        logger.warning(
+            "%s: has %d rows of the vocabulary, the teacher %d, their tokenizer %d entries: the"
+            " teacher is compared over these; further rows are never asked for.",
+            student_source(config),
+            student_config.vocab_size,
+            teacher.vocab_size,
+            teacher.num_entries,
+        )
+
+
+def compared_head(student: LanguageModel, teacher: LanguageModel) -> Head:
+    """Return the teacher's head, cut to the tokenizer's entries where the models' rows differ.
+
+    Models of equal sizes are compared over all rows, as in 2019.
+    """
+    if student.vocab_size == teacher.vocab_size:
+        return teacher.head
+    return FirstEntries(teacher.head, teacher.num_entries)
+
+
+def has_tokenizer(folder: str) -> bool:
+    """Test whether a student's folder holds a tokenizer."""
+    return any(os.path.exists(f"{folder}/{file}") for file in TOKENIZER_FILES)
 
 
 def check_student_vocabulary(config: TrainConfig, architecture: Architecture, tokenizer) -> None:
     """Raise InputError where the student's folder holds a tokenizer of another vocabulary."""
     folder = config.student
-    if folder is None or not any(os.path.exists(f"{folder}/{file}") for file in TOKENIZER_FILES):
+    if folder is None or not has_tokenizer(folder):
         return
     own = load_tokenizer(architecture, folder, "--student")
     found = difference(own, tokenizer)
@@ -98,6 +127,7 @@ def make_student(
         student = build_network(architecture, student_config, student_source(config))
     if config.student_pretrained_weights is not None:
         load_student_weights(student, architecture, config.student_pretrained_weights)
+    save_used_bias_twice(student)
     positions, token_types = config.freeze_pos_embs, config.freeze_token_type_embds
     freeze_embeddings(student, architecture, positions=positions, token_types=token_types)
     if config.activation_checkpointing:

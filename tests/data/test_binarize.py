@@ -29,7 +29,8 @@ from distil.data.shuffle import Spool, shuffled
 from distil.data.text_sources import Source, find_sources, read_blocks
 from distil.data.token_files import open_token_file
 from distil.models.architectures import architecture_named
-from distil.models.tokenizers import load_tokenizer, special_ids
+from distil.models.tokenizer_roles import special_ids
+from distil.models.tokenizers import load_tokenizer
 from utils import InputError
 
 TYPES = ("bert", "roberta", "gpt2")

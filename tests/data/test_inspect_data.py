@@ -20,8 +20,9 @@ from distil.data import inspection, inspection_text, survey
 from distil.data.cards import read_card, write_card
 from distil.data.token_files import MANY_UNKNOWN, open_token_file, writing_tokens
 from distil.models.architectures import architecture_named
+from distil.models.tokenizer_roles import special_ids
 from distil.models.tokenizer_rules import vocabulary_fingerprint
-from distil.models.tokenizers import load_tokenizer, special_ids
+from distil.models.tokenizers import load_tokenizer
 
 FORMATS = ("store", "pickle")
 START, END, PAD, UNKNOWN, VOCAB_SIZE = 2, 3, 0, 1, 150

@@ -37,8 +37,9 @@ from distil.data.token_files import SpecialIds, open_token_file
 from distil.models.architectures import architecture_named
 from distil.models.first_weights import load_student_weights
 from distil.models.language_model import build_network, read_student_config
+from distil.models.tokenizer_roles import special_ids
 from distil.models.tokenizer_rules import tokenizer_facts
-from distil.models.tokenizers import load_tokenizer, special_ids
+from distil.models.tokenizers import load_tokenizer
 from distil.system.files import json_digest
 from distil.training import checkpointing
 from lm_seqs_dataset import LmSeqsDataset, read_token_counts
@@ -151,10 +152,15 @@ class Reader:
 
     kind: str
     special_ids: SpecialIds
-    vocab_size: int
+    num_entries: int
     tokenizer_facts: dict
     max_length: int = 64
     source: str = "the teacher"
+
+    @property
+    def vocab_size(self) -> int:
+        """Return the rows of the teacher's vocabulary: it has no padding."""
+        return self.num_entries
 
     @classmethod
     def of(cls, world: World, kind: str) -> "Reader":

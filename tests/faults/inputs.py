@@ -41,8 +41,9 @@ import token_counts
 import train
 from distil.data.token_files import MIN_LENGTH, open_token_file
 from distil.models.architectures import architecture_named
+from distil.models.tokenizer_roles import special_ids
 from distil.models.tokenizer_rules import tokenizer_facts
-from distil.models.tokenizers import load_tokenizer, special_ids
+from distil.models.tokenizers import load_tokenizer
 from grouped_batch_sampler import GroupedBatchSampler, Update
 from lm_seqs_dataset import LmSeqsDataset
 from utils import InputError, one_line, run_program

@@ -195,10 +195,6 @@ MISMATCHES: dict[str, tuple[Callable[[Mix], None], list[str] | Callable[[Mix], l
         lambda mix: mix.config(vocab_size=77),
         lambda mix: ["77", str(mix.vocab_size)],
     ),
-    "larger vocabulary": (
-        lambda mix: mix.config(vocab_size=9999),
-        lambda mix: ["9999", str(mix.vocab_size)],
-    ),
     "width": (lambda mix: mix.config(dim=40), ["40", "32"]),
     "more positions, gpt2": (lambda mix: mix.config(n_positions=128), ["128", "64"]),
     "padding id, roberta": (lambda mix: mix.config(pad_token_id=0), ["padding id is 0", "is 1"]),

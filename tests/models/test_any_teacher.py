@@ -20,7 +20,7 @@ import train
 from distil.data.batches import MlmPreparation, prepare_clm
 from distil.evaluation import evaluate
 from distil.models import heads, tokenizers
-from distil.models.architectures import architecture_named as row
+from distil.models.tokenizer_roles import special_ids
 from lm_seqs_dataset import LmSeqsDataset
 
 FAMILIES = [(name, True) for name in families.MASKED] + [(name, False) for name in families.CAUSAL]
@@ -72,8 +72,8 @@ def held_out_kl(student_folder: Path, teacher_folder: Path, data: Path, is_maske
     folders = teacher_folder, student_folder
     teacher, student = (auto_class.from_pretrained(folder).eval() for folder in folders)
     kind = tokenizers.resolve_tokenizer("auto", str(teacher_folder))
-    tokenizer = tokenizers.load_tokenizer(row(kind), str(teacher_folder), "--teacher")
-    special = tokenizers.special_ids(row(kind), tokenizer)
+    tokenizer = tokenizers.load_tokenizer(kind, str(teacher_folder), "--teacher")
+    special = special_ids(kind, tokenizer)
     facts = model_facts(teacher.config.vocab_size, "the teacher", special)
     dataset, prepare = LmSeqsDataset.from_file(data, facts), prepare_clm
     if is_masked:

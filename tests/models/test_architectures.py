@@ -25,7 +25,8 @@ from distil.models.language_model import (
     max_input_length,
     read_student_config,
 )
-from distil.models.tokenizers import load_tokenizer, special_ids
+from distil.models.tokenizer_roles import special_ids
+from distil.models.tokenizers import load_tokenizer
 from utils import InputError
 
 VOCAB = 60

@@ -21,8 +21,9 @@ from distil.data.token_files import open_token_file
 from distil.models.architectures import ANY_TOKENIZER, ARCHITECTURES
 from distil.models.casing import Casing
 from distil.models.export import save_folder
+from distil.models.tokenizer_roles import special_ids
 from distil.models.tokenizer_rules import TEXTS, casing_of, rules_of, tokenizer_facts
-from distil.models.tokenizers import load_tokenizer, load_tokenizer_of_2019, special_ids
+from distil.models.tokenizers import load_tokenizer, load_tokenizer_of_2019
 from distil.tasks.squad_spans import encode
 from utils import InputError
 

@@ -18,13 +18,13 @@ import pytest
 import torch
 import transformers
 from conftest import run_process
-from stand_ins import POSITIONS, ROOT, make_lines
+from stand_ins import POSITIONS, ROOT, make_lines, make_model, vocab_size_of
 
 import report
 import run_task
 import utils
 from distil.system import rank_zero
-from distil.tasks import metrics, readers, schema, seed_runs, task_options, tasks
+from distil.tasks import fine_tuning, metrics, readers, schema, seed_runs, task_options, tasks
 from distil.tasks.features import text_features, word_features
 from distil.tasks.fine_tuning import IGNORED_LABEL
 from distil.tasks.plan import Plan, longest_example, make_plan
@@ -641,6 +641,47 @@ def test_every_kind_of_head_has_a_second_step(task, teachers, data, tmp_path):
         for log in (plain, tmp_path / "student" / "seed-42" / "log.json")
     ]
     assert losses[1] > losses[0]  # the same first batches, and a distance from the teacher above 0
+
+
+@pytest.mark.parametrize("rows", [(8, 40), (40, 8)])
+def test_a_second_step_of_padded_vocabularies_is_over_the_tokenizers_entries(rows, teachers):
+    size = vocab_size_of(teachers["gpt2"])
+    student, teacher = (make_model("gpt2", size + more).eval() for more in rows)
+    arguments = fine_tuning.training_arguments("x", seed=1, batch_size=2, eval_batch_size=2)
+    trainer = fine_tuning.Trainer(
+        distance="next tokens",
+        teacher=teacher,
+        alpha_task=0.0,
+        alpha_ce=1.0,
+        num_entries=size,
+        model=student,
+        args=arguments,
+    )
+    ids_BT = torch.arange(40).view(2, 20)
+    student.train()
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    found = trainer.compute_loss(student, {"input_ids": ids_BT, "labels": ids_BT})
+    p_NE = (teacher(ids_BT).logits[:, :-1, :size].flatten(0, 1) / 2).softmax(-1)
+    log_q_NV = (student(ids_BT).logits[:, :-1].flatten(0, 1) / 2).log_softmax(-1)
+    expected = 4 * (p_NE * (p_NE.log() - log_q_NV[:, :size])).sum(-1).mean()
+    torch.testing.assert_close(found, expected)
+
+
+@pytest.mark.parametrize("flag", ["--model_name_or_path", "--teacher_name_or_path"])
+def test_a_model_of_fewer_rows_than_tokens_is_refused(
+    flag, teachers, data, tmp_path, status_and_errors
+):
+    short = tmp_path / "short"
+    shutil.copytree(teachers["gpt2"], short)
+    make_model("gpt2", 300).save_pretrained(short)
+    changed = [flag, str(short), "--max_seq_length", "24"]
+    argv = flags_of(
+        "wikitext", teachers, data / "wikitext", tmp_path / "out", *changed, kind="gpt2"
+    )
+    status, errors = status_and_errors(run_task.main, argv)
+    assert status == 2 and "ids up to 319, the model 300 embeddings" in errors[0]
 
 
 def test_a_distilbert_student_learns_pairs_from_a_bert_teacher(teachers, data, tmp_path):
