@@ -452,6 +452,43 @@ def test_a_linear_map_of_tensors_that_lie_otherwise_is_torchs():
     assert_close(*grads, torch.float32)
 
 
+CHANGES = {
+    "scaled": lambda tensor: tensor.div_(3),
+    "dropped": lambda tensor: F.dropout(tensor, 0.5, True, inplace=True),
+    "a part of it": lambda tensor: tensor[:1].mul_(3),
+    "seen otherwise": lambda tensor: tensor.view(-1).add_(1),
+}
+CHANGEABLE = {
+    "linear": lambda x_BNI, w_OI: F.linear(x_BNI, w_OI),
+    "addmm": lambda x_BNI, w_OI: torch.addmm(x_BNI[0, 0, 0], x_BNI[0], w_OI.t()),
+    "dropout": lambda x_BNI, w_OI: F.dropout(x_BNI, 0.3),
+    "attention": lambda x_BNI, w_OI: F.scaled_dot_product_attention(
+        *[x_BNI[None]] * 3, dropout_p=NOTHING_DROPPED
+    ),
+    "layer norm": lambda x_BNI, w_OI: F.layer_norm(x_BNI.bfloat16(), (6,), w_OI[0]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", CHANGEABLE)
+def test_results_may_be_changed_in_place_as_torchs(name, change):
+    """Longformer divides its queries in place; other models drop in place."""
+    grads = []
+    for is_ours in (True, False):
+        leaves = [random(2, 5, 6), random(8, 6, seed=1)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        torch.manual_seed(0)
+        with faster() if is_ours or name == "dropout" else contextlib.nullcontext():
+            value = CHANGEABLE[name](*leaves)
+            if name == "dropout" and not is_ours:  # as drawn, by autograd
+                value = leaves[0] * (value / leaves[0]).detach()
+        torch.manual_seed(1)
+        CHANGES[change](value)
+        (value.float() / 10).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves if leaf.grad is not None])
+    assert_close(*grads, torch.bfloat16 if name == "layer norm" else torch.float32)
+
+
 class Products(TorchDispatchMode):
     """Count oneDNN's products."""
 
