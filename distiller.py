@@ -159,16 +159,10 @@ class DistillationModel(nn.Module):
                 student, teacher, terms, self.temperature, self.chunk_rows, self.compiles_head
             )
         else:
-            total, sums_K = head_losses(
-                self.head,
-                self.head_parameters,
-                student_ND,
-                teacher_head if reads_teacher else None,
-                teacher_ND,
-                terms,
-                self.temperature,
-                self.chunk_rows or rows_per_chunk(hidden_ND.device.type),
-            )
+            teacher = teacher_head if reads_teacher else None, teacher_ND
+            chunk_rows = self.chunk_rows or rows_per_chunk(hidden_ND.device.type)
+            given = self.head, self.head_parameters, student_ND, *teacher
+            total, sums_K = head_losses(*given, terms, self.temperature, chunk_rows)
         means = (value / counts[name] for name, value in zip(names, sums_K, strict=True))
         return total, dict(zip(names, means, strict=True))
 
