@@ -26,7 +26,7 @@ from distil.system.launch import LostRankError, Runtime, is_another_rank, start_
 from distil.system.prefetch import prefetched
 from distil.system.signals import Stopped, StopSignals, exit_status
 from distil.system.watch import EXIT_LOST_RANK, report_lost_ranks
-from distil.training import models, post_mortem, resume
+from distil.training import models, post_mortem, resume, unused
 from distil.training.checkpointing import Checkpoint
 from distil.training.config import TrainConfig, as_flags, check_device, folder_problem, parse_config
 from distil.training.log import parameter_statistics
@@ -80,15 +80,20 @@ def make_held_out(config: TrainConfig, teacher: LanguageModel) -> HeldOut | None
 
 
 def make_distiller(
-    config: TrainConfig, runtime: Runtime, student, teacher, num_updates: int
+    config: TrainConfig, runtime: Runtime, student, teacher, num_updates: int, longest: MicroBatch
 ) -> Distiller:
-    """Put the networks on the device, and optimizer and schedule around the student."""
+    """Put the networks on the device, and optimizer and schedule around the student.
+
+    longest: the longest sequence, which shows what gets a gradient.
+    """
     model = DistillationModel(student, config.alphas, config.temperature, teacher=teacher)
     model.to(runtime.device)
     if not model.uses_fast_head:
         logger.info("The student's head is not layers and one linear map: the slower head is used.")
     if model.needs_teacher:
         teacher.to(runtime.device)
+    source, world_size = models.student_source(config), runtime.world_size
+    unused.freeze_unused(model, teacher, longest, source, world_size)
     rates = config.learning_rate, config.weight_decay, config.adam_epsilon
     optimizer = make_optimizer(model, *rates)
     return Distiller(
@@ -98,7 +103,7 @@ def make_distiller(
         make_schedule(optimizer, num_updates, config.warmup_prop),
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        world_size=runtime.world_size,
+        world_size=world_size,
         amp_dtype=torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None,
         normalization=config.loss_normalization,
         compiles=config.compile,
@@ -135,8 +140,9 @@ class Trainer:
         if runtime.is_main:
             digests = dataset.tokens.digest(), held_out and held_out.dataset.tokens.digest()
             self.identity = resume.identify(config, student.network.config, teacher, *digests)
+        longest = prepare(0, *dataset.collate([int(np.argmax(dataset.lengths))]))
         networks = student.network, teacher.network
-        self.distiller = make_distiller(config, runtime, *networks, num_updates)
+        self.distiller = make_distiller(config, runtime, *networks, num_updates, longest)
         self.flops = flops
         self.progress = self._make_progress()
 
