@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
@@ -489,6 +490,18 @@ def test_results_may_be_changed_in_place_as_torchs(name, change):
     assert_close(*grads, torch.bfloat16 if name == "layer norm" else torch.float32)
 
 
+def test_a_model_that_scales_its_queries_in_place_gets_torchs_gradient():
+    grads = []
+    for context in (faster(), contextlib.nullcontext()):
+        model = families.tiny_model("longformer", True)
+        with context:
+            loss = model(torch.arange(5, 21)[None]).logits.square().mean()
+        loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) > 50
+    assert_close(*grads, torch.float32)
+
+
 class Products(TorchDispatchMode):
     """Count oneDNN's products."""
 
@@ -774,6 +787,20 @@ def test_where_the_heads_gradient_is_zero_the_rows_looked_up_have_one_alone(ids)
     expected = torch.zeros_like(weight)
     expected[ids.long()] = 2 * weight.detach()[ids.long()]
     torch.testing.assert_close(weight.grad, expected)
+
+
+def test_rows_that_were_looked_up_may_be_changed_in_place():
+    grads = []
+    for is_ours in (True, False):
+        weight_VD = random(9, 4).requires_grad_()
+        tied = TiedGradient(weight_VD) if is_ours else None
+        with tied or contextlib.nullcontext():
+            with faster(tied):
+                rows = F.embedding(torch.tensor([[1, 2, 1], [4, 8, 0]]), weight_VD)
+            rows.mul_(2)
+            (rows.square().sum() + weight_VD.square().sum()).backward()
+        grads.append([weight_VD.grad])
+    assert_close(*grads, torch.float32)
 
 
 def test_without_gradient_a_look_up_is_torchs():
