@@ -43,14 +43,18 @@ def make_batch(number: int, is_masked: bool, length: int) -> MicroBatch:
 
 
 def precision_of(name: str, is_masked: bool) -> torch.dtype:
-    """Return float64 where a model computes in it, else float32: grouped products have none."""
-    model, batch = families.tiny_model(name, is_masked).double(), make_batch(0, is_masked, LENGTH)
+    """Return float64 where a model trains in it, else float32.
+
+    Grouped products have no float64; Longformer's gradients in it are NaN, as torch computes them.
+    """
+    model = families.tiny_model(name, is_masked).double().train()
+    batch = make_batch(0, is_masked, LENGTH - 1)
     try:
-        with torch.no_grad():
-            model.base_model(batch.input_ids_BT)
+        model.base_model(batch.input_ids_BT).last_hidden_state.square().sum().backward()
     except RuntimeError:
         return torch.float32
-    return torch.float64
+    grads = [p.grad for p in model.parameters() if p.grad is not None]
+    return torch.float64 if all(grad.isfinite().all() for grad in grads) else torch.float32
 
 
 def gradients(name: str, is_masked: bool, drops: bool, alphas: dict, world_size: int, rank: int):
