@@ -38,6 +38,7 @@ from distil.training.state import (
     state_tensors,
     state_values,
 )
+from distil.training.unused import fill_missing_gradients, reaching_all
 from utils import keyed_seed
 
 MIN_LOSS_SCALE = 2**-10  # below this scale the gradient scaler will not find one that fits
@@ -114,8 +115,7 @@ class DistillationModel(nn.Module):
         None: a rank without a micro-batch joins the gradient exchange with zeros.
         """
         if batch is None:
-            touched = [p.flatten()[0] for p in self.parameters() if p.requires_grad]
-            return torch.stack(touched).sum() * 0.0, None
+            return reaching_all(None, self.parameters()), None
         read = read_outputs(self.student, batch, self.readings)
         own, others = ({k: x.flatten(0, 1) for k, x in d.items()} for d in (read, teacher_read))
         hidden_ND, teacher_ND = own["hidden"], others.get("hidden")
@@ -159,16 +159,10 @@ class DistillationModel(nn.Module):
                 student, teacher, terms, self.temperature, self.chunk_rows, self.compiles_head
             )
         else:
-            total, sums_K = head_losses(
-                self.head,
-                self.head_parameters,
-                student_ND,
-                teacher_head if reads_teacher else None,
-                teacher_ND,
-                terms,
-                self.temperature,
-                self.chunk_rows or rows_per_chunk(hidden_ND.device.type),
-            )
+            teacher = teacher_head if reads_teacher else None, teacher_ND
+            chunk_rows = self.chunk_rows or rows_per_chunk(hidden_ND.device.type)
+            given = self.head, self.head_parameters, student_ND, *teacher
+            total, sums_K = head_losses(*given, terms, self.temperature, chunk_rows)
         means = (value / counts[name] for name, value in zip(names, sums_K, strict=True))
         return total, dict(zip(names, means, strict=True))
 
@@ -350,17 +344,18 @@ class Distiller:
         for done, batch in enumerate(batches, start=1):
             # Differs from the original: gradients travel once an update, not with each micro-batch.
             with self._without_reduction(done < num_mine):
-                means_K = self._backward(batch, scale, counts_K)
+                means_K = self._backward(batch, scale, counts_K, done == num_mine)
             losses_MK[batch.number - numbers[0], 1:] = means_K
         if num_mine == 0:
             self.wrapped(None, {}, None, scale)[0].backward()
+        fill_missing_gradients(self.model.parameters())
         shared[-1, 0] = float(asks_to_stop())
         if self.world_size > 1:
             torch.distributed.all_reduce(shared)
         losses_MK[:, 0] = losses_MK[:, 1:] @ self.alphas_K
         return shared
 
-    def _backward(self, batch: MicroBatch, scale, counts_K: torch.Tensor | None) -> torch.Tensor:
+    def _backward(self, batch: MicroBatch, scale, counts_K, is_last: bool = False) -> torch.Tensor:
         """Run teacher, student and losses of a micro-batch, then backward; return its losses_K."""
         torch.manual_seed(keyed_seed(self.seed, batch.number, "dropout"))
         weight = self.model.tied_weight if self.has_cpu_kernels else None
@@ -372,6 +367,8 @@ class Distiller:
                 is_mixed = self.amp_dtype is not None
                 with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=is_mixed):
                     loss, means_K = self.wrapped(*given)
+            if is_last and self.world_size > 1:  # DDP waits for a gradient of every parameter
+                loss = reaching_all(loss, self.model.parameters())
             loss.backward()
         return means_K
 

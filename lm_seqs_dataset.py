@@ -28,6 +28,7 @@ from distil.data.token_files import (
     check_ids_below,
     open_token_file,
 )
+from distil.evaluation import HeldOut
 from utils import InputError, logger
 
 if TYPE_CHECKING:  # a caller that makes a LanguageModel has paid for its imports
@@ -348,3 +349,14 @@ def _facts_of_the_card(tokens: TokenFile, special: SpecialIds) -> _Known:
     many_unknown = None if listed is None else np.array(listed, np.int64)
     counts = tokens.card.get("counts") or {}
     return _Known(True, counts.get("boundary_ids_inside") != 0, many_unknown)
+
+
+def read_held_out(
+    path: str | None, teacher: LanguageModel, max_length: int | None
+) -> HeldOut | None:
+    """Read held-out sequences and plan how they are evaluated; None without a file."""
+    if path is None:
+        return None
+    logger.info("Held out: %s.", path)
+    dataset = LmSeqsDataset.from_file(path, teacher, max_length, "--eval_data_file")
+    return HeldOut.of(dataset, teacher.tokenizer, teacher.is_masked)

@@ -27,7 +27,7 @@ from distil.system.launch import LostRankError, Runtime, is_another_rank, start_
 from distil.system.prefetch import prefetched
 from distil.system.signals import Stopped, StopSignals, exit_status
 from distil.system.watch import EXIT_LOST_RANK, report_lost_ranks
-from distil.training import models, post_mortem, resume
+from distil.training import models, post_mortem, resume, unused
 from distil.training.checkpointing import Checkpoint
 from distil.training.config import TrainConfig, as_flags, check_device, folder_problem, parse_config
 from distil.training.log import parameter_statistics
@@ -39,7 +39,7 @@ from distil.training.run_folder import RunFolder
 from distil.training.state import check_finite_state
 from distiller import DistillationModel, Distiller
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch, Update
-from lm_seqs_dataset import LmSeqsDataset, make_preparation
+from lm_seqs_dataset import LmSeqsDataset, make_preparation, read_held_out
 from utils import keep_freed_memory, logger, run_program, setup_logging
 
 EXIT_NON_FINITE = 1
@@ -54,7 +54,7 @@ def set_up(config: TrainConfig, runtime: Runtime) -> "Trainer":
     teacher = models.load_teacher(config)
     models.check_models(config, architecture, student_config, teacher)
     dataset = LmSeqsDataset.from_file(config.data_file, teacher, config.max_length)
-    held_out = make_held_out(config, teacher)
+    held_out = read_held_out(config.eval_data_file, teacher, config.max_length)
     drawn = config.mlm_smoothing, config.seed, config.mlm_mask_prop
     fates = config.word_mask, config.word_keep, config.word_rand
     counts, at_masks = config.token_counts, config.restrict_ce_to_mask
@@ -70,39 +70,35 @@ def set_up(config: TrainConfig, runtime: Runtime) -> "Trainer":
     return Trainer(config, runtime, student, teacher, dataset, prepare, held_out, flops)
 
 
-def make_held_out(config: TrainConfig, teacher: LanguageModel) -> HeldOut | None:
-    """Read the held-out sequences and plan how they are evaluated; None without them."""
-    path = config.eval_data_file
-    if path is None:
-        return None
-    logger.info("Held out: %s.", path)
-    dataset = LmSeqsDataset.from_file(path, teacher, config.max_length, "--eval_data_file")
-    return HeldOut.of(dataset, teacher.tokenizer, config.mlm)
-
-
 def make_distiller(
     config: TrainConfig,
     runtime: Runtime,
-    student_model: LanguageModel,
-    teacher_model: LanguageModel,
+    student: LanguageModel,
+    teacher: LanguageModel,
     num_updates: int,
+    longest: MicroBatch,
 ) -> Distiller:
-    """Put the networks on the device, and optimizer and schedule around the student."""
-    student, teacher = student_model.network, teacher_model.network
-    model = DistillationModel(student, config.alphas, config.temperature, teacher=teacher)
+    """Put the networks on the device, and optimizer and schedule around the student.
+
+    longest: the longest sequence, which shows what gets a gradient.
+    """
+    model = DistillationModel(
+        student.network, config.alphas, config.temperature, teacher=teacher.network
+    )
     model.to(runtime.device)
     if not model.uses_fast_head:
         logger.info("The student's head is not layers and one linear map: the slower head is used.")
     if model.needs_teacher:
-        teacher.to(runtime.device)
+        teacher.network.to(runtime.device)
+    unused.freeze_unused(model, teacher.network, longest, student.source, runtime.world_size)
     rates = config.learning_rate, config.weight_decay, config.adam_epsilon
     optimizer = make_optimizer(model, *rates)
     return Distiller(
         model,
-        teacher,
+        teacher.network,
         optimizer,
         make_schedule(optimizer, num_updates, config.warmup_prop),
-        teacher_head=models.compared_head(student_model, teacher_model),
+        teacher_head=models.compared_head(student, teacher),
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
         world_size=runtime.world_size,
@@ -142,7 +138,9 @@ class Trainer:
         if runtime.is_main:
             digests = dataset.tokens.digest(), held_out and held_out.dataset.tokens.digest()
             self.identity = resume.identify(config, student.network.config, teacher, *digests)
-        self.distiller = make_distiller(config, runtime, student, teacher, num_updates)
+        longest = prepare(0, *dataset.collate([int(np.argmax(dataset.lengths))]))
+        parts = student, teacher, num_updates, longest
+        self.distiller = make_distiller(config, runtime, *parts)
         self.flops = flops
         self.progress = self._make_progress()
 

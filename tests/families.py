@@ -30,6 +30,7 @@ MORE = {
     "gemma2": {"query_pre_attn_scalar": 8, "final_logit_softcapping": 0.5},
     "qwen2": {"use_sliding_window": True, "max_window_layers": 2},
     "llama": {"tie_word_embeddings": False},
+    "longformer": {"attention_window": [8] * NUM_LAYERS},  # sequences are padded to multiples of it
 }
 # Factors of the initial weights, 4 by default. ModernBERT's layers add little to their input: with
 # 4, half of the layers would give the same logits.

@@ -37,3 +37,20 @@ def dying_at(function, call: int):
         return function(*arguments)
 
     return dying
+
+
+def masked_flags(folder: Path, teacher: Path, text_file: Path, **changes: object) -> list[str]:
+    """Write a teacher's data; list the flags that train a student of all its layers from it."""
+    import binarized_data
+
+    flags = {"file_path": text_file, "tokenizer_type": "auto", "tokenizer_name": teacher}
+    flags |= {"dump_file": folder / "ids", "token_counts_dump": folder / "counts"}
+    binarized_data.main(as_words(flags | {"num_workers": 1}))
+    flags = {"student": teacher, "teacher_name": teacher, "n_gpu": 0, "n_epoch": 1}
+    flags |= {"data_file": folder / f"ids.{teacher.name}.pickle", "alpha_cos": 1.0}
+    flags |= {"token_counts": folder / "counts", "alpha_mlm": 1.0, "alpha_clm": 0.0}
+    return as_words(flags | {"gradient_accumulation_steps": 2} | changes) + ["--mlm"]
+
+
+def as_words(flags: dict) -> list[str]:
+    return [str(word) for name, value in flags.items() for word in (f"--{name}", value)]

@@ -1,4 +1,4 @@
-"""Operations that run faster on a CPU than torch's: dropout, attention, tied embeddings, products.
+"""Operations that run faster on a CPU than torch's, or sum more precisely.
 
 Within the context `faster()` a model's calls of torch.nn.functional are redirected to this module;
 no model code is changed, so it serves every architecture. Outside it, on other devices and for
@@ -10,12 +10,16 @@ cases that are not handled, torch's functions run.
 - The gradient of an embedding that is tied to the head: only the rows that occurred, where torch
   makes a second V x D matrix.
 - float32 linear maps: torch calls MKL, which is slow on AMD; here oneDNN, from the same package.
+- Layer norms in half precision: torch adds the gradients of weight and bias over rows in half
+  precision (5,000 ones give 256); here in float32.
 
 Shape suffixes: B sequences, H heads, T query positions, S key positions, N rows, I and O width of
 input and output.
 """
 
 import contextlib
+import math
+from collections.abc import Mapping
 
 import torch
 import torch.nn.functional as F
@@ -23,6 +27,7 @@ from torch.autograd.function import once_differentiable
 from torch.overrides import TorchFunctionMode
 
 LANES = 2**16  # the share of dropped elements is rounded to a multiple of 1 / LANES
+NORM_ELEMENTS = 2**18  # of a layer norm's rows that a CPU's cache holds in float32
 
 # --------------------------------------------------------------------------------------------------
 # Dropout
@@ -164,8 +169,15 @@ def _sees_nothing(mask: torch.Tensor) -> torch.Tensor:
 def _product(
     left_NI: torch.Tensor, right_OI: torch.Tensor, bias_O: torch.Tensor | None = None
 ) -> torch.Tensor:
-    """Compute left right' + bias in oneDNN."""
-    return torch.ops.mkldnn._linear_pointwise(left_NI, right_OI, bias_O, "none", [], "")
+    """Compute left right' + bias in oneDNN.
+
+    Its result for more than two dimensions is a view, which autograd lets nobody change in place
+    when a custom function returns it; models do change what torch's linear map returns.
+    """
+    result = torch.ops.mkldnn._linear_pointwise(
+        left_NI.flatten(0, -2), right_OI, bias_O, "none", [], ""
+    )
+    return torch.ops.aten._unsafe_view(result, [*left_NI.shape[:-1], len(right_OI)])
 
 
 class _Linear(torch.autograd.Function):
@@ -223,6 +235,58 @@ def _linear(input, weight, bias) -> torch.Tensor:
     ):
         return _Linear.apply(input, weight, bias)
     return _product(input, weight, bias)
+
+
+# --------------------------------------------------------------------------------------------------
+# Layer norms
+# --------------------------------------------------------------------------------------------------
+
+
+class _LayerNorm(torch.autograd.Function):
+    """torch's layer norm; its gradients are computed in float32, a few rows at a time."""
+
+    @staticmethod
+    def forward(ctx, inputs, shape: list[int], weight, bias, eps: float):
+        result, mean, rstd = torch.native_layer_norm(inputs, shape, weight, bias, eps)
+        ctx.save_for_backward(inputs, mean, rstd, weight, bias)
+        ctx.shape = shape
+        return result
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, grad):
+        inputs, mean, rstd, *affine = ctx.saved_tensors
+        wanted = [ctx.needs_input_grad[place] for place in (0, 2, 3)]
+        widened = [None if tensor is None else tensor.float() for tensor in affine]
+        step = max(NORM_ELEMENTS // max(math.prod(ctx.shape), 1), 1)
+        rows = [tensor.reshape(-1, *ctx.shape).split(step) for tensor in (grad, inputs)]
+        statistics = [tensor.reshape(-1, 1).split(step) for tensor in (mean, rstd)]
+        grad_inputs = torch.empty_like(inputs, memory_format=torch.contiguous_format)
+        targets = grad_inputs.view(-1, *ctx.shape).split(step)
+        sums = [0.0, 0.0]
+        for target, *parts in zip(targets, *rows, *statistics, strict=True):
+            part_grad, part, part_mean, part_rstd = (tensor.float() for tensor in parts)
+            of_part = part_grad, part, ctx.shape, part_mean, part_rstd, *widened, wanted
+            found, *added = torch.ops.aten.native_layer_norm_backward(*of_part)
+            if wanted[0]:
+                target.copy_(found)
+            for k, is_wanted in enumerate(wanted[1:]):
+                sums[k] = sums[k] + added[k] if is_wanted else None
+        narrowed = (
+            None if total is None else total.to(tensor.dtype)
+            for total, tensor in zip(sums, affine, strict=True)
+        )
+        return grad_inputs if wanted[0] else None, None, *narrowed, None
+
+
+def layer_norm(input, normalized_shape, weight=None, bias=None, eps: float = 1e-5) -> torch.Tensor:
+    """Compute torch.nn.functional.layer_norm; float32 and wider are torch's."""
+    trained = [x for x in (weight, bias) if x is not None and x.requires_grad]
+    is_half = input.device.type == "cpu" and input.dtype in (torch.bfloat16, torch.float16)
+    is_half = is_half and input.numel() > 0
+    if not (is_half and trained and torch.is_grad_enabled()):
+        return F.layer_norm(input, normalized_shape, weight, bias, eps)
+    return _LayerNorm.apply(input, list(normalized_shape), weight, bias, eps)
 
 
 def _is_float_on_cpu(tensor: torch.Tensor) -> bool:
@@ -308,7 +372,8 @@ class TiedGradient:
 # The context
 # --------------------------------------------------------------------------------------------------
 
-HANDLED = {
+WIDENED = {F.layer_norm: layer_norm}
+HANDLED = WIDENED | {
     F.dropout: dropout,
     F.scaled_dot_product_attention: attention,
     F.linear: linear,
@@ -317,14 +382,14 @@ HANDLED = {
 
 
 class _Faster(TorchFunctionMode):
-    """Redirect calls of HANDLED's keys to its values, and look-ups of tied weights to `look_up`.
+    """Redirect calls of a table's keys to its values, and look-ups of tied weights to `look_up`.
 
     The redirected functions run outside this mode.
     """
 
-    def __init__(self, tied: TiedGradient | None = None):
+    def __init__(self, tied: TiedGradient | None = None, handled: Mapping = HANDLED):
         super().__init__()
-        self.tied = tied
+        self.tied, self.handled = tied, handled
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}
@@ -335,12 +400,17 @@ class _Faster(TorchFunctionMode):
             and args[1] is self.tied.weight_VD
         ):
             return self.tied.look_up(*args, **kwargs)
-        return HANDLED.get(function, function)(*args, **kwargs)
+        return self.handled.get(function, function)(*args, **kwargs)
 
 
 def faster(tied: TiedGradient | None = None) -> contextlib.AbstractContextManager:
     """Return the context for a forward pass."""
     return _Faster(tied)
+
+
+def wide_layer_norms() -> contextlib.AbstractContextManager:
+    """Return the context of a prediction head, which may run outside `faster`: when compiled."""
+    return _Faster(handled=WIDENED)
 
 
 def checkpointing_contexts() -> tuple[

@@ -14,6 +14,7 @@ from collections.abc import Callable, Sequence
 import torch
 import torch.nn.functional as F
 
+from distil.kernels.cpu import wide_layer_norms
 from distil.losses import Loss, at_least_float32
 
 # Rows of logits in a chunk. On a CPU a chunk should be small in memory, and large beside the (V, D)
@@ -101,7 +102,8 @@ def head_losses(
     """
 
     def chunk_loss(hidden_CD: torch.Tensor, first: int):
-        student_CV = at_least_float32(student_head(hidden_CD))
+        with wide_layer_norms():
+            student_CV = at_least_float32(student_head(hidden_CD))
         teacher_CV = None
         if teacher_head is not None:
             with torch.no_grad():
@@ -170,7 +172,9 @@ class Projection:
     @classmethod
     def of(cls, head, hidden_ND: torch.Tensor) -> "Projection":
         """Apply a head's own layers to hidden states, up to its last linear map."""
-        return cls(head.transform(hidden_ND), head.projection.weight, head.projection.bias)
+        with wide_layer_norms():
+            rows_ND = head.transform(hidden_ND)
+        return cls(rows_ND, head.projection.weight, head.projection.bias)
 
     def prepared(self, dtype: torch.dtype) -> "Projection":
         """Return it in the precision of the products, V padded for a GPU's matrix units.

@@ -10,6 +10,7 @@ import math
 import sys
 from collections.abc import Callable
 
+import families
 import pytest
 import torch
 import torch.nn.functional as F
@@ -452,6 +453,55 @@ def test_a_linear_map_of_tensors_that_lie_otherwise_is_torchs():
     assert_close(*grads, torch.float32)
 
 
+CHANGES = {
+    "scaled": lambda tensor: tensor.div_(3),
+    "dropped": lambda tensor: F.dropout(tensor, 0.5, True, inplace=True),
+    "a part of it": lambda tensor: tensor[:1].mul_(3),
+    "seen otherwise": lambda tensor: tensor.view(-1).add_(1),
+}
+CHANGEABLE = {
+    "linear": lambda x_BNI, w_OI: F.linear(x_BNI, w_OI),
+    "addmm": lambda x_BNI, w_OI: torch.addmm(x_BNI[0, 0, 0], x_BNI[0], w_OI.t()),
+    "dropout": lambda x_BNI, w_OI: F.dropout(x_BNI, 0.3),
+    "attention": lambda x_BNI, w_OI: F.scaled_dot_product_attention(
+        *[x_BNI[None]] * 3, dropout_p=NOTHING_DROPPED
+    ),
+    "layer norm": lambda x_BNI, w_OI: F.layer_norm(x_BNI.bfloat16(), (6,), w_OI[0]),
+}
+
+
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("name", CHANGEABLE)
+def test_results_may_be_changed_in_place_as_torchs(name, change):
+    """Longformer divides its queries in place; other models drop in place."""
+    grads = []
+    for is_ours in (True, False):
+        leaves = [random(2, 5, 6), random(8, 6, seed=1)]
+        leaves = [leaf.requires_grad_() for leaf in leaves]
+        torch.manual_seed(0)
+        with faster() if is_ours or name == "dropout" else contextlib.nullcontext():
+            value = CHANGEABLE[name](*leaves)
+            if name == "dropout" and not is_ours:  # as drawn, by autograd
+                value = leaves[0] * (value / leaves[0]).detach()
+        torch.manual_seed(1)
+        CHANGES[change](value)
+        (value.float() / 10).square().sum().backward()
+        grads.append([leaf.grad for leaf in leaves if leaf.grad is not None])
+    assert_close(*grads, torch.bfloat16 if name == "layer norm" else torch.float32)
+
+
+def test_a_model_that_scales_its_queries_in_place_gets_torchs_gradient():
+    grads = []
+    for context in (faster(), contextlib.nullcontext()):
+        model = families.tiny_model("longformer", True)
+        with context:
+            loss = model(torch.arange(5, 21)[None]).logits.square().mean()
+        loss.backward()
+        grads.append([p.grad for p in model.parameters() if p.grad is not None])
+    assert len(grads[0]) > 50
+    assert_close(*grads, torch.float32)
+
+
 class Products(TorchDispatchMode):
     """Count oneDNN's products."""
 
@@ -737,6 +787,20 @@ def test_where_the_heads_gradient_is_zero_the_rows_looked_up_have_one_alone(ids)
     expected = torch.zeros_like(weight)
     expected[ids.long()] = 2 * weight.detach()[ids.long()]
     torch.testing.assert_close(weight.grad, expected)
+
+
+def test_rows_that_were_looked_up_may_be_changed_in_place():
+    grads = []
+    for is_ours in (True, False):
+        weight_VD = random(9, 4).requires_grad_()
+        tied = TiedGradient(weight_VD) if is_ours else None
+        with tied or contextlib.nullcontext():
+            with faster(tied):
+                rows = F.embedding(torch.tensor([[1, 2, 1], [4, 8, 0]]), weight_VD)
+            rows.mul_(2)
+            (rows.square().sum() + weight_VD.square().sum()).backward()
+        grads.append([weight_VD.grad])
+    assert_close(*grads, torch.float32)
 
 
 def test_without_gradient_a_look_up_is_torchs():
