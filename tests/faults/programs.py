@@ -195,6 +195,10 @@ MISMATCHES: dict[str, tuple[Callable[[Mix], None], list[str] | Callable[[Mix], l
         lambda mix: mix.config(vocab_size=77),
         lambda mix: ["77", str(mix.vocab_size)],
     ),
+    "a vocabulary of one row too few": (
+        lambda mix: mix.config(vocab_size=mix.vocab_size - 1),
+        lambda mix: [str(mix.vocab_size - 1), f"a tokenizer of {mix.vocab_size} entries"],
+    ),
     "width": (lambda mix: mix.config(dim=40), ["40", "32"]),
     "more positions, gpt2": (lambda mix: mix.config(n_positions=128), ["128", "64"]),
     "padding id, roberta": (lambda mix: mix.config(pad_token_id=0), ["padding id is 0", "is 1"]),
