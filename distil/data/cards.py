@@ -103,20 +103,32 @@ def check_tokenizer(
     of_model: `tokenizer_facts` of the model's tokenizer, None if unknown. source, model: names of
     the file and the model for the message.
     """
-    _check_parts(card, source)
+    problem = tokenizer_problem(card, of_model, source, model)
+    if problem:
+        raise InputError(problem)
     of_file = card.get("tokenizer") or {}
-    if not of_model or not of_file:
-        return
-    difference = tokenizer_difference(of_file, of_model, "its", f"that of {model}")
-    if difference:
-        raise InputError(
-            f"{source}: was made with the tokenizer {of_file.get('name')}, another than that of"
-            f" {model}: {difference}; binarize and count with that model's tokenizer"
-            " (--tokenizer_type auto)"
-        )
-    if "rules_sha256" in of_model and "rules_sha256" not in of_file:
+    if of_file and "rules_sha256" in (of_model or {}) and "rules_sha256" not in of_file:
         text = "%s: its card is an older one, without the tokenizer's rules: only the vocabulary"
         logger.info(f"{text} was compared.", source)
+
+
+def tokenizer_problem(
+    card: Mapping[str, Any], of_model: Mapping[str, Any] | None, source: str, model: str
+) -> str | None:
+    """Describe how a file's tokenizer differs from a model's; None if they agree.
+
+    The parameters are those of `check_tokenizer`. Raises InputError for a damaged card.
+    """
+    _check_parts(card, source)
+    of_file = card.get("tokenizer") or {}
+    difference = tokenizer_difference(of_file, of_model or {}, "its", f"that of {model}")
+    if difference is None:
+        return None
+    return (
+        f"{source}: was made with the tokenizer {of_file.get('name')}, another than that of"
+        f" {model}: {difference}; binarize and count with that model's tokenizer (--tokenizer_type"
+        " auto)"
+    )
 
 
 def tokenizer_difference(

@@ -14,11 +14,16 @@ from utils import InputError
 
 def tokenizer_problem(model) -> str | None:
     """Describe the problem of a LanguageModel whose tokenizer has ids >= its vocabulary size."""
-    if model.num_entries <= model.vocab_size:
+    return ids_problem(model.num_entries, model.vocab_size, model.source)
+
+
+def ids_problem(num_entries: int, vocab_size: int, source: str) -> str | None:
+    """Describe the problem of a tokenizer of more entries than the model has."""
+    if num_entries <= vocab_size:
         return None
     return (
-        f"{model.source}: its tokenizer has ids up to {model.num_entries - 1}, the model's"
-        f" vocabulary {model.vocab_size} entries; take a model and tokenizer that belong together"
+        f"{source}: its tokenizer has ids up to {num_entries - 1}, the model's vocabulary"
+        f" {vocab_size} entries; take a model and tokenizer that belong together"
     )
 
 

@@ -4,9 +4,16 @@ import os
 
 import torch
 
+from distil.data import cards
+from distil.data.token_files import files_of
 from distil.losses import LOSSES
 from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
-from distil.models.checks import size_mismatches, tokenizer_problem, vocabulary_problem
+from distil.models.checks import (
+    ids_problem,
+    size_mismatches,
+    tokenizer_problem,
+    vocabulary_problem,
+)
 from distil.models.first_weights import load_student_weights
 from distil.models.forward import recompute_activations
 from distil.models.heads import FirstEntries, Head
@@ -15,14 +22,13 @@ from distil.models.language_model import (
     LanguageModel,
     build_network,
     freeze_embeddings,
-    load_language_model,
     load_network,
     read_student_config,
     resolve_architecture,
     resolve_by_name,
     save_used_bias_twice,
 )
-from distil.models.tokenizer_rules import difference
+from distil.models.tokenizer_rules import difference, tokenizer_facts
 from distil.models.tokenizers import load_tokenizer
 from distil.training.config import TrainConfig
 from utils import InputError, keyed_seed, logger, raise_problems
@@ -47,10 +53,28 @@ def find_student_config(config: TrainConfig):
 
 
 def load_teacher(config: TrainConfig) -> LanguageModel:
-    """Load the teacher with its tokenizer. Raises InputError."""
+    """Load the teacher with its tokenizer; compare the files' cards before its weights are read.
+
+    Raises InputError.
+    """
     kind = config.teacher_type, config.mlm, config.trust_remote_code
-    architecture = resolve_by_name(config.teacher_name, "--teacher_name", *kind)
-    return load_language_model(architecture, config.teacher_name, "--teacher_name")
+    name, flag = config.teacher_name, "--teacher_name"
+    architecture = resolve_by_name(name, flag, *kind)
+    tokenizer = load_tokenizer(architecture, name, flag)
+    facts = tokenizer_facts(tokenizer)
+    num_rows = load_config(None, name, flag, config.trust_remote_code).vocab_size
+    problems = [ids_problem(facts["vocab_size"], num_rows, f"{flag} {name}")]
+    for option in ("data_file", "eval_data_file", "token_counts"):
+        path = getattr(config, option)
+        if path is None:
+            continue
+        card_file = f"{path}.json" if option == "token_counts" else files_of(path)[-1]
+        card = cards.read_card(card_file, f"--{option}")
+        source = f"--{option} {path}", f"{flag} {name}"
+        problems.append(cards.tokenizer_problem(card, facts, *source))
+    raise_problems(problems)
+    network = load_network(architecture, name, flag).eval().requires_grad_(False)
+    return LanguageModel(architecture, network, tokenizer, f"{flag} {name}")
 
 
 def resolve_student(config: TrainConfig, student_config) -> Architecture:

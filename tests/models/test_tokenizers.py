@@ -276,12 +276,29 @@ def test_rules_of_another_tokenizer_are_refused_with_both_values(part, tmp_path,
     token_counts.main(["--data_file", data, "--token_counts_dump", counts, "--vocab_size", num])
     flags = ["--student", str(folders["other"]), "--teacher_name", str(folders["other"]), "--mlm"]
     flags += ["--data_file", data, "--token_counts", counts, "--dump_path", str(tmp_path / "run")]
+    weights = (folders["other"] / "model.safetensors").read_bytes()
+    (folders["other"] / "model.safetensors").unlink()  # refused before anything slow
     status, errors = status_and_errors(train.main, [*flags, "--alpha_mlm", "1", "--alpha_clm", "0"])
-    assert status == 2 and len(errors) == 1 and f"its {part} is " in errors[0], errors
+    (folders["other"] / "model.safetensors").write_bytes(weights)
+    assert status == 2 and len(errors) == 2 and f"its {part} is " in errors[0], errors
     assert f"--data_file {data}" in errors[0] and not (tmp_path / "run").exists()
-    flags[1] = str(folders["own"])
+    flags[3] = str(folders["own"])
     status, errors = status_and_errors(train.main, [*flags, "--alpha_mlm", "1", "--alpha_clm", "0"])
-    assert status == 2 and f"--student {folders['own']}: its {part} is " in errors[0]
+    assert status == 2 and f"--student {folders['other']}: its {part} is " in errors[0]
+
+
+def test_a_tokenizer_of_more_ids_than_its_model_is_refused_first(tmp_path, status_and_errors):
+    teacher = save_teacher(tmp_path / "teacher", word_pieces(normalizers.NFC()))
+    binarized_data.main(binarize(tmp_path, teacher, "--tokenizer_type", "auto"))
+    config = json.loads((teacher / "config.json").read_text())
+    (teacher / "config.json").write_text(json.dumps(config | {"vocab_size": 9}))
+    (teacher / "model.safetensors").unlink()
+    flags = ["--student", str(teacher), "--teacher_name", str(teacher), "--mlm"]
+    flags += ["--alpha_mlm", "1", "--alpha_clm", "0", "--mlm_smoothing", "0"]
+    flags += ["--data_file", str(tmp_path / "ids.teacher.pickle")]
+    flags += ["--dump_path", str(tmp_path / "run")]
+    status, errors = status_and_errors(train.main, flags)
+    assert status == 2 and len(errors) == 1 and "ids up to 16" in errors[0]
 
 
 def test_counts_of_other_rules_are_refused(world, tmp_path, status_and_errors):
