@@ -240,15 +240,17 @@ def of_vocabulary(folder: TokenizerFolder):
     _check_files(folder, kind)
     if kind is not None and issubclass(kind, transformers.BertTokenizer):
         return _bert(folder, kind)
+    options = {"trust_remote_code": folder.architecture.runs_remote_code}
+    load = transformers.AutoTokenizer if kind is None or declared.get("auto_map") else kind
     with quiet_transformers():
-        tokenizer = (
-            transformers.AutoTokenizer.from_pretrained(
-                folder.name, trust_remote_code=folder.architecture.runs_remote_code
-            )
-            if kind is None or declared.get("auto_map")
-            else kind.from_pretrained(folder.name)
-        )
-    return tokenizer
+        try:
+            return load.from_pretrained(folder.name, **options)
+        except ImportError as error:  # MeCab's and others
+            raise InputError(
+                f"{folder.source}: its {name} runs in Python only and needs more packages"
+                f" ({one_line(error)}); take a model with a {FILE}, or convert it to the tokenizers"
+                " library and save that file"
+            ) from error
 
 
 def _has_files(folder: TokenizerFolder, name: str) -> bool:

@@ -185,6 +185,11 @@ def test_a_tokenizer_in_python_is_refused_with_what_to_convert(tmp_path):
     for row in (ARCHITECTURES["bert"], ANY_TOKENIZER):
         with pytest.raises(InputError, match="runs in Python only; .* convert it"):
             load_tokenizer(row, str(tmp_path), "--x")
+    (tmp_path / "tokenizer_config.json").write_text(
+        json.dumps(content | {"word_tokenizer_type": "mecab"})
+    )
+    with pytest.raises(InputError, match="runs in Python only .* convert it"):
+        load_tokenizer(ARCHITECTURES["bert"], str(tmp_path), "--x")
     with pytest.raises(InputError, match="holds a BertJapaneseTokenizer"):
         load_tokenizer_of_2019(ARCHITECTURES["bert"], str(tmp_path), "--x", Casing())
 
