@@ -90,7 +90,8 @@ def make_distiller(
         logger.info("The student's head is not layers and one linear map: the slower head is used.")
     if model.needs_teacher:
         teacher.network.to(runtime.device)
-    unused.freeze_unused(model, teacher.network, longest, student.source, runtime.world_size)
+    head, ranks = models.compared_head(student, teacher), runtime.world_size
+    unused.freeze_unused(model, teacher.network, longest, student.source, ranks, head)
     rates = config.learning_rate, config.weight_decay, config.adam_epsilon
     optimizer = make_optimizer(model, *rates)
     return Distiller(
@@ -98,10 +99,10 @@ def make_distiller(
         teacher.network,
         optimizer,
         make_schedule(optimizer, num_updates, config.warmup_prop),
-        teacher_head=models.compared_head(student, teacher),
+        teacher_head=head,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
-        world_size=runtime.world_size,
+        world_size=ranks,
         amp_dtype=torch.float16 if config.fp16 else torch.bfloat16 if config.bf16 else None,
         normalization=config.loss_normalization,
         compiles=config.compile,

@@ -88,8 +88,8 @@ def of_file(folder: TokenizerFolder):
     backend.no_padding()
     options, rules = _set_casing(backend, folder), rules_of(backend)
     named = _class_named(folder.content(CONFIG).get("tokenizer_class") or _class_of_type(folder))
-    for kind in (named, transformers.AutoTokenizer):
-        automatic, reason = _of_class(kind, folder, options)
+    for find in (lambda: named, lambda: transformers.AutoTokenizer):  # which imports torch
+        automatic, reason = _of_class(find(), folder, options)
         is_own = automatic is not None and type(automatic).__name__ not in GENERIC
         if is_own and rules_of(automatic.backend_tokenizer) == rules:
             return _without_limits(automatic)
@@ -197,7 +197,7 @@ def _wrapped(backend: tokenizers.Tokenizer, folder: TokenizerFolder, automatic):
     options = {key: found[key] for key in COPIED if found.get(key) is not None}
     stated = declared, folder.content(SPECIAL_MAP)
     kind = type(automatic) if automatic is not None else _class_named(_class_of_type(folder))
-    options |= role_tokens(backend, stated, automatic, kind)
+    options |= role_tokens(backend, stated, automatic, kind, folder.source)
     template = getattr(automatic, "chat_template", None) or declared.get("chat_template")
     if template:
         options["chat_template"] = template

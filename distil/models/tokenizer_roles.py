@@ -10,6 +10,7 @@ import tokenizers
 
 from distil.data.token_files import SpecialIds
 from distil.models.architectures import Architecture
+from utils import logger
 
 # Role -> attributes of the tokenizer; the first one that is set gives the role's token.
 ROLES = {
@@ -61,12 +62,13 @@ def role_tokens(
     stated: Sequence[Mapping],
     automatic,
     kind: type | None,
+    source: str,
 ) -> dict[str, str | list[str]]:
     """Name the tokens of roles: those of the vocabulary only, others would get new ids.
 
     Sources in this order: the file's model, for unknown text; what the folder's files state; the
     tokenizer that transformers makes of the folder (automatic), or the defaults of the class for
-    the type of its model (kind); special tokens of usual names.
+    the type of its model (kind); special tokens of usual names. source: names the tokenizer.
     """
     vocabulary, unknown = backend.get_vocab(), getattr(backend.model, "unk_token", None)
     if isinstance(backend.model, tokenizers.models.Unigram):
@@ -82,9 +84,10 @@ def role_tokens(
     found: dict[str, str | list[str]] = {}
     for role, names in ROLE_TOKENS.items():
         sources = {"unk_token": unknown}, *stated, others
-        contents = [_content(source.get(role)) for source in sources]
-        contents += [name for name in names if name in special]
+        contents = [_content(one.get(role)) for one in sources]
         token = next((one for one in contents if one in vocabulary), None)
+        if token is None and (token := next((one for one in names if one in special), None)):
+            logger.info("%s: no file states the %s; by its name it is %s.", source, role, token)
         found |= {} if token is None else {role: token}
     extra = [
         token

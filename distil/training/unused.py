@@ -7,7 +7,7 @@ trained parameter, so several ranks need to know both.
 
 import contextlib
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 
 import torch
 from torch import nn
@@ -22,11 +22,17 @@ NUMBER = re.compile(r"\d+")
 
 
 def freeze_unused(
-    model: nn.Module, teacher: nn.Module, batch: MicroBatch, source: str, world_size: int = 1
+    model: nn.Module,
+    teacher: nn.Module,
+    batch: MicroBatch,
+    source: str,
+    world_size: int = 1,
+    teacher_head: Callable | None = None,
 ) -> None:
     """Freeze the parameters to which a run's losses give no gradient, and name them.
 
-    model: a DistillationModel; its losses on `batch` decide. A parameter without a gradient stays
+    model: a DistillationModel; its losses on `batch` decide. teacher_head: None: the teacher's own.
+    A parameter without a gradient stays
     trained where another that differs only in the numbers in its name has one: it may be of an
     expert that no token chose. Leaves no gradient and draws no random numbers; every rank that is
     given the same batch decides alike. Raises InputError naming `source` if the model cannot be
@@ -34,12 +40,12 @@ def freeze_unused(
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
     with _naming_failures(source, batch), _without_draws(model), evaluating(model):
-        total = _loss(model, teacher, batch)
+        total = _loss(model, teacher, batch, teacher_head)
         grads = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
         del total
     if world_size > 1:
         with _naming_failures(source, batch), _without_draws(model):
-            _check_buffers(model, teacher, batch, source)
+            _check_buffers(model, teacher, batch, teacher_head, source)
     missing = [name for name, grad in zip(trained, grads, strict=True) if grad is None]
     used = {NUMBER.sub("", name) for name in trained.keys() - set(missing)}
     unused = [name for name in missing if NUMBER.sub("", name) not in used]
@@ -55,24 +61,32 @@ def freeze_unused(
             logger.info("%d parameters %s: %s.", len(names), what, named)
 
 
-def _loss(model: nn.Module, teacher: nn.Module, batch: MicroBatch) -> torch.Tensor:
+def _loss(
+    model: nn.Module, teacher: nn.Module, batch: MicroBatch, teacher_head: Callable | None
+) -> torch.Tensor:
     read, head = {}, None
     if model.needs_teacher:
-        head = prediction_head(teacher)
+        head = teacher_head or prediction_head(teacher)
         with torch.no_grad():
             read = read_outputs(teacher, batch, model.readings)
     return model(batch, read, head, 1.0)[0]
 
 
 @torch.no_grad()
-def _check_buffers(model: nn.Module, teacher: nn.Module, batch: MicroBatch, source: str) -> None:
+def _check_buffers(
+    model: nn.Module,
+    teacher: nn.Module,
+    batch: MicroBatch,
+    teacher_head: Callable | None,
+    source: str,
+) -> None:
     """Raise InputError where a forward pass changes what is saved: each rank would have its own."""
     saved = model.state_dict().keys()
     before = {name: b.clone() for name, b in model.named_buffers() if name in saved}
     if not before:
         return
     was_training = model.training
-    _loss(model.train(), teacher, batch)
+    _loss(model.train(), teacher, batch, teacher_head)
     model.train(was_training)
     after = dict(model.named_buffers())
     changed = [name for name, buffer in before.items() if not torch.equal(buffer, after[name])]

@@ -209,7 +209,7 @@ def test_many_unknown_is_the_smallest_number_that_matters():
 
 def read_everything(path: str) -> None:
     """Read a token file as training does: open it, and touch every sequence."""
-    dataset = LmSeqsDataset.from_file(path, of_100("a teacher", "a" * 64))
+    dataset = LmSeqsDataset.from_file(path, of_100("a teacher", TOKENIZER))
     dataset.collate(np.arange(len(dataset)))
 
 

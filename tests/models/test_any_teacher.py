@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 import sys
 from pathlib import Path
 
@@ -296,9 +297,13 @@ def test_unsuitable_students_are_refused(name, world, teachers, tmp_path, status
 
 
 def test_a_tokenizer_without_an_end_is_refused(teachers, text_file, tmp_path, status_and_errors):
-    tokenizer = families.causal_tokenizer(teachers["gpt2"])
-    tokenizer.eos_token = None
-    tokenizer.save_pretrained(tmp_path / "endless")
+    shutil.copytree(teachers["gpt2"], tmp_path / "endless")
+    content = (tmp_path / "endless" / "tokenizer.json").read_text()
+    content = content.replace("<|endoftext|>", "<|stop|>")  # a name that says nothing
+    (tmp_path / "endless" / "tokenizer.json").write_text(content)
+    (tmp_path / "endless" / "tokenizer_config.json").unlink()
+    for file in ("config.json", "special_tokens_map.json"):
+        (tmp_path / "endless" / file).unlink(missing_ok=True)
     flags = {
         "file_path": text_file,
         "tokenizer_type": "auto",

@@ -16,6 +16,7 @@ from stand_ins import LAYERS, ROOT, make_model, save_tokenizer
 from distil.data.token_files import SpecialIds
 from distil.models.architectures import ARCHITECTURES
 from distil.models.architectures import architecture_named as row
+from distil.models.casing import Casing
 from distil.models.first_weights import evenly_spaced_layers, extract_student, load_student_weights
 from distil.models.hub import short_name
 from distil.models.language_model import (
@@ -26,7 +27,7 @@ from distil.models.language_model import (
     read_student_config,
 )
 from distil.models.tokenizer_roles import special_ids
-from distil.models.tokenizers import load_tokenizer
+from distil.models.tokenizers import load_tokenizer, load_tokenizer_of_2019
 from utils import InputError
 
 VOCAB = 60
@@ -309,14 +310,18 @@ def test_a_teacher_does_not_train(teachers):
     assert not any(parameter.requires_grad for parameter in teacher.parameters())
 
 
+def load_2019(kind: str, folder: Path):
+    return load_tokenizer_of_2019(row(kind), str(folder), "--tokenizer_name", Casing())
+
+
 @pytest.mark.parametrize("kind", STUDENTS)
 @pytest.mark.parametrize("wrong", STUDENTS)
 def test_a_tokenizer_of_another_type_is_refused(kind, wrong, teachers):
     if kind == wrong:
-        assert len(load_tokenizer(row(kind), str(teachers[kind]), "--tokenizer_name")) > 100
+        assert len(load_2019(kind, teachers[kind])) > 100
     else:
         with pytest.raises(InputError, match=f"--tokenizer_name .*{wrong}"):
-            load_tokenizer(row(wrong), str(teachers[kind]), "--tokenizer_name")
+            load_2019(wrong, teachers[kind])
 
 
 @pytest.mark.parametrize("kind", STUDENTS)
@@ -326,10 +331,10 @@ def test_bare_vocabularies_of_another_type_are_refused(kind, teachers, tmp_path)
         shutil.copytree(teachers[kind], folder)
         (folder / "tokenizer_config.json").unlink()  # which declares the type
         if other == kind:
-            load_tokenizer(row(other), str(folder), "--tokenizer_name")
+            load_2019(other, folder)
         else:
             with pytest.raises(InputError, match="--tokenizer_name"):
-                load_tokenizer(row(other), str(folder), "--tokenizer_name")
+                load_2019(other, folder)
 
 
 def test_a_roberta_vocabulary_with_gpt2s_special_token_is_refused_for_gpt2(teachers, tmp_path):
@@ -340,11 +345,13 @@ def test_a_roberta_vocabulary_with_gpt2s_special_token_is_refused_for_gpt2(teach
     content["model"]["vocab"]["<|endoftext|>"] = len(content["model"]["vocab"])
     path.write_text(json.dumps(content))
     with pytest.raises(InputError, match="its vocabulary has <mask>"):
-        load_tokenizer(row("gpt2"), str(tmp_path / "both"), "--tokenizer_name")
+        load_2019("gpt2", tmp_path / "both")
 
 
 def test_an_empty_folder_is_refused_as_a_tokenizer(tmp_path):
     with pytest.raises(InputError, match="has neither tokenizer.json nor vocab.txt"):
+        load_2019("bert", tmp_path)
+    with pytest.raises(InputError, match="has neither tokenizer.json nor a vocabulary"):
         load_tokenizer(row("bert"), str(tmp_path), "--tokenizer_name")
 
 
@@ -360,7 +367,7 @@ def test_a_bare_vocabulary_is_lower_cased_only_without_capitals(lowercase, text_
     found = load_tokenizer(row("bert"), str(bare), "--tokenizer_name")
     assert found.encode("Dake Fi go") == declared.encode("Dake Fi go")
     assert (found.encode("Da") == found.encode("da")) == lowercase
-    forced = load_tokenizer(row("bert"), str(bare), "--tokenizer_name", do_lower_case=True)
+    forced = load_tokenizer(row("bert"), str(bare), "--tokenizer_name", Casing(True))
     assert forced.encode("DA") == forced.encode("da")
 
 
