@@ -588,6 +588,8 @@ def bad_inputs(teachers, held_out, tmp_path_factory) -> dict[str, str]:
     (folder / "maskless" / "tokenizer_config.json").write_text(
         json.dumps({**declared, "tokenizer_class": "PreTrainedTokenizerFast"})
     )
+    rules = (folder / "maskless" / "tokenizer.json").read_text().replace("[MASK]", "[OTHER]")
+    (folder / "maskless" / "tokenizer.json").write_text(rules)
     shutil.copytree(teachers["bert"], folder / "seeing")
     config = json.loads((folder / "seeing" / "config.json").read_text())
     (folder / "seeing" / "config.json").write_text(

@@ -722,7 +722,7 @@ def test_data_of_another_vocabulary_is_refused(world, store, tmp_path, status_an
     flags = world.flags("bert", tmp_path / "run", teacher_name=teacher, data_file=store)
     status, errors = status_and_errors(train.main, flags)
     assert status == 2
-    assert "was made with the tokenizer" in errors[0] and "other-bert is another" in errors[0]
+    assert "was made with the tokenizer" in errors[0] and "other-bert: its vocabulary" in errors[0]
 
 
 BAD_STORE_FLAGS = {

@@ -387,9 +387,9 @@ class _Faster(TorchFunctionMode):
     The redirected functions run outside this mode.
     """
 
-    def __init__(self, tied: TiedGradient | None = None, handled: Mapping = HANDLED):
+    def __init__(self, tied: TiedGradient | None = None, handled: Mapping | None = None):
         super().__init__()
-        self.tied, self.handled = tied, handled
+        self.tied, self.handled = tied, HANDLED if handled is None else handled
 
     def __torch_function__(self, function, types, args=(), kwargs=None):
         kwargs = kwargs or {}

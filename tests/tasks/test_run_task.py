@@ -1218,7 +1218,7 @@ def misfits(teachers, data, tmp_path_factory) -> dict[str, list[str]]:
         "model without a tokenizer": [
             "sst2",
             str(bare),
-            "| has neither tokenizer.json nor vocab.txt",
+            "| has neither tokenizer.json nor a vocabulary",
         ],
         "masked model for wikitext": ["wikitext", "roberta", "| is a masked model"],
         "masked model with a causal head": [
