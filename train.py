@@ -238,7 +238,8 @@ class Trainer:
             statistics = parameter_statistics(self.student.network) | report.statistics
             self.folder.log.add_scalars(scalars | statistics, self.progress.iterations)
         for epoch in actions.epochs:
-            self.folder.save_epoch(epoch, self.progress.epoch_mean(epoch))
+            mean, step = self.progress.epoch_mean(epoch), self.progress.step
+            self.folder.save_epoch(epoch, mean, step)
         if is_saved:
             self.save()
 
@@ -371,9 +372,9 @@ def fit_and_export(trainer: Trainer, stop: StopSignals) -> None:
             logger.info("Stopped after update %d; resume with --resume. %s", step, saved)
         sys.exit(end.status)
     if folder is not None:
-        folder.finish()
+        folder.finish(trainer.progress.step)
         path = trainer.config.dump_path
-        logger.info("Done: %s holds the student, for from_pretrained.", path)
+        logger.info("Done: %s/model holds the student, for from_pretrained.", path)
 
 
 def main(argv: list[str] | None = None) -> None:

@@ -12,7 +12,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.models.architectures import ARCHITECTURES, PAIRS
 from distil.models.checks import tokenizer_problem
-from distil.models.export import save_folder
+from distil.models.export import save_folder, tokenizer_for
 from distil.models.first_weights import (
     evenly_spaced_layers,
     extract_student,
@@ -240,7 +240,7 @@ def write_student(args: argparse.Namespace) -> None:
     student = make_student(teacher, args, layers, source)
     save_used_bias_twice(student)
     with atomic_folder(args.output) as folder:
-        save_folder(student, tokenizer, folder)
+        save_folder(student, tokenizer_for(student, tokenizer), folder)
         save_weights(folder / "first_weights.pth", student.state_dict())
         write_json(
             folder / "extraction.json",

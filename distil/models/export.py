@@ -4,8 +4,11 @@ from __future__ import annotations
 
 import copy
 import inspect
+import json
 import os
 import tempfile
+from collections.abc import Callable
+from pathlib import Path
 
 import torch
 import transformers
@@ -14,14 +17,64 @@ from distil.models.hub import quiet_transformers
 from distil.models.tokenizer_folder import GENERIC, PreTrainedTokenizerFast
 from distil.models.tokenizer_roles import ROLE_TOKENS
 from distil.models.tokenizer_rules import other_ids
+from distil.system.files import give_default_permissions
 from utils import logger, one_line
+
+# Entries that the loader leaves in a tokenizer's configuration.
+LEFT_OVERS = ("is_local", "local_files_only", "name_or_path", "max_length", "files_loaded")
 
 
 def save_folder(network: torch.nn.Module, tokenizer, folder: str | os.PathLike) -> None:
-    """Save a network and its tokenizer. tokenizer: see `tokenizer_for`."""
+    """Save a network and its tokenizer (see `tokenizer_for`), for transformers 4 and 5."""
     with quiet_transformers():
         network.save_pretrained(folder)
-        tokenizer_for(network, tokenizer).save_pretrained(folder)
+    _change_json(Path(folder, "config.json"), _with_rope_of_4)
+    save_tokenizer(tokenizer, folder)
+    for file in Path(folder).iterdir():
+        give_default_permissions(file)
+
+
+def save_config(network: torch.nn.Module, folder: str | os.PathLike) -> None:
+    """Save a network's configuration as `save_folder` does."""
+    config = copy.deepcopy(network.config)
+    config.architectures = [type(network).__name__]
+    config.save_pretrained(folder)
+    _change_json(Path(folder, "config.json"), _with_rope_of_4)
+
+
+def save_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
+    """Save a tokenizer as transformers 4 and 5 read it, without what its loading left."""
+    with quiet_transformers():
+        tokenizer.save_pretrained(folder)
+    _change_json(Path(folder, "tokenizer_config.json"), _with_special_tokens_of_4)
+
+
+def _change_json(path: Path, change: Callable[[dict], dict]) -> None:
+    content = json.loads(path.read_text(encoding="utf-8"))
+    text = json.dumps(change(content), indent=2, sort_keys=True, ensure_ascii=False)
+    path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _with_rope_of_4(config: dict) -> dict:
+    """State the angles of rotary embeddings as transformers 4 reads them, too.
+
+    It ignores rope_parameters and would compute other logits, silently.
+    """
+    rope = config.get("rope_parameters") or {}
+    theta = rope.get("rope_theta")
+    if theta is None or "rope_theta" in config:  # absent, by kind of layer, or stated
+        return config
+    scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
+    is_scaled = scaling.get("rope_type", "default") != "default"
+    return config | {"rope_theta": theta} | ({"rope_scaling": scaling} if is_scaled else {})
+
+
+def _with_special_tokens_of_4(config: dict) -> dict:
+    """List further special tokens under the name that transformers 4 and 5 read."""
+    kept = {key: value for key, value in config.items() if key not in LEFT_OVERS}
+    if isinstance(kept.get("extra_special_tokens"), list):
+        kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
+    return kept
 
 
 def tokenizer_for(network: torch.nn.Module, tokenizer):
@@ -65,8 +118,8 @@ def input_names(network: torch.nn.Module, tokenizer) -> list[str]:
 def _reload_problem(network: torch.nn.Module, tokenizer) -> str | None:
     """Say how AutoTokenizer's reading of a saved tokenizer differs from it, or return None."""
     with tempfile.TemporaryDirectory() as folder, quiet_transformers():
-        network.config.save_pretrained(folder)
-        tokenizer.save_pretrained(folder)
+        save_config(network, folder)
+        save_tokenizer(tokenizer, folder)
         try:
             found = transformers.AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
         except Exception as error:  # loaders raise anything on files of another kind

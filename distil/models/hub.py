@@ -20,6 +20,12 @@ def short_name(name_or_folder: str) -> str:
     return Path(os.path.abspath(name_or_folder)).name if name_or_folder else ""
 
 
+def model_folder(name: str) -> str:
+    """Return the folder with a model: of a run folder of train.py its model/, else `name`."""
+    inner = os.path.join(name, "model")
+    return inner if os.path.isfile(os.path.join(inner, "config.json")) else name
+
+
 def fetch_files(name: str, files: Sequence[str], flag: str) -> dict[str, str]:
     """Fetch files of a hub repository: name -> path of each that exists. Raises InputError."""
     paths: dict[str, str | None] = {}
@@ -94,6 +100,7 @@ def load_config(model_type: str | None, name: str, flag: str, trust_remote_code:
     trust_remote_code: run Python files that come with the model if it needs them. Raises InputError
     if the model is not of model_type (None: any).
     """
+    name = model_folder(name)
     with quiet_transformers():
         try:  # trust_remote_code is always passed: the default asks on the terminal
             config = transformers.AutoConfig.from_pretrained(

@@ -21,7 +21,7 @@ from distil.models import conventions
 from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
 from distil.models.checks import check_finite, some_of
 from distil.models.heads import Head, path_of, prediction_head
-from distil.models.hub import load_config, quiet_transformers
+from distil.models.hub import load_config, model_folder, quiet_transformers
 from distil.models.tokenizer_roles import special_ids
 from distil.models.tokenizer_rules import tokenizer_facts
 from distil.models.tokenizers import load_tokenizer
@@ -153,7 +153,7 @@ def load_network(architecture: Architecture, name: str, flag: str) -> torch.nn.M
     with quiet_transformers():
         try:
             model, report = _loader(row).from_pretrained(
-                name,
+                model_folder(name),
                 dtype=torch.float32,
                 return_dict=True,
                 output_loading_info=True,

@@ -19,7 +19,7 @@ from typing import Any
 import torch
 import transformers
 
-from distil.models.hub import load_config, quiet_transformers
+from distil.models.hub import load_config, model_folder, quiet_transformers
 from distil.reporting.machine import describe_machine
 from distil.reporting.plan import Plan
 from distil.reporting.tables import digits, markdown
@@ -131,7 +131,7 @@ def load_base(name: str, flag: str) -> torch.nn.Module:
     with quiet_transformers():
         try:
             model = transformers.AutoModel.from_pretrained(
-                name, dtype=torch.float32, trust_remote_code=False, weights_only=True
+                model_folder(name), dtype=torch.float32, trust_remote_code=False, weights_only=True
             )
         except Exception as error:
             raise InputError(

@@ -17,7 +17,7 @@ import huggingface_hub
 import transformers
 
 from distil.losses import LOSSES
-from distil.models.hub import short_name
+from distil.models.hub import model_folder, short_name
 from distil.system.files import atomic_path, output_problem
 from distil.tasks.metrics import HUB_METRICS
 from distil.tasks.tasks import TASKS
@@ -43,7 +43,7 @@ def card_problems(args: argparse.Namespace) -> list[str]:
                 problems.append(
                     f"--{name} {word}: is no such name on the hub; expected one as {example}"
                 )
-    path = Path(args.student, "README.md")
+    path = Path(model_folder(args.student), "README.md")
     problems += filter(
         None, [output_problem(str(path), "--write_card") if os.path.isdir(args.student) else None]
     )
@@ -164,8 +164,13 @@ def metadata(args: argparse.Namespace, report: Mapping) -> huggingface_hub.Model
 
 
 def read_run_file(student: str, name: str) -> dict:
-    """Read a file that train.py left in the run folder; empty where it is missing or damaged."""
+    """Read a file that train.py left in the run folder; empty where it is missing or damaged.
+
+    student: the run folder, or the model/ in it.
+    """
     path = Path(student, name)
+    if not path.is_file() and path.parent.name == "model":
+        path = path.parent.parent / name
     if not path.is_file():
         return {}
     try:
@@ -178,8 +183,8 @@ def read_run_file(student: str, name: str) -> dict:
 
 # Flags of train.py that are paths: the card shows the last part only.
 PATH_FLAGS = (
-    *("dump_path", "student_config", "student_pretrained_weights"),
-    *("token_counts", "data_file", "teacher_name"),
+    *("dump_path", "student", "student_config", "student_pretrained_weights"),
+    *("token_counts", "data_file", "eval_data_file", "teacher_name"),
 )
 
 
@@ -314,7 +319,7 @@ def write_card(args: argparse.Namespace, report: Mapping, tables: Mapping[str, s
     text = card_text(args, report, tables)
     read_back = huggingface_hub.ModelCard(text).data
     assert read_back.to_dict() == metadata(args, report).to_dict()
-    path = Path(args.student, "README.md")
+    path = Path(model_folder(args.student), "README.md")
     with atomic_path(path) as temporary:
         temporary.write_text(text, encoding="utf-8")
     missing = [

@@ -7,7 +7,7 @@ from pathlib import Path
 import torch
 import transformers
 
-from distil.models.hub import load_config, quiet_transformers, short_name
+from distil.models.hub import load_config, model_folder, quiet_transformers, short_name
 from distil.models.tokenizer_rules import vocabulary_fingerprint
 from distil.tasks.loading import load_any_tokenizer, longest_input
 from utils import InputError, one_line
@@ -32,6 +32,7 @@ def count_parameters(config) -> tuple[int, int, str]:
 
 def weight_files(name: str) -> list[Path]:
     """List a model's files of weights: one, or the shards that an index names."""
+    name = model_folder(name)
     for file in (
         "model.safetensors",
         "model.safetensors.index.json",

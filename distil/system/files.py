@@ -107,7 +107,7 @@ def atomic_paths(
         with naming(targets[0]):
             yield temporaries
             for temporary in temporaries:
-                _give_default_permissions(temporary)
+                give_default_permissions(temporary)
                 flush_to_disk(temporary)
         with holding_signals():
             for path in stale:
@@ -144,8 +144,8 @@ def naming(path: str | os.PathLike) -> Iterator[None]:
         raise
 
 
-def _give_default_permissions(path: Path) -> None:
-    # mkstemp makes files that only their owner can read; results get the usual permissions.
+def give_default_permissions(path: Path) -> None:
+    """Let others read a file as the umask says: mkstemp and safetensors make private ones."""
     umask = os.umask(0)
     os.umask(umask)
     os.chmod(path, 0o666 & ~umask)
@@ -173,6 +173,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         with naming(temporary):
             yield temporary
         for file in temporary.iterdir():
+            give_default_permissions(file)
             flush_to_disk(file)
         with holding_signals():
             if target.is_dir():
@@ -181,6 +182,16 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             flush_to_disk(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+def link(source: str | os.PathLike, target: str | os.PathLike) -> None:
+    """Give a file a second name, replacing `target` atomically; copy where there are no links."""
+    with atomic_path(target) as temporary:
+        temporary.unlink()
+        try:
+            os.link(source, temporary)
+        except OSError:  # a file system without hard links, or of another owner
+            shutil.copyfile(source, temporary)
 
 
 def make_folder(path: str | os.PathLike) -> None:

@@ -9,7 +9,7 @@ import torch
 from distil.models.architectures import AUTO, architecture_named
 from distil.models.casing import Casing
 from distil.models.checks import check_finite
-from distil.models.hub import load_config, quiet_transformers
+from distil.models.hub import load_config, model_folder, quiet_transformers
 from distil.models.language_model import is_masked_config, resolve_architecture
 from distil.models.tokenizer_rules import difference
 from distil.models.tokenizers import load_tokenizer
@@ -53,7 +53,7 @@ def load_for_task(
     with quiet_transformers():
         try:
             model, report = auto_class.from_pretrained(
-                name,
+                model_folder(name),
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,

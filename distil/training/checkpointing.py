@@ -17,18 +17,18 @@ import json
 import os
 import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 
-from distil.system.files import flush_to_disk, json_digest, make_folder, naming
+from distil.system.files import flush_to_disk, json_digest, link, make_folder, naming
 from utils import REMEDIES, InputError, logger, one_line
 
 FORMAT, VERSION = "distil-checkpoint", 1
-MANIFEST, STATE = "MANIFEST.json", "state.json"
+MANIFEST, STATE, STUDENT = "MANIFEST.json", "state.json", "student.safetensors"
 NAME = re.compile(r"step-(\d{8,})")
 UNFINISHED, DISCARDED = ".tmp", ".trash-"
 WRITE_BYTES = 2**24
@@ -69,13 +69,19 @@ class Checkpoint:
 
 
 def write(
-    folder: str | os.PathLike, step: int, tensors: Tensors, state: Mapping[str, Any], keep: int
+    folder: str | os.PathLike,
+    step: int,
+    tensors: Tensors,
+    state: Mapping[str, Any],
+    keep: int,
+    loader_files: Iterable[Path] = (),
 ) -> Path:
     """Write a checkpoint into `folder`, delete all but the newest `keep`, and return its path.
 
-    tensors: file name (without suffix) -> name -> tensor. Raises InputError that names path and
-    bytes where the disk is full or not writable: nothing half-written stays, and the previous
-    checkpoints are unchanged.
+    tensors: file name (without suffix) -> name -> tensor. loader_files: configuration and
+    tokenizer, linked into the folder so that from_pretrained loads the student. Raises InputError
+    that names path and bytes where the disk is full or not writable: nothing half-written stays,
+    and the previous checkpoints are unchanged.
     """
     final = Path(folder) / f"step-{step:08d}"
     unfinished = final.with_name(final.name + UNFINISHED)
@@ -90,6 +96,10 @@ def write(
             unfinished.mkdir()
             _write_files(unfinished, step, tensors, state)
             read(unfinished)
+            for file in loader_files:
+                link(file, unfinished / file.name)
+            if os.path.exists(unfinished / STUDENT):
+                link(unfinished / STUDENT, unfinished / "model.safetensors")
             if os.path.lexists(final):  # an update repeated after its damaged checkpoint
                 _discard(final)
             os.rename(unfinished, final)

@@ -63,6 +63,12 @@ class TrainConfig:
         why="in case one is damaged",
         resumable=True,
     )
+    keep_epochs: int | None = option(
+        "number of newest model_epoch_E.pth to keep (default: all)",
+        None,
+        at_least=1,
+        resumable=True,
+    )
     dump_path: str = option("folder that receives log, checkpoints and the student", resumable=True)
     data_file: str = option(
         "token file made by scripts/binarized_data.py: a pickle, or a store by its prefix",

@@ -14,11 +14,14 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from distil.models.export import save_config, save_folder, save_tokenizer
 from distil.models.hub import quiet_transformers
 from distil.system.files import (
+    atomic_folder,
     atomic_path,
     atomic_paths,
     flush_to_disk,
+    link,
     make_folder,
     naming_library_errors,
     output_problem,
@@ -31,7 +34,7 @@ from distil.training.log import Log, cut_log
 from utils import VERSION, InputError, git_facts, logger
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKPOINTS, BEST = "checkpoints", "best"
+CHECKPOINTS, BEST, MODEL = "checkpoints", "best", "model"
 # What a run writes: a folder with none of it is not taken for a run's.
 RUN_FILES = ("parameters.json", "checkpoint.pth", "model_epoch_*.pth", "checkpoints/step-*")
 
@@ -124,6 +127,9 @@ class RunFolder:
         self.path = entry(flags["dump_path"])
         self.student, self.tokenizer = student, tokenizer
         self.lock = self.log = None
+        self.keep_epochs = flags.get("keep_epochs")
+        self.loader_files: list[Path] = []  # what from_pretrained reads beside the weights
+        self.plain: tuple[int, Path] | None = None  # the newest plain state dict, and its step
         if problem:
             raise InputError(problem)
         self._claim(resumes=log_bytes is not None)
@@ -151,11 +157,11 @@ class RunFolder:
         write_json(self.path / "parameters.json", {**flags, "version": VERSION})
         # Differs from the original: outside a checkout, or with a detached head, the run continues.
         write_json(self.path / "git_log.json", git_facts(ROOT))
-        with atomic_path(self.path / "config.json") as temporary:
-            temporary.write_text(self.student.config.to_json_string(), encoding="utf-8")
+        self._write_loader_files()
         if log_bytes is not None:
             cut_log(self.log_path, log_bytes)
-            self._save_plain_checkpoint()  # the process may have been killed between the two
+            # The process may have been killed between the two.
+            save_weights(self.path / "checkpoint.pth", self.student.state_dict())
         self.log = Log(self.log_path)
         if log_bytes is None:
             student_config = self.student.config.to_json_string(use_diff=False)
@@ -187,15 +193,24 @@ class RunFolder:
     ) -> None:
         """Write a whole checkpoint, then checkpoint.pth: the student's plain state dict."""
         state = {**state, "log_bytes": self.log.flushed_sizes()}
-        checkpointing.write(self.path / CHECKPOINTS, step, tensors, state, keep)
-        self._save_plain_checkpoint()
+        folder, files = self.path / CHECKPOINTS, self.loader_files
+        checkpointing.write(folder, step, tensors, state, keep, files)
+        self._save_plain("checkpoint.pth", step)
 
-    def _save_plain_checkpoint(self) -> None:
-        save_weights(self.path / "checkpoint.pth", self.student.state_dict())
+    def _save_plain(self, name: str, step: int) -> None:
+        """Write the student's plain state dict; link it where it was written after this update."""
+        target = self.path / name
+        if self.plain is not None and self.plain[0] == step:
+            link(self.plain[1], target)
+        else:
+            save_weights(target, self.student.state_dict())
+        self.plain = step, target
 
-    def save_epoch(self, epoch: int, mean_loss: float) -> None:
+    def save_epoch(self, epoch: int, mean_loss: float, step: int) -> None:
         """Write model_epoch_{epoch}.pth and log the epoch's mean loss."""
-        save_weights(self.path / f"model_epoch_{epoch}.pth", self.student.state_dict())
+        self._save_plain(f"model_epoch_{epoch}.pth", step)
+        for old in range(epoch + 1 - self.keep_epochs if self.keep_epochs else 0):
+            (self.path / f"model_epoch_{old}.pth").unlink(missing_ok=True)
         self.log.add_scalars({"epoch/loss": mean_loss}, epoch)
         logger.info("Epoch %d: mean loss %.4f.", epoch, mean_loss)
 
@@ -229,18 +244,40 @@ class RunFolder:
     def _exported(self) -> Iterator[list[Path]]:
         """Yield the files of student and tokenizer that from_pretrained loads, to be moved."""
         with tempfile.TemporaryDirectory(prefix=".export-", dir=self.path) as folder:
-            with quiet_transformers(), naming_library_errors(self.path):
-                self.student.save_pretrained(folder)
-                self.tokenizer.save_pretrained(folder)
+            with naming_library_errors(self.path):
+                save_folder(self.student, self.tokenizer, folder)
             yield sorted(Path(folder).iterdir())
 
-    def finish(self) -> None:
-        """Write the files that from_pretrained loads, then pytorch_model.bin: its presence means
-        that the run is done.
-        """
-        with self._exported() as files:
-            for file in files:
+    def _write_loader_files(self) -> None:
+        """Write configuration and tokenizer, with which the weights beside them load."""
+        with tempfile.TemporaryDirectory(prefix=".export-", dir=self.path) as folder:
+            with quiet_transformers(), naming_library_errors(self.path):
+                save_config(self.student, folder)
+                save_tokenizer(self.tokenizer, folder)
+            for file in sorted(Path(folder).iterdir()):
                 with atomic_path(self.path / file.name) as temporary:
                     os.replace(file, temporary)
-        save_weights(self.path / "pytorch_model.bin", self.student.state_dict())
+                self.loader_files.append(self.path / file.name)
+
+    def finish(self, step: int) -> None:
+        """Write model/, what is published, then pytorch_model.bin: its presence means that the run
+        is done.
+
+        The files of model/ but its weights have a second name in the run folder, as in 2019.
+        """
+        self._write_model()
+        for file in (self.path / MODEL).iterdir():
+            if file.name != "model.safetensors":
+                link(file, self.path / file.name)
+        self._save_plain("pytorch_model.bin", step)
         self.log.close()
+
+    def _write_model(self) -> None:
+        """Write model/ whole; one of an earlier end of this run is replaced."""
+        target, old = self.path / MODEL, self.path / ".export-old"
+        if target.is_dir():
+            shutil.rmtree(old, ignore_errors=True)
+            os.rename(target, old)
+        with naming_library_errors(self.path), atomic_folder(target) as folder:
+            save_folder(self.student, self.tokenizer, folder)
+        shutil.rmtree(old, ignore_errors=True)
