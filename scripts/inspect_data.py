@@ -5,6 +5,7 @@ filters sequences.
 """
 
 import argparse
+import dataclasses
 import logging
 import os
 import sys
@@ -17,13 +18,13 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.data.cards import tokenizer_difference
+from distil.data.cards import tokenizer_problem
 from distil.data.inspection import make_report, section, special_of
 from distil.data.inspection_text import report_lines
 from distil.data.store import BLOCK_BYTES
 from distil.data.survey import Survey
 from distil.data.token_files import TokenFile, files_of, find_token_file, open_token_file
-from distil.models.casing import Casing, add_casing_flags
+from distil.models.casing import Casing, add_casing_flags, casing_of_flags
 from distil.system.files import require_output, write_json
 from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging
 
@@ -97,12 +98,14 @@ def choose_tokenizer(args: argparse.Namespace, card: Mapping[str, Any]) -> tuple
     from distil.models.tokenizer_rules import tokenizer_facts
     from distil.models.tokenizers import load_tokenizer
 
-    casing = Casing(
-        *(
-            of_card.get(option) if getattr(args, option) is None else getattr(args, option)
-            for option in ("do_lower_case", "strip_accents")
+    casing = casing_of_flags(args)
+    if name == of_card.get("name"):  # as it was made, where no flag says otherwise
+        casing = Casing(
+            *(
+                of_card.get(option) if given is None else given
+                for option, given in dataclasses.asdict(casing).items()
+            )
         )
-    )
     label = f"{name} ({kind})"
     try:
         tokenizer = load_tokenizer(architecture_named(kind), name, "--tokenizer_name", casing)
@@ -112,7 +115,7 @@ def choose_tokenizer(args: argparse.Namespace, card: Mapping[str, Any]) -> tuple
         reason = str(error).removeprefix(f"--tokenizer_name {name}: ")
         text = f"{label}, not loaded, so ids are not decoded: {reason}; give it as --tokenizer_name"
         return None, text
-    if not tokenizer_difference(of_card, tokenizer_facts(tokenizer), "", ""):
+    if not tokenizer_problem(card, tokenizer_facts(tokenizer), f"FILE {args.file}", name):
         return tokenizer, label
     if is_named:
         text = f"{label}, which is not the card's: texts and tokens may be wrong"

@@ -59,6 +59,26 @@ class TokenizerFolder:
         """Read one of its JSON files, {} without it."""
         return read_json(self.files.get(file), self.source)
 
+    def declared_switch(self, option: str) -> bool | None:
+        """Return what tokenizer_config.json says of an option."""
+        value = self.content(CONFIG).get(option)
+        if value not in (None, True, False):
+            raise InputError(
+                f"{self.source}: {option} is {value!r} in {CONFIG}, expected true, false or null;"
+                " correct it"
+            )
+        return value
+
+    def declared_class(self) -> str | None:
+        """Return the class that tokenizer_config.json names."""
+        name = self.content(CONFIG).get("tokenizer_class")
+        if not isinstance(name, str | None):
+            raise InputError(
+                f"{self.source}: tokenizer_class is {name!r} in {CONFIG}, expected a name; correct"
+                " it"
+            )
+        return name
+
     def class_options(self) -> dict[str, bool]:
         return self.casing.options() if self.casing else {}
 
@@ -84,22 +104,30 @@ def of_file(folder: TokenizerFolder):
         raise InputError(
             f"{folder.source}: {FILE} could not be read ({one_line(error)}); take another copy"
         ) from error
+    if getattr(backend.model, "dropout", None):
+        raise InputError(
+            f"{folder.source}: the model of its {FILE} has dropout {backend.model.dropout:g}, which"
+            " draws ids at random; set it to null there"
+        )
     backend.no_truncation()
     backend.no_padding()
     options, rules = _set_casing(backend, folder), rules_of(backend)
-    named = _class_named(folder.content(CONFIG).get("tokenizer_class") or _class_of_type(folder))
+    named = _class_named(folder.declared_class() or _class_of_type(folder))
     for find in (lambda: named, lambda: transformers.AutoTokenizer):  # which imports torch
         automatic, reason = _of_class(find(), folder, options)
         is_own = automatic is not None and type(automatic).__name__ not in GENERIC
         if is_own and rules_of(automatic.backend_tokenizer) == rules:
             return _without_limits(automatic)
     if automatic is not None:
+        added = sorted(set(automatic.get_vocab()) - set(backend.get_vocab()))
         reason = other_ids(automatic.backend_tokenizer, backend)
+        reason = f"with more tokens: {', '.join(added[:4])}" if added else reason
     tokenizer = _wrapped(backend, folder, automatic)
     if reason:
         text = "%s: %s decides; AutoTokenizer would take another tokenizer (%s)."
         logger.info(text, folder.source, FILE, reason)
-    difference = other_ids(tokenizer.backend_tokenizer, backend)
+    # Text of a special token becomes that token, also where the file does not list it as one.
+    difference = other_ids(tokenizer.backend_tokenizer, backend, tokenizer.all_special_tokens)
     if difference:
         raise InputError(
             f"{folder.source}: {CONFIG} changes its ids ({difference}); correct its special tokens"
@@ -156,16 +184,14 @@ def _without_limits(tokenizer):
 def _set_casing(backend: tokenizers.Tokenizer, folder: TokenizerFolder) -> dict[str, bool]:
     """Set a tokenizer's casing by the flags; return what changed.
 
-    Raises InputError where tokenizer_config.json contradicts tokenizer.json, and no flag decides.
+    Raises InputError where tokenizer_config.json contradicts tokenizer.json, and no flag decides,
+    or where a flag asks for what the file's rules cannot do.
     """
-    declared, casing = folder.content(CONFIG), folder.casing or Casing()
-    does = dict(zip(("do_lower_case", "strip_accents"), casing_of(backend), strict=True))
-    changed = {}
-    for option, given in dataclasses.asdict(casing).items():
-        says = declared.get(option) if given is None else given
-        if says is None or says == does[option]:
-            continue
-        if given is None:
+    does = dict(zip(OPTIONS, casing_of(backend), strict=True))
+    flags = folder.class_options()
+    stated = {option: folder.declared_switch(option) for option in OPTIONS}
+    for option, says in stated.items():
+        if option not in flags and says not in (None, does[option]):
             remedy = "correct one of them"
             if folder.casing is not None:
                 remedy += f", or pass --{option} or --no-{option}"
@@ -173,16 +199,28 @@ def _set_casing(backend: tokenizers.Tokenizer, folder: TokenizerFolder) -> dict[
                 f"{folder.source}: {option} is {says} in {CONFIG}, but {FILE} does"
                 f" {'' if does[option] else 'not '}{OPTIONS[option]}; {remedy}"
             )
-        if not isinstance(backend.normalizer, tokenizers.normalizers.BertNormalizer):
-            raise InputError(
-                f"--{'' if given else 'no-'}{option}: {folder.source} has a {FILE} whose own rules"
-                f" {'' if does[option] else 'do not '}{OPTIONS[option]}; leave the flag out"
-            )
-        normalizer = backend.normalizer
-        setattr(normalizer, ATTRIBUTES[option], given)
+    normalizer = backend.normalizer
+    if all(does[option] == given for option, given in flags.items()):
+        return {}
+    if isinstance(normalizer, tokenizers.normalizers.BertNormalizer):
+        wanted = {option: says for option, says in stated.items() if says is not None} | flags
+        for option, value in wanted.items():
+            setattr(normalizer, ATTRIBUTES[option], value)
         backend.normalizer = normalizer
-        changed[option] = given
-    return changed
+    return flags
+
+
+def check_flags(tokenizer, folder: TokenizerFolder) -> None:
+    """Raise InputError where a tokenizer's rules do not do what a flag asks for."""
+    flags, backend = folder.class_options(), getattr(tokenizer, "backend_tokenizer", None)
+    does = dict(zip(OPTIONS, casing_of(backend), strict=True)) if backend else {}
+    for option, given in flags.items():
+        if does.get(option) != given:
+            raise InputError(
+                f"--{'' if given else 'no-'}{option}: {folder.source} has a tokenizer whose own"
+                f" rules {'' if does.get(option) else 'do not '}{OPTIONS[option]}; leave the flag"
+                " out"
+            )
 
 
 OPTIONS = {"do_lower_case": "lower-case", "strip_accents": "strip accents"}
@@ -221,7 +259,7 @@ def _attributes(tokenizer) -> dict:
 def of_vocabulary(folder: TokenizerFolder):
     """Build the class that the configuration names; without a name, the one that the files fit."""
     declared, config = folder.content(CONFIG), folder.content("config.json")
-    name = declared.get("tokenizer_class") or config.get("tokenizer_class")
+    name = folder.declared_class() or config.get("tokenizer_class")
     if name in GENERIC:
         raise InputError(
             f"{folder.source}: declares a {name}, but has no {FILE}; take a whole copy"
@@ -279,10 +317,20 @@ def _class_of_files(folder: TokenizerFolder) -> str | None:
     return None
 
 
+# Options of the tokenizers in Python that fast ones drop: the values that change nothing.
+SLOW_OPTIONS = {"never_split": (None, [], ()), "do_basic_tokenize": (None, True)}
+
+
 def _bert(folder: TokenizerFolder, kind: type):
     """Build a BertTokenizer. transformers 5 would lower-case unless told otherwise."""
     declared, options = folder.content(CONFIG), folder.class_options()
     tokens = _word_pieces(folder)
+    dropped = [key for key, harmless in SLOW_OPTIONS.items() if declared.get(key) not in harmless]
+    if dropped:
+        raise InputError(
+            f"{folder.source}: {dropped[0]} is {declared[dropped[0]]!r} in {CONFIG}, which no fast"
+            f" tokenizer applies; remove it, or take a folder whose {FILE} has such rules"
+        )
     if "do_lower_case" not in {**declared, **options}:
         options["do_lower_case"] = (
             casing_of(tokenizers.Tokenizer.from_file(folder.files[FILE]))[0]
@@ -356,7 +404,7 @@ def of_2019(folder: TokenizerFolder):
 def _check_declared_class(folder: TokenizerFolder, declared: Mapping) -> None:
     """Raise InputError where the configuration names a class of other rules."""
     row = folder.architecture
-    name = str(declared.get("tokenizer_class") or row.tokenizer_class)
+    name = folder.declared_class() or row.tokenizer_class
     kind, wanted = _class_named(name), getattr(transformers, row.tokenizer_class)
     if name in GENERIC or (kind is not None and issubclass(kind, wanted)):
         return

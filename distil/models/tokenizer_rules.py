@@ -45,7 +45,7 @@ def rules_of(backend: Tokenizer) -> dict[str, Any]:
             model |= {"unk_token": None, "fuse_unk": False, "byte_fallback": False}
     normalizer = _unwrapped(content["normalizer"], "normalizers")
     added = [
-        {key: token[key] for key in ("id", "content", "single_word", "lstrip", "rstrip")}
+        {key: token[key] for key in ("id", "content", "special", "single_word", "lstrip", "rstrip")}
         # Without a normalizer, text is its own normalized form.
         | {"normalized": bool(normalizer and token["normalized"])}
         for token in content["added_tokens"]
@@ -84,11 +84,18 @@ def _digest(content: Any) -> str:
 
 
 def _shown(rule: Any) -> str:
-    text = json.dumps(rule, ensure_ascii=False)
+    if isinstance(rule, list):  # of added tokens
+        text = ", ".join(f"{token['id']} {token['content']}{_properties(token)}" for token in rule)
+    else:
+        text = json.dumps(rule, ensure_ascii=False)
     if len(text) <= SHOWN_CHARS:
         return text
-    number = f"{len(rule)} items, " if isinstance(rule, list) else ""
-    return f"{text[: SHOWN_CHARS - 30]}.. ({number}digest {_digest(rule)[:12]})"
+    return f"{text[: SHOWN_CHARS - 30]}.. (digest {_digest(rule)[:12]})"
+
+
+def _properties(token: Mapping[str, Any]) -> str:
+    found = [key for key in ("single_word", "lstrip", "rstrip", "normalized") if token.get(key)]
+    return f" ({', '.join(found)})" if found else ""
 
 
 def casing_of(backend: Tokenizer) -> tuple[bool, bool]:
@@ -123,7 +130,7 @@ def tokenizer_facts(tokenizer) -> dict[str, Any]:
         options = {k: v for k, v in tokenizer.init_kwargs.items() if isinstance(v, bool | int)}
         rules, casing = {"class": type(tokenizer).__name__, "options": options}, (None, None)
     else:
-        rules, casing = rules_of(backend), casing_of(backend)
+        rules, casing = _compared(rules_of(backend)), casing_of(backend)
     return {
         "do_lower_case": casing[0],
         "strip_accents": casing[1],
@@ -132,6 +139,18 @@ def tokenizer_facts(tokenizer) -> dict[str, Any]:
         "rules": {part: _shown(rule) for part, rule in rules.items()},
         "rules_sha256": _digest(rules),
     }
+
+
+def _compared(rules: dict[str, Any]) -> dict[str, Any]:
+    """Reduce rules to what decides the ids of a text without special tokens' texts.
+
+    White space around such a text is part of it or not (RoBERTa's <mask>), as each file says.
+    """
+    added = [
+        {key: token[key] for key in (("id", "content") if token["special"] else token)}
+        for token in rules["added_tokens"]
+    ]
+    return {**rules, "added_tokens": added}
 
 
 def difference(own, others) -> str | None:
@@ -176,13 +195,13 @@ TEXTS = (
 NUM_SAMPLED, WORDS_A_LINE, MAX_ADDED = 400, 20, 200
 
 
-def sample_texts(backend: Tokenizer) -> list[str]:
+def sample_texts(backend: Tokenizer, special: Iterable[str] = ()) -> list[str]:
     """Make texts of several scripts and of the tokenizer's own tokens, also in capitals and as NFD.
 
-    Special tokens' texts are not among them.
+    Special tokens' texts are not among them. special: more of them than the tokenizer lists.
     """
     decoder = backend.get_added_tokens_decoder()
-    special = [token.content for token in decoder.values() if token.special and token.content]
+    special = [*special, *(one.content for one in decoder.values() if one.special and one.content)]
     number_of = backend.get_vocab()
     own = [token for token in sorted(number_of, key=number_of.get) if token not in special]
     chosen = own[:: max(len(own) // NUM_SAMPLED, 1)]
@@ -208,9 +227,12 @@ def _without(contents: Iterable[str], text: str) -> str:
     return text
 
 
-def other_ids(used: Tokenizer, expected: Tokenizer) -> str | None:
-    """Describe the first text of a sample that two tokenizers give other ids, or return None."""
-    texts = sample_texts(expected)
+def other_ids(used: Tokenizer, expected: Tokenizer, special: Iterable[str] = ()) -> str | None:
+    """Describe the first text of a sample that two tokenizers give other ids, or return None.
+
+    special: see sample_texts.
+    """
+    texts = sample_texts(expected, special)
     encoded = []
     for backend in (used, expected):
         backend.no_truncation()

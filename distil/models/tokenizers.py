@@ -19,6 +19,7 @@ from distil.models.tokenizer_folder import (
     CONFIG,
     FILE,
     TokenizerFolder,
+    check_flags,
     check_not_added,
     find_files,
     of_2019,
@@ -48,6 +49,7 @@ def load_tokenizer(
         files = find_files(name, flag)
         folder = TokenizerFolder(architecture, name, flag, files, casing)
         tokenizer = of_file(folder) if FILE in files else of_vocabulary(folder)
+        check_flags(tokenizer, folder)
         if needs_roles:
             _check_roles(tokenizer, folder)
     except InputError:
@@ -68,6 +70,7 @@ def load_tokenizer_of_2019(architecture: Architecture, name: str, flag: str, cas
         files = find_files(name, flag)
         folder = TokenizerFolder(architecture, name, flag, files, casing)
         tokenizer = of_2019(folder)
+        check_flags(tokenizer, folder)
     except InputError:
         raise
     except Exception as error:
@@ -97,7 +100,7 @@ def _check_roles(tokenizer, folder: TokenizerFolder) -> None:
             f"{folder.source}: its {type(tokenizer).__name__} runs in Python only; take a model"
             f" with a {FILE}, or convert it to the tokenizers library and save that file"
         )
-    if not tokenizer.model_max_length > 2:
+    if not (isinstance(tokenizer.model_max_length, int | float) and tokenizer.model_max_length > 2):
         raise InputError(
             f"{folder.source}: model_max_length is {tokenizer.model_max_length}, expected above 2;"
             " correct it"

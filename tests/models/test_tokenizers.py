@@ -142,6 +142,110 @@ def test_a_flag_against_rules_that_it_cannot_change_is_refused(tmp_path):
     load_tokenizer(ARCHITECTURES["bert"], str(teacher), "--x", Casing(do_lower_case=True))
 
 
+PAIRS = [(lower, strip) for lower in (True, False, None) for strip in (True, False, None)]
+
+
+@pytest.mark.parametrize("flags", PAIRS)
+@pytest.mark.parametrize("does", [(True, None), (False, None), (True, False), (False, True)])
+def test_both_casing_flags_decide_together(flags, does, tmp_path):
+    lower, strip = does
+    backend = word_pieces(normalizers.BertNormalizer(lowercase=lower, strip_accents=strip))
+    teacher = save_teacher(tmp_path / "teacher", backend)
+    tokenizer = load_tokenizer(ARCHITECTURES["bert"], str(teacher), "--x", Casing(*flags))
+    lower = lower if flags[0] is None else flags[0]
+    strip = strip if flags[1] is None else flags[1]
+    expected = lower, lower if strip is None else strip
+    assert casing_of(tokenizer.backend_tokenizer) == expected
+    save_folder(make_model("bert", len(tokenizer)), tokenizer, tmp_path / "out")
+    again = transformers.AutoTokenizer.from_pretrained(tmp_path / "out")
+    assert casing_of(again.backend_tokenizer) == expected
+
+
+def test_a_casing_flag_that_a_vocabulary_cannot_follow_is_refused(teachers, tmp_path):
+    for file in ("vocab.json", "merges.txt"):
+        content = json.loads((teachers["roberta"] / "tokenizer.json").read_text())["model"]
+        merges = "\n".join(" ".join(pair) for pair in content["merges"])
+        text = json.dumps(content["vocab"]) if file == "vocab.json" else merges
+        (tmp_path / file).write_text(text, encoding="utf-8")
+    row = ARCHITECTURES["roberta"]
+    for load in (load_tokenizer, load_tokenizer_of_2019):
+        with pytest.raises(InputError, match="--do_lower_case: .* leave the flag out"):
+            load(row, str(tmp_path), "--x", Casing(do_lower_case=True))
+        load(row, str(tmp_path), "--x", Casing(do_lower_case=False))
+
+
+def test_special_tokens_that_tokenizer_json_does_not_list_get_their_roles(tmp_path, caplog):
+    backend = tokenizers.Tokenizer(word_pieces(None).model)
+    backend.pre_tokenizer = pre_tokenizers.Whitespace()
+    teacher = save_teacher(tmp_path / "teacher", backend)
+    tokenizer = load_tokenizer(ARCHITECTURES["bert"], str(teacher), "--x")
+    assert tokenizer(LINES, add_special_tokens=False)["input_ids"] == [
+        one.ids for one in backend.encode_batch(LINES)
+    ]
+    assert tokenizer("[MASK]", add_special_tokens=False)["input_ids"] == [4]
+
+
+def test_tokens_that_only_the_configuration_adds_are_told(tmp_path, caplog):
+    teacher = save_teacher(tmp_path / "teacher", word_pieces(normalizers.NFC()))
+    (teacher / "added_tokens.json").write_text(json.dumps({"covid19": 17}))
+    declared = json.loads((teacher / "tokenizer_config.json").read_text())
+    declared["additional_special_tokens"] = ["<ent>"]
+    (teacher / "tokenizer_config.json").write_text(json.dumps(declared))
+    with caplog.at_level(logging.INFO):
+        tokenizer = load_tokenizer(ARCHITECTURES["bert"], str(teacher), "--x")
+    assert "with more tokens: <ent>" in caplog.text
+    assert "<ent>" not in tokenizer.get_vocab()
+
+
+WRONG = {
+    "tokenizer_class": (5, "tokenizer_class is 5"),
+    "do_lower_case": ("true", "do_lower_case is 'true'"),
+    "model_max_length": ("512", "model_max_length is 512, expected above 2"),
+}
+
+
+@pytest.mark.parametrize("key", WRONG)
+def test_a_wrong_entry_of_the_configuration_is_named(key, tmp_path):
+    value, message = WRONG[key]
+    backend = word_pieces(normalizers.NFC())
+    teacher = save_teacher(tmp_path / "teacher", backend, **{key: value})
+    with pytest.raises(InputError, match=message):
+        load_tokenizer(ARCHITECTURES["bert"], str(teacher), "--x")
+
+
+def test_options_that_fast_tokenizers_drop_are_refused(tmp_path):
+    folder = bare(tmp_path / "bare")
+    for key, value in (("never_split", ["covid19"]), ("do_basic_tokenize", False)):
+        (tmp_path / "bare" / "tokenizer_config.json").write_text(json.dumps({key: value}))
+        with pytest.raises(InputError, match=f"{key} is .* which no fast tokenizer applies"):
+            load_tokenizer(ARCHITECTURES["bert"], folder, "--x")
+    (tmp_path / "bare" / "tokenizer_config.json").write_text('{"never_split": null}')
+    load_tokenizer(ARCHITECTURES["bert"], folder, "--x")
+
+
+def test_random_merges_are_refused(teachers, tmp_path):
+    shutil.copytree(teachers["roberta"], tmp_path / "teacher")
+    content = json.loads((tmp_path / "teacher" / "tokenizer.json").read_text())
+    content["model"]["dropout"] = 0.1
+    (tmp_path / "teacher" / "tokenizer.json").write_text(json.dumps(content))
+    with pytest.raises(InputError, match="has dropout 0.1, which draws ids at random"):
+        load_tokenizer(ARCHITECTURES["roberta"], str(tmp_path / "teacher"), "--x")
+
+
+def test_white_space_around_a_special_token_is_no_other_rule_set(teachers, tmp_path):
+    shutil.copytree(teachers["roberta"], tmp_path / "published")
+    content = json.loads((tmp_path / "published" / "tokenizer.json").read_text())
+    for token in content["added_tokens"]:
+        token["lstrip"] = token["content"] == "<mask>"
+    (tmp_path / "published" / "tokenizer.json").write_text(json.dumps(content))
+    folders = teachers["roberta"], tmp_path / "published"
+    facts = [
+        tokenizer_facts(load_tokenizer(ARCHITECTURES["roberta"], str(folder), "--x"))
+        for folder in folders
+    ]
+    assert facts[0] == facts[1]
+
+
 def unigram() -> tokenizers.Tokenizer:
     pieces = [(token, 0.0) for token in SPECIALS] + [(f"▁{word}", -2.0) for word in WORDS]
     backend = tokenizers.Tokenizer(models.Unigram(pieces, unk_id=1))
