@@ -8,7 +8,6 @@ tokenizer and seed give the same bytes.
 
 import argparse
 import contextlib
-import dataclasses
 import logging
 import os
 import sys
@@ -17,18 +16,24 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
-import numpy as np
 from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.data.cards import check_vocab_size, require_card_output, write_token_counts
 from distil.data.decoding import ERRORS
 from distil.data.encoding import Encoding, WorkerPool, divide_work
-from distil.data.shuffle import Spool, shuffled
-from distil.data.tally import ManyUnknown, Tally, draw_lengths, summary
+from distil.data.shuffle import Spool
+from distil.data.tally import Tally, summary
 from distil.data.text_sources import Block, Source, find_sources, read_blocks
-from distil.data.token_files import FORMATS, require_counts_output, writing_tokens
+from distil.data.token_files import FORMATS
+from distil.data.token_outputs import (
+    add_extra_flags,
+    check_covers,
+    check_extra_flags,
+    plan_outputs,
+    write_extras,
+    write_shuffled,
+)
 from distil.models.architectures import AUTO
 from distil.models.casing import add_casing_flags, casing_of_flags
 from distil.models.hub import short_name
@@ -38,7 +43,7 @@ from distil.models.tokenizers import (
     load_tokenizer_of_2019,
     resolve_tokenizer,
 )
-from distil.system.files import naming, require_output
+from distil.system.files import naming
 from distil.system.signals import exit_on_sigterm
 from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging
 
@@ -118,25 +123,7 @@ def add_output_flags(parser: argparse.ArgumentParser) -> None:
         default=None,
         help="processes that tokenize (default: one a core)",
     )
-    add(
-        "--token_counts_dump",
-        default=None,
-        help="also count the ids, as token_counts.py does, into this file",
-    )
-    add(
-        "--vocab_size",
-        type=int,
-        default=None,
-        help="entries of the counts (default: the tokenizer's vocabulary)",
-    )
-    add(
-        "--report",
-        nargs="?",
-        const="",
-        default=None,
-        metavar="PNG",
-        help="draw the sequences' lengths (default file: the output's name and .lengths.png)",
-    )
+    add_extra_flags(parser)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -171,39 +158,13 @@ def all_blocks(sources: list[Source], text_field: str, block_bytes: int) -> Iter
         yield from read_blocks(source, text_field, block_bytes=block_bytes)
 
 
-def write_shuffled(
-    spool: Spool, path: str, file_format: str, seed: int, card: dict, unknown_id: int | None
-) -> None:
-    """Write a spool's sequences in shuffled order as a token file with its card."""
-    many_unknown = ManyUnknown(unknown_id)
-    bar = tqdm(
-        total=spool.num_ids, unit="id", unit_scale=True, desc="shuffle and write", **bar_options()
-    )
-    with bar, writing_tokens(path, file_format, spool.dtype) as (writer, written_card):
-        for ids_M, lengths_N in shuffled(spool, seed, "shuffle"):
-            writer.append(ids_M, lengths_N)
-            many_unknown.add(ids_M, lengths_N)
-            bar.update(len(ids_M))
-        written_card |= {**card, "many_unknown": many_unknown.numbers}
-
-
 # --------------------------------------------------------------------------------------------------
 # Checks and the program
 # --------------------------------------------------------------------------------------------------
 
 
-@dataclasses.dataclass(frozen=True)
-class Outputs:
-    """Output paths: the token file (or prefix), its files, the counts and the picture or None."""
-
-    path: str
-    files: list[str]
-    counts: str | None
-    report: str | None
-
-
-def plan_outputs(args: argparse.Namespace, sources: list[Source]) -> Outputs:
-    """Name the outputs and check them before any work; raise InputError."""
+def stem_of(args: argparse.Namespace) -> str:
+    """Return the output's path without its format's suffix. Raises InputError."""
     if not os.path.basename(args.dump_file):
         raise InputError(
             f"--dump_file {args.dump_file}: ends with a slash; expected a prefix such as"
@@ -211,41 +172,14 @@ def plan_outputs(args: argparse.Namespace, sources: list[Source]) -> Outputs:
         )
     # Differs from the original: a folder or owner/name gives its last component to the file name,
     # where 2019 put the whole path.
-    stem = f"{args.dump_file}.{short_name(args.tokenizer_name)}"
-    path = f"{stem}{FORMATS[args.format].suffix}"
-    files = FORMATS[args.format].files(path)
-    report = args.report if args.report != "" else f"{stem}.lengths.png"
-    inputs = [source.path for source in sources]
-    for file in files[:-1]:
-        require_output(file, "--dump_file", inputs)
-    require_card_output(files[-1], "--dump_file", inputs)
-    others = []
-    if args.token_counts_dump is not None:
-        require_counts_output(args.token_counts_dump, "--token_counts_dump", inputs)
-        others += [args.token_counts_dump, f"{args.token_counts_dump}.json"]
-    if report is not None:
-        require_output(report, "--report", inputs)
-        others.append(report)
-    names = [os.path.realpath(file) for file in files + others]
-    if len(set(names)) < len(names):
-        raise InputError(
-            f"--token_counts_dump, --report: two outputs have one name, next to {path}; name"
-            " another file"
-        )
-    return Outputs(path, files, args.token_counts_dump, report)
+    return f"{args.dump_file}.{short_name(args.tokenizer_name)}"
 
 
 def check_numbers(args: argparse.Namespace) -> int:
     """Return the number of worker processes; raise InputError for numbers out of range."""
     if args.num_workers is not None and not 1 <= args.num_workers <= 1024:
         raise InputError(f"--num_workers {args.num_workers}: expected 1 to 1024")
-    if args.vocab_size is not None and args.token_counts_dump is None:
-        raise InputError(
-            f"--vocab_size {args.vocab_size}: is for --token_counts_dump only; add that flag, or"
-            " omit this one"
-        )
-    if args.vocab_size is not None:
-        check_vocab_size(args.vocab_size)
+    check_extra_flags(args)
     return args.num_workers or len(
         os.sched_getaffinity(0) if hasattr(os, "sched_getaffinity") else range(os.cpu_count() or 1)
     )
@@ -260,11 +194,7 @@ def make_encoding(args: argparse.Namespace) -> tuple[Encoding, dict]:
     description = describe_tokenizer(kind, name, tokenizer)
     special = description["special_ids"]
     largest_id = description["vocab_size"] - 1
-    if args.vocab_size is not None and args.vocab_size <= largest_id:
-        raise InputError(
-            f"--vocab_size {args.vocab_size}: the tokenizer has ids up to {largest_id}; expected"
-            " more than that"
-        )
+    check_covers(args.vocab_size, largest_id)
     ids = special["start"], special["end"], largest_id, special["unknown"]
     return Encoding(tokenizer.backend_tokenizer, *ids, args.text_field, args.errors), description
 
@@ -284,28 +214,14 @@ def make_card(
     }
 
 
-def write_extras(
-    args: argparse.Namespace, outputs: Outputs, description: dict, tally: Tally
-) -> None:
-    """Write the token counts and the picture, if asked for."""
-    if outputs.counts is not None:
-        num_more = (args.vocab_size or len(tally.counts_V)) - len(tally.counts_V)
-        card = {"tokenizer": description, "counts": tally.counts()}
-        write_token_counts(outputs.counts, np.pad(tally.counts_V, (0, num_more)), card)
-        logger.info("Wrote %s.", outputs.counts)
-    if outputs.report is not None:
-        title = f"{tally.counts()['sequences']:,} sequences of {outputs.path}"
-        draw_lengths(tally.num_of_length, outputs.report, title)
-        logger.info("Drew %s.", outputs.report)
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the program: tokenize, shuffle, write, log a summary."""
     args = parse(argv)
     setup_logging(logging.INFO)
     num_cores = check_numbers(args)
     sources = find_sources(args.file_path)
-    outputs = plan_outputs(args, sources)
+    inputs = [source.path for source in sources]
+    outputs = plan_outputs(stem_of(args), args.format, args, inputs, "--dump_file")
     encoding, description = make_encoding(args)
     started = time.perf_counter()
     folder = Path(outputs.path).parent
@@ -323,8 +239,8 @@ def main(argv: list[str] | None = None) -> None:
             )
         tokenized_s = time.perf_counter() - started
         card = make_card(args, description, sources, tally)
-        write_shuffled(spool, outputs.path, args.format, args.seed, card, encoding.unknown_id)
-    write_extras(args, outputs, description, tally)
+        write_shuffled(spool, outputs.path, args.format, card)
+    write_extras(outputs, args.vocab_size, description, tally)
     for line in summary(tally):
         logger.info(line)
     seconds = time.perf_counter() - started

@@ -77,15 +77,21 @@ def cuts(lengths_N: np.ndarray) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def shuffled(spool: Spool, *key: int | str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield a spool's sequences in an order that depends on `key` only, and remove the spool."""
+def shuffled(
+    spool: Spool, *key: int | str, keeps: bool = False
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield a spool's sequences in an order that depends on `key` and them only.
+
+    keeps: leave the spool on the disk; otherwise it is removed.
+    """
     if spool.num_ids <= SPOOL_IDS or spool.num_sequences == 1:
         ids_M, lengths_N = spool.read()
-        spool.remove()
+        if not keeps:
+            spool.remove()
         order = keyed_numpy_generator(*key, "within").permutation(len(lengths_N))
         yield from _in_pieces(ids_M, lengths_N, order)
         return
-    for number, part in enumerate(_scatter(spool, *key)):
+    for number, part in enumerate(_scatter(spool, *key, keeps=keeps)):
         yield from shuffled(part, *key, number)
 
 
@@ -98,7 +104,7 @@ def _in_pieces(
         yield concatenate_runs(ids_M, starts_N, lengths_N, order[first:last])
 
 
-def _scatter(spool: Spool, *key: int | str) -> list[Spool]:
+def _scatter(spool: Spool, *key: int | str, keeps: bool) -> list[Spool]:
     num_parts = min(-(-spool.num_ids // SPOOL_IDS) + 1, MAX_FAN_OUT)
     parts = [
         Spool(spool.path.with_name(f"{spool.path.name}-{number}"), spool.dtype)
@@ -119,5 +125,6 @@ def _scatter(spool: Spool, *key: int | str) -> list[Spool]:
             first += count
     for part in parts:
         part.close()
-    spool.remove()
+    if not keeps:
+        spool.remove()
     return parts
