@@ -20,7 +20,8 @@ import transformers
 
 from distil.data import builtin_corpus
 from distil.data.decoding import texts_of
-from distil.data.text_sources import find_sources, read_blocks
+from distil.data.hub_datasets import find_files
+from distil.data.text_sources import read_blocks
 from distil.models.architectures import AUTO, PAIRS, Architecture
 from distil.models.hub import short_name
 from distil.models.tokenizers import train_word_pieces
@@ -204,7 +205,7 @@ def user_lines(path: str, text_field: str = "text") -> Iterator[str]:
     A repeated line could be both trained on and held out. Raises InputError.
     """
     seen = set()  # digests: they take less memory than the lines
-    for source in find_sources(path, "--text"):
+    for source in find_files(path, flag="--text"):
         for block in read_blocks(source, text_field, "--text"):
             for text in texts_of(block, text_field, flag="--text")[0]:
                 line = re.sub(r"[\r\n]+", " ", text.strip())

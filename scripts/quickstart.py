@@ -23,7 +23,8 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.batches import MicroBatch
-from distil.data.text_sources import Source, find_sources
+from distil.data.hub_datasets import find_files
+from distil.data.text_sources import STDIN, Source
 from distil.data.token_files import MIN_LENGTH
 from distil.evaluation import evaluate
 from distil.models.architectures import ARCHITECTURES
@@ -223,7 +224,7 @@ def make_plan(args: argparse.Namespace) -> tuple[Plan, Stages]:
             f"--max_length {args.max_length}: sequences of {MIN_LENGTH} ids or fewer are removed;"
             " expected more"
         )
-    sources = [] if args.text is None else find_sources(args.text, "--text")
+    sources = [] if args.text is None else find_files(args.text, flag="--text")
     is_embedded = args.teacher is None
     teacher = os.path.join(args.output, "teacher") if is_embedded else args.teacher
     architecture = (
@@ -251,14 +252,17 @@ def claim_folder(args: argparse.Namespace, sources: list[Source]) -> Stages:
         raise InputError(
             f"--output {folder}: holds files that no quickstart made; choose another folder"
         )
-    inputs = [("--text", path) for path in (args.text, *(s.path for s in sources))]
+    inputs = [("--text", path) for path in (args.text, *(s.path for s in sources)) if path != STDIN]
     for flag, path in (*inputs, ("--teacher", args.teacher)):
         if path is not None and Path(path).resolve().is_relative_to(folder.resolve()):
             raise InputError(
                 f"{flag} {path}: lies in --output {folder}, where files are replaced; choose"
                 " another folder"
             )
-    text = [[source.path, source.num_bytes, os.stat(source.path).st_mtime] for source in sources]
+    text = [
+        [source.path, source.num_bytes, 0 if source.is_pipe else os.stat(source.path).st_mtime]
+        for source in sources
+    ]
     stages = Stages(folder / MARKER, {"flags": vars(args), "text": text})
     stages.start()
     return stages

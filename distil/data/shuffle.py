@@ -19,18 +19,32 @@ CHUNK_SEQUENCES = 2**16
 SPOOL_IDS = 2**23  # shuffled in memory: 16 or 32 MiB
 MAX_FAN_OUT = 64
 BUFFER_BYTES = 2**16
+LENGTH_BYTES = 4
 
 
 class Spool:
     """Sequences on the disk in the order of writing: a file of ids and one of lengths (int32)."""
 
-    def __init__(self, path: Path, dtype: np.dtype):
+    def __init__(self, path: Path, dtype: np.dtype, kept: tuple[int, int] = (0, 0)):
+        """kept: sequences and ids of an earlier spool to continue, cut to them."""
         self.path, self.dtype = path, np.dtype(dtype)
+        self.num_sequences, self.num_ids = kept
         self.ids_file, self.lengths_file = (
-            open(path.with_name(f"{path.name}.{kind}"), "wb", BUFFER_BYTES)  # noqa: SIM115
+            open(path.with_name(f"{path.name}.{kind}"), "ab", BUFFER_BYTES)  # noqa: SIM115
             for kind in ("ids", "lengths")
         )
-        self.num_ids = self.num_sequences = 0
+        self.ids_file.truncate(self.num_ids * self.dtype.itemsize)
+        self.lengths_file.truncate(self.num_sequences * LENGTH_BYTES)
+
+    @staticmethod
+    def holds(path: Path, dtype: np.dtype, kept: tuple[int, int]) -> bool:
+        """True if the files of an earlier spool hold that many sequences and ids or more."""
+        sizes = kept[0] * LENGTH_BYTES, kept[1] * np.dtype(dtype).itemsize
+        files = (path.with_name(f"{path.name}.{kind}") for kind in ("lengths", "ids"))
+        return all(
+            file.is_file() and file.stat().st_size >= size
+            for file, size in zip(files, sizes, strict=True)
+        )
 
     def append(self, ids_M: np.ndarray, lengths_N: np.ndarray) -> None:
         """Write sequences: their ids end to end, and their lengths."""
@@ -38,6 +52,12 @@ class Spool:
         self.lengths_file.write(lengths_N.astype(np.int32).data)
         self.num_ids += len(ids_M)
         self.num_sequences += len(lengths_N)
+
+    def flush(self) -> None:
+        """Write to the disk what was appended."""
+        for file in (self.ids_file, self.lengths_file):
+            file.flush()
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Close both files after the last append."""

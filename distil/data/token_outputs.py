@@ -55,6 +55,16 @@ def check_extra_flags(args: argparse.Namespace) -> None:
         check_vocab_size(args.vocab_size)
 
 
+def check_no_extras(args: argparse.Namespace) -> None:
+    """Raise InputError for outputs that only the joined shards have."""
+    for flag in ("token_counts_dump", "report"):
+        if getattr(args, flag) is not None:
+            raise InputError(
+                f"--shard {args.shard}: --{flag} is of the whole text; pass it to"
+                " scripts/join_tokens.py"
+            )
+
+
 def check_covers(vocab_size: int | None, largest_id: int) -> None:
     """Raise InputError for a --vocab_size that the tokenizer's ids exceed."""
     if vocab_size is not None and vocab_size <= largest_id:
