@@ -17,7 +17,7 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.encoding import Encoding
-from distil.data.partial import partial_folder
+from distil.data.partial import Partial, partial_folder
 from distil.data.sharding import parse_shard, part_of
 from distil.data.shuffle import Spool
 from distil.data.spooling import spool_ids
@@ -194,18 +194,34 @@ def identity_of(card: dict, args: argparse.Namespace, sources: list[Source]) -> 
     return {**card, "seed": None, "facts": facts}
 
 
+def shard_facts(args: argparse.Namespace, sources: list[Source]) -> dict | None:
+    """Describe a shard for its card: what all shards must have in common, and its number."""
+    if args.shard is None:
+        return None
+    # Copies of a folder have other times on other machines; on the hub the content is a commit.
+    is_on_hub = args.dataset_name is not None and not os.path.exists(args.dataset_name)
+    content = sources[0].tag if is_on_hub else None
+    facts = {"format": args.format, "streaming": args.streaming, "content": content}
+    return dataclasses.asdict(parse_shard(args.shard)) | facts
+
+
 def write_tokens(
-    args: argparse.Namespace, outputs: Outputs, card: dict, spool: Spool, keeps_spool: bool
+    outputs: Outputs,
+    file_format: str,
+    card: dict,
+    shard: dict | None,
+    partial: Partial,
+    spool: Spool,
 ) -> None:
     """Write the token file, or a shard in reading order, with its card."""
-    if args.shard is None:
-        write_shuffled(spool, outputs.path, args.format, card, keeps_spool=keeps_spool)
+    if shard is None:
+        keeps = partial.can_continue
+        write_shuffled(spool, outputs.path, file_format, card, keeps_spool=keeps)
         return
-    facts = dataclasses.asdict(parse_shard(args.shard)) | {"format": args.format}
     with writing_tokens(outputs.path, "store", spool.dtype) as (writer, written_card):
         for ids_M, lengths_N in spool.chunks():
             writer.append(ids_M, lengths_N)
-        written_card |= {**card, "shard": {**facts, "streaming": args.streaming}}
+        written_card |= {**card, "shard": shard}
 
 
 def binarize(
@@ -230,7 +246,7 @@ def binarize(
         num_bytes = tally.num_bytes - partial.state.get("num_bytes", 0)  # without an earlier run's
         tokenized_s = time.perf_counter() - started
         card["counts"] = tally.counts()
-        write_tokens(args, outputs, card, spool, partial.can_continue)
+        write_tokens(outputs, args.format, card, shard_facts(args, sources), partial, spool)
     write_extras(outputs, args.vocab_size, description, tally)
     if not spool.num_sequences:
         logger.warning("--shard %s: no text is in this part; it joins as the others.", args.shard)

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import random
+import sys
 import threading
 from pathlib import Path
 
@@ -101,7 +102,7 @@ def counting(*paths):
 os.replace = counting
 utils.run_program(lambda: {program}.main({flags!r}))
 """
-    done = run_process("python", "-c", code, cwd=folder, HF_HUB_OFFLINE="1")
+    done = run_process(sys.executable, "-c", code, cwd=folder, HF_HUB_OFFLINE="1")
     assert done.returncode == (-9 if state else 0), done.stderr
     return done.stderr
 
@@ -136,6 +137,22 @@ def test_a_streamed_data_set_killed_twice_gives_the_same_bytes(
         for folder in ("whole", "cut")
     ]
     assert found[0] == found[1] and found[0]
+
+
+@pytest.mark.slow
+def test_a_data_set_is_tokenized_on_several_processes(repository, rows, teachers, tmp_path):
+    (tmp_path / "text").write_text("\n".join(rows))
+    common = ["--tokenizer_name", teachers["bert"], "--dump_file", "out", "--num_workers"]
+    found = []
+    for flags in (
+        ["--dataset_name", repository, "--streaming", "--text_field", "body", *common, 2],
+        ["--file_path", "text", *common, 1],
+    ):
+        program = ROOT / "scripts" / "binarized_data.py"
+        done = run_process(sys.executable, program, *flags, cwd=tmp_path, HF_HUB_OFFLINE="1")
+        assert done.returncode == 0, done.stderr
+        found.append((tmp_path / "out.tiny-bert.pickle").read_bytes())
+    assert found[0] == found[1]
 
 
 def test_a_state_of_other_flags_or_text_is_not_continued(tmp_path, capsys):
