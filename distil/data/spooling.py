@@ -25,7 +25,7 @@ def spool_ids(
     sources: list[Source], encoding: Encoding, num_cores: int, partial: Partial
 ) -> tuple[Spool, Tally]:
     """Tokenize all sources into a spool in the partial folder, and count them."""
-    spool, tally, place = _begin(partial, encoding)
+    spool, tally, place = _begin(partial, encoding, len(sources))
     total = sum(source.part_bytes for source in sources)
     if total or not sources:
         num_workers, block_bytes = divide_work(total, num_cores)
@@ -75,7 +75,7 @@ def _blocks(
             yield block
 
 
-def _begin(partial: Partial, encoding: Encoding) -> tuple[Spool, Tally, Place]:
+def _begin(partial: Partial, encoding: Encoding, num_sources: int) -> tuple[Spool, Tally, Place]:
     """Make the spool, or open an interrupted run's, and count what is in it."""
     path, tally, state = partial.folder / "spool", Tally(encoding), partial.state
     kept = state.get("num_sequences", 0), state.get("num_ids", 0)
@@ -86,11 +86,11 @@ def _begin(partial: Partial, encoding: Encoding) -> tuple[Spool, Tally, Place]:
     for name in TALLIED:
         setattr(tally, name, state[name])
     place = Place(state["source"], state["rows"])
+    next_row = f"shard {place.source + 1}, row {place.rows + 1} is next"
     logger.info(
-        "Continuing an interrupted run: %s sequences are there; shard %d, row %d is next.",
+        "Continuing an interrupted run: %s sequences are there; %s.",
         f"{spool.num_sequences:,}",
-        place.source + 1,
-        place.rows + 1,
+        next_row if place.source < num_sources else "all text is tokenized",
     )
     return spool, tally, place
 
