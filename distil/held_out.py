@@ -15,7 +15,8 @@ from tqdm import tqdm
 from distil.data.batches import MicroBatch, mlm_preparation
 from distil.data.decoding import texts_of
 from distil.data.encoding import Encoding, LineEncoder
-from distil.data.text_sources import find_sources, read_blocks
+from distil.data.hub_datasets import find_files
+from distil.data.text_sources import read_blocks
 from distil.data.token_files import TokenFile
 from distil.evaluation import (
     FixedMasks,
@@ -37,7 +38,7 @@ def encode_text(path: str, flag: str, encoding: Encoding) -> TokenFile:
     """Encode a text's lines in order, as binarized_data.py does. Raises InputError."""
     encoder = LineEncoder(encoding)
     parts = []
-    for source in find_sources(path, flag):
+    for source in find_files(path, flag=flag):
         for block in read_blocks(source, encoding.text_field, flag):
             texts, _ = texts_of(block, encoding.text_field, encoding.errors, flag)
             parts.append(encoder.encode([line for text in texts if (line := text.strip())]))

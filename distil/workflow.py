@@ -4,20 +4,28 @@ Each stage calls one of the project's programs as a user calls it; scripts/quick
 stages one after another.
 """
 
+import contextlib
 import dataclasses
+import hashlib
+import json
+import re
 import shlex
+import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
 import transformers
 
 from distil.data import builtin_corpus
-from distil.models.architectures import ARCHITECTURES
+from distil.data.decoding import texts_of
+from distil.data.hub_datasets import find_files
+from distil.data.text_sources import read_blocks
+from distil.models.architectures import AUTO, PAIRS, Architecture
 from distil.models.hub import short_name
 from distil.models.tokenizers import train_word_pieces
-from distil.system.files import atomic_path, write_json
+from distil.system.files import atomic_paths, write_json
 from utils import InputError, logger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -63,20 +71,32 @@ class Scale:
 
 @dataclasses.dataclass(frozen=True)
 class Plan:
-    """Paths, model types and size of a run."""
+    """Paths, architecture and size of a run.
+
+    architecture: the teacher's. is_embedded: the teacher is trained by the run. resumes: an
+    interrupted run is continued.
+    """
 
     folder: Path
     teacher: str
-    teacher_type: str
-    student_type: str
+    architecture: Architecture
+    is_embedded: bool
     scale: Scale
     seed: int
     max_length: int
+    resumes: bool = False
 
     @property
     def objective(self) -> str:
         """The language-model objective of the pair: mlm or clm."""
-        return "mlm" if ARCHITECTURES[self.teacher_type].is_masked else "clm"
+        return "mlm" if self.architecture.is_masked else "clm"
+
+    @property
+    def student_type(self) -> str | None:
+        """The student's type, where PAIRS has one for the teacher's; else its own, None."""
+        teacher = self.architecture
+        found = (student for known, student in PAIRS if known == teacher.name)
+        return next(found, None)
 
     def token_file(self, part: str) -> Path:
         """Return the path of a part's token ids, made by binarized_data.py."""
@@ -89,8 +109,45 @@ class Plan:
 
     @property
     def student_config(self) -> Path:
-        """Return the path of the student's configuration."""
+        """Return the path of the student's configuration, if it has a type of PAIRS."""
         return self.folder / "student.json"
+
+    @property
+    def first_student(self) -> Path:
+        """Return the folder of the student before training, if it has no type of PAIRS."""
+        return self.folder / "first_student"
+
+
+class Stages:
+    """The stages of a run, each done once: an interrupted run continues after the last finished.
+
+    path: the marker file; identity: flags and text, which must be the interrupted run's.
+    """
+
+    def __init__(self, path: Path, identity: dict):
+        self.path, self.identity = path, identity
+        self.done: list[str] = []
+        if path.exists():
+            try:
+                earlier = dict(json.loads(path.read_text(encoding="utf-8")))
+            except (ValueError, TypeError):
+                earlier = {}
+            done = earlier.pop("done", None)
+            # A finished run is made again, as every other program does.
+            if earlier == identity and done and "report" not in done:
+                self.done = done
+                logger.info("Continuing in %s after: %s.", path.parent, ", ".join(done))
+
+    def start(self) -> None:
+        """Write the marker."""
+        write_json(self.path, {**self.identity, "done": self.done})
+
+    def run(self, name: str, work: Callable, *arguments: object) -> None:
+        """Call work(*arguments) unless an earlier run finished this stage."""
+        if name not in self.done:
+            work(*arguments)
+            self.done.append(name)
+            self.start()
 
 
 def call(program: str, flags: Mapping[str, object]) -> None:
@@ -100,46 +157,62 @@ def call(program: str, flags: Mapping[str, object]) -> None:
     """
     words = [str(word) for item in flags.items() for word in item if word is not None]
     print(f"\n$ python {program} {shlex.join(words)}", flush=True)
-    status = subprocess.run([sys.executable, str(ROOT / program), *words]).returncode
+    with subprocess.Popen([sys.executable, str(ROOT / program), *words]) as process:
+        try:
+            status = process.wait()
+        except BaseException:  # Ctrl-C or SIGTERM: let the program save its state
+            process.terminate()
+            process.wait()
+            raise
     if status != 0:
-        raise InputError(f"{program} ended with status {status}; read its message above")
+        raise InputError(
+            f"{program} ended with status {status}; read its message above; the same command"
+            " continues from here"
+        )
 
 
-def make_text(plan: Plan, text: str | None) -> None:
+def make_text(plan: Plan, text: str | None, text_field: str) -> None:
     """Write train.txt and held_out.txt; a document is in one of them, whole."""
-    documents = (
-        ([line] for line in user_lines(text))
+    documents: Iterable[list[str]] = (
+        ([line] for line in user_lines(text, text_field))
         if text
         else (list(builtin_corpus.lines(d)) for d in builtin_corpus.documents())
     )
-    parts: dict[str, list[str]] = {"train": [], "held_out": []}
-    for number, document in enumerate(documents):
-        parts["held_out" if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else "train"] += document
-    if not parts["held_out"]:
-        raise InputError(
-            f"--text {text}: expected at least {HELD_OUT_EVERY} lines of text, different from one"
-            " another"
-        )
-    for part, lines in parts.items():
-        with atomic_path(plan.folder / f"{part}.txt") as temporary:
-            temporary.write_text("".join(line + "\n" for line in lines), encoding="utf-8")
-    logger.info(
-        "Text: %s lines to train on, %s held out.", *(f"{len(lines):,}" for lines in parts.values())
-    )
+    parts = {"train": 0, "held_out": 0}  # lines written
+    with (
+        atomic_paths(*(plan.folder / f"{part}.txt" for part in parts)) as paths,
+        contextlib.ExitStack() as opened,
+    ):
+        files = {
+            part: opened.enter_context(open(path, "w", encoding="utf-8", newline="\n"))
+            for part, path in zip(parts, paths, strict=True)
+        }
+        for number, document in enumerate(documents):
+            part = "held_out" if number % HELD_OUT_EVERY == HELD_OUT_EVERY - 1 else "train"
+            files[part].writelines(line + "\n" for line in document)
+            parts[part] += len(document)
+        if not parts["held_out"]:
+            raise InputError(
+                f"--text {text}: expected at least {HELD_OUT_EVERY} lines of text, different from"
+                " one another"
+            )
+    logger.info("Text: %s lines to train on, %s held out.", *(f"{num:,}" for num in parts.values()))
 
 
-def user_lines(path: str) -> Iterator[str]:
-    """Yield each distinct line once: a repeated line could be both trained on and held out."""
-    seen = set()
-    with open(path, encoding="utf-8-sig") as file:
-        try:
-            for line in file:
-                stripped = line.strip()
-                if stripped and stripped not in seen:
-                    seen.add(stripped)
-                    yield stripped
-        except UnicodeDecodeError as error:
-            raise InputError(f"--text {path}: is not UTF-8 ({error}); convert it") from error
+def user_lines(path: str, text_field: str = "text") -> Iterator[str]:
+    """Yield each distinct line or record of what binarized_data.py reads once, on one line.
+
+    A repeated line could be both trained on and held out. Raises InputError.
+    """
+    seen = set()  # digests: they take less memory than the lines
+    for source in find_files(path, flag="--text"):
+        for block in read_blocks(source, text_field, "--text"):
+            for text in texts_of(block, text_field, flag="--text")[0]:
+                line = re.sub(r"[\r\n]+", " ", text.strip())
+                digest = hashlib.blake2b(line.encode(), digest_size=8).digest()
+                if line and digest not in seen:
+                    seen.add(digest)
+                    yield line
 
 
 def train_vocabulary(plan: Plan) -> None:
@@ -156,7 +229,7 @@ def make_tokens(plan: Plan, vocab_size: int) -> None:
     for part in ("train", "held_out"):
         flags = {
             "--file_path": plan.folder / f"{part}.txt",
-            "--tokenizer_type": plan.teacher_type,
+            "--tokenizer_type": "bert" if plan.is_embedded else AUTO,
             "--tokenizer_name": plan.teacher,
             "--dump_file": plan.folder / part,
         }
@@ -212,9 +285,18 @@ def write_student_config(plan: Plan, teacher_config, num_layers: int) -> None:
 
 def extract_first_weights(plan: Plan, num_layers: int) -> None:
     """Copy num_layers evenly spaced layers of the teacher into the student's first weights."""
-    is_bert = plan.teacher_type == "bert"
+    if plan.student_type is None:
+        shutil.rmtree(plan.first_student, ignore_errors=True)
+        flags = {
+            "--teacher": plan.teacher,
+            "--num_layers": num_layers,
+            "--output": plan.first_student,
+        }
+        call("scripts/extract.py", flags)
+        return
+    is_bert = plan.architecture.name == "bert"
     flags = {
-        "--model_type": plan.teacher_type,
+        "--model_type": plan.architecture.name,
         "--model_name": plan.teacher,
         "--dump_checkpoint": plan.folder / "first_weights.pth",
         "--num_layers": num_layers,
@@ -230,23 +312,43 @@ def train_student(plan: Plan, name: str, alphas: Mapping[str, object]) -> None:
     # few for 2019's emphasis on rare tokens (0.7), which moves a small student away from its
     # teacher at the frequent ones.
     masking = {"--token_counts": plan.counts, "--mlm_smoothing": 0}
-    flags = {
-        "--student_type": plan.student_type,
-        "--student_config": plan.student_config,
-        "--teacher_type": plan.teacher_type,
-        "--teacher_name": plan.teacher,
-        **alphas,
+    if plan.student_type is None:
+        models = {"--student": plan.first_student, "--teacher_name": plan.teacher}
+    else:
+        models = {
+            "--student_type": plan.student_type,
+            "--student_config": plan.student_config,
+            "--teacher_type": plan.architecture.name,
+            "--teacher_name": plan.teacher,
+        }
+    first = {
         "--freeze_pos_embs": None,
         "--student_pretrained_weights": plan.folder / "first_weights.pth",
+    }
+    flags = {
+        **models,
+        **alphas,
+        **(first if plan.student_type is not None else {}),
         "--data_file": plan.token_file("train"),
         **(masking if plan.objective == "mlm" else {}),
         "--dump_path": plan.folder / name,
-        "--force": None,
+        **({"--resume": "auto"} if _is_begun(plan, name) else {"--force": None}),
         "--max_steps": plan.scale.student_steps,
         "--batch_size": plan.scale.batch_size,
         "--gradient_accumulation_steps": 1,
         "--max_length": plan.max_length,
         "--log_interval": 10,
+        "--checkpoint_interval": max(plan.scale.student_steps // 5, 50),
         "--seed": plan.seed,
     }
     call("train.py", flags)
+
+
+def _is_begun(plan: Plan, name: str) -> bool:
+    """True if the interrupted run that is continued, not one before it, began this training."""
+    checkpoints = plan.folder / name / "checkpoints"
+    return (
+        plan.resumes
+        and checkpoints.is_dir()
+        and checkpoints.stat().st_mtime_ns >= (plan.folder / "train.txt").stat().st_mtime_ns
+    )

@@ -8,13 +8,11 @@ language after the other: binarized_data.py shuffles.
 
 import argparse
 import dataclasses
-import itertools
 import logging
 import random
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TextIO
 
@@ -22,11 +20,19 @@ from tqdm import tqdm
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.data.decoding import ERRORS, texts_of
-from distil.data.documents import DOCUMENTS, Corpus, document_lines, document_parts, guess_form
-from distil.data.languages import find_corpora, sample, targets
+from distil.data.documents import DOCUMENTS, Corpus
+from distil.data.languages import find_languages, sample, targets
+from distil.data.preparation import prepare, write_dataset
 from distil.data.sentences import DENSE_CHARS
-from distil.data.text_sources import Source, read_blocks
+from distil.data.text_flags import (
+    TEXT_PATHS,
+    add_dataset_flags,
+    add_record_flags,
+    check_split,
+    dataset_of,
+    find_text,
+)
+from distil.data.text_sources import DATASET, Source
 from distil.system.files import atomic_path, require_output
 from distil.system.signals import exit_on_sigterm
 from utils import (
@@ -55,35 +61,14 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def add_file_flags(parser: argparse.ArgumentParser) -> None:
     """Add the flags of the files that are read and written."""
     add = parser.add_argument
-    add(
-        "--file_path",
-        nargs="+",
-        required=True,
-        metavar="PATH",
-        help=(
-            "files, folders or quoted patterns: text, .jsonl, .parquet, .csv ..; text also as .gz,"
-            " .bz2, .xz"
-        ),
-    )
+    add("--file_path", nargs="+", metavar="PATH", help=TEXT_PATHS)
     add(
         "--output",
         default="data/dump.txt",
         help="one sequence a line, UTF-8 (default: %(default)s)",
     )
-    add(
-        "--text_field",
-        default="text",
-        help="field of a record (.jsonl, .parquet ..) that has its text (default: %(default)s)",
-    )
-    add(
-        "--errors",
-        choices=ERRORS,
-        default="strict",
-        help=(
-            "lines that are not UTF-8: raise an error, skip them, or replace the bytes by U+FFFD"
-            " (default: %(default)s)"
-        ),
-    )
+    add_dataset_flags(parser)
+    add_record_flags(parser)
 
 
 def add_line_flags(parser: argparse.ArgumentParser) -> None:
@@ -152,6 +137,10 @@ def add_sampling_flags(parser: argparse.ArgumentParser) -> None:
 def check(args: argparse.Namespace) -> None:
     """Raise InputError for numbers out of range."""
     problems = []
+    if dataset_of(args) is None and not args.file_path:
+        problems.append("--file_path or --dataset_name: expected one of them")
+    if args.dataset_name is not None and args.by_language:
+        problems.append("--by_language: is for --file_path, whose entries are languages")
     if args.max_chars < SMALLEST_MAX_CHARS:
         problems.append(
             f"--max_chars {args.max_chars}: expected at least {SMALLEST_MAX_CHARS}, such as 1000"
@@ -177,33 +166,6 @@ def check(args: argparse.Namespace) -> None:
 # --------------------------------------------------------------------------------------------------
 # Writing
 # --------------------------------------------------------------------------------------------------
-
-
-def prepare(corpus: Corpus, args: argparse.Namespace, file: TextIO, bar: tqdm) -> None:
-    """Write a corpus's lines, and count them in the corpus."""
-    for source in corpus.sources:
-        blocks = _texts(source, args, corpus, bar)
-        first = next(blocks, [])
-        form = args.documents if source.kind == "lines" else "line"
-        if form == "auto":
-            form = guess_form(first)
-            corpus.forms[form] += 1
-        texts = itertools.chain(first, itertools.chain.from_iterable(blocks))
-        parts = document_parts(texts, form, corpus)
-        for line in document_lines(parts, args.max_chars, args.min_chars, corpus):
-            file.write(line + "\n")
-            corpus.lines += 1
-            corpus.characters += len(line)
-
-
-def _texts(
-    source: Source, args: argparse.Namespace, corpus: Corpus, bar: tqdm
-) -> Iterator[list[str]]:
-    for block in read_blocks(source, args.text_field):
-        texts, num_bad = texts_of(block, args.text_field, args.errors)
-        corpus.bad += num_bad
-        yield texts
-        bar.update(block.num_bytes)
 
 
 def write_all(
@@ -244,6 +206,8 @@ def _require_lines(corpus: Corpus, args: argparse.Namespace) -> None:
             f"--file_path: language {corpus.name!r}"
             if args.by_language
             else f"--file_path {' '.join(args.file_path)}"
+            if args.file_path
+            else f"--dataset_name {args.dataset_name}"
         )
         short = (
             f"{corpus.dropped} shorter than --min_chars {args.min_chars}"
@@ -314,29 +278,46 @@ def table(corpora: list[Corpus], counts: list[int]) -> str:
     return "\n".join([head, *rows])
 
 
+def identity_of(args: argparse.Namespace, sources: list[Source]) -> dict:
+    """Say what a run that continues an interrupted one has in common with it."""
+    return {**vars(args), "content": sources[0].tag}
+
+
 def main(argv: list[str] | None = None) -> None:
     """Run the program: read documents, pack sentences into lines, sample, write."""
     args = parse(argv)
     setup_logging(logging.INFO)
     check(args)
-    corpora = find_corpora(args.file_path, args.by_language)
+    dataset = dataset_of(args)
+    if args.by_language:
+        check_split(args.file_path, args.split)
+        corpora = find_languages(args.file_path, args.split)
+    else:
+        corpora = [Corpus("all", find_text(args.file_path, dataset, args))]
     sources = [source for corpus in corpora for source in corpus.sources]
-    require_output(args.output, "--output", [*args.file_path, *(source.path for source in sources)])
+    paths = args.file_path or [args.dataset_name]
+    require_output(args.output, "--output", [*paths, *(source.path for source in sources)])
     started = time.perf_counter()
-    write = write_all if args.sampling_exponent == 1 and args.num_lines is None else write_sample
+    write_in_full = args.sampling_exponent == 1 and args.num_lines is None
     bar = tqdm(
-        total=sum(source.num_bytes for source in sources),
+        total=sum(source.num_bytes for source in sources) or None,
         unit="B",
         unit_scale=True,
         desc="prepare",
         **bar_options(),
     )
-    with (
-        atomic_path(args.output) as temporary,
-        open(temporary, "w", encoding="utf-8", newline="\n") as output,
-        bar,
-    ):
-        counts = write(corpora, args, output, bar)
+    with bar:
+        if write_in_full and all(source.kind == DATASET for source in sources):
+            write_dataset(corpora[0], args, identity_of(args, sources), bar)
+            _require_lines(corpora[0], args)
+            counts = [corpora[0].lines]
+        else:
+            write = write_all if write_in_full else write_sample
+            with (
+                atomic_path(args.output) as temporary,
+                open(temporary, "w", encoding="utf-8", newline="\n") as output,
+            ):
+                counts = write(corpora, args, output, bar)
     report(corpora, counts, args, time.perf_counter() - started)
 
 

@@ -4,6 +4,7 @@ Each stage calls one of the project's programs as a user calls it. By default th
 that the installed packages carry, and a small BERT teacher is trained on it first; --text and
 --teacher put in your own. The table compares four models on held-out text: the teacher, the student
 before and after distillation, and the same student trained for as many steps without the teacher.
+The same command continues an interrupted run.
 """
 
 import argparse
@@ -22,9 +23,11 @@ import transformers
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.batches import MicroBatch
+from distil.data.hub_datasets import find_files
+from distil.data.text_sources import STDIN, Source
 from distil.data.token_files import MIN_LENGTH
 from distil.evaluation import evaluate
-from distil.models.architectures import ARCHITECTURES, PAIRS
+from distil.models.architectures import ARCHITECTURES
 from distil.models.first_weights import load_student_weights
 from distil.models.heads import head_of
 from distil.models.hub import load_config
@@ -34,17 +37,20 @@ from distil.models.language_model import (
     load_language_model,
     load_network,
     read_student_config,
+    resolve_by_name,
 )
 from distil.models.tokenizers import load_tokenizer
 from distil.reporting.curves import draw_curves
 from distil.reporting.tables import markdown
-from distil.system.files import require_file, require_output, write_json
+from distil.system.files import require_output, write_json
+from distil.system.signals import exit_on_sigterm
 from distil.workflow import (
     ALONE_ALPHAS,
     README_ALPHAS,
     TEACHER,
     Plan,
     Scale,
+    Stages,
     extract_first_weights,
     make_text,
     make_tokens,
@@ -57,7 +63,8 @@ from grouped_batch_sampler import GroupedBatchSampler
 from lm_seqs_dataset import LmSeqsDataset, make_preparation
 from utils import InputError, OneLineParser, run_program, setup_logging
 
-MARKER = "quickstart.json"  # in the output folder: its flags, and the sign of a quickstart's folder
+# In the output folder: flags, text and finished stages, and the sign of a quickstart's folder.
+MARKER = "quickstart.json"
 TRAINED = {"student after": "distilled", "without teacher": "without_teacher"}  # name -> folder
 MASKS_SEED = 1  # of the held-out masks: the same for every row of the table, whatever --seed
 FULL = Scale()
@@ -69,11 +76,22 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
     parser.add_argument(
         "--text",
-        help="your own text, UTF-8, one sequence a line (default: the installed packages' prose)",
+        help=(
+            "your own text: whatever binarized_data.py reads, one sequence a line or record"
+            " (default: the installed packages' prose)"
+        ),
+    )
+    parser.add_argument(
+        "--text_field",
+        default="text",
+        help="the text's field or column in .jsonl, .parquet, .. (default: %(default)s)",
     )
     parser.add_argument(
         "--teacher",
-        help="your own BERT, RoBERTa or GPT-2, hub name or folder (default: one is trained)",
+        help=(
+            "your own masked or causal language model, hub name or folder (default: a BERT is"
+            " trained)"
+        ),
     )
     parser.add_argument(
         "--output",
@@ -136,12 +154,17 @@ def latency_ms(model, batch: MicroBatch) -> float:
 
 def table_rows(plan: Plan) -> dict[str, dict[str, float]]:
     """Measure the table's four models on held-out text."""
-    of_student = ARCHITECTURES[plan.student_type]
-    model = load_language_model(ARCHITECTURES[plan.teacher_type], plan.teacher, "--teacher")
+    model = load_language_model(plan.architecture, plan.teacher, "--teacher")
     teacher, batches = model.network, held_out_batches(plan, model)
-    config = read_student_config(plan.student_type, str(plan.student_config))
-    before = build_network(of_student, config)
-    load_student_weights(before, of_student, str(plan.folder / "first_weights.pth"))
+    if plan.student_type is None:
+        of_student = plan.architecture
+        before = load_network(of_student, str(plan.first_student), "student")
+    else:
+        of_student = ARCHITECTURES[plan.student_type]
+        before = build_network(
+            of_student, read_student_config(plan.student_type, str(plan.student_config))
+        )
+        load_student_weights(before, of_student, str(plan.folder / "first_weights.pth"))
     trained = {
         name: load_network(of_student, str(plan.folder / folder), "student").eval()
         for name, folder in TRAINED.items()
@@ -189,7 +212,7 @@ def format_table(rows: dict[str, dict[str, float]], objective: str) -> str:
 # --------------------------------------------------------------------------------------------------
 
 
-def make_plan(args: argparse.Namespace) -> Plan:
+def make_plan(args: argparse.Namespace) -> tuple[Plan, Stages]:
     """Plan the run by its flags and claim its folder. Raises InputError."""
     scale = SHORT if args.short else FULL
     if args.student_steps is not None:
@@ -201,44 +224,48 @@ def make_plan(args: argparse.Namespace) -> Plan:
             f"--max_length {args.max_length}: sequences of {MIN_LENGTH} ids or fewer are removed;"
             " expected more"
         )
-    if args.text is not None:
-        require_file(args.text, "--text")
-    teacher, teacher_type = os.path.join(args.output, "teacher"), "bert"
-    if args.teacher is not None:
-        teacher, teacher_type = args.teacher, teacher_model_type(args.teacher)
-    student_type = next(student for known, student in PAIRS if known == teacher_type)
-    plan = Plan(
-        Path(args.output), teacher, teacher_type, student_type, scale, args.seed, args.max_length
+    sources = [] if args.text is None else find_files(args.text, flag="--text")
+    is_embedded = args.teacher is None
+    teacher = os.path.join(args.output, "teacher") if is_embedded else args.teacher
+    architecture = (
+        ARCHITECTURES["bert"] if is_embedded else resolve_by_name(args.teacher, "--teacher")
     )
-    claim_folder(plan, args)
-    return plan
+    stages = claim_folder(args, sources)
+    plan = Plan(
+        Path(args.output),
+        teacher,
+        architecture,
+        is_embedded,
+        scale,
+        args.seed,
+        args.max_length,
+        resumes=bool(stages.done),
+    )
+    return plan, stages
 
 
-def claim_folder(plan: Plan, args: argparse.Namespace) -> None:
+def claim_folder(args: argparse.Namespace, sources: list[Source]) -> Stages:
     """Make the output folder, or reuse an earlier quickstart's. Raises InputError for any other."""
+    folder = Path(args.output)
     require_output(args.output, "--output", is_folder=True)
-    if plan.folder.exists() and any(plan.folder.iterdir()) and not (plan.folder / MARKER).exists():
+    if folder.exists() and any(folder.iterdir()) and not (folder / MARKER).exists():
         raise InputError(
-            f"--output {plan.folder}: holds files that no quickstart made; choose another folder"
+            f"--output {folder}: holds files that no quickstart made; choose another folder"
         )
-    for flag, path in (("--text", args.text), ("--teacher", args.teacher)):
-        if path is not None and Path(path).resolve().is_relative_to(plan.folder.resolve()):
+    inputs = [("--text", path) for path in (args.text, *(s.path for s in sources)) if path != STDIN]
+    for flag, path in (*inputs, ("--teacher", args.teacher)):
+        if path is not None and Path(path).resolve().is_relative_to(folder.resolve()):
             raise InputError(
-                f"{flag} {path}: lies in --output {plan.folder}, where files are replaced; choose"
+                f"{flag} {path}: lies in --output {folder}, where files are replaced; choose"
                 " another folder"
             )
-    write_json(plan.folder / MARKER, vars(args))
-
-
-def teacher_model_type(name: str) -> str:
-    """Read a teacher's model type. Raises InputError for a type without a pair."""
-    model_type = load_config(None, name, "--teacher").model_type
-    known = [teacher for teacher, _ in PAIRS]
-    if model_type not in known:
-        raise InputError(
-            f"--teacher {name}: is a {model_type} model, expected one of {', '.join(known)}"
-        )
-    return model_type
+    text = [
+        [source.path, source.num_bytes, 0 if source.is_pipe else os.stat(source.path).st_mtime]
+        for source in sources
+    ]
+    stages = Stages(folder / MARKER, {"flags": vars(args), "text": text})
+    stages.start()
+    return stages
 
 
 def report(plan: Plan, started: float) -> None:
@@ -269,31 +296,37 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     setup_logging(logging.INFO)
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "true")
-    plan = make_plan(args)
-    make_text(plan, args.text)
-    is_embedded = args.teacher is None
-    if is_embedded:
-        train_vocabulary(plan)
-    architecture = ARCHITECTURES[plan.teacher_type]
+    plan, stages = make_plan(args)
+    stages.run("text", make_text, plan, args.text, args.text_field)
+    if plan.is_embedded:
+        stages.run("vocabulary", train_vocabulary, plan)
+    architecture = plan.architecture
     tokenizer = load_tokenizer(architecture, plan.teacher, "--teacher")
-    if is_embedded:
+    if plan.is_embedded:
         teacher_config = transformers.BertConfig(**TEACHER, vocab_size=len(tokenizer))
     else:
-        teacher_config = load_config(plan.teacher_type, plan.teacher, "--teacher")
-    make_tokens(plan, teacher_config.vocab_size)
+        teacher_config = load_config(None, plan.teacher, "--teacher")
+    stages.run("tokens", make_tokens, plan, teacher_config.vocab_size)
     # Errors of the held-out text show now rather than after minutes of training.
     with torch.device("meta"):  # its sizes are enough
         network = build_network(architecture, teacher_config, "--teacher")
     held_out_batches(plan, LanguageModel(architecture, network, tokenizer, "--teacher"))
-    if is_embedded:
-        train_teacher(plan, teacher_config.vocab_size)
+    if plan.is_embedded:
+        stages.run("teacher", train_teacher, plan, teacher_config.vocab_size)
     num_layers = max(teacher_config.num_hidden_layers // 2, 1)
-    write_student_config(plan, teacher_config, num_layers)
+    stages.run("first student", make_first_student, plan, teacher_config, num_layers)
+    for name, alphas in (("distilled", README_ALPHAS), ("without_teacher", ALONE_ALPHAS)):
+        stages.run(name, train_student, plan, name, alphas[plan.objective])
+    stages.run("report", report, plan, started)
+
+
+def make_first_student(plan: Plan, teacher_config, num_layers: int) -> None:
+    """Make the student before training: its configuration and first weights."""
+    if plan.student_type is not None:
+        write_student_config(plan, teacher_config, num_layers)
     extract_first_weights(plan, num_layers)
-    train_student(plan, "distilled", README_ALPHAS[plan.objective])
-    train_student(plan, "without_teacher", ALONE_ALPHAS[plan.objective])
-    report(plan, started)
 
 
 if __name__ == "__main__":
+    exit_on_sigterm()
     run_program(main)

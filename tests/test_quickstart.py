@@ -1,12 +1,23 @@
 """The quickstart with one's own text and teacher, and its refusals; CI runs its default."""
 
 import json
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
 
 import pytest
-from stand_ins import make_lines
+from families import make_teacher
+from stand_ins import ROOT, make_lines
 
 import quickstart
 from distil import workflow
+
+
+def arguments_for(text: Path, teacher: Path, output: Path) -> list[str]:
+    flags = {"--text": text, "--teacher": f"{teacher}/", "--output": output, "--student_steps": 40}
+    return [*(str(word) for item in flags.items() for word in item), "--short"]
 
 
 @pytest.fixture(scope="module")
@@ -16,21 +27,21 @@ def own_text(tmp_path_factory):
     return path
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+@pytest.fixture(scope="module")
+def own_records(own_text):
+    path = own_text.with_name("records.jsonl")
+    records = [json.dumps({"n": 1, "body": line}) for line in own_text.read_text().splitlines()]
+    path.write_text("\n".join(records), encoding="utf-8")
+    return path
+
+
+@pytest.mark.parametrize("kind", ["bert", "gpt2", "qwen3"])
 def test_own_text_and_teacher_give_the_table(
     kind, own_text, teachers, tmp_path, capsys, monkeypatch
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    arguments = [
-        "--text",
-        str(own_text),
-        "--teacher",
-        f"{teachers[kind]}/",
-        "--output",
-        str(tmp_path / "out"),
-        "--short",
-    ]
-    quickstart.main([*arguments, "--student_steps", "40"])
+    teacher = teachers.get(kind) or make_teacher(tmp_path / "teacher", kind, False, teachers)
+    quickstart.main(arguments_for(own_text, teacher, tmp_path / "out"))
     rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
     assert list(rows) == ["teacher", "student before", "student after", "without teacher"]
     assert (
@@ -53,10 +64,63 @@ def test_a_repeated_line_is_taken_once(tmp_path):
     assert list(workflow.user_lines(str(tmp_path / "text"))) == ["bake", "limo"]
 
 
+def test_a_text_is_read_as_binarized_data_reads_it(tmp_path):
+    records = [{"n": k, "body": text} for k, text in enumerate(["bake", "limo\r\nso", "bake"])]
+    (tmp_path / "text.jsonl").write_text("\n".join(map(json.dumps, records)))
+    found = list(workflow.user_lines(str(tmp_path / "text.jsonl"), "body"))
+    assert found == ["bake", "limo so"]
+
+
+def test_only_an_interrupted_run_of_the_same_flags_is_continued(tmp_path):
+    called = []
+    for flags, names in (
+        ({"seed": 1}, ["text", "tokens"]),  # interrupted
+        ({"seed": 1}, ["text", "tokens", "report"]),
+        ({"seed": 1}, ["text"]),  # the one before is finished
+        ({"seed": 2}, ["text"]),
+    ):
+        stages = workflow.Stages(tmp_path / "marker.json", flags)
+        stages.start()
+        for name in names:
+            stages.run(name, called.append, (flags["seed"], name))
+    assert called == [(1, "text"), (1, "tokens"), (1, "report"), (1, "text"), (2, "text")]
+
+
+@pytest.mark.slow
+def test_an_interrupted_run_continues_to_the_same_student(
+    own_records, teachers, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    whole, cut = (
+        [*arguments_for(own_records, teachers["bert"], tmp_path / name), "--text_field", "body"]
+        for name in ("whole", "cut")
+    )
+    quickstart.main(whole)
+    program = [sys.executable, str(ROOT / "scripts" / "quickstart.py"), *cut]
+    process = subprocess.Popen(program, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    end = time.monotonic() + 120
+    while not list((tmp_path / "cut").glob("distilled/checkpoints/step-*")):
+        assert time.monotonic() < end and process.poll() is None
+        time.sleep(0.01)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait(60) == 143
+    capsys.readouterr()
+    quickstart.main(cut)
+    printed = capsys.readouterr()
+    assert "after: text, tokens, first student" in printed.err and "--resume auto" in printed.out
+    assert "binarized_data.py" not in printed.out
+    for name in ("distilled", "without_teacher"):
+        one, other = (tmp_path / run / name / "model.safetensors" for run in ("whole", "cut"))
+        assert one.read_bytes() == other.read_bytes()
+
+
 BAD = {
     "no text": (["--text", "{tmp}/nowhere"], "nowhere: no such file"),
     "short text": (["--text", "{tmp}/short", "--teacher", "{bert}"], "expected at least 40 lines"),
-    "not utf-8": (["--text", "{tmp}/latin", "--teacher", "{bert}"], "latin: is not UTF-8"),
+    "not utf-8": (
+        ["--text", "{tmp}/latin", "--teacher", "{bert}"],
+        "latin:2: byte 3 of the line is not UTF-8",
+    ),
     "no teacher": (
         ["--text", "{tmp}/short", "--teacher", "{tmp}"],
         "holds no readable config.json",

@@ -45,6 +45,7 @@ class Encoding:
     unknown_id: int | None
     text_field: str = "text"
     errors: str = "strict"
+    flag: str = "--file_path"  # that names the text, for messages
 
     @property
     def dtype(self) -> np.dtype:
@@ -276,7 +277,8 @@ class BlockEncoder:
 
     def __call__(self, block: Block) -> EncodedBlock:
         """Decode and strip the lines, skip blank ones, encode the others."""
-        texts, num_bad = texts_of(block, self.encoding.text_field, self.encoding.errors)
+        how = self.encoding
+        texts, num_bad = texts_of(block, how.text_field, how.errors, how.flag)
         lines = [stripped for text in texts if (stripped := text.strip())]
         ids_M, lengths_N = self.encoder.encode(lines)
         # Differs from the original: blank lines are skipped. 2019 made sequences of two boundary
@@ -304,13 +306,14 @@ class WorkerPool:
     its memory.
     """
 
-    def __init__(self, encoding: Encoding, num_workers: int):
-        """num_workers: processes; 1 = this one."""
+    def __init__(self, encoding: Encoding, num_workers: int, *, is_forked: bool = True):
+        """num_workers: processes; 1 = this one. is_forked: False where this process has threads."""
         self.num_workers = num_workers
         if num_workers == 1:
             self.encode = BlockEncoder(encoding)
             return
-        method = "fork" if "fork" in multiprocessing.get_all_start_methods() else None
+        can_fork = "fork" in multiprocessing.get_all_start_methods()
+        method = "fork" if can_fork and is_forked else "spawn"
         self.executor = concurrent.futures.ProcessPoolExecutor(
             num_workers, multiprocessing.get_context(method), _start_worker, (encoding, os.getpid())
         )

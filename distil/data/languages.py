@@ -11,15 +11,13 @@ from pathlib import Path
 from typing import TextIO
 
 from distil.data.documents import Corpus
-from distil.data.text_sources import find_sources
+from distil.data.hub_datasets import find_files
 from utils import InputError
 
 
-def find_corpora(paths: list[str], by_language: bool) -> list[Corpus]:
-    """List the languages, or all files as one corpus; raise InputError for ambiguous names."""
-    if not by_language:
-        return [Corpus("all", [source for path in paths for source in find_sources(path)])]
-    sources = [(path, source) for path in paths for source in find_sources(path)]
+def find_languages(paths: list[str], split: str | None) -> list[Corpus]:
+    """List the languages of paths; raise InputError for ambiguous names."""
+    sources = [(path, source) for path in paths for source in find_files(path, split)]
     if len(paths) == 1 and os.path.isdir(paths[0]):
         folder = Path(paths[0])
         sources = [

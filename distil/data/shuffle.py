@@ -19,18 +19,32 @@ CHUNK_SEQUENCES = 2**16
 SPOOL_IDS = 2**23  # shuffled in memory: 16 or 32 MiB
 MAX_FAN_OUT = 64
 BUFFER_BYTES = 2**16
+LENGTH_BYTES = 4
 
 
 class Spool:
     """Sequences on the disk in the order of writing: a file of ids and one of lengths (int32)."""
 
-    def __init__(self, path: Path, dtype: np.dtype):
+    def __init__(self, path: Path, dtype: np.dtype, kept: tuple[int, int] = (0, 0)):
+        """kept: sequences and ids of an earlier spool to continue, cut to them."""
         self.path, self.dtype = path, np.dtype(dtype)
+        self.num_sequences, self.num_ids = kept
         self.ids_file, self.lengths_file = (
-            open(path.with_name(f"{path.name}.{kind}"), "wb", BUFFER_BYTES)  # noqa: SIM115
+            open(path.with_name(f"{path.name}.{kind}"), "ab", BUFFER_BYTES)  # noqa: SIM115
             for kind in ("ids", "lengths")
         )
-        self.num_ids = self.num_sequences = 0
+        self.ids_file.truncate(self.num_ids * self.dtype.itemsize)
+        self.lengths_file.truncate(self.num_sequences * LENGTH_BYTES)
+
+    @staticmethod
+    def holds(path: Path, dtype: np.dtype, kept: tuple[int, int]) -> bool:
+        """True if the files of an earlier spool hold that many sequences and ids or more."""
+        sizes = kept[0] * LENGTH_BYTES, kept[1] * np.dtype(dtype).itemsize
+        files = (path.with_name(f"{path.name}.{kind}") for kind in ("lengths", "ids"))
+        return all(
+            file.is_file() and file.stat().st_size >= size
+            for file, size in zip(files, sizes, strict=True)
+        )
 
     def append(self, ids_M: np.ndarray, lengths_N: np.ndarray) -> None:
         """Write sequences: their ids end to end, and their lengths."""
@@ -38,6 +52,12 @@ class Spool:
         self.lengths_file.write(lengths_N.astype(np.int32).data)
         self.num_ids += len(ids_M)
         self.num_sequences += len(lengths_N)
+
+    def flush(self) -> None:
+        """Write to the disk what was appended."""
+        for file in (self.ids_file, self.lengths_file):
+            file.flush()
+            os.fsync(file.fileno())
 
     def close(self) -> None:
         """Close both files after the last append."""
@@ -77,15 +97,21 @@ def cuts(lengths_N: np.ndarray) -> Iterator[tuple[int, int]]:
         first = last
 
 
-def shuffled(spool: Spool, *key: int | str) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield a spool's sequences in an order that depends on `key` only, and remove the spool."""
+def shuffled(
+    spool: Spool, *key: int | str, keeps: bool = False
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield a spool's sequences in an order that depends on `key` and them only.
+
+    keeps: leave the spool on the disk; otherwise it is removed.
+    """
     if spool.num_ids <= SPOOL_IDS or spool.num_sequences == 1:
         ids_M, lengths_N = spool.read()
-        spool.remove()
+        if not keeps:
+            spool.remove()
         order = keyed_numpy_generator(*key, "within").permutation(len(lengths_N))
         yield from _in_pieces(ids_M, lengths_N, order)
         return
-    for number, part in enumerate(_scatter(spool, *key)):
+    for number, part in enumerate(_scatter(spool, *key, keeps=keeps)):
         yield from shuffled(part, *key, number)
 
 
@@ -98,7 +124,7 @@ def _in_pieces(
         yield concatenate_runs(ids_M, starts_N, lengths_N, order[first:last])
 
 
-def _scatter(spool: Spool, *key: int | str) -> list[Spool]:
+def _scatter(spool: Spool, *key: int | str, keeps: bool) -> list[Spool]:
     num_parts = min(-(-spool.num_ids // SPOOL_IDS) + 1, MAX_FAN_OUT)
     parts = [
         Spool(spool.path.with_name(f"{spool.path.name}-{number}"), spool.dtype)
@@ -119,5 +145,6 @@ def _scatter(spool: Spool, *key: int | str) -> list[Spool]:
             first += count
     for part in parts:
         part.close()
-    spool.remove()
+    if not keeps:
+        spool.remove()
     return parts

@@ -3,6 +3,7 @@
 import numpy as np
 
 from distil.data.encoding import EncodedBlock, Encoding
+from distil.data.shuffle import Spool
 from distil.data.token_files import MANY_UNKNOWN, MAX_LISTED, MIN_LENGTH
 from distil.reporting.plots import picture
 
@@ -28,6 +29,11 @@ class Tally:
         self.num_blank += block.num_blank
         self.num_bad += block.num_bad
         self.num_bytes += block.num_bytes
+
+    def add_spool(self, spool: Spool) -> None:
+        """Count the ids and lengths of a closed or flushed spool."""
+        for ids_M, lengths_N in spool.chunks():
+            self.add(EncodedBlock(ids_M, lengths_N, 0, 0, 0, 0))
 
     def counts(self) -> dict[str, int]:
         """Return the counts for the card."""
@@ -94,6 +100,7 @@ def summary(tally: Tally) -> list[str]:
     """Return a few lines on what was made."""
     counts = tally.counts()
     words, ids = max(counts["words"], 1), counts["ids"]
+    unknown = counts["unknown"] / max(ids, 1)
     per_word = (ids - 2 * counts["sequences"]) / words
     num_short = sum(num for length, num in tally.num_of_length.items() if length <= MIN_LENGTH)
     short = f"{num_short:,} of them of {MIN_LENGTH} ids or fewer, which are not trained on"
@@ -103,8 +110,8 @@ def summary(tally: Tally) -> list[str]:
             f" longest {counts['longest']:,}."
         ),
         (
-            f"{counts['words']:,} words, {per_word:.3f} ids a word, {counts['unknown'] / ids:.4%}"
-            " of the ids unknown."
+            f"{counts['words']:,} words, {per_word:.3f} ids a word, {unknown:.4%} of the ids"
+            " unknown."
         ),
         (
             f"Skipped {counts['blank_lines']:,} blank lines; {counts['bad_lines']:,} lines held"

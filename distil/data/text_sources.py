@@ -3,7 +3,8 @@
 A path is a file, a folder or a glob. The file name tells the kind: `.txt` (or an unknown ending)
 holds a sequence per line, `.jsonl` an object per line with the text in one of its fields; `.csv`
 and `.tsv` have it in a column. These may be compressed (`.gz`, `.bz2`, `.xz`). `.parquet` is read
-by column; the `datasets` library reads `.arrow` and `.json`.
+by column; the `datasets` library reads `.arrow` and `.json`. A path may be a named pipe, or `-` for
+the standard input. hub_datasets.py lists the shards of data sets, which are sources, too.
 """
 
 import bz2
@@ -14,12 +15,14 @@ import glob
 import gzip
 import io
 import itertools
+import json
 import lzma
 import os
+import stat
 import zlib
 from collections.abc import Iterable, Iterator
 from pathlib import Path
-from typing import BinaryIO
+from typing import Any, BinaryIO
 
 from distil.data.cards import is_card
 from distil.system.files import require_file
@@ -42,16 +45,34 @@ KINDS = {
     ".json": "json",
 }
 CSV_OPTIONS = {"csv": {}, "tsv": {"delimiter": "\t", "quoting": csv.QUOTE_NONE}}
+DATASET = "dataset"  # the kind of a data set's shard
+STDIN = "-"
 PACKED = (".zip", ".tar", ".tgz", ".zst", ".lz4", ".7z", ".rar", ".z")  # must be unpacked first
 
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """One file. kind: see KINDS; num_bytes: its size on the disk."""
+    """One file, pipe or shard of a data set. kind: see KINDS; num_bytes: on the disk, 0 if unknown.
+
+    start, end: the part that is read, bytes of lines or rows of a shard; end None: to its end. A
+    line belongs to the part in which its first byte lies. is_pipe: it can be read only once. table:
+    the shard, of the `datasets` library; tag: a digest of its data set's content.
+    """
 
     path: str
     kind: str
     num_bytes: int
+    start: int = 0
+    end: int | None = None
+    is_pipe: bool = False
+    table: Any = None
+    tag: str = ""
+
+    @property
+    def part_bytes(self) -> int:
+        """The bytes on the disk of the part that is read, 0 if they are unknown."""
+        end = self.num_bytes if self.end is None else self.end
+        return end - self.start if self.num_bytes else 0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,6 +92,19 @@ class Block:
 
 def find_sources(path: str, flag: str = "--file_path") -> list[Source]:
     """List the text files of a file, folder or glob in a fixed order; raise InputError if none."""
+    if is_pipe(path):
+        logger.info(
+            "%s %s: a pipe is read only once: after an interruption, start again with its source.",
+            flag,
+            path,
+        )
+        kind = _known_kind(path) or "lines"
+        if kind not in ("lines", "jsonl"):
+            raise InputError(
+                f"{flag} {path}: is a pipe of {kind}, expected lines or JSON Lines; write it to a"
+                " file"
+            )
+        return [Source(path, kind, 0, is_pipe=True)]
     if os.path.isdir(path):
         files = _select(_files_below(path), flag, path)
         if not files:
@@ -102,6 +136,11 @@ def find_sources(path: str, flag: str = "--file_path") -> list[Source]:
                 " compress it as .gz"
             )
     return sources
+
+
+def is_pipe(path: str) -> bool:
+    """True for the standard input and for a named pipe, or one that a shell names (<(command))."""
+    return path == STDIN or (os.path.exists(path) and stat.S_ISFIFO(os.stat(path).st_mode))
 
 
 def _files_below(folder: str) -> Iterator[str]:
@@ -174,16 +213,49 @@ def read_blocks(
 def _opened(source: Source) -> Iterator[tuple[BinaryIO, BinaryIO]]:
     """Yield a file's streams: (as it is on the disk, uncompressed)."""
     opener = OPENERS.get(os.path.splitext(source.path)[1].lower())
-    with open(source.path, "rb") as raw:
+    is_stdin = source.is_pipe and source.path == STDIN
+    with open(0 if is_stdin else source.path, "rb", closefd=not is_stdin) as raw:
         yield raw, (opener(raw, "rb") if opener else raw)
 
 
 def _lines(source: Source, flag: str, block_bytes: int) -> Iterator[Block]:
-    number, position = 1, 0
+    number, position, place = 1, 0, 0  # place: in the uncompressed bytes
+    kind = source.kind
     with _opened(source) as (raw, file):
         for data in _whole_lines(file, source, flag, block_bytes):
-            yield Block(source.path, source.kind, number, data, raw.tell() - position)
-            number, position = number + count_lines(data), raw.tell()
+            if source.is_pipe and not place and kind == "lines" and _is_record(data):
+                logger.info("%s %s: begins with a JSON object: read as .jsonl.", flag, source.path)
+                kind = "jsonl"
+            first = line_start(data, source.start - place)
+            last = len(data) if source.end is None else line_start(data, source.end - place)
+            if first < last:
+                is_whole = source.end is None and not source.is_pipe
+                num_bytes = raw.tell() - position if is_whole else last - first
+                first_number = number + count_lines(data[:first])
+                yield Block(source.path, kind, first_number, data[first:last], num_bytes)
+            number, place = number + count_lines(data), place + len(data)
+            position = 0 if source.is_pipe else raw.tell()
+            if source.end is not None and place >= source.end:
+                return
+
+
+def _is_record(data: bytes) -> bool:
+    """True if the first line is a JSON object, as in .jsonl."""
+    try:
+        return isinstance(json.loads(data.split(b"\n", 1)[0]), dict)
+    except (ValueError, RecursionError):
+        return False
+
+
+def line_start(data: bytes, place: int) -> int:
+    """Return where in whole lines the first line begins that begins at `place` or after it."""
+    if place <= 0:
+        return 0
+    ends = [end for mark in (b"\n", b"\r") if (end := data.find(mark, place - 1)) >= 0]
+    if not ends:
+        return len(data)
+    end = min(ends)
+    return end + (2 if data[end : end + 2] == b"\r\n" else 1)
 
 
 def _whole_lines(file: BinaryIO, source: Source, flag: str, block_bytes: int) -> Iterator[bytes]:
@@ -227,17 +299,21 @@ def count_lines(data: bytes) -> int:
 
 
 def _rows(source: Source, text_field: str, flag: str) -> Iterator[Block]:
-    first, done = 1, 0
+    first, done = source.start + 1, 0
     try:
         for texts, share in READERS[source.kind](source, text_field, flag):
             position = int(share * source.num_bytes)
-            yield Block(source.path, "texts", first, texts, position - done)
+            num_bytes = position - done
+            if source.kind == DATASET:  # its size on the disk is unknown
+                num_bytes = sum(len(text) for text in texts if isinstance(text, str | bytes))
+            yield Block(source.path, "texts", first, texts, num_bytes)
             first, done = first + len(texts), position
     except (InputError, GeneratorExit):
         raise
     except Exception as error:  # loaders can raise anything on damaged files
         where = f"{flag} {source.path}: from row {first} on it can't be read as {source.kind}"
-        raise InputError(f"{where} ({one_line(error)}); check the file") from error
+        remedy = "run again to continue" if source.kind == DATASET else "check the file"
+        raise InputError(f"{where} ({one_line(error)}); {remedy}") from error
     yield Block(source.path, "texts", first, [], source.num_bytes - done)
 
 
@@ -288,16 +364,26 @@ def _csv_rows(source: Source, text_field: str, flag: str) -> Iterator[tuple[list
             )
 
 
-def _datasets_rows(source: Source, text_field: str, flag: str) -> Iterator[tuple[list, float]]:
+def quiet_datasets():
+    """Import the `datasets` library without torch, its progress bars and its own messages."""
     import datasets
 
     datasets.disable_progress_bars()
     datasets.logging.set_verbosity(datasets.logging.CRITICAL)  # errors are reported here
     datasets.config.TORCH_AVAILABLE = False  # else torch is imported, and takes most of the memory
-    table = datasets.load_dataset(
+    return datasets
+
+
+def _datasets_rows(source: Source, text_field: str, flag: str) -> Iterator[tuple[list, float]]:
+    table = quiet_datasets().load_dataset(
         source.kind, data_files=[glob.escape(source.path)], split="train", streaming=True
     )
-    first = 1
+    yield from _table_rows(dataclasses.replace(source, table=table), text_field, flag)
+
+
+def _table_rows(source: Source, text_field: str, flag: str) -> Iterator[tuple[list, float]]:
+    table = source.table.skip(source.start) if source.start else source.table
+    first = source.start + 1
     for batch in table.iter(batch_size=ROWS_PER_BLOCK):
         if text_field not in batch:
             raise InputError(missing_field(flag, source.path, first, text_field, batch))
@@ -311,6 +397,7 @@ READERS = {
     "tsv": _csv_rows,
     "arrow": _datasets_rows,
     "json": _datasets_rows,
+    DATASET: _table_rows,
 }
 
 

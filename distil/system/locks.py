@@ -1,10 +1,11 @@
 """The run folder's lock, for one run at a time, and the detection of restarts by a launcher."""
 
+import contextlib
 import fcntl
 import json
 import os
 import socket
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TextIO
 
@@ -66,16 +67,22 @@ def require_unlocked(path: Path) -> None:
             _lock(file, path)
 
 
-def _lock(file: TextIO, path: Path) -> None:
+@contextlib.contextmanager
+def lock_file(path: Path, problem: str) -> Iterator[None]:
+    """Lock a file, made if need be, for the block. Raises InputError where another run holds it."""
+    with open(path, "a+", encoding="utf-8") as file:
+        _lock(file, path, problem)
+        yield
+
+
+def _lock(file: TextIO, path: Path, problem: str | None = None) -> None:
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError as error:
         holder = file.read(1000).strip()
         file.close()
-        raise InputError(
-            f"{path.parent}: another run trains in it ({holder}); stop that run, or choose another"
-            " folder"
-        ) from error
+        problem = problem or f"{path.parent}: another run trains in it ({holder})"
+        raise InputError(f"{problem}; stop that run, or choose another folder") from error
     except OSError as error:  # a file system without locks
         logger.warning(
             "%s: can't be locked (%s); make sure that no two runs share the folder.",
