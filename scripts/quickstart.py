@@ -286,7 +286,8 @@ def report(plan: Plan, started: float) -> None:
     print(
         f"The distilled student {verdict} the student before and the one trained without teacher."
     )
-    print(f"Curves: {path}. Load the student with from_pretrained('{plan.folder / 'distilled'}').")
+    student = plan.folder / "distilled" / "model"
+    print(f"Curves: {path}. Load the student with from_pretrained('{student}').")
     print(f"Done in {(time.perf_counter() - started) / 60:.1f} minutes.", flush=True)
 
 

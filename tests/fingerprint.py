@@ -667,7 +667,7 @@ def forget_after(run: str, step: int) -> None:
     for path in Path(run, "checkpoints").iterdir():
         if int(path.name.split("-")[-1]) > step:
             shutil.rmtree(path)
-    for pattern in ("pytorch_model.bin", "model.safetensors", "config.json", "tokenizer*"):
+    for pattern in ("pytorch_model.bin", "model/*", "config.json", "tokenizer*"):
         for path in Path(run).glob(pattern):
             path.unlink()
 

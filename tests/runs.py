@@ -20,8 +20,9 @@ def assert_same_run(one: Path, two: Path) -> None:
         for state in states:
             del state["log_bytes"], state["flags"]
         assert states[0] == states[1]
-    for path in sorted(one.glob("*.pth")) + [one / "pytorch_model.bin", one / "model.safetensors"]:
-        assert path.read_bytes() == (two / path.name).read_bytes(), path.name
+    final = [one / "pytorch_model.bin", one / "model" / "model.safetensors"]
+    for path in sorted(one.glob("*.pth")) + final:
+        assert path.read_bytes() == (two / path.relative_to(one)).read_bytes(), path.name
     logs = [[point for point in logged(run) if not is_text(point)] for run in (one, two)]
     assert logs[0] == logs[1] and len(logs[0]) > 100
 

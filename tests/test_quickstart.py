@@ -110,7 +110,9 @@ def test_an_interrupted_run_continues_to_the_same_student(
     assert "after: text, tokens, first student" in printed.err and "--resume auto" in printed.out
     assert "binarized_data.py" not in printed.out
     for name in ("distilled", "without_teacher"):
-        one, other = (tmp_path / run / name / "model.safetensors" for run in ("whole", "cut"))
+        one, other = (
+            tmp_path / run / name / "model" / "model.safetensors" for run in ("whole", "cut")
+        )
         assert one.read_bytes() == other.read_bytes()
 
 

@@ -83,6 +83,7 @@ DEFAULTS = {
     "compile": False,
     "resume": None,
     "keep_checkpoints": 3,
+    "keep_epochs": None,
     "distributed_timeout_s": 600,
 }
 
@@ -400,7 +401,7 @@ def scalars(folder: Path) -> dict[str, list]:
 def test_the_run_folder_holds_the_files_of_2019(kind, runs):
     names = {path.name for path in runs[kind].iterdir()}
     expected = {"parameters.json", "git_log.json", "config.json", "tokenizer.json", "log"}
-    expected |= {"checkpoint.pth", "pytorch_model.bin", "model.safetensors"}
+    expected |= {"checkpoint.pth", "pytorch_model.bin", "model"}
     expected |= {f"model_epoch_{epoch}.pth" for epoch in range(3)}
     assert expected <= names
     assert not [name for name in names if name.startswith(".") or name.endswith(".tmp")]
@@ -854,5 +855,8 @@ def test_a_teacher_is_trained_alike_without_token_counts(world, tmp_path):
         flags = ["--config", teacher / "config.json", "--tokenizer_name", teacher]
         flags += ["--data_file", world.data("bert"), "--output_dir", tmp_path / name, *counts]
         train_teacher.main([str(flag) for flag in [*flags, "--num_steps", "2"]])
-    weights = [(tmp_path / name / "model.safetensors").read_bytes() for name in ("with", "without")]
+    weights = [
+        (tmp_path / name / "model" / "model.safetensors").read_bytes()
+        for name in ("with", "without")
+    ]
     assert weights[0] == weights[1]

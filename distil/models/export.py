@@ -89,6 +89,8 @@ def tokenizer_for(network: torch.nn.Module, tokenizer):
     tokenizer.model_input_names = tokenizer.init_kwargs["model_input_names"] = names
     if getattr(tokenizer, "backend_tokenizer", None) is None:  # in Python, for tasks only
         return tokenizer
+    if type(tokenizer).__name__ == "TokenizersBackend":  # a name that transformers 4 lacks
+        tokenizer = _as_file(tokenizer)
     problem = _reload_problem(network, tokenizer)
     if problem is None:
         return tokenizer

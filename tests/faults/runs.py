@@ -128,7 +128,7 @@ def digest(run: Path) -> str:
         newest.path / "optimizer.safetensors",
         run / "pytorch_model.bin",
     ]
-    for path in [*files, run / "model.safetensors", *sorted(run.glob("*.pth"))]:
+    for path in [*files, run / "model" / "model.safetensors", *sorted(run.glob("*.pth"))]:
         total.update(path.read_bytes())
     return total.hexdigest()
 

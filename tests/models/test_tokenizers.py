@@ -20,7 +20,7 @@ from distil.data.cards import check_tokenizer, read_card, write_card, write_toke
 from distil.data.token_files import open_token_file
 from distil.models.architectures import ANY_TOKENIZER, ARCHITECTURES
 from distil.models.casing import Casing
-from distil.models.export import save_folder
+from distil.models.export import save_folder, tokenizer_for
 from distil.models.tokenizer_roles import special_ids
 from distil.models.tokenizer_rules import TEXTS, casing_of, rules_of, tokenizer_facts
 from distil.models.tokenizers import load_tokenizer, load_tokenizer_of_2019
@@ -479,7 +479,7 @@ def test_an_exported_folder_has_the_ids_of_its_teacher_and_inputs_of_its_model(k
         network = transformers.DistilBertForMaskedLM(config)
     else:
         network = make_model(kind, backend.get_vocab_size())
-    save_folder(network, tokenizer, tmp_path / "student")
+    save_folder(network, tokenizer_for(network, tokenizer), tmp_path / "student")
     loaded = transformers.AutoTokenizer.from_pretrained(tmp_path / "student")
     ids = loaded(LINES, add_special_tokens=False)["input_ids"]
     assert ids == [one.ids for one in backend.encode_batch(LINES)]
