@@ -178,7 +178,7 @@ class Bench:
             for path in sorted(Path(folder).rglob("*")):
                 if path.is_file() or path.is_symlink():
                     self.lines += map(self.plain, file_lines(path, self.plain))
-            for log in sorted(Path(folder).rglob("log/train")):
+            for log in sorted(Path(folder).rglob("log/*")):
                 self.lines += map(self.plain, log_lines(log))
 
 
