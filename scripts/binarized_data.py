@@ -26,7 +26,7 @@ from distil.data.cards import check_vocab_size, require_card_output, write_token
 from distil.data.decoding import ERRORS
 from distil.data.encoding import Encoding, WorkerPool, divide_work
 from distil.data.shuffle import Spool, shuffled
-from distil.data.tally import ManyUnknown, Tally, draw_lengths, summary
+from distil.data.tally import ManyUnknown, Tally, draw_lengths, log_summary
 from distil.data.text_sources import Block, Source, find_sources, read_blocks
 from distil.data.token_files import FORMATS, require_counts_output, writing_tokens
 from distil.models.architectures import AUTO
@@ -325,8 +325,7 @@ def main(argv: list[str] | None = None) -> None:
         card = make_card(args, description, sources, tally)
         write_shuffled(spool, outputs.path, args.format, args.seed, card, encoding.unknown_id)
     write_extras(args, outputs, description, tally)
-    for line in summary(tally):
-        logger.info(line)
+    log_summary(tally)
     seconds = time.perf_counter() - started
     logger.info(
         "Wrote %s in %.1f s: tokenized at %.1f MB/s on %d core(s), shuffled and written in %.1f s.",
