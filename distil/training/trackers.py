@@ -77,30 +77,40 @@ def tracker_problems(names: Sequence[str]) -> list[str]:
     """Say which trackers can't be started, before anything is loaded."""
     problems = []
     for name in (name for name in STARTS if name in names):
-        missing = [p for p in (name, "accelerate") if importlib.util.find_spec(p) is None]
+        missing = [package for package in (name, "accelerate") if not _is_installed(package)]
         if missing:
             problems.append(
                 f"--report_to {name}: {' and '.join(missing)} is not installed; pip install"
                 f" {' '.join(missing)}, or leave {name} out"
             )
-        elif name == "wandb" and not _is_logged_in():
+        elif name == "wandb" and (reason := _reason_not_logged_in()):
             problems.append(
-                "--report_to wandb: not logged in; run wandb login, set WANDB_API_KEY, or export"
+                f"--report_to wandb: {reason}; run wandb login, set WANDB_API_KEY, or export"
                 " WANDB_MODE=offline"
             )
     return problems
 
 
-def _is_logged_in() -> bool:
-    """True where wandb needs no login, or has one."""
-    import wandb
+def _is_installed(package: str) -> bool:
+    """True for an installed package, not for a folder of its name such as wandb's ./wandb."""
+    spec = importlib.util.find_spec(package)
+    return spec is not None and spec.origin is not None
 
-    if wandb.setup().settings.mode != "online":
-        return True
+
+def _reason_not_logged_in() -> str:
+    """Say why wandb could not log in; "" where it needs no login, or has one."""
     try:
-        return wandb.login(prompt=False, verify=False)
-    except TypeError:  # older versions ask, but for this
-        return bool(wandb.api.api_key)
+        import wandb
+
+        if wandb.setup().settings.mode != "online":
+            return ""
+        try:
+            is_logged_in = wandb.login(prompt=False, verify=False)
+        except TypeError:  # older versions lack the argument
+            is_logged_in = bool(wandb.api.api_key)
+        return "" if is_logged_in else "not logged in"
+    except Exception as error:  # a bad WANDB_MODE, a broken installation, ..
+        return one_line(error)
 
 
 def _make_accelerate_log() -> None:

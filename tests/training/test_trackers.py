@@ -34,6 +34,15 @@ def test_a_tracker_that_is_not_installed_is_one_line_before_anything_is_loaded(
     assert not (tmp_path / "run").exists()
 
 
+def test_a_folder_with_a_trackers_name_is_no_package(tmp_path, monkeypatch):
+    """wandb itself makes a folder ./wandb, which Python could import as an empty package."""
+    monkeypatch.setattr(trackers, "STARTS", {"tracker_of_no_package": None})
+    (tmp_path / "tracker_of_no_package").mkdir()
+    monkeypatch.syspath_prepend(str(tmp_path))
+    (problem,) = tracker_problems(["tracker_of_no_package"])
+    assert "tracker_of_no_package is not installed" in problem
+
+
 def test_an_unknown_tracker_is_refused(world, tmp_path, status_and_errors):
     flags = [*world.flags("bert", tmp_path / "run"), "--report_to", "notebook"]
     status, errors = status_and_errors(train.main, flags)
@@ -170,3 +179,7 @@ def test_wandb_without_a_login_is_one_line(monkeypatch, tmp_path):
     wandb.teardown()  # forget the settings of other tests
     (problem,) = tracker_problems(["tensorboard", "wandb"])
     assert problem.startswith("--report_to wandb: not logged in; run wandb login")
+    wandb.teardown()
+    monkeypatch.setenv("WANDB_MODE", "sometimes")
+    (problem,) = tracker_problems(["wandb"])
+    assert "\n" not in problem and "mode" in problem.lower()
