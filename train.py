@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterable, Iterator
 
 import numpy as np
 import torch
-from tqdm.contrib.logging import logging_redirect_tqdm
 
 from distil.data.batches import MicroBatch
 from distil.evaluation import HeldOut, Reader
@@ -31,7 +30,7 @@ from distil.training import models, post_mortem, resume, unused
 from distil.training.checkpointing import Checkpoint
 from distil.training.config import TrainConfig, as_flags, check_device, folder_problem, parse_config
 from distil.training.log import parameter_statistics
-from distil.training.optimizer import make_optimizer, make_schedule, run_length
+from distil.training.optimizer import describe_update, make_optimizer, make_schedule, run_length
 from distil.training.post_mortem import NonFiniteError
 from distil.training.progress import Actions, Intervals, Progress
 from distil.training.reports import PendingUpdate, StepReport
@@ -147,30 +146,30 @@ class Trainer:
 
     def _make_progress(self) -> Progress:
         config, runtime, flops, peak = self.config, self.runtime, self.flops, None
-        if flops is not None and runtime.is_main:  # others wait for it at the first exchange
-            dtype = self.distiller.amp_dtype or torch.float32
-            peak = peak_flops(runtime.device, dtype) * runtime.world_size
+        if flops is not None and runtime.is_main:
+            peak = peak_flops(runtime.device, self.distiller.amp_dtype or torch.float32)
         every = config.log_interval, config.checkpoint_interval, config.eval_interval
         return Progress(
             ["loss", *(f"loss_{name}" for name in self.distiller.model.alphas)],
             self.num_micro_batches,
             len(self.sampler),
+            self.per_update,
             runtime.world_size,
             self.dataset.lengths,
             Intervals(*every, self.held_out is not None),
             shows_bar=runtime.is_main,
             batch_flops=None if flops is None else flops.of_batch,
-            peak_flops=peak,
+            peak_flops=None if peak is None else peak * runtime.world_size,
         )
 
     def open_folder(self, point: Checkpoint | None) -> None:
         """Claim the run folder; a new run saves at once, which shows that the disk has room."""
         flags = as_flags(self.config)
-        log_bytes = None if point is None else point.state["log_bytes"]
+        state = None if point is None else point.state
         problem = folder_problem(self.config)  # asked again: loading took a while
         network = self.student.network
         saved = network, tokenizer_for(network, self.student.tokenizer)
-        self.folder = RunFolder(flags, *saved, log_bytes, problem)
+        self.folder = RunFolder(flags, *saved, state, problem)
         if point is None:
             self.save()
 
@@ -187,7 +186,7 @@ class Trainer:
         stream = contextlib.closing(prefetched(self._ready(updates), MICRO_BATCHES_AHEAD))
         progress.start_clock()
         unread: list[tuple[Update, PendingUpdate, int]] = []
-        with progress.bar, logging_redirect_tqdm([logger]), stream as items:
+        with progress.showing(logger), stream as items:
             self.evaluate_if_due()  # the run was stopped before it could
             for update in items:
                 actions = progress.actions(update.planned)
@@ -234,9 +233,10 @@ class Trainer:
             return
         if actions.is_logged:
             rate = self.distiller.schedule.get_last_lr()[0]
-            scalars = self.progress.take_scalars(update.planned[-1].epoch, rate)
+            scalars = self.progress.take_scalars(rate, report.grad_norm)
             statistics = parameter_statistics(self.student.network) | report.statistics
-            self.folder.log.add_scalars(scalars | statistics, self.progress.iterations)
+            self.folder.log_training(scalars, statistics, self.progress.place)
+            logger.info("%s", self.progress.describe_log(scalars))
         for epoch in actions.epochs:
             mean, step = self.progress.epoch_mean(epoch), self.progress.step
             self.folder.save_epoch(epoch, mean, step)
@@ -261,7 +261,7 @@ class Trainer:
         is_best = progress.take_figures(figures, elapsed_s, self.identity.get("eval_data_file"))
         if self.folder is None:
             return
-        self.folder.log_figures(figures, progress.step, progress.iterations, is_best)
+        self.folder.log_figures(figures, progress.place, is_best)
         if is_best:
             self.folder.save_best(progress.best)
 
@@ -350,6 +350,8 @@ def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
             "Training %s parameters on %d sequences (%d ids), %d micro-batches in all.",
             *(f"{parameters:,}", len(lengths), int(np.sum(lengths)), trainer.num_micro_batches),
         )
+        sizes = config.gradient_accumulation_steps, config.batch_size, config.max_tokens
+        logger.info("%s", describe_update(*sizes, runtime.world_size))
         fit_and_export(trainer, stop)
     finally:
         if trainer.folder is not None:

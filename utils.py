@@ -176,9 +176,23 @@ def setup_logging(level: int = logging.INFO) -> None:
     logger.propagate = False
 
 
-def bar_options() -> dict[str, Any]:
-    """Return tqdm's options for a terminal, or for a log file: a line every ten seconds."""
-    return {"dynamic_ncols": True, "mininterval": 0.5 if sys.stderr.isatty() else 10}
+class LogLines:
+    """A stream for progress bars outside a terminal: each state becomes a line of the log."""
+
+    def write(self, text: str) -> None:
+        """Log a state; skip what only moves a terminal's cursor or clears its line."""
+        if text.startswith("\r") and text.strip():
+            logger.info("%s", text.strip())
+
+    def flush(self) -> None:
+        """Do nothing: the log flushes its lines."""
+
+
+def bar_options(line_s: float = 10) -> dict[str, Any]:
+    """Return tqdm's options for a terminal, or for a log file: a line every `line_s` seconds."""
+    if sys.stderr.isatty():
+        return {"dynamic_ncols": True, "mininterval": 0.5}
+    return {"file": LogLines(), **dict.fromkeys(("mininterval", "maxinterval", "delay"), line_s)}
 
 
 def keep_freed_memory() -> bool:

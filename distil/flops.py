@@ -237,29 +237,12 @@ def product_rate(left: torch.Tensor, right: torch.Tensor, limit_s: float = 1.0) 
     return 2 * len(left) ** 3 / min(best_seconds(left.device.type, way, limit_s) for way in ways)
 
 
-PEAK_SIZES = (128, 256, 512, 1024, 2048, 4096)  # rows of the timed square matrices
-PEAK_LIMIT_S = 0.1
+def peak_flops(device: torch.device, dtype: torch.dtype) -> float | None:
+    """Return a device's peak, FLOP/s, by its data sheet; None where none is listed, as on a CPU.
 
-
-def measured_peak(device: str, dtype: torch.dtype, limit_s: float = PEAK_LIMIT_S) -> float:
-    """Measure the fastest matrix product, FLOP/s, with growing sizes within limit_s in all.
-
-    The first size is small: float16 on a CPU can be a thousand times slower than float32. No random
-    number is drawn.
+    A peak measured at a run's start depends on what else ran just then.
     """
-    best, started, expected_s = 0.0, clock_s(device), 0.0
-    for size in PEAK_SIZES:
-        began = clock_s(device)
-        if best and began - started + expected_s > limit_s:
-            break
-        left = torch.linspace(-1, 1, size * size, device=device).view(size, size).to(dtype)
-        best = max(best, product_rate(left, left, limit_s=0.0))
-        expected_s = 8 * (clock_s(device) - began)
-    return best
-
-
-def peak_flops(device: torch.device, dtype: torch.dtype) -> float:
-    """Return a device's peak, FLOP/s: by its data sheet if known, else measured."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    if device.type != "cuda":
+        return None
     precision = next(key for key, value in DTYPES.items() if value == dtype)
-    return nominal_peak(name, precision) or measured_peak(device.type, dtype)
+    return nominal_peak(torch.cuda.get_device_name(device), precision)

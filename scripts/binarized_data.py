@@ -21,7 +21,7 @@ from distil.data.partial import Partial, partial_folder
 from distil.data.sharding import parse_shard, part_of
 from distil.data.shuffle import Spool
 from distil.data.spooling import spool_ids
-from distil.data.tally import summary
+from distil.data.tally import log_summary
 from distil.data.text_flags import (
     TEXT_PATHS,
     add_dataset_flags,
@@ -250,8 +250,7 @@ def binarize(
     write_extras(outputs, args.vocab_size, description, tally)
     if not spool.num_sequences:
         logger.warning("--shard %s: no text is in this part; it joins as the others.", args.shard)
-    for line in summary(tally):
-        logger.info(line)
+    log_summary(tally)
     seconds = time.perf_counter() - started
     logger.info(
         "Wrote %s in %.1f s: tokenized at %.1f MB/s on %d core(s), shuffled and written in %.1f s.",

@@ -178,7 +178,7 @@ class Bench:
             for path in sorted(Path(folder).rglob("*")):
                 if path.is_file() or path.is_symlink():
                     self.lines += map(self.plain, file_lines(path, self.plain))
-            for log in sorted(Path(folder).rglob("log/train")):
+            for log in sorted(Path(folder).rglob("log/*")):
                 self.lines += map(self.plain, log_lines(log))
 
 
@@ -262,7 +262,9 @@ VOLATILE = [
         (r"\d{4}-\d\d-\d\d", "DATE"),
         (r"\.old-\d{8}-\d{6}", ".old-TIME"),
         (r"\d[\d.,]* (?:s|ms|min|minutes)\b *", "SECONDS"),
-        (r"\d[\d.,]* [a-zA-Z]+/s\b", "SPEED"),
+        (r"\d[\d.,]*[kM]? [a-zA-Z]+/s\b", "SPEED"),
+        (r"\b(?:\d+[dhms])+ left\b", "TIME left"),
+        (r'(?<="tokens_per_s": )[\d.]+', "SPEED"),
         (r"'train_(runtime|samples_per_second|steps_per_second)': '[^']*'", r"'train_\1': SPEED"),
         (r"[\w.-]*tfevents[\w.-]*", "EVENTS"),
         (r"(?<=/benchmark-)\w{8}", "TEMPORARY"),
@@ -319,7 +321,7 @@ def file_lines(path: Path, plain: Callable[[str], str]) -> Iterator[str]:
     elif path.suffix == ".md":
         lines = plain(path.read_text(encoding="utf-8")).splitlines()
         yield from (f"{key} | {shortened(line)}" for line in lines)
-    elif path.suffix in (".txt", ".tsv"):
+    elif path.suffix in (".txt", ".tsv", ".jsonl"):
         yield f"{key} {digest(plain(path.read_bytes().decode(errors='replace')))}"
     else:
         yield f"{key} {digest(path.read_bytes())}"

@@ -25,6 +25,15 @@ def assert_same_run(one: Path, two: Path) -> None:
         assert path.read_bytes() == (two / path.relative_to(one)).read_bytes(), path.name
     logs = [[point for point in logged(run) if not is_text(point)] for run in (one, two)]
     assert logs[0] == logs[1] and len(logs[0]) > 100
+    metrics = [read_metrics(run) for run in (one, two)]
+    for line in metrics[0] + metrics[1]:
+        line.pop("tokens_per_s", None)
+    assert metrics[0] == metrics[1] and metrics[0]
+
+
+def read_metrics(run: Path) -> list[dict]:
+    """Read the lines of a run's metrics.jsonl."""
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
 
 
 def dying_at(function, call: int):

@@ -211,7 +211,7 @@ MEASURED = ("global/speed", "global/tokens_per_s", "global/mfu", "global/memory_
 def logged(run: Path) -> list[tuple]:
     """List the points of a run's event files: (tag, x, value), without times and memory."""
     points = []
-    for file in sorted((run / "log" / "train").iterdir()):
+    for file in sorted((run / "log").glob("*/*")):
         for event in EventFileLoader(str(file)).Load():
             for value in event.summary.value:
                 content = value.tensor.float_val or value.tensor.string_val

@@ -828,7 +828,7 @@ def test_causal_half_precision_and_teacherless_runs_are_evaluated_at_the_end(
 
 
 def test_a_student_that_is_not_a_number_is_never_the_best():
-    progress = Progress(["loss"], 10, 5, 1, np.array([12]), Intervals(5, 5), shows_bar=False)
+    progress = Progress(["loss"], 10, 5, 2, 1, np.array([12]), Intervals(5, 5), shows_bar=False)
     figures = {"loss": math.nan, "accuracy": 0.0, "kl": math.nan}
 
     def is_best(**changes: float) -> bool:

@@ -6,6 +6,9 @@ from distil.data.encoding import EncodedBlock, Encoding
 from distil.data.shuffle import Spool
 from distil.data.token_files import MANY_UNKNOWN, MAX_LISTED, MIN_LENGTH
 from distil.reporting.plots import picture
+from utils import logger
+
+WARN_UNKNOWN = 0.05  # share of unknown ids from which the tokenizer hardly fits the text
 
 
 class Tally:
@@ -94,6 +97,27 @@ def draw_lengths(num_of_length: dict[int, int], path: str, title: str) -> None:
             ylabel="sequences",
             xscale="log",
         )
+
+
+def log_summary(tally: Tally) -> None:
+    """Log a few lines on what was made, and warn of many unknown ids."""
+    for line in summary(tally):
+        logger.info("%s", line)
+    share = unknown_share(tally)
+    if share >= WARN_UNKNOWN:
+        logger.warning(
+            "%.1f%% of the ids between the boundaries are unknown to the tokenizer: text without"
+            " spaces (FASTA, ..), another script or case? Words it does not know are lost; take a"
+            " tokenizer that fits.",
+            100 * share,
+        )
+
+
+def unknown_share(tally: Tally) -> float:
+    """Return the share of unknown ids among those that are not a sequence's boundaries."""
+    counts = tally.counts()
+    num_ends = 1 if tally.encoding.start_id is None else 2
+    return counts["unknown"] / max(counts["ids"] - num_ends * counts["sequences"], 1)
 
 
 def summary(tally: Tally) -> list[str]:

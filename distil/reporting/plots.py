@@ -14,22 +14,31 @@ DPI = 110
 
 @contextlib.contextmanager
 def picture(
-    path: str | os.PathLike, num_panels: int, size: tuple[float, float], **shared: bool
+    path: str | os.PathLike,
+    num_panels: int,
+    size: tuple[float, float],
+    columns: int | None = None,
+    **shared: bool,
 ) -> Iterator[tuple]:
     """Yield (figure, its panels from left to right) to draw on; then save the figure as a PNG.
 
-    size: width and height, in inches. shared: sharex or sharey of the panels.
+    size: width and height, in inches. columns: panels in a row; None: all. shared: sharex or sharey
+    of the panels.
     """
     import matplotlib
 
     matplotlib.use("Agg")
     import matplotlib.pyplot as plt
 
+    columns = min(columns or num_panels, num_panels)
+    shape = -(-num_panels // columns), columns
     figure, panels = plt.subplots(
-        1, num_panels, figsize=size, layout="constrained", squeeze=False, **shared
+        *shape, figsize=size, layout="constrained", squeeze=False, **shared
     )
+    for panel in panels.flat[num_panels:]:
+        panel.set_visible(False)
     try:
-        yield figure, list(panels[0])
+        yield figure, list(panels.flat[:num_panels])
         with atomic_path(path) as temporary:
             figure.savefig(temporary, dpi=DPI, format="png")
     finally:

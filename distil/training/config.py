@@ -18,6 +18,8 @@ from distil.system.files import file_problem
 from distil.system.launch import TIMEOUT_S, check_compiler, check_precision, is_another_rank
 from distil.training.options import add_options, bound_problems, option
 from distil.training.run_folder import dump_path_problem, resume_mode
+from distil.training.trackers import NAMES as TRACKERS
+from distil.training.trackers import TENSORBOARD, tracker_problems
 from utils import VERSION, OneLineParser, logger, raise_problems
 
 DESCRIPTION = (
@@ -200,13 +202,23 @@ class TrainConfig:
     )
     seed: int = option("seed of order, masks, dropout and first weights", 56)
     log_interval: int = option(
-        "micro-batches of one process between two logs to TensorBoard",
+        "micro-batches of one process, not updates, between two logs (as in 2019)",
         500,
         at_least=1,
         resumable=True,
     )
     checkpoint_interval: int = option(
-        "micro-batches of one process between two checkpoints", 4000, at_least=1, resumable=True
+        "micro-batches of one process, not updates, between two checkpoints (as in 2019)",
+        4000,
+        at_least=1,
+        resumable=True,
+    )
+    report_to: tuple[str, ...] = option(
+        "where figures go beside metrics.jsonl: TensorBoard's files, and the packages wandb and"
+        " mlflow",
+        (TENSORBOARD,),
+        choices=TRACKERS,
+        resumable=True,
     )
     eval_data_file: str | None = option(
         "token file of held-out text, made as DATA_FILE is: evaluated on fixed masks",
@@ -352,7 +364,7 @@ def path_problems(config: TrainConfig) -> list[str]:
         if path is not None
     ]
     if not is_another_rank(os.environ):  # rank 0 writes, and may have made the folder already
-        problems.append(folder_problem(config))
+        problems += [folder_problem(config), *tracker_problems(config.report_to)]
     return [problem for problem in problems if problem]
 
 

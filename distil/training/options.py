@@ -91,13 +91,17 @@ def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, kind:
     else:
         options["default"] = field.default
         if field.default is not None and field.default is not False:
-            options["help"] += f" (default: {field.default})"
+            is_list = isinstance(field.default, tuple)
+            shown = " ".join(field.default) if is_list else field.default
+            options["help"] += f" (default: {shown})"
     if kind is bool:
         options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
     else:
         options["type"] = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
         options["choices"] = field.metadata["choices"]
         options["metavar"] = None if options["choices"] else options["type"].__name__.upper()
+        if typing.get_origin(kind) is tuple:
+            options["nargs"] = "*"
         if field.metadata["bare"] is not None:
             options |= {"nargs": "?", "const": field.metadata["bare"]}
     parser.add_argument(*flags, **options)

@@ -3,7 +3,9 @@
 Units: micro-batches are counted over all processes, iterations on each, steps are updates.
 """
 
+import contextlib
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -13,8 +15,13 @@ import numpy as np
 import psutil
 import torch
 from tqdm import tqdm
+from tqdm.contrib.logging import logging_redirect_tqdm
 
+from distil.reporting.tables import digits
+from distil.training.log import Place
 from utils import bar_options
+
+FILE_LINE_S = 60  # between two lines of the bar in a log file
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,9 +58,9 @@ class Actions:
 class Progress:
     """Counters and means of a run; on the main process with a bar.
 
-    loss_names: of the columns of losses_MK. lengths: ids of each sequence of the data.
-    batch_flops: lengths_B -> model FLOPs of a micro-batch; peak_flops: a second, of all devices;
-    both None where they are unknown.
+    loss_names: of the columns of losses_MK. per_update: micro-batches of an update, over all
+    processes. lengths: ids of each sequence of the data. batch_flops: lengths_B -> model FLOPs of a
+    micro-batch; peak_flops: a second, of all devices; both None where they are unknown.
     """
 
     def __init__(
@@ -61,6 +68,7 @@ class Progress:
         loss_names: Sequence[str],
         num_micro_batches: int,
         batches_per_epoch: int,
+        per_update: int,
         world_size: int,
         lengths: np.ndarray,
         intervals: Intervals,
@@ -71,25 +79,26 @@ class Progress:
     ):
         self.names = list(loss_names)
         self.num_micro_batches, self.batches_per_epoch = num_micro_batches, batches_per_epoch
-        self.world_size, self.lengths, self.intervals = world_size, lengths, intervals
+        self.num_updates = -(-num_micro_batches // per_update)
+        self.world_size = world_size
+        self.lengths, self.intervals = lengths, intervals
         self.batch_flops, self.peak_flops = batch_flops, peak_flops
         self.step = 0  # updates done
         self.micro_batches = 0  # done, over all processes
         self.log_sums_K, self.log_count = torch.zeros(len(self.names), dtype=torch.float64), 0
         # Of all ranks, since the last log:
         self.num_tokens, self.num_flops, self.logged_at = 0, 0, time.perf_counter()
+        # What was done when this process began to train, and when that was:
+        self.first_done, self.started_at = 0, self.logged_at
         self.epoch_sums: dict[int, tuple[float, int]] = {}
         self.evaluated_step = 0  # the last update after which held-out data was evaluated
         self.best: dict[str, Any] | None = None  # what best.json holds
-        self.training_text = self.held_out_text = ""  # what the bar shows
-        self.bar = tqdm(
-            total=num_micro_batches,
-            unit="batch",
-            desc="epoch 0",
-            smoothing=0.05,
-            disable=not shows_bar,
-            **bar_options(),
-        )
+        self.shows_bar = shows_bar
+        self.bar: tqdm | None = None
+        # What the bar shows, the most important first:
+        self.training_texts: list[str] = []
+        self.held_out_texts: list[str] = []
+        self.time_left = ""
 
     # ---- what falls due --------------------------------------------------------------------------
 
@@ -97,6 +106,12 @@ class Progress:
     def iterations(self) -> int:
         """Micro-batches that each process has taken."""
         return -(-self.micro_batches // self.world_size)
+
+    @property
+    def place(self) -> Place:
+        """The counters after the last update, for a log."""
+        epoch = max(self.micro_batches - 1, 0) // self.batches_per_epoch
+        return Place(self.step, self.micro_batches, epoch, self.iterations)
 
     @property
     def is_done(self) -> bool:
@@ -150,18 +165,11 @@ class Progress:
         self.log_count = state["log_count"]
         self.epoch_sums = {epoch: (total, count) for epoch, total, count in state["epoch_sums"]}
         self.evaluated_step, self.best = state.get("evaluated_step", 0), state.get("best")
-        self.bar.initial = self.micro_batches  # the bar's rate is of what is done now
-        self.bar.update(self.micro_batches - self.bar.n)
 
     def start_clock(self) -> None:
         """Measure rates from now on: a checkpoint was read or written before."""
-        self.logged_at = time.perf_counter()
-
-    def moving_bar(self, batches: Iterator) -> Iterator:
-        """Yield this rank's micro-batches; each one done moves the bar by one for every rank."""
-        for batch in batches:
-            yield batch
-            self.bar.update(self.world_size)
+        self.logged_at = self.started_at = time.perf_counter()
+        self.first_done = self.micro_batches
 
     def advance(self, planned: Sequence) -> None:
         """Count an update that was launched."""
@@ -178,15 +186,12 @@ class Progress:
             lengths_B = self.lengths[batch.sequences]
             self.num_tokens += int(lengths_B.sum())
             self.num_flops += 0 if self.batch_flops is None else self.batch_flops(lengths_B)
-        rates = self.rates(time.perf_counter())
-        self.bar.set_description(f"epoch {planned[-1].epoch}", refresh=False)
-        loss = losses_MK[:, 0].mean()
-        self.training_text = f"loss {loss:.4f}, {rates['tokens_per_s']:,.0f} tokens/s"
-        if "mfu" in rates:
-            self.training_text += f", {rates['mfu']:.1%} MFU"
-        self.bar.set_postfix_str(self.training_text + self.held_out_text, refresh=False)
-        # The next update may have moved the bar already.
-        self.bar.update(max(planned[-1].number + 1 - self.bar.n, 0))
+        now, num_done = time.perf_counter(), planned[-1].number + 1
+        # The mean since the start contains evaluations and checkpoints, as what is left does.
+        per_batch_s = (now - self.started_at) / (num_done - self.first_done)
+        self.time_left = f"{duration(per_batch_s * (self.num_micro_batches - num_done))} left"
+        self.training_texts = [f"loss {losses_MK[:, 0].mean():.3f}", *speed_texts(self.rates(now))]
+        self._move_bar(num_done)
 
     def rates(self, now: float) -> dict[str, float]:
         """Return real tokens a second over all ranks, and MFU where the peak is known.
@@ -204,15 +209,16 @@ class Progress:
         total, count = self.epoch_sums[epoch]
         return total / count
 
-    def take_scalars(self, epoch: int, learning_rate: float) -> dict[str, float]:
-        """Return the scalars of a log, and begin the means of the next one."""
+    def take_scalars(self, learning_rate: float, grad_norm: float) -> dict[str, float]:
+        """Return the scalars of a log by TensorBoard tag, and begin the means of the next one."""
         now = time.perf_counter()
         # Differs from the original: means since the last log over all ranks; 2019: one micro-batch.
         means = (self.log_sums_K / self.log_count).tolist()
         scalars = {f"losses/{name}": mean for name, mean in zip(self.names, means, strict=True)}
         scalars |= {
-            "losses/cum_avg_loss_epoch": self.epoch_mean(epoch),
+            "losses/cum_avg_loss_epoch": self.epoch_mean(self.place.epoch),
             "learning_rate/lr": learning_rate,
+            "global/grad_norm": grad_norm,
             "global/memory_usage": psutil.virtual_memory().used / 1e6,
             "global/speed": now - self.logged_at,
             **{f"global/{name}": rate for name, rate in self.rates(now).items()},
@@ -231,10 +237,11 @@ class Progress:
         self.evaluated_step = self.step
         self.logged_at += elapsed_s
         measure = "kl" if "kl" in figures else "loss"
-        self.held_out_text = (
-            f", held-out {measure} {figures[measure]:.4f}, top-1 {figures['accuracy']:.1%}"
-        )
-        self.bar.set_postfix_str(self.training_text + self.held_out_text)
+        self.held_out_texts = [
+            f"eval {MEASURES[measure]} {figures[measure]:.3f}",
+            f"top-1 {figures['accuracy']:.1%}",
+        ]
+        self._move_bar(self.micro_batches)
         # A comparison with NaN is false: such a student is never the best.
         lowest = math.inf if self.best is None else self.best["figures"][measure]
         is_best = figures[measure] < lowest
@@ -242,3 +249,74 @@ class Progress:
             figures = dict(figures)
             self.best = {"step": self.step, "lowest": measure, "figures": figures, "data": data}
         return is_best
+
+    # ---- the bar and the log ---------------------------------------------------------------------
+
+    @contextlib.contextmanager
+    def showing(self, *loggers: logging.Logger) -> Iterator[None]:
+        """Show the bar, with the lines of loggers above it; in a file, lines instead.
+
+        The bar begins here: a line that is logged before would be written over it.
+        """
+        options = bar_options(FILE_LINE_S)
+        options |= {"bar_format": "{desc}" if "file" in options else "{desc} {bar}"}
+        options |= {"total": self.num_micro_batches, "initial": self.micro_batches}
+        self.bar = tqdm(desc=self.text(None), disable=not self.shows_bar, **options)
+        with self.bar, logging_redirect_tqdm(list(loggers)):
+            yield
+
+    def moving_bar(self, batches: Iterator) -> Iterator:
+        """Yield this rank's micro-batches; each one done moves the bar by one for every rank."""
+        for batch in batches:
+            yield batch
+            self._move_bar(self.bar.n + self.world_size)
+
+    def _move_bar(self, num_done: int) -> None:
+        """Move the bar forward to a number of micro-batches: the next update may have moved it."""
+        if self.bar is not None and not self.bar.disable:
+            self.bar.set_description_str(self.text(self.bar.format_dict["ncols"]), refresh=False)
+            self.bar.update(max(num_done - self.bar.n, 0))
+
+    def text(self, columns: int | None) -> str:
+        """Say how far the run is; leave out from the end what more columns would take."""
+        epoch = min(self.micro_batches, self.num_micro_batches - 1) // self.batches_per_epoch
+        text = f"epoch {epoch}, update {self.step}/{self.num_updates}"
+        training, held_out = self.training_texts, self.held_out_texts
+        for part in (self.time_left, *training[:2], *held_out, *training[2:]):
+            if columns is not None and len(text) + len(f", {part}") > columns:
+                break
+            text += f", {part}" if part else ""
+        return text
+
+    def describe_log(self, scalars: Mapping[str, float]) -> str:
+        """Write a log's scalars as a line: every term of the loss, rate, norm, speed, time left."""
+        loss, *terms = (
+            f"{name.removeprefix('loss_')} {scalars[f'losses/{name}']:.4f}" for name in self.names
+        )
+        rates = {name: scalars.get(f"global/{name}") for name in ("tokens_per_s", "mfu")}
+        rate, norm = scalars["learning_rate/lr"], scalars["global/grad_norm"]
+        listed = f"{loss} ({', '.join(terms)}), lr {rate:.3g}, gradient norm {norm:.3g}"
+        speed = ", ".join(speed_texts(rates))
+        reached = f"Update {self.step} of {self.num_updates}, epoch {self.place.epoch}"
+        return f"{reached}: {listed}, {speed}, {self.time_left}."
+
+
+def speed_texts(rates: Mapping[str, float | None]) -> list[str]:
+    """Write tokens a second with three digits, and MFU where it is known."""
+    speed = rates["tokens_per_s"]
+    unit, size = next(row for row in (("M", 1e6), ("k", 1e3), ("", 0)) if speed >= row[1])
+    texts = [f"{digits(speed / (size or 1))}{unit} tok/s"]
+    return texts if rates.get("mfu") is None else [*texts, f"{rates['mfu']:.1%} MFU"]
+
+
+def duration(seconds: float) -> str:
+    """Write a duration with its two largest units."""
+    seconds = round(seconds)
+    for unit, size, next_unit, next_size in DURATIONS:
+        if seconds >= size:
+            return f"{seconds // size}{unit}{seconds % size // next_size:02d}{next_unit}"
+    return f"{seconds}s"
+
+
+DURATIONS = (("d", 86400, "h", 3600), ("h", 3600, "m", 60), ("m", 60, "s", 1))
+MEASURES = {"kl": "KL", "loss": "loss"}  # names of what the best student has least of

@@ -30,7 +30,8 @@ from distil.system.files import (
 )
 from distil.system.locks import LOCK, is_restarted, require_unlocked, take_lock
 from distil.training import checkpointing
-from distil.training.log import Log, cut_log
+from distil.training.log import Log, Place, cut_log
+from distil.training.trackers import TENSORBOARD, start_trackers
 from utils import VERSION, InputError, git_facts, logger
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -115,14 +116,14 @@ class RunFolder:
         flags: Mapping[str, Any],
         student,
         tokenizer,
-        log_bytes: Mapping[str, int] | None,
+        state: Mapping[str, Any] | None,
         problem: str | None,
     ):
         """Claim and begin the folder of a run.
 
-        flags: every flag, for parameters.json. student, tokenizer: what is saved. log_bytes: sizes
-        of the log's files at the checkpoint that the run resumes from; None: the folder is made,
-        an old one moved aside. problem: see dump_path_problem, asked again: loading took a while.
+        flags: every flag, for parameters.json. student, tokenizer: what is saved. state: of the
+        checkpoint that the run resumes from, for its log; None: the folder is made, an old one
+        moved aside. problem: see dump_path_problem, asked again: loading took a while.
         """
         self.path = entry(flags["dump_path"])
         self.student, self.tokenizer = student, tokenizer
@@ -132,9 +133,9 @@ class RunFolder:
         self.plain: tuple[int, Path] | None = None  # the newest plain state dict, and its step
         if problem:
             raise InputError(problem)
-        self._claim(resumes=log_bytes is not None)
+        self._claim(resumes=state is not None)
         try:
-            self._begin(flags, log_bytes)
+            self._begin(flags, state)
         except BaseException:
             self.close()
             raise
@@ -153,25 +154,23 @@ class RunFolder:
         if resumes:
             self._remove_leftovers()
 
-    def _begin(self, flags: Mapping[str, Any], log_bytes: Mapping[str, int] | None) -> None:
+    def _begin(self, flags: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
         write_json(self.path / "parameters.json", {**flags, "version": VERSION})
         # Differs from the original: outside a checkout, or with a detached head, the run continues.
         write_json(self.path / "git_log.json", git_facts(ROOT))
         self._write_loader_files()
-        if log_bytes is not None:
-            cut_log(self.log_path, log_bytes)
+        ids = {} if state is None else state.get("trackers", {})
+        trackers = start_trackers(flags["report_to"], self.path, flags, ids)
+        self.tracker_ids = {**ids, **{tracker.name: tracker.id for tracker in trackers}}
+        if state is not None:
+            cut_log(self.path, state["log_bytes"])
             # The process may have been killed between the two.
             save_weights(self.path / "checkpoint.pth", self.student.state_dict())
-        self.log = Log(self.log_path)
-        if log_bytes is None:
+        self.log = Log(self.path, TENSORBOARD in flags["report_to"], trackers)
+        if state is None:
             student_config = self.student.config.to_json_string(use_diff=False)
             texts = {"config/training": json.dumps(flags), "config/student": student_config}
             self.log.add_texts(texts)
-
-    @property
-    def log_path(self) -> Path:
-        """The folder of TensorBoard's event files."""
-        return self.path / "log" / "train"
 
     def _remove_leftovers(self) -> None:
         """Remove files that this run was writing when it was killed."""
@@ -186,15 +185,15 @@ class RunFolder:
         if self.lock is not None:
             self.lock.close()
         if self.log is not None:
-            self.log.restore_thread_hook()
+            self.log.release()
 
     def save_checkpoint(
         self, tensors: checkpointing.Tensors, state: Mapping[str, Any], step: int, keep: int
     ) -> None:
         """Write a whole checkpoint, then checkpoint.pth: the student's plain state dict."""
-        state = {**state, "log_bytes": self.log.flushed_sizes()}
+        of_log = {"log_bytes": self.log.flushed_sizes(), "trackers": self.tracker_ids}
         folder, files = self.path / CHECKPOINTS, self.loader_files
-        checkpointing.write(folder, step, tensors, state, keep, files)
+        checkpointing.write(folder, step, tensors, {**state, **of_log}, keep, files)
         self._save_plain("checkpoint.pth", step)
 
     def _save_plain(self, name: str, step: int) -> None:
@@ -214,14 +213,19 @@ class RunFolder:
         self.log.add_scalars({"epoch/loss": mean_loss}, epoch)
         logger.info("Epoch %d: mean loss %.4f.", epoch, mean_loss)
 
-    def log_figures(
-        self, figures: Mapping[str, float], step: int, iterations: int, is_best: bool
+    def log_training(
+        self, scalars: Mapping[str, float], statistics: Mapping[str, float], place: Place
     ) -> None:
-        """Log the held-out figures after update `step`, and show them."""
-        self.log.add_scalars({f"eval/{name}": value for name, value in figures.items()}, iterations)
+        """Log scalars of training by tag, and apart statistics of parameters and gradients."""
+        self.log.add_figures(scalars, place)
+        self.log.add_scalars(statistics, place.x, "parameters")
+
+    def log_figures(self, figures: Mapping[str, float], place: Place, is_best: bool) -> None:
+        """Log held-out figures, and show them."""
+        self.log.add_figures({f"eval/{name}": value for name, value in figures.items()}, place)
         listed = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
         best = "; the best so far" if is_best else ""
-        logger.info("Update %d, held out: %s%s.", step, listed, best)
+        logger.info("Update %d, held out: %s%s.", place.update, listed, best)
 
     def describe_saved(self) -> str:
         """Name the newest checkpoint on the disk."""

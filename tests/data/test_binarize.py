@@ -693,6 +693,22 @@ def test_the_summary_says_what_was_made(teachers, tmp_path, capsys):
     assert "32 words," in printed and "Skipped 1 blank lines" in printed
 
 
+@pytest.mark.parametrize(
+    ("num_known", "num_unknown", "expected"), [(0, 1, "100.0%"), (19, 1, "5.0%"), (20, 1, None)]
+)
+def test_from_5_percent_of_unknown_ids_on_a_warning_says_so(
+    num_known, num_unknown, expected, teachers, tmp_path, capsys
+):
+    """A FASTA file without spaces became one unknown id a line, with status 0 and no word."""
+    tokenizer = load_tokenizer(architecture_named("bert"), str(teachers["bert"]), "")
+    word = next(word for word in ("a", "e", "i", "o", "u") if len(tokenizer.tokenize(word)) == 1)
+    words = [word] * num_known + ["ACGT" * 60] * num_unknown
+    (tmp_path / "text").write_text((" ".join(words) + "\n") * 3)
+    run(tmp_path, teachers["bert"], "bert", tmp_path / "text")
+    warnings = [line for line in capsys.readouterr().err.splitlines() if " WARNING " in line]
+    assert [expected in line for line in warnings] == ([True] if expected else [])
+
+
 BAD = {
     "folder without text": (["--file_path", "{tmp}/void"], "the folder holds no text"),
     "no match": (["--file_path", "{tmp}/*.none"], "no file matches"),

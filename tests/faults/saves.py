@@ -662,8 +662,10 @@ def is_temporary(path: str) -> bool:
 
 
 def is_in_place(path: str) -> bool:
-    """True for TensorBoard's files, which grow under their names, their folders, and the lock."""
-    return "/log/train/" in f"{path}/" or path.endswith(("/log", f"/{locks.LOCK}"))
+    """True for the log's files, which grow under their names, their folders, and the lock."""
+    return re.search("/log/(train|parameters)/", f"{path}/") is not None or path.endswith(
+        ("/log", f"/{log.METRICS}", f"/{locks.LOCK}")
+    )
 
 
 def order_of_calls(bench) -> None:

@@ -55,9 +55,8 @@ def test_the_bar_shows_tokens_a_second_and_mfu(clock, world, tmp_path):
         record(shown, update)
         tokens += sum(int(lengths_B.sum()) for lengths_B in lengths_of(trainer, update))
         num_flops += sum(update_flops(teacher, student, x) for x in lengths_of(trainer, update))
-        rates = f"{tokens / seconds:,.0f} tokens/s, {num_flops / seconds / PEAK:.1%} MFU"
-        expected = f"loss 1.5000, {rates}"
-        assert shown.training_text == expected and expected in str(shown.bar.postfix)
+        expected = f"loss 1.500, {tokens / seconds:.0f} tok/s, {num_flops / seconds / PEAK:.1%} MFU"
+        assert expected in shown.text(None)
     assert num_flops / 6.0 / PEAK > 0.01, "the figure is not lost in rounding"
 
 
@@ -71,7 +70,7 @@ def test_logged_rates_cover_the_time_since_the_last_log_without_evaluations(cloc
         if evaluation_s:
             clock[0] += evaluation_s
             shown.take_figures({"loss": 1.0, "accuracy": 0.5}, evaluation_s, None)
-        points = shown.take_scalars(0, 0.1)
+        points = shown.take_scalars(0.1, 2.5)
         tokens = sum(int(lengths_B.sum()) for lengths_B in lengths_of(trainer, update))
         counted = sum(map(trainer.flops.of_batch, lengths_of(trainer, update)))
         elapsed_s = 4.0 if update is first else 9.0 - 4.0
@@ -105,14 +104,28 @@ def test_logged_rates_agree_with_logged_seconds(world, tmp_path, monkeypatch):
 def test_models_of_unknown_flops_have_a_speed_but_no_mfu(world, tmp_path, monkeypatch, clock):
     monkeypatch.setattr(flops, "shown_size", lambda model, token_ids_BT: None)
     trainer = trainer_of(world, tmp_path)
+    assert trainer.flops is None
+    assert_no_mfu(trainer, clock)
+
+
+def test_a_cpu_has_no_mfu(world, tmp_path, monkeypatch):
+    """A peak measured while others use the cores gave an MFU of 101,931 %."""
+    now = [0.0]
+    monkeypatch.setattr(progress, "time", types.SimpleNamespace(perf_counter=lambda: now[0]))
+    trainer = trainer_of(world, tmp_path)
+    assert trainer.flops is not None
+    assert_no_mfu(trainer, now)
+
+
+def assert_no_mfu(trainer: train.Trainer, clock: list[float]) -> None:
     shown = trainer.progress
-    clock[0] = 1.0
+    clock[0] += 1.0
     (update,) = updates_of(trainer, 2, 1)
     record(shown, update)
-    points = shown.take_scalars(0, 0.1)
-    assert trainer.flops is None
-    assert "MFU" not in shown.training_text and "tokens/s" in shown.training_text
+    assert "MFU" not in shown.text(None) and "tok/s" in shown.text(None)
+    points = shown.take_scalars(0.1, 2.5)
     assert "global/tokens_per_s" in points and "global/mfu" not in points
+    assert "MFU" not in shown.describe_log(points)
 
 
 def test_the_peak_of_several_processes_is_their_number_times_that_of_one(world, tmp_path, clock):
@@ -123,7 +136,7 @@ def test_the_peak_of_several_processes_is_their_number_times_that_of_one(world, 
     assert peaks == [3 * PEAK, None]
 
 
-def test_the_peak_is_measured_in_the_runs_precision(world, tmp_path, monkeypatch):
+def test_the_peak_is_that_of_the_runs_precision(world, tmp_path, monkeypatch):
     asked = []
 
     def peak_flops(device, dtype) -> float:
@@ -134,6 +147,79 @@ def test_the_peak_is_measured_in_the_runs_precision(world, tmp_path, monkeypatch
     for changes in ({}, {"bf16": True}, {"fp16": True}):
         trainer_of(world, tmp_path, **changes)
     assert asked == [("cpu", torch.float32), ("cpu", torch.bfloat16), ("cpu", torch.float16)]
+
+
+# --------------------------------------------------------------------------------------------------
+# The bar
+# --------------------------------------------------------------------------------------------------
+
+
+def progress_of(num_micro_batches: int, per_epoch: int, per_update: int = 2) -> progress.Progress:
+    names, lengths = ["loss", "loss_ce"], np.full(9, 20)
+    sizes = num_micro_batches, per_epoch, per_update, 1
+    return progress.Progress(names, *sizes, lengths, progress.Intervals(5, 5), shows_bar=True)
+
+
+def do_updates(shown: progress.Progress, num: int, per_update: int = 2, loss: float = 1.5) -> None:
+    """Take updates as the loop does: advance, then record."""
+    for _ in range(num):
+        first, per_epoch = shown.micro_batches, shown.batches_per_epoch
+        numbers = range(first, min(first + per_update, shown.num_micro_batches))
+        planned = [
+            types.SimpleNamespace(number=n, epoch=n // per_epoch, sequences=[0, 1]) for n in numbers
+        ]
+        shown.advance(planned)
+        shown.record(planned, torch.full((len(planned), 2), loss, dtype=torch.float64))
+
+
+def test_the_time_left_of_a_resumed_run_counts_only_what_it_did(clock):
+    """The jump to the checkpoint was counted as speed: 27 s were shown for many minutes."""
+    shown = progress_of(2000, 1000)
+    zeros = {"log_sums": [0.0, 0.0], "log_count": 0, "epoch_sums": []}
+    shown.load(900, {"micro_batches": 1800, **zeros})
+    clock[0] = 50.0
+    shown.start_clock()
+    assert "left" not in shown.text(None), "nothing is known before the first update"
+    clock[0] = 60.0
+    do_updates(shown, 1)  # 2 micro-batches in 10 s; 198 are left
+    assert "epoch 1, update 901/1000, 16m30s left" in shown.text(None)
+
+
+def test_the_bar_names_the_epoch_that_is_computed_and_counts_updates(clock):
+    shown = progress_of(9, 4)
+    seen = [shown.text(None)]
+    for _ in range(5):
+        clock[0] += 1.0
+        do_updates(shown, 1)
+        seen.append(shown.text(None))
+    started = ("epoch 0, update 0/5", "epoch 0, update 1/5", "epoch 1, update 2/5")
+    ended = ("epoch 1, update 3/5", "epoch 2, update 4/5", "epoch 2, update 5/5")
+    assert [text.split(", 0")[0].split(", ")[:2] for text in seen] == [
+        text.split(", ") for text in (*started, *ended)
+    ]
+
+
+def test_80_columns_hold_loss_speed_time_left_and_the_held_out_figure(clock):
+    shown = progress_of(250_000, 90_000)
+    shown.step, shown.micro_batches = 99_990, 199_980
+    clock[0] = 1e-3
+    do_updates(shown, 1, loss=12.3456)
+    shown.peak_flops, shown.time_left = 1e15, "5h12m left"
+    shown.take_figures({"kl": 0.12345, "accuracy": 0.5, "loss": 2.0}, 0.0, None)
+    narrow, wide = shown.text(80), shown.text(200)
+    assert len(narrow) <= 80 and wide.startswith(narrow)
+    assert narrow == (
+        "epoch 2, update 99991/125000, 5h12m left, loss 12.346, 80k tok/s, eval KL 0.123"
+    )
+    assert wide.endswith(", top-1 50.0%")
+
+
+@pytest.mark.parametrize(
+    ("seconds", "expected"),
+    [(0.4, "0s"), (59.6, "1m00s"), (125, "2m05s"), (3 * 3600 + 59, "3h00m"), (90_000, "1d01h")],
+)
+def test_durations_have_two_units(seconds, expected):
+    assert progress.duration(seconds) == expected
 
 
 # Name -> (kind, flags, whether the teacher runs, whether it is projected).

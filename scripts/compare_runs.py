@@ -1,0 +1,50 @@
+"""Compare runs of train.py: a table of the flags that differ, their last figures, and the curves.
+
+Reads parameters.json and metrics.jsonl of each run folder, also while the run is being trained.
+"""
+
+import argparse
+import logging
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+from distil.system.files import require_output
+from utils import OneLineParser, logger, run_program, setup_logging
+
+
+def parse(argv: list[str] | None = None) -> argparse.Namespace:
+    """Read the command line."""
+    parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
+    parser.add_argument("runs", nargs="+", metavar="RUN", help="run folders (--dump_path)")
+    parser.add_argument(
+        "--output",
+        default="comparison.png",
+        metavar="PNG",
+        help="picture of the curves (default: %(default)s)",
+    )
+    parser.add_argument(
+        "--x",
+        default="update",
+        choices=["update", "micro_batches", "epoch"],
+        help="what the curves are drawn over (default: %(default)s)",
+    )
+    return parser.parse_args(argv)
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the program: read the runs, print the tables, draw the curves."""
+    args = parse(argv)
+    setup_logging(logging.INFO)
+    require_output(args.output, "--output", args.runs)
+    from distil.reporting.run_comparison import draw, figure_table, flag_table, read_runs
+
+    runs = read_runs(args.runs)
+    print(f"{flag_table(runs)}\n\n{figure_table(runs)}")
+    draw(runs, args.output, args.x)
+    logger.info("Drew %s.", args.output)
+
+
+if __name__ == "__main__":
+    run_program(main)
