@@ -5,6 +5,7 @@ All problems are raised at once, a line each, with flag, value and remedy; nothi
 
 import argparse
 import dataclasses
+import functools
 import os
 import typing
 
@@ -15,25 +16,35 @@ from distil.losses import LOSSES, NORMALIZATIONS
 from distil.models.architectures import AUTO, PAIRS
 from distil.system.files import file_problem
 from distil.system.launch import TIMEOUT_S, check_compiler, check_precision, is_another_rank
+from distil.training.config_file import naming_the_file, read_config_file
 from distil.training.contradictions import contradictions
-from distil.training.options import add_options, bound_problems, option
+from distil.training.options import add_options, bound_problems, missing_options, option
 from distil.training.run_folder import dump_path_problem, resume_mode
-from utils import VERSION, OneLineParser, logger, raise_problems
+from utils import VERSION, InputError, OneLineParser, logger, raise_problems
 
-DESCRIPTION = (
-    "Distil a language model: flags, the loop, the wall clock and the run folder. See README.md."
+DESCRIPTION = "Distil a language model into a smaller one. See README.md."
+USAGE = """train.py --dump_path FOLDER --data_file FILE --teacher_name NAME
+                (--student FOLDER | --student_config FILE) [FLAG ..]
+       train.py --config RUN/parameters.json --dump_path FOLDER [FLAG ..]"""
+HEADINGS = {
+    "obligatory": "obligatory (--student or --student_config; CONFIG may give all but DUMP_PATH)",
+    **{name: name for name in ("model", "data", "objectives", "optimization", "precision", "run")},
+    "processes": "several processes",
+}
+obligatory, model, data, objectives, optimization, precision, run, processes = (
+    functools.partial(option, group=group) for group in HEADINGS
 )
 STUDENT_TYPES = [*sorted({student for _, student in PAIRS}), AUTO]
 TEACHER_TYPES = [*sorted({teacher for teacher, _ in PAIRS}), AUTO]
 
 
-def add_alphas(parser: argparse.ArgumentParser) -> None:
+def add_alphas(group) -> None:
     """Add --alpha_NAME for each row of LOSSES."""
     for name, loss in LOSSES.items():
-        parser.add_argument(
+        group.add_argument(
             f"--alpha_{name}",
             type=float,
-            default=loss.default_alpha,
+            default=argparse.SUPPRESS,
             metavar="X",
             help=f"weight of the {loss.help} (default: {loss.default_alpha})",
         )
@@ -43,12 +54,12 @@ def add_alphas(parser: argparse.ArgumentParser) -> None:
 class TrainConfig:
     """Every option of a run. Raises InputError that names all problems at once."""
 
-    force: bool = option(
+    force: bool = run(
         "move an existing dump_path aside (to DUMP_PATH.old-TIME) instead of refusing it",
         False,
         resumable=True,
     )
-    resume: str | None = option(
+    resume: str | None = run(
         "continue from the newest valid checkpoint in DUMP_PATH; with auto, start anew if there is"
         " none",
         None,
@@ -56,103 +67,109 @@ class TrainConfig:
         bare="required",
         resumable=True,
     )
-    keep_checkpoints: int = option(
+    keep_checkpoints: int = run(
         "number of newest checkpoints to keep",
         3,
         at_least=2,
         why="in case one is damaged",
         resumable=True,
     )
-    dump_path: str = option("folder that receives log, checkpoints and the student", resumable=True)
-    data_file: str = option(
+    dump_path: str = obligatory(
+        "folder that receives log, checkpoints and the student", resumable=True
+    )
+    data_file: str = obligatory(
         "token file made by scripts/binarized_data.py: a pickle, or a store by its prefix",
         resumable=True,
     )
 
-    student: str | None = option(
-        "a whole student made by scripts/extract.py --output, in place of the three flags below",
+    student: str | None = obligatory(
+        "a whole student made by scripts/extract.py --output",
         None,
         resumable=True,
     )
-    student_type: str = option("student's model type; auto: detected", AUTO, choices=STUDENT_TYPES)
-    student_config: str | None = option("student's configuration, JSON", None, resumable=True)
-    student_pretrained_weights: str | None = option(
+    student_type: str = model("student's model type; auto: detected", AUTO, choices=STUDENT_TYPES)
+    student_config: str | None = obligatory(
+        "student's configuration, JSON, in place of STUDENT", None, resumable=True
+    )
+    student_pretrained_weights: str | None = model(
         "student's first weights: of scripts/extract*.py, or .safetensors", None, resumable=True
     )
-    teacher_type: str = option("teacher's model type; auto: detected", AUTO, choices=TEACHER_TYPES)
-    teacher_name: str = option(
+    teacher_type: str = model("teacher's model type; auto: detected", AUTO, choices=TEACHER_TYPES)
+    teacher_name: str = obligatory(
         "teacher, hub name or local folder; its tokenizer is used", resumable=True
     )
-    trust_remote_code: bool = option(
+    trust_remote_code: bool = model(
         "run Python files that come with teacher or student, where they need them",
         False,
         resumable=True,
     )
 
-    temperature: float = option(
+    temperature: float = objectives(
         "softmax temperature of the KL divergence", 2.0, above=0, at_most=1_000_000
     )
     alphas: dict[str, float] = dataclasses.field(
         default_factory=lambda: {name: loss.default_alpha for name, loss in LOSSES.items()},
-        metadata={"add_to": add_alphas},
+        metadata={"add_to": add_alphas, "group": "objectives"},
     )
-    mlm: bool = option("masked-language modelling (default: causal)", False)
-    mlm_mask_prop: float = option(
+    mlm: bool = objectives("masked-language modelling (default: causal)", False)
+    mlm_mask_prop: float = objectives(
         "share of the real tokens to be predicted", 0.15, at_least=0, at_most=1
     )
-    word_mask: float = option(
+    word_mask: float = objectives(
         "share of predicted tokens that become [MASK]", 0.8, at_least=0, at_most=1
     )
-    word_keep: float = option("share of predicted tokens that stay", 0.1, at_least=0, at_most=1)
-    word_rand: float = option(
+    word_keep: float = objectives("share of predicted tokens that stay", 0.1, at_least=0, at_most=1)
+    word_rand: float = objectives(
         "share of predicted tokens that become a random token", 0.1, at_least=0, at_most=1
     )
-    mlm_smoothing: float = option(
+    mlm_smoothing: float = objectives(
         "tokens are drawn for prediction with weight count ^ -MLM_SMOOTHING", 0.7, at_least=0
     )
-    token_counts: str | None = option(
+    token_counts: str | None = data(
         "token counts made by scripts/token_counts.py; needed with --mlm and MLM_SMOOTHING above 0",
         None,
         resumable=True,
     )
-    restrict_ce_to_mask: bool = option(
+    restrict_ce_to_mask: bool = objectives(
         "distil at masked positions only; without --mlm no effect", False
     )
-    freeze_pos_embs: bool = option("keep the student's position embeddings as they are", False)
-    freeze_token_type_embds: bool = option(
+    freeze_pos_embs: bool = model("keep the student's position embeddings as they are", False)
+    freeze_token_type_embds: bool = model(
         "keep the student's token types as they are (roberta)", False
     )
 
-    n_epoch: int = option("passes over the data", 3, at_least=1)
-    max_steps: int | None = option(
+    n_epoch: int = optimization("passes over the data", 3, at_least=1)
+    max_steps: int | None = optimization(
         "number of updates, in place of N_EPOCH; the schedule spans them", None, at_least=1
     )
-    max_length: int | None = option(
+    max_length: int | None = data(
         "longest sequence, in token ids; default: what the teacher admits",
         None,
         above=MIN_LENGTH,
         why="because shorter sequences are removed",
     )
-    batch_size: int = option("sequences per micro-batch, on each process", 5, at_least=1)
-    max_tokens: int | None = option(
+    batch_size: int = data("sequences per micro-batch, on each process", 5, at_least=1)
+    max_tokens: int | None = data(
         "maximum padded tokens per micro-batch, instead of BATCH_SIZE: long and short sequences"
         " cost the same",
         None,
         at_least=1,
     )
     # Differs from the original: 2019's flag switched grouping off.
-    group_by_size: bool = option("make batches of sequences of like lengths", True)
-    gradient_accumulation_steps: int = option(
+    group_by_size: bool = data("make batches of sequences of like lengths", True)
+    gradient_accumulation_steps: int = optimization(
         "micro-batches per update, on each process", 50, at_least=1, resumable=True
     )
-    warmup_prop: float = option(
+    warmup_prop: float = optimization(
         "share of the updates over which the learning rate rises", 0.05, at_least=0, at_most=1
     )
-    weight_decay: float = option("weight decay, biases and layer norms excepted", 0.0, at_least=0)
-    learning_rate: float = option("highest learning rate", 5e-4, above=0, at_most=1000)
-    adam_epsilon: float = option("epsilon of AdamW", 1e-6, above=0)
-    max_grad_norm: float = option("the gradient's norm is clipped to this", 5.0, above=0)
-    initializer_range: float | None = option(
+    weight_decay: float = optimization(
+        "weight decay, biases and layer norms excepted", 0.0, at_least=0
+    )
+    learning_rate: float = optimization("highest learning rate", 5e-4, above=0, at_most=1000)
+    adam_epsilon: float = optimization("epsilon of AdamW", 1e-6, above=0)
+    max_grad_norm: float = optimization("the gradient's norm is clipped to this", 5.0, above=0)
+    initializer_range: float | None = model(
         "standard deviation of random first weights; default: the student configuration's (0.02 in"
         " those shipped)",
         None,
@@ -160,54 +177,54 @@ class TrainConfig:
         resumable=True,
     )
 
-    loss_normalization: str = option(
+    loss_normalization: str = objectives(
         "micro_batches: means over each micro-batch, then over the update's, as in 2019; tokens:"
         " over the update's tokens",
         "micro_batches",
         choices=NORMALIZATIONS,
     )
 
-    bf16: bool = option("mixed precision in bfloat16", False)
-    fp16: bool = option("mixed precision in float16, with a gradient scaler", False)
-    fp16_opt_level: str = option(
+    bf16: bool = precision("mixed precision in bfloat16", False)
+    fp16: bool = precision("mixed precision in float16, with a gradient scaler", False)
+    fp16_opt_level: str = precision(
         "accepted for old command lines, without effect: torch's own mixed precision is used",
         "O1",
         resumable=True,
     )
-    activation_checkpointing: bool = option(
+    activation_checkpointing: bool = precision(
         "compute the student's activations twice, to keep fewer of them", False, resumable=True
     )
-    compile: bool = option(
+    compile: bool = precision(
         "compile teacher and student (torch.compile): takes minutes to start, then runs faster",
         False,
         resumable=True,
     )
-    n_gpu: int = option(
+    n_gpu: int = processes(
         "GPUs over all processes, one a process; 0: CPU", 1, at_least=0, resumable=True
     )
-    local_rank: int = option("given by old launchers; leave it alone", -1, resumable=True)
-    distributed_timeout_s: int = option(
+    local_rank: int = processes("given by old launchers; leave it alone", -1, resumable=True)
+    distributed_timeout_s: int = processes(
         "seconds that processes wait for each other before a missing one ends the run",
         TIMEOUT_S,
         at_least=1,
         resumable=True,
     )
-    seed: int = option("seed of order, masks, dropout and first weights", 56)
-    log_interval: int = option(
+    seed: int = run("seed of order, masks, dropout and first weights", 56)
+    log_interval: int = run(
         "micro-batches of one process between two logs to TensorBoard",
         500,
         at_least=1,
         resumable=True,
     )
-    checkpoint_interval: int = option(
+    checkpoint_interval: int = run(
         "micro-batches of one process between two checkpoints", 4000, at_least=1, resumable=True
     )
-    eval_data_file: str | None = option(
+    eval_data_file: str | None = data(
         "token file of held-out text, made as DATA_FILE is: evaluated on fixed masks",
         None,
         resumable=True,
     )
-    eval_interval: int | None = option(
+    eval_interval: int | None = run(
         "updates between two evaluations of EVAL_DATA_FILE; default: one, at the end",
         None,
         at_least=1,
@@ -256,17 +273,38 @@ INPUT_FILES = (
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the command line from TrainConfig's fields and the LOSSES table."""
-    parser = OneLineParser(prog="train.py", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"distil {VERSION}")
-    add_options(parser, TrainConfig)
+    texts = {"prog": "train.py", "usage": USAGE, "description": DESCRIPTION}
+    parser = OneLineParser(**texts, allow_abbrev=False, add_help=False)
+    add_options(parser, TrainConfig, HEADINGS)
+    general = parser.add_argument_group("general")
+    general.add_argument(
+        "--config",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="values of the flags that are not given here: parameters.json of an earlier run, which"
+        " is repeated; --no-X takes its value of X back",
+    )
+    general.add_argument("-h", "--help", action="help", help="show this text")
+    general.add_argument("--version", action="version", version=f"distil {VERSION}")
     return parser
 
 
 def parse_config(argv: list[str] | None = None) -> TrainConfig:
-    """Read the command line. Raises InputError."""
-    values = vars(make_parser().parse_args(argv))
-    alphas = {name: values.pop(f"alpha_{name}") for name in LOSSES}
-    return TrainConfig(alphas=alphas, **values)
+    """Read the command line, and the file of --config, over which it wins. Raises InputError."""
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config", None)
+    from_file = {} if path is None else read_config_file(path, given, parser)
+    values = from_file | given
+    missing = missing_options(TrainConfig, values)
+    if missing:
+        names = ", ".join(f"--{name}" for name in missing)
+        raise InputError(f"the following arguments are required: {names}; see --help")
+    alphas = {
+        name: values.pop(f"alpha_{name}", loss.default_alpha) for name, loss in LOSSES.items()
+    }
+    with naming_the_file(path, from_file):
+        return TrainConfig(alphas=alphas, **values)
 
 
 def check_device(config: TrainConfig, device: torch.device) -> None:
