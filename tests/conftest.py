@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+import re
 import subprocess
 from pathlib import Path
 from unittest import mock
@@ -13,11 +14,20 @@ from stand_ins import ROOT, World, make_lines, make_teachers
 
 import utils
 
+# What may be set where the tests are run, by a launcher or for scripts/*.sh.
+OF_THE_CALLER = re.compile("RANK|LOCAL_RANK|WORLD_SIZE|PYTHON|VENV|(SLURM|OMPI|PMI)_.*")
+
+
+def is_of_the_caller(name: str) -> bool:
+    return OF_THE_CALLER.fullmatch(name) is not None
+
 
 @pytest.fixture(autouse=True)
 def surroundings():
     """Restore os.environ, which programs change (TOKENIZERS_PARALLELISM, ..), after each test."""
     with mock.patch.dict(os.environ):
+        for name in filter(is_of_the_caller, list(os.environ)):
+            del os.environ[name]
         yield
 
 
@@ -65,8 +75,7 @@ def run_process(
     *command: object, cwd: Path | None = None, timeout_s: float = 300, **environment: str
 ):
     """Run a command as a user would, without the variables of a launcher."""
-    launcher = ("RANK", "LOCAL_RANK", "WORLD_SIZE")
-    clean = {name: value for name, value in os.environ.items() if name not in launcher}
+    clean = {name: value for name, value in os.environ.items() if not is_of_the_caller(name)}
     clean |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", **environment}
     words = [str(word) for word in command]
     try:

@@ -3,6 +3,8 @@
 import concurrent.futures
 import json
 import os
+import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -300,3 +302,167 @@ def test_the_commands_for_any_teacher_run_as_printed(site, tmp_path):
     assert done.returncode == 0, done.stderr[-3000:]
     student = MASKED.from_pretrained(tmp_path / "serialization_dir" / "student_of_modernbert")
     assert student.config.num_hidden_layers == 2
+
+
+# --------------------------------------------------------------------------------------------------
+# Jobs of SLURM; read-only code
+# --------------------------------------------------------------------------------------------------
+
+# A stand-in of srun notes its line and runs the command once; of Python, notes its line only.
+STAND_INS = {
+    "srun": 'echo "srun $* NODES=$NODES GPUS=$GPUS MASTER=${MASTER:-}" >> "$NOTED"\n'
+    'while [[ "$1" = --* ]]; do shift; done\nexec "$@"\n',
+    "scontrol": '[ "$1 $2 $3" = "show hostnames gpu[07-08]" ] && printf "gpu07\\ngpu08\\n"\n',
+    "python-of-job": '[ "$1" = -c ] || echo "python $*" >> "$NOTED"\n',
+}
+JOB = {"SLURM_JOB_ID": "123", "SLURM_JOB_NUM_NODES": "1", "SLURM_GPUS_ON_NODE": "4"}
+TWO = JOB | {"SLURM_JOB_NUM_NODES": "2", "SLURM_JOB_NODELIST": "gpu[07-08]"}
+
+
+@pytest.fixture
+def send(tmp_path):
+    """Run the job's script as SLURM does, a copy elsewhere; return (what was run, the process)."""
+
+    def run(*words: str, **settings: str) -> tuple[list[str], subprocess.CompletedProcess]:
+        for folder in ("bin", "spool", "my text"):
+            (tmp_path / folder).mkdir(exist_ok=True)
+        for name, script in STAND_INS.items():
+            (tmp_path / "bin" / name).write_text(f"#!/usr/bin/env bash\n{script}")
+            (tmp_path / "bin" / name).chmod(0o755)
+        copy = shutil.copy(RECIPES / "slurm.sbatch", tmp_path / "spool" / "slurm_script")
+        environment = {"NOTED": str(tmp_path / "noted"), "TEXT": "my text", "TASKS": ""}
+        environment |= {"PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}", "OUT": "my out"}
+        environment |= {"PYTHON": "python-of-job", "SLURM_SUBMIT_DIR": str(ROOT), **settings}
+        done = run_process("bash", copy, *words, cwd=tmp_path, timeout_s=60, **environment)
+        noted = tmp_path / "noted"
+        return noted.read_text().splitlines() if noted.exists() else [], done
+
+    return run
+
+
+def test_the_job_file_is_valid_shell_with_flags_of_sbatch():
+    path = RECIPES / "slurm.sbatch"
+    done = subprocess.run(["bash", "-n", str(path)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    lines = path.read_text().splitlines()
+    flags = [line for line in lines if line.startswith("#SBATCH ")]
+    assert len(flags) >= 5 and all(re.fullmatch(r"#SBATCH --[a-z-]+=\S+", flag) for flag in flags)
+    commands = [number for number, line in enumerate(lines) if line and not line.startswith("#")]
+    assert lines.index(flags[-1]) < commands[0], "sbatch reads them before the first command only"
+
+
+def test_a_job_of_one_machine_runs_the_recipe_in_one_task(send):
+    noted, done = send("distilgpt2.sh", "train", **JOB, SLURM_CPUS_PER_TASK="8")
+    assert done.returncode == 0, done.stderr
+    srun, torchrun = noted
+    assert srun == (
+        "srun --nodes=1 --ntasks=1 --ntasks-per-node=1 --cpus-per-task=8 bash"
+        f" {RECIPES / 'distilgpt2.sh'} train NODES=1 GPUS=4 MASTER="
+    )
+    start = f"python -m torch.distributed.run --nproc_per_node 4 --standalone {ROOT / 'train.py'} "
+    assert torchrun.startswith(start) and " --gradient_accumulation_steps 12 " in torchrun
+
+
+def test_a_job_of_two_machines_trains_on_both_and_does_the_rest_on_one(send):
+    noted, done = send("distilgpt2.sh", "student", "train", "evaluate", **TWO)
+    assert done.returncode == 0, done.stderr
+    tasks = [line.split(" bash ")[0] for line in noted if line.startswith("srun")]
+    assert tasks == [f"srun --nodes={n} --ntasks={n} --ntasks-per-node=1" for n in (1, 2, 1)]
+    (torchrun,) = (line for line in noted if "torch.distributed.run" in line)
+    assert torchrun.startswith(
+        "python -m torch.distributed.run --nproc_per_node 4 --nnodes 2 --rdzv_backend c10d"
+        f" --rdzv_endpoint gpu07:20123 {ROOT / 'train.py'} "
+    )
+    assert " --gradient_accumulation_steps 6 " in torchrun
+    programs = [line.split()[1] for line in noted if line.startswith("python /")]
+    names = [Path(program).name for program in programs]
+    assert names == ["extract.py", "evaluate_lm.py", "evaluate_lm.py", "report.py"]
+
+
+BAD_JOBS = {
+    "outside a job": (["distilgpt2.sh"], {}, "SLURM_JOB_ID is not set; send this file with sbatch"),
+    "no recipe": ([], JOB, "no recipe; expected the name of one"),
+    "another recipe": (["gpt3.sh"], JOB, f"{RECIPES / 'gpt3.sh'}: no such recipe"),
+    "another folder": (
+        ["distilgpt2.sh"],
+        JOB | {"DISTIL": "/no"},
+        "/no/scripts/recipes/distilgpt2",
+    ),
+    "the second step": (["squad-second-step.sh"], TWO, "squad-second-step.sh runs on one machine"),
+}
+
+
+@pytest.mark.parametrize("name", BAD_JOBS)
+def test_bad_jobs_are_refused_in_one_line(name, send, tmp_path):
+    words, settings, expected = BAD_JOBS[name]
+    noted, done = send(*words, **settings)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and noted == [] and not (tmp_path / "my out").exists()
+    assert line.startswith(f"slurm.sbatch: error: {expected}")
+
+
+@pytest.fixture
+def checkout(tmp_path) -> Path:
+    """Copy the program, but for its tests, as a read-only installation has it."""
+    code = tmp_path / "code"
+    for name in ("distil", "scripts", "training_configs"):
+        shutil.copytree(ROOT / name, code / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for path in [*ROOT.glob("*.py"), *ROOT.glob("requirements*.txt")]:
+        shutil.copy(path, code / path.name)
+    return code
+
+
+def files_in(folder: Path) -> set[Path]:
+    return {path for path in folder.rglob("*") if "__pycache__" not in path.parts}
+
+
+def make_stub(path: Path) -> Path:
+    """Write a program that passes its arguments on to this interpreter."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    path.chmod(0o755)
+    return path
+
+
+@pytest.mark.parametrize("given", ["PYTHON", "VENV"])
+def test_a_checkout_stays_as_it_is_where_the_interpreter_is_elsewhere(given, checkout, tmp_path):
+    before, venv = files_in(checkout), tmp_path / "my environment"
+    python = make_stub(venv / "bin" / "python")
+    (venv / "bin" / "pip.py").write_text("")  # `import pip` shows that an environment is whole
+    (venv / "pyvenv.cfg").write_text("")
+    for name in ("requirements.txt", "requirements-eval.txt"):
+        sums = subprocess.check_output(["cksum"], input=(ROOT / name).read_bytes()).decode()
+        (venv / f"installed-{sums.strip().replace(' ', '-')}").touch()
+    settings = {"PYTHONPATH": str(venv / "bin")}
+    settings[given] = str({"PYTHON": python, "VENV": venv}[given].relative_to(tmp_path))
+    command = ["bash", checkout / "scripts" / "quickstart.sh", "--help"]
+    done = run_process(*command, cwd=tmp_path, timeout_s=60, **settings)
+    assert done.returncode == 0 and "--output" in done.stdout, done.stderr
+    settings |= {"TEACHER": "none", "TEXT": ".", "TASKS": "", "HF_HUB_OFFLINE": "1"}
+    recipe = checkout / "scripts" / "recipes" / "distilgpt2.sh"
+    done = run_process("bash", recipe, "student", cwd=tmp_path, timeout_s=60, **settings)
+    assert "+ " in done.stdout and str(python) in done.stdout.replace("\\ ", " ")
+    assert "--model_name none" in done.stderr and files_in(checkout) == before
+
+
+def test_an_interpreter_or_environment_that_cannot_serve_is_refused_in_one_line(tmp_path):
+    bare, home = tmp_path / "bare", tmp_path / "home"
+    bare.write_text(f'#!/bin/sh\nexec {sys.executable} -S "$@"\n')
+    bare.chmod(0o755)
+    home.mkdir()
+    (home / "thesis.txt").write_text("years of work")
+    cases = {
+        "PYTHON": [("pythn", "no such program"), (str(bare), "has no torch transformers; install")],
+        "VENV": [
+            (str(home), "holds files and is no virtual environment"),
+            ("/dev/null/venv", "no folder with write permission; name another, or an interpreter"),
+        ],
+    }
+    cases["PYTHON"].append(("/bin/false", "does not run Python"))
+    for name, values in cases.items():
+        for value, expected in values:
+            command = ["bash", ROOT / "scripts" / "quickstart.sh"]
+            done = run_process(*command, cwd=tmp_path, timeout_s=60, **{name: value})
+            (line,) = done.stderr.splitlines()
+            assert done.returncode == 2 and done.stdout == "" and (home / "thesis.txt").exists()
+            assert line.startswith(f"quickstart.sh: error: {name}={value}: {expected}"), line

@@ -17,6 +17,8 @@ from collections.abc import Callable, Iterator, Mapping
 import torch
 from torch import distributed
 
+from distil.system.copies import refuse_copies
+from distil.system.versions import version_notice
 from distil.system.watch import Watch
 from utils import InputError, RankError, logger, one_line
 
@@ -150,6 +152,7 @@ def read_launcher(
                 f"--local_rank {local_rank_flag}: {missing} not set in the environment;"
                 f" {LAUNCHER_REMEDY}"
             )
+        refuse_copies(environment)
         return None
     problems = [
         f"{name} is not set though RANK and LOCAL_RANK are; {LAUNCHER_REMEDY}"
@@ -294,6 +297,9 @@ def start_runtime(
         watch = Watch(store, rank, world_size, timeout_s) if world_size > 1 else None
     runtime = Runtime(rank, world_size, local_rank, device, watch)
     if runtime.is_main:
+        notice = version_notice()
+        if notice:
+            logger.warning(notice)
         wanted_gpu = n_gpu > 0 and device.type == "cpu"
         where = "the GPU" if device.type == "cuda" else "the CPU"
         how = f"{world_size} processes, {backend}" if launched is not None else "one process"

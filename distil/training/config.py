@@ -1,11 +1,11 @@
-"""The configuration of a run: every flag of train.py, and what contradicts what.
+"""The configuration of a run: every flag of train.py.
 
 All problems are raised at once, a line each, with flag, value and remedy; nothing is loaded before.
 """
 
 import argparse
 import dataclasses
-import math
+import functools
 import os
 import typing
 
@@ -13,29 +13,40 @@ import torch
 
 from distil.data.token_files import MIN_LENGTH, token_file_problem
 from distil.losses import LOSSES, NORMALIZATIONS
-from distil.models.architectures import ARCHITECTURES, AUTO, PAIRS
+from distil.models.architectures import AUTO, PAIRS
 from distil.system.files import file_problem
 from distil.system.launch import TIMEOUT_S, check_compiler, check_precision, is_another_rank
-from distil.training.options import add_options, bound_problems, option
+from distil.training.config_file import naming_the_file, read_config_file
+from distil.training.contradictions import contradictions
+from distil.training.options import add_options, bound_problems, missing_options, option
 from distil.training.run_folder import dump_path_problem, resume_mode
 from distil.training.trackers import NAMES as TRACKERS
 from distil.training.trackers import TENSORBOARD, tracker_problems
-from utils import VERSION, OneLineParser, logger, raise_problems
+from utils import VERSION, InputError, OneLineParser, logger, raise_problems
 
-DESCRIPTION = (
-    "Distil a language model: flags, the loop, the wall clock and the run folder. See README.md."
+DESCRIPTION = "Distil a language model into a smaller one. See README.md."
+USAGE = """train.py --dump_path FOLDER --data_file FILE --teacher_name NAME
+                (--student FOLDER | --student_config FILE) [FLAG ..]
+       train.py --config RUN/parameters.json --dump_path FOLDER [FLAG ..]"""
+HEADINGS = {
+    "obligatory": "obligatory (--student or --student_config; CONFIG may give all but DUMP_PATH)",
+    **{name: name for name in ("model", "data", "objectives", "optimization", "precision", "run")},
+    "processes": "several processes",
+}
+obligatory, model, data, objectives, optimization, precision, run, processes = (
+    functools.partial(option, group=group) for group in HEADINGS
 )
 STUDENT_TYPES = [*sorted({student for _, student in PAIRS}), AUTO]
 TEACHER_TYPES = [*sorted({teacher for teacher, _ in PAIRS}), AUTO]
 
 
-def add_alphas(parser: argparse.ArgumentParser) -> None:
+def add_alphas(group) -> None:
     """Add --alpha_NAME for each row of LOSSES."""
     for name, loss in LOSSES.items():
-        parser.add_argument(
+        group.add_argument(
             f"--alpha_{name}",
             type=float,
-            default=loss.default_alpha,
+            default=argparse.SUPPRESS,
             metavar="X",
             help=f"weight of the {loss.help} (default: {loss.default_alpha})",
         )
@@ -45,12 +56,12 @@ def add_alphas(parser: argparse.ArgumentParser) -> None:
 class TrainConfig:
     """Every option of a run. Raises InputError that names all problems at once."""
 
-    force: bool = option(
+    force: bool = run(
         "move an existing dump_path aside (to DUMP_PATH.old-TIME) instead of refusing it",
         False,
         resumable=True,
     )
-    resume: str | None = option(
+    resume: str | None = run(
         "continue from the newest valid checkpoint in DUMP_PATH; with auto, start anew if there is"
         " none",
         None,
@@ -58,109 +69,115 @@ class TrainConfig:
         bare="required",
         resumable=True,
     )
-    keep_checkpoints: int = option(
+    keep_checkpoints: int = run(
         "number of newest checkpoints to keep",
         3,
         at_least=2,
         why="in case one is damaged",
         resumable=True,
     )
-    keep_epochs: int | None = option(
+    keep_epochs: int | None = run(
         "number of newest model_epoch_E.pth to keep (default: all)",
         None,
         at_least=1,
         resumable=True,
     )
-    dump_path: str = option("folder that receives log, checkpoints and the student", resumable=True)
-    data_file: str = option(
+    dump_path: str = obligatory(
+        "folder that receives log, checkpoints and the student", resumable=True
+    )
+    data_file: str = obligatory(
         "token file made by scripts/binarized_data.py: a pickle, or a store by its prefix",
         resumable=True,
     )
 
-    student: str | None = option(
-        "a whole student made by scripts/extract.py --output, in place of the three flags below",
+    student: str | None = obligatory(
+        "a whole student made by scripts/extract.py --output",
         None,
         resumable=True,
     )
-    student_type: str = option("student's model type; auto: detected", AUTO, choices=STUDENT_TYPES)
-    student_config: str | None = option("student's configuration, JSON", None, resumable=True)
-    student_pretrained_weights: str | None = option(
+    student_type: str = model("student's model type; auto: detected", AUTO, choices=STUDENT_TYPES)
+    student_config: str | None = obligatory(
+        "student's configuration, JSON, in place of STUDENT", None, resumable=True
+    )
+    student_pretrained_weights: str | None = model(
         "student's first weights: of scripts/extract*.py, or .safetensors", None, resumable=True
     )
-    teacher_type: str = option("teacher's model type; auto: detected", AUTO, choices=TEACHER_TYPES)
-    teacher_name: str = option(
+    teacher_type: str = model("teacher's model type; auto: detected", AUTO, choices=TEACHER_TYPES)
+    teacher_name: str = obligatory(
         "teacher, hub name or local folder; its tokenizer is used", resumable=True
     )
-    trust_remote_code: bool = option(
+    trust_remote_code: bool = model(
         "run Python files that come with teacher or student, where they need them",
         False,
         resumable=True,
     )
 
-    temperature: float = option(
+    temperature: float = objectives(
         "softmax temperature of the KL divergence", 2.0, above=0, at_most=1_000_000
     )
     alphas: dict[str, float] = dataclasses.field(
         default_factory=lambda: {name: loss.default_alpha for name, loss in LOSSES.items()},
-        metadata={"add_to": add_alphas},
+        metadata={"add_to": add_alphas, "group": "objectives"},
     )
-    mlm: bool = option("masked-language modelling (default: causal)", False)
-    mlm_mask_prop: float = option(
+    mlm: bool = objectives("masked-language modelling (default: causal)", False)
+    mlm_mask_prop: float = objectives(
         "share of the real tokens to be predicted", 0.15, at_least=0, at_most=1
     )
-    word_mask: float = option(
+    word_mask: float = objectives(
         "share of predicted tokens that become [MASK]", 0.8, at_least=0, at_most=1
     )
-    word_keep: float = option("share of predicted tokens that stay", 0.1, at_least=0, at_most=1)
-    word_rand: float = option(
+    word_keep: float = objectives("share of predicted tokens that stay", 0.1, at_least=0, at_most=1)
+    word_rand: float = objectives(
         "share of predicted tokens that become a random token", 0.1, at_least=0, at_most=1
     )
-    mlm_smoothing: float = option(
+    mlm_smoothing: float = objectives(
         "tokens are drawn for prediction with weight count ^ -MLM_SMOOTHING", 0.7, at_least=0
     )
-    token_counts: str | None = option(
+    token_counts: str | None = data(
         "token counts made by scripts/token_counts.py; needed with --mlm and MLM_SMOOTHING above 0",
         None,
         resumable=True,
     )
-    restrict_ce_to_mask: bool = option(
+    restrict_ce_to_mask: bool = objectives(
         "distil at masked positions only; without --mlm no effect", False
     )
-    freeze_pos_embs: bool = option("keep the student's position embeddings as they are", False)
-    freeze_token_type_embds: bool = option(
+    freeze_pos_embs: bool = model("keep the student's position embeddings as they are", False)
+    freeze_token_type_embds: bool = model(
         "keep the student's token types as they are (roberta)", False
     )
 
-    n_epoch: int = option("passes over the data", 3, at_least=1)
-    max_steps: int | None = option(
+    n_epoch: int = optimization("passes over the data", 3, at_least=1)
+    max_steps: int | None = optimization(
         "number of updates, in place of N_EPOCH; the schedule spans them", None, at_least=1
     )
-    max_length: int | None = option(
+    max_length: int | None = data(
         "longest sequence, in token ids; default: what the teacher admits",
         None,
         above=MIN_LENGTH,
         why="because shorter sequences are removed",
     )
-    batch_size: int = option("sequences per micro-batch, on each process", 5, at_least=1)
-    max_tokens: int | None = option(
+    batch_size: int = data("sequences per micro-batch, on each process", 5, at_least=1)
+    max_tokens: int | None = data(
         "maximum padded tokens per micro-batch, instead of BATCH_SIZE: long and short sequences"
         " cost the same",
         None,
         at_least=1,
     )
     # Differs from the original: 2019's flag switched grouping off.
-    group_by_size: bool = option("make batches of sequences of like lengths", True)
-    gradient_accumulation_steps: int = option(
+    group_by_size: bool = data("make batches of sequences of like lengths", True)
+    gradient_accumulation_steps: int = optimization(
         "micro-batches per update, on each process", 50, at_least=1, resumable=True
     )
-    warmup_prop: float = option(
+    warmup_prop: float = optimization(
         "share of the updates over which the learning rate rises", 0.05, at_least=0, at_most=1
     )
-    weight_decay: float = option("weight decay, biases and layer norms excepted", 0.0, at_least=0)
-    learning_rate: float = option("highest learning rate", 5e-4, above=0, at_most=1000)
-    adam_epsilon: float = option("epsilon of AdamW", 1e-6, above=0)
-    max_grad_norm: float = option("the gradient's norm is clipped to this", 5.0, above=0)
-    initializer_range: float | None = option(
+    weight_decay: float = optimization(
+        "weight decay, biases and layer norms excepted", 0.0, at_least=0
+    )
+    learning_rate: float = optimization("highest learning rate", 5e-4, above=0, at_most=1000)
+    adam_epsilon: float = optimization("epsilon of AdamW", 1e-6, above=0)
+    max_grad_norm: float = optimization("the gradient's norm is clipped to this", 5.0, above=0)
+    initializer_range: float | None = model(
         "standard deviation of random first weights; default: the student configuration's (0.02 in"
         " those shipped)",
         None,
@@ -168,64 +185,64 @@ class TrainConfig:
         resumable=True,
     )
 
-    loss_normalization: str = option(
+    loss_normalization: str = objectives(
         "micro_batches: means over each micro-batch, then over the update's, as in 2019; tokens:"
         " over the update's tokens",
         "micro_batches",
         choices=NORMALIZATIONS,
     )
 
-    bf16: bool = option("mixed precision in bfloat16", False)
-    fp16: bool = option("mixed precision in float16, with a gradient scaler", False)
-    fp16_opt_level: str = option(
+    bf16: bool = precision("mixed precision in bfloat16", False)
+    fp16: bool = precision("mixed precision in float16, with a gradient scaler", False)
+    fp16_opt_level: str = precision(
         "accepted for old command lines, without effect: torch's own mixed precision is used",
         "O1",
         resumable=True,
     )
-    activation_checkpointing: bool = option(
+    activation_checkpointing: bool = precision(
         "compute the student's activations twice, to keep fewer of them", False, resumable=True
     )
-    compile: bool = option(
+    compile: bool = precision(
         "compile teacher and student (torch.compile): takes minutes to start, then runs faster",
         False,
         resumable=True,
     )
-    n_gpu: int = option(
+    n_gpu: int = processes(
         "GPUs over all processes, one a process; 0: CPU", 1, at_least=0, resumable=True
     )
-    local_rank: int = option("given by old launchers; leave it alone", -1, resumable=True)
-    distributed_timeout_s: int = option(
+    local_rank: int = processes("given by old launchers; leave it alone", -1, resumable=True)
+    distributed_timeout_s: int = processes(
         "seconds that processes wait for each other before a missing one ends the run",
         TIMEOUT_S,
         at_least=1,
         resumable=True,
     )
-    seed: int = option("seed of order, masks, dropout and first weights", 56)
-    log_interval: int = option(
+    seed: int = run("seed of order, masks, dropout and first weights", 56)
+    log_interval: int = run(
         "micro-batches of one process, not updates, between two logs (as in 2019)",
         500,
         at_least=1,
         resumable=True,
     )
-    checkpoint_interval: int = option(
+    checkpoint_interval: int = run(
         "micro-batches of one process, not updates, between two checkpoints (as in 2019)",
         4000,
         at_least=1,
         resumable=True,
     )
-    report_to: tuple[str, ...] = option(
+    report_to: tuple[str, ...] = run(
         "where figures go beside metrics.jsonl: TensorBoard's files, and the packages wandb and"
         " mlflow",
         (TENSORBOARD,),
         choices=TRACKERS,
         resumable=True,
     )
-    eval_data_file: str | None = option(
+    eval_data_file: str | None = data(
         "token file of held-out text, made as DATA_FILE is: evaluated on fixed masks",
         None,
         resumable=True,
     )
-    eval_interval: int | None = option(
+    eval_interval: int | None = run(
         "updates between two evaluations of EVAL_DATA_FILE; default: one, at the end",
         None,
         at_least=1,
@@ -238,120 +255,7 @@ class TrainConfig:
         return [name for name, alpha in self.alphas.items() if alpha > 0]
 
     def __post_init__(self):
-        raise_problems(
-            [
-                *bound_problems(self),
-                *masking_problems(self),
-                *objective_problems(self),
-                *type_problems(self),
-                *path_problems(self),
-            ]
-        )
-
-
-def masking_problems(config: TrainConfig) -> list[str]:
-    """Check that the shares of what becomes of a predicted token add up to 1."""
-    total = config.word_mask + config.word_keep + config.word_rand
-    if abs(total - 1) <= 1e-6:
-        return []
-    return [f"--word_mask + --word_keep + --word_rand: their sum is {total:g}, expected 1"]
-
-
-def objective_problems(config: TrainConfig) -> list[str]:
-    """Say which objectives contradict each other or --mlm."""
-    alphas = config.alphas
-    problems = [
-        f"--alpha_{name} {alpha}: expected a finite number, 0 or more"
-        for name, alpha in alphas.items()
-        if not (math.isfinite(alpha) and alpha >= 0)
-    ]
-    mlm, clm = alphas["mlm"], alphas["clm"]
-    # Both may be 0: the paper's ablation without the language-modelling loss (its table 4).
-    if mlm > 0 and clm > 0:
-        problems.append(
-            f"--alpha_mlm {mlm} and --alpha_clm {clm}: expected one of them above 0; set the other"
-            " to 0"
-        )
-    elif config.mlm and clm > 0:
-        problems.append(f"--alpha_clm {clm} with --mlm: set --alpha_clm 0, or leave --mlm out")
-    if not config.mlm and mlm > 0:
-        problems.append(f"--alpha_mlm {mlm} without --mlm: add --mlm, or set --alpha_mlm 0")
-    if not sum(alphas.values()) > 0:
-        problems.append(
-            f"{' '.join(f'--alpha_{name}' for name in alphas)}: their sum is not above 0; weigh an"
-            " objective"
-        )
-    if config.mlm and config.mlm_smoothing > 0 and config.token_counts is None:
-        problems.append(
-            f"--mlm with --mlm_smoothing {config.mlm_smoothing}, without --token_counts: expected"
-            " the file that scripts/token_counts.py makes; name it, or set --mlm_smoothing 0"
-        )
-    if config.eval_interval is not None and config.eval_data_file is None:
-        problems.append(
-            f"--eval_interval {config.eval_interval} without --eval_data_file: name held-out text"
-            " to evaluate"
-        )
-    return problems
-
-
-def type_problems(config: TrainConfig) -> list[str]:
-    """Say why teacher, student and objective don't go together."""
-    student, teacher = config.student_type, config.teacher_type
-    problems = student_problems(config)
-    if AUTO not in (teacher, student) and (teacher, student) not in PAIRS:
-        known = ", ".join(f"{t} -> {s}" for t, s in PAIRS)
-        problems.append(
-            f"--teacher_type {teacher} with --student_type {student}: no such pair; expected one of"
-            f" {known}"
-        )
-    named = {
-        flag: kind
-        for flag, kind in (("--student_type", student), ("--teacher_type", teacher))
-        if kind != AUTO
-    }
-    for flag, model_type in named.items():
-        is_masked = ARCHITECTURES[model_type].is_masked
-        if config.mlm != is_masked:
-            kind = "masked" if is_masked else "causal"
-            remedy = "add --mlm, and set --alpha_clm 0" if is_masked else "leave --mlm out"
-            problems.append(
-                f"{flag} {model_type} {'with' if config.mlm else 'without'} --mlm: it is a {kind}"
-                f" model; {remedy}"
-            )
-    if config.bf16 and config.fp16:
-        problems.append("--bf16 and --fp16: two precisions; leave one of them out")
-    if config.max_tokens is not None and not config.group_by_size:
-        problems.append(
-            "--max_tokens with --no-group_by_size: the budget is planned by length; leave one of"
-            " them out"
-        )
-    if (
-        config.freeze_token_type_embds
-        and student != AUTO
-        and ARCHITECTURES[student].token_type_embeddings is None
-    ):
-        problems.append(
-            f"--freeze_token_type_embds with --student_type {student}: it has no token types; leave"
-            " it out"
-        )
-    return problems
-
-
-def student_problems(config: TrainConfig) -> list[str]:
-    """Say where the student is given twice, or not at all."""
-    if config.student is None:
-        missing = (
-            "--student, --student_config: neither is given; name a folder made by"
-            " scripts/extract.py --output, or a JSON"
-        )
-        return [missing] if config.student_config is None else []
-    others = ("student_config", "student_pretrained_weights", "initializer_range")
-    return [
-        f"--{name} {getattr(config, name)} with --student {config.student}: the folder holds"
-        " configuration and weights; leave one of them out"
-        for name in others
-        if getattr(config, name) is not None
-    ]
+        raise_problems([*bound_problems(self), *contradictions(self), *path_problems(self)])
 
 
 def path_problems(config: TrainConfig) -> list[str]:
@@ -387,17 +291,38 @@ INPUT_FILES = (
 
 def make_parser() -> argparse.ArgumentParser:
     """Make the command line from TrainConfig's fields and the LOSSES table."""
-    parser = OneLineParser(prog="train.py", description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--version", action="version", version=f"distil {VERSION}")
-    add_options(parser, TrainConfig)
+    texts = {"prog": "train.py", "usage": USAGE, "description": DESCRIPTION}
+    parser = OneLineParser(**texts, allow_abbrev=False, add_help=False)
+    add_options(parser, TrainConfig, HEADINGS)
+    general = parser.add_argument_group("general")
+    general.add_argument(
+        "--config",
+        default=argparse.SUPPRESS,
+        metavar="FILE",
+        help="values of the flags that are not given here: parameters.json of an earlier run, which"
+        " is repeated; --no-X takes its value of X back",
+    )
+    general.add_argument("-h", "--help", action="help", help="show this text")
+    general.add_argument("--version", action="version", version=f"distil {VERSION}")
     return parser
 
 
 def parse_config(argv: list[str] | None = None) -> TrainConfig:
-    """Read the command line. Raises InputError."""
-    values = vars(make_parser().parse_args(argv))
-    alphas = {name: values.pop(f"alpha_{name}") for name in LOSSES}
-    return TrainConfig(alphas=alphas, **values)
+    """Read the command line, and the file of --config, over which it wins. Raises InputError."""
+    parser = make_parser()
+    given = vars(parser.parse_args(argv))
+    path = given.pop("config", None)
+    from_file = {} if path is None else read_config_file(path, given, parser)
+    values = from_file | given
+    missing = missing_options(TrainConfig, values)
+    if missing:
+        names = ", ".join(f"--{name}" for name in missing)
+        raise InputError(f"the following arguments are required: {names}; see --help")
+    alphas = {
+        name: values.pop(f"alpha_{name}", loss.default_alpha) for name, loss in LOSSES.items()
+    }
+    with naming_the_file(path, from_file):
+        return TrainConfig(alphas=alphas, **values)
 
 
 def check_device(config: TrainConfig, device: torch.device) -> None:

@@ -1,4 +1,4 @@
-"""Options of a program, each declared once: help, default, choices, bounds; flags follow from them.
+"""Options of a program, each declared once: help, default, choices, bounds, group; flags follow.
 
 `resumable` says that a resumed run may change the option: paths (whose content is compared), how
 often something happens and how, never what is computed.
@@ -16,6 +16,7 @@ def option(
     help: str,
     default=UNSET,
     *,
+    group: str,
     choices: typing.Sequence[str] | None = None,
     bare: str | None = None,
     at_least: float | None = None,
@@ -26,7 +27,8 @@ def option(
 ):
     """Declare one flag of a dataclass; without a default it is required.
 
-    help: one line, with the unit. bare: its value where the flag is given without one.
+    help: one line, with the unit. group: its heading in --help. bare: its value where the flag is
+    given without one.
     at_least, above, at_most: bounds of a number; why: the reason for them, for the message.
     """
     bounds = {"at least": at_least, "above": above, "at most": at_most}
@@ -34,6 +36,7 @@ def option(
         default=default,
         metadata={
             "help": help,
+            "group": group,
             "choices": choices,
             "bare": bare,
             "bounds": {text: bound for text, bound in bounds.items() if bound is not None},
@@ -70,38 +73,55 @@ def resumable_options(config_class: type) -> set[str]:
     return {f.name for f in dataclasses.fields(config_class) if f.metadata.get("resumable")}
 
 
-def add_options(parser: argparse.ArgumentParser, config_class: type) -> None:
-    """Add a flag to the parser for each option of a dataclass, in its order."""
+def add_options(
+    parser: argparse.ArgumentParser, config_class: type, headings: typing.Mapping[str, str]
+) -> None:
+    """Add a flag for each option of a dataclass, by groups; what is not given gets no value.
+
+    headings: group -> its heading in --help. An option whose default is None also gets --no-X,
+    which takes a value back that a file gave.
+    """
     types = typing.get_type_hints(config_class)
+    groups = {name: parser.add_argument_group(heading) for name, heading in headings.items()}
     for field in dataclasses.fields(config_class):
+        group = groups[field.metadata["group"]]
         if "add_to" in field.metadata:
-            field.metadata["add_to"](parser)
+            field.metadata["add_to"](group)
         else:
-            _add_option(parser, field, types[field.name])
+            _add_option(group, field, types[field.name])
 
 
-def _add_option(parser: argparse.ArgumentParser, field: dataclasses.Field, kind: type) -> None:
-    flags = [f"--{field.name}"] + (["--local-rank"] if field.name == "local_rank" else [])
+def _add_option(group, field: dataclasses.Field, kind: type) -> None:
+    name, metadata, default = field.name, field.metadata, field.default
+    flags = [f"--{name}"] + (["--local-rank"] if name == "local_rank" else [])
     options: dict[str, typing.Any] = {
-        "help": field.metadata["help"].replace("%", "%%"),
-        "dest": field.name,
+        "help": metadata["help"].replace("%", "%%"),
+        "dest": name,
+        "default": argparse.SUPPRESS,
     }
-    if field.default is UNSET:
-        options["required"] = True
-    else:
-        options["default"] = field.default
-        if field.default is not None and field.default is not False:
-            is_list = isinstance(field.default, tuple)
-            shown = " ".join(field.default) if is_list else field.default
-            options["help"] += f" (default: {shown})"
+    if default is not UNSET and default is not None and default is not False:
+        shown = " ".join(default) if isinstance(default, tuple) else default
+        options["help"] += f" (default: {shown})"
     if kind is bool:
-        options["action"] = argparse.BooleanOptionalAction if field.default else "store_true"
+        options["action"] = argparse.BooleanOptionalAction
     else:
         options["type"] = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
-        options["choices"] = field.metadata["choices"]
+        options["choices"] = metadata["choices"]
         options["metavar"] = None if options["choices"] else options["type"].__name__.upper()
         if typing.get_origin(kind) is tuple:
             options["nargs"] = "*"
-        if field.metadata["bare"] is not None:
-            options |= {"nargs": "?", "const": field.metadata["bare"]}
-    parser.add_argument(*flags, **options)
+        if metadata["bare"] is not None:
+            options |= {"nargs": "?", "const": metadata["bare"]}
+    group.add_argument(*flags, **options)
+    if default is None:
+        unset = {"action": "store_const", "const": None, "default": argparse.SUPPRESS}
+        group.add_argument(f"--no-{name}", dest=name, help=argparse.SUPPRESS, **unset)
+
+
+def missing_options(config_class: type, values: typing.Container[str]) -> list[str]:
+    """List the options without a default that have no value."""
+    return [
+        field.name
+        for field in dataclasses.fields(config_class)
+        if field.default is UNSET and field.default_factory is UNSET and field.name not in values
+    ]

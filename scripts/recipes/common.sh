@@ -17,7 +17,7 @@
 #   PSEUDO         sequences for the pseudo-perplexity of a masked model, a pass a token (default: 200)
 #   TASK_DATA      folder of the tasks' data, a folder a task (default: data/tasks); TASKS= to do without; SEEDS of each task
 #   PREPARE_FLAGS, TRAIN_FLAGS, TASK_FLAGS, REPORT_FLAGS   more flags for prepare_text.py, train.py, run_task.py, report.py
-#   PYTHON         interpreter (default: of .venv in the checkout, which is made if need be)
+#   PYTHON         interpreter (default: of VENV, a virtual environment that is made if need be; default: .venv in the checkout)
 #
 # What to expect of G GB of text, from rates measured on two CPU cores (benchmarks/DATA.md, RESULTS.md):
 #   prepare_text   50 s a GB (20 MB/s, one process), 60 MB of memory
@@ -33,7 +33,6 @@
 #                  16 GB for DistilBERT. Main memory: 35 bytes a sequence for each process, beside the models
 
 ROOT="$(cd "$(dirname "${BASH_SOURCE[0]}")/../.." && pwd)"
-GIVEN_PYTHON="${PYTHON:-}"
 OUT="${OUT:-serialization_dir/$STUDENT_NAME}"
 EPOCHS="${EPOCHS:-3}"
 STEPS="${STEPS:-}"
@@ -84,11 +83,12 @@ run_stages() { # the stages named, or all: each is a function stage_NAME
     for check in "${CHECKS[@]}"; do
         "$check" " ${wanted[*]} "
     done
-    if [ -n "$GIVEN_PYTHON" ] && ! command -v "$GIVEN_PYTHON" > /dev/null; then
-        problem "PYTHON=$GIVEN_PYTHON: no such program; expected an interpreter with requirements.txt installed, or nothing"
+    if [ -n "${PYTHON:-}" ] && ! command -v "$PYTHON" > /dev/null; then
+        problem "PYTHON=$PYTHON: no such program; expected an interpreter with requirements.txt installed, or nothing"
     fi
     stop_at_problems
-    find_interpreter
+    . "$ROOT/scripts/environment.sh"
+    make_environment requirements.txt requirements-eval.txt
     mkdir -p "$OUT"
     for stage in "${wanted[@]}"; do
         echo "== $STUDENT_NAME: $stage"
@@ -151,14 +151,6 @@ check_text() { # stages
 check_tasks() { # stages
     if [[ "$1" = *" evaluate "* ]] && [ ${#TASKS[@]} -gt 0 ] && [ ! -d "$TASK_DATA" ]; then
         problem "TASK_DATA=$TASK_DATA: no such folder; expected one with a folder for each of ${TASKS[*]}; or set TASKS="
-    fi
-}
-
-find_interpreter() {
-    . "$ROOT/scripts/environment.sh"
-    PYTHON="${GIVEN_PYTHON:-$PYTHON}"
-    if [ -z "$GIVEN_PYTHON" ]; then
-        make_environment requirements.txt requirements-eval.txt
     fi
 }
 

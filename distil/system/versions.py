@@ -1,0 +1,26 @@
+"""The versions of libraries that the program was tested with: requirements.txt pins them."""
+
+import importlib.metadata
+import re
+from pathlib import Path
+
+REQUIREMENTS = Path(__file__).resolve().parents[2] / "requirements.txt"
+DECISIVE = ("torch", "transformers")  # whose versions change results
+
+
+def version_notice(requirements: Path = REQUIREMENTS) -> str | None:
+    """Say in one line which decisive libraries are not of the tested version, or None."""
+    try:
+        text = requirements.read_text(encoding="utf-8")
+    except OSError:
+        return None
+    tested = dict(re.findall(r"^([\w-]+)==(\S+)", text, flags=re.M))
+    others = []
+    for name in DECISIVE:
+        try:
+            version = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+        if name in tested and version.partition("+")[0] != tested[name]:  # 2.13.0+cpu is 2.13.0
+            others.append(f"{name} {version} (tested: {tested[name]})")
+    return f"{', '.join(others)}: results may differ, or fail." if others else None
