@@ -160,7 +160,7 @@ def test_a_tokenizer_nobody_named_works_or_is_refused(seed, text_of_languages, t
     assert not found.startswith("wrong"), (one, found)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_most_tokenizers_nobody_named_work(text_of_languages, tmp_path, capsys):
     outcomes = {}
     for seed in range(NUM_DEFAULT, NUM_SLOW):

@@ -180,7 +180,7 @@ def test_padded_teachers_and_students_drawn_over_families(teachers, text_file, t
 NUM_UNNAMED = 15  # of each kind, in the slow draw
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_padded_vocabularies_of_all_families(teachers, text_file, tmp_path, capsys):
     unnamed = [(n, kind) for kind in (True, False) for n in families_at_random(kind)[:NUM_UNNAMED]]

@@ -111,7 +111,7 @@ def test_untied_checkpoints_of_other_programs_are_read_right(model_type, variant
     assert outcome_of(tmp_path / "x", model_type, True, variant) == "works"
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore")
 def test_untied_teachers_of_all_families(tmp_path, capsys):
     unnamed = [(n, kind) for kind in (True, False) for n in families_at_random(kind)[:15]]

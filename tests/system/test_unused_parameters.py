@@ -65,7 +65,7 @@ def drawn_families() -> list[str]:
     return found
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("objectives", OBJECTIVES)
 @pytest.mark.filterwarnings("ignore")
 def test_two_ranks_train_any_family_as_one_does_or_refuse_it(

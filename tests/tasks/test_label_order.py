@@ -488,7 +488,7 @@ def test_no_drawn_order_is_wrong_in_silence(teachers, tmp_path, capsys):
     assert counts["wrong"] == 0 and counts["works"] >= 3 and counts["refused"] >= 3
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_no_order_of_many_is_wrong_in_silence(teachers, tmp_path, capsys):
     counts = count_outcomes(range(12, 132), tmp_path, teachers, capsys)
     with capsys.disabled():
