@@ -61,12 +61,33 @@ def _with_rope_of_4(config: dict) -> dict:
     It ignores rope_parameters and would compute other logits, silently.
     """
     rope = config.get("rope_parameters") or {}
+    if config.get("model_type") == "modernbert":
+        return _modernbert_of_4(config, rope)
     theta = rope.get("rope_theta")
     if theta is None or "rope_theta" in config:  # absent, by kind of layer, or stated
         return config
     scaling = {key: value for key, value in rope.items() if key != "rope_theta"}
     is_scaled = scaling.get("rope_type", "default") != "default"
     return config | {"rope_theta": theta} | ({"rope_scaling": scaling} if is_scaled else {})
+
+
+def _modernbert_of_4(config: dict, rope: dict) -> dict:
+    """State ModernBERT's kinds of attention as transformers 4 does: every n-th layer is global."""
+    kinds = config.get("layer_types") or []
+    periods = [
+        period
+        for period in range(1, len(kinds) + 1)
+        if kinds == [f"{'sliding' if k % period else 'full'}_attention" for k in range(len(kinds))]
+    ]
+    if not periods:
+        text = "transformers 4 cannot express these kinds of layers: %s. It computes other logits."
+        logger.warning(text, ", ".join(kinds))
+        return config
+    return config | {
+        "global_attn_every_n_layers": periods[0],
+        "global_rope_theta": rope["full_attention"]["rope_theta"],
+        "local_rope_theta": rope["sliding_attention"]["rope_theta"],
+    }
 
 
 def _with_special_tokens_of_4(config: dict) -> dict:

@@ -147,6 +147,22 @@ def test_an_export_states_what_transformers_4_reads(teachers, tmp_path):
     assert loaded.convert_tokens_to_ids("<extra>") in loaded.all_special_ids
 
 
+@pytest.mark.parametrize("model_type", ["modernbert", "llama", "gemma2", "bert", "gpt_neox"])
+def test_what_is_stated_for_transformers_4_changes_nothing_in_5(model_type, teachers, tmp_path):
+    is_masked = model_type in families.MASKED
+    teacher = families.make_teacher(tmp_path / "t", model_type, is_masked, teachers)
+    model = families.auto_class(is_masked).from_pretrained(teacher).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(teacher)
+    save_folder(model, tokenizer_for(model, tokenizer), tmp_path / "s")
+    again = families.auto_class(is_masked).from_pretrained(tmp_path / "s").eval()
+    ids_BT = torch.arange(5, 25)[None]
+    assert torch.equal(again(ids_BT).logits, model(ids_BT).logits)
+    if model_type == "modernbert":
+        declared = json.loads((tmp_path / "s" / "config.json").read_text())
+        assert declared["global_attn_every_n_layers"] == 3
+        assert declared["global_rope_theta"] != declared["local_rope_theta"]
+
+
 def test_a_resumed_run_that_was_done_writes_its_model_again(world, tmp_path):
     flags = world.flags("bert", tmp_path / "run", batch_size=60)
     train.main(flags)
