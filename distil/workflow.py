@@ -51,7 +51,7 @@ README_ALPHAS = {
         "--alpha_clm": 0.0,
         "--mlm": None,
     },
-    "clm": {"--alpha_ce": 5.0, "--alpha_clm": 2.0, "--alpha_cos": 1.0},
+    "clm": {"--alpha_ce": 5.0, "--alpha_clm": 0.5, "--alpha_cos": 1.0},
 }
 ALONE_ALPHAS = {
     "mlm": {"--alpha_ce": 0, "--alpha_mlm": 1.0, "--alpha_clm": 0, "--mlm": None},

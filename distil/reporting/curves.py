@@ -28,9 +28,9 @@ def draw_curves(
     with picture(path, 3, (14, 4.2)) as (_, (left, middle, right)):
         left.plot(*read_scalar(distilled, "losses/loss_ce"), label="student, distilled")
         left.set(
-            title="KL to the teacher in training (T = 2, x T²)",
+            title="Student in training: KL to the teacher (T = 2, x T²)",
             xlabel="micro-batches",
-            ylabel="loss_ce",
+            ylabel="KL (nats a token)",
             ylim=(0, None),
         )
         tag = f"losses/loss_{objective}"
@@ -39,7 +39,7 @@ def draw_curves(
         middle.set(
             title="Language-model loss in training",
             xlabel="micro-batches",
-            ylabel=tag.split("/")[1],
+            ylabel="cross-entropy (nats a token)",
         )
         middle.legend()
         bars = right.bar(list(kl), list(kl.values()), color=["tab:gray", "tab:blue", "tab:orange"])
