@@ -175,6 +175,7 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
         for file in temporary.iterdir():
             give_default_permissions(file)
             flush_to_disk(file)
+        flush_to_disk(temporary)  # the files' names
         with holding_signals():
             if target.is_dir():
                 target.rmdir()

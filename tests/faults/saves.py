@@ -615,6 +615,13 @@ class Disk:
             *others,
         )
 
+    def _link(self, call: Call, source: str, target: str) -> None:
+        self._require(is_temporary(target), "linked under its own name", call)
+        self.entries[target] = call
+        self.written.add(target)
+        if source in self.contents:
+            self.contents[target] = self.contents[source]
+
     def _remove(self, call: Call, path: str) -> None:
         self._require(not OWN_NAME.search(path), "removed under a checkpoint's own name", call)
         self.contents.pop(path, None)
@@ -642,6 +649,7 @@ class Disk:
         **dict.fromkeys(["mkdir", "mkdirat"], _make_folder),
         **dict.fromkeys(["fsync", "fdatasync"], _flush),
         **dict.fromkeys(["rename", "renameat", "renameat2"], _rename),
+        **dict.fromkeys(["link", "linkat"], _link),
         **dict.fromkeys(["unlink", "unlinkat", "rmdir"], _remove),
     }
 
@@ -783,7 +791,10 @@ class Damage:
 
 def damage(path: Path, other: Path, rng: random.Random) -> Damage:
     """Damage one file of a checkpoint; `other` is the source of swapped files."""
-    file, kind = rng.choice(sorted(path.iterdir())), rng.choice(list(DAMAGES))
+    # Configuration and tokenizer lie there for from_pretrained: nothing resumes from them.
+    manifest = json.loads((path / checkpointing.MANIFEST).read_bytes())
+    read = [path / name for name in sorted([checkpointing.MANIFEST, *manifest["files"]])]
+    file, kind = rng.choice(read), rng.choice(list(DAMAGES))
     content = DAMAGES[kind](bytearray(file.read_bytes()), (other / file.name).read_bytes(), rng)
     file.unlink()
     if content is not None:
