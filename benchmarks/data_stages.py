@@ -95,7 +95,7 @@ def of_bert(max_length: int) -> types.SimpleNamespace:
         special_ids=SpecialIds(101, 102, 0, 100),
         max_length=max_length,
         num_entries=2**31 - 1,
-        vocabulary=None,
+        tokenizer_facts=None,
         source="the benchmark",
     )
 

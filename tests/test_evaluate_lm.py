@@ -19,8 +19,8 @@ import torch
 import transformers
 from conftest import as_uint16, run_process, write_pickle
 from families import make_teacher
-from runs import dying_at
 from stand_ins import ROOT, is_text, logged, make_lines, model_facts, vocab_size_of
+from whole_runs import dying_at
 
 import binarized_data
 import evaluate_lm

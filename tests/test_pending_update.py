@@ -8,9 +8,9 @@ import time
 
 import pytest
 import torch
-from runs import assert_same_run
 from stand_ins import make_model
 from torch.utils._python_dispatch import TorchDispatchMode
+from whole_runs import assert_same_run
 
 import train
 from distil.data.batches import MlmPreparation, masking_weights, prepare_clm

@@ -178,7 +178,7 @@ def test_a_recipe_runs_from_documents_to_report(name, run_of):
     for entry in found["quality"].values():
         assert set(entry["models"]) == {"teacher", "student"}
     assert json.loads((out / "held_out.student.json").read_text())["score"]["kl"] > 0
-    assert (student / "README.md").read_text().startswith("---\n")
+    assert (student / "model" / "README.md").read_text().startswith("---\n")
     assert (out / "report" / "report.png").exists()
     texts = [(out / f"{part}.txt").read_text() for part in ("held_out", "train")]
     held_out, rest = (text.splitlines() for text in texts)

@@ -6,8 +6,8 @@ import sys
 import torch
 import transformers
 from conftest import run_process
-from runs import assert_same_run
 from stand_ins import ROOT, logged
+from whole_runs import assert_same_run
 
 import train
 from distil import losses

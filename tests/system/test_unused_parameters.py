@@ -7,9 +7,9 @@ import families
 import pytest
 import torch
 from conftest import run_process
-from runs import masked_flags
 from stand_ins import ROOT
 from test_distributed import TORCHRUN, check
+from whole_runs import masked_flags
 
 import train
 

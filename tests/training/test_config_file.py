@@ -8,7 +8,7 @@ import shutil
 from pathlib import Path
 
 import pytest
-from runs import assert_same_run
+from whole_runs import assert_same_run
 
 import train
 from distil.training.config import HEADINGS, make_parser

@@ -7,9 +7,9 @@ import math
 import sys
 
 import pytest
-from runs import read_metrics
 from stand_ins import logged
 from tqdm import tqdm
+from whole_runs import read_metrics
 
 import train
 import utils

@@ -13,8 +13,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from runs import assert_same_run, dying_at
 from stand_ins import ROOT, logged, make_model
+from whole_runs import assert_same_run, dying_at
 
 import train
 from distil.system import locks, signals

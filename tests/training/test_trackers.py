@@ -6,7 +6,7 @@ import struct
 from pathlib import Path
 
 import pytest
-from runs import dying_at, read_metrics
+from whole_runs import dying_at, read_metrics
 
 import train
 from distil.training import trackers

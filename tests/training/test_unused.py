@@ -5,8 +5,8 @@ import logging
 import families
 import pytest
 import torch
-from runs import assert_same_run, dying_at, masked_flags
 from torch import nn
+from whole_runs import assert_same_run, dying_at, masked_flags
 
 import train
 from distil.data.batches import MicroBatch
