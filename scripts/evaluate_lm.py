@@ -21,8 +21,8 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
-from distil.data.decoding import ERRORS
 from distil.data.encoding import Encoding
+from distil.data.text_flags import add_record_flags
 from distil.data.token_files import MIN_LENGTH, token_file_problem
 from distil.evaluation import MASK_EVERY, FixedMasks
 from distil.held_out import (
@@ -64,7 +64,7 @@ RANGES = {
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    _add_files(parser.add_argument)
+    _add_files(parser)
     _add_masks(parser.add_argument)
     parser.add_argument(
         "--trust_remote_code",
@@ -80,7 +80,8 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     return parser.parse_args(argv)
 
 
-def _add_files(add: Callable) -> None:
+def _add_files(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
     add(
         "--model",
         required=True,
@@ -98,17 +99,7 @@ def _add_files(add: Callable) -> None:
         "--text_file",
         help="held-out text instead, one sequence a line, in what binarized_data.py reads",
     )
-    add(
-        "--text_field",
-        default="text",
-        help="the text's field or column in .jsonl, .parquet, .. (default: %(default)s)",
-    )
-    add(
-        "--errors",
-        default="strict",
-        choices=ERRORS,
-        help="what becomes of text that is not UTF-8 (default: %(default)s)",
-    )
+    add_record_flags(parser)
     add("--output", required=True, help="JSON that receives the scores")
 
 

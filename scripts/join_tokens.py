@@ -24,7 +24,7 @@ from distil.data.cards import read_card
 from distil.data.encoding import EncodedBlock, Encoding
 from distil.data.sharding import Shard
 from distil.data.shuffle import CHUNK_SEQUENCES, Spool, cuts
-from distil.data.tally import Tally, summary
+from distil.data.tally import Tally, log_summary
 from distil.data.token_outputs import (
     add_extra_flags,
     check_covers,
@@ -175,8 +175,7 @@ def main(argv: list[str] | None = None) -> None:
         card["counts"] = tally.counts()
         write_shuffled(spool, outputs.path, file_format, card)
     write_extras(outputs, args.vocab_size, card["tokenizer"], tally)
-    for line in summary(tally):
-        logger.info(line)
+    log_summary(tally)
     logger.info(
         "Joined %d shards into %s in %.1f s; they may be deleted.",
         len(cards),

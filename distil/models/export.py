@@ -14,7 +14,7 @@ import torch
 import transformers
 
 from distil.models.hub import quiet_transformers
-from distil.models.tokenizer_folder import GENERIC, PreTrainedTokenizerFast
+from distil.models.tokenizer_folder import COPIED, GENERIC, PreTrainedTokenizerFast
 from distil.models.tokenizer_roles import ROLE_TOKENS
 from distil.models.tokenizer_rules import other_ids
 from distil.system.files import give_default_permissions
@@ -152,10 +152,7 @@ def _reload_problem(network: torch.nn.Module, tokenizer) -> str | None:
 
 def _as_file(tokenizer) -> PreTrainedTokenizerFast:
     """Wrap a tokenizer's rules in the class that takes tokenizer.json as it stands."""
-    options = {
-        key: getattr(tokenizer, key)
-        for key in ("model_max_length", "model_input_names", "padding_side", "truncation_side")
-    }
+    options = {key: getattr(tokenizer, key) for key in COPIED}
     if tokenizer.extra_special_tokens:
         options["extra_special_tokens"] = tokenizer.extra_special_tokens
     return PreTrainedTokenizerFast(

@@ -11,7 +11,6 @@ from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
 from distil.models.checks import (
     ids_problem,
     size_mismatches,
-    tokenizer_problem,
     vocabulary_problem,
 )
 from distil.models.first_weights import load_student_weights
@@ -88,7 +87,7 @@ def resolve_student(config: TrainConfig, student_config) -> Architecture:
 def check_models(
     config: TrainConfig, architecture: Architecture, student_config, teacher: LanguageModel
 ) -> None:
-    """Raise InputError, a line each, where student, teacher and tokenizer do not fit together."""
+    """Raise InputError, a line each, where a student does not fit its teacher and tokenizer."""
     check_student_vocabulary(config, architecture, teacher.tokenizer)
     needs_width = any(LOSSES[name].reads == "hidden" for name in config.active)
     configs = student_config, teacher.network.config
@@ -96,7 +95,7 @@ def check_models(
     sizes = size_mismatches(*configs, student_source(config), architecture, needs_width, is_fixed)
     is_proven = config.student is None or has_tokenizer(config.student)
     rows = vocabulary_problem(student_config, teacher, student_source(config), is_fixed, is_proven)
-    raise_problems([rows, *sizes, tokenizer_problem(teacher)])
+    raise_problems([rows, *sizes])
     if student_config.vocab_size != teacher.vocab_size:
         logger.warning(
             "%s: has %d rows of the vocabulary, the teacher %d, their tokenizer %d entries: the"
