@@ -59,9 +59,10 @@ def load_teacher(config: TrainConfig) -> LanguageModel:
     kind = config.teacher_type, config.mlm, config.trust_remote_code
     name, flag = config.teacher_name, "--teacher_name"
     architecture = resolve_by_name(name, flag, *kind)
+    named = architecture.name if architecture.is_named else None
+    num_rows = load_config(named, name, flag, config.trust_remote_code).vocab_size
     tokenizer = load_tokenizer(architecture, name, flag)
     facts = tokenizer_facts(tokenizer)
-    num_rows = load_config(None, name, flag, config.trust_remote_code).vocab_size
     problems = [ids_problem(facts["vocab_size"], num_rows, f"{flag} {name}")]
     for option in ("data_file", "eval_data_file", "token_counts"):
         path = getattr(config, option)
