@@ -78,6 +78,7 @@ def run_process(
     clean = {name: value for name, value in os.environ.items() if not is_of_the_caller(name)}
     clean |= {"OMP_NUM_THREADS": "1", "PYTHONPATH": "", **environment}
     words = [str(word) for word in command]
+    assert not words[0].startswith("python"), "the PATH's may lack the libraries: sys.executable"
     try:
         return subprocess.run(
             words, cwd=cwd, env=clean, timeout=timeout_s, capture_output=True, text=True

@@ -3,6 +3,7 @@
 import json
 import os
 import stat
+import sys
 from pathlib import Path
 
 import families
@@ -176,6 +177,6 @@ def test_a_resumed_run_that_was_done_writes_its_model_again(world, tmp_path):
 
 def test_publish_needs_no_run_to_say_what_it_would_upload(finished):
     _, run = finished
-    done = run_process("python", str(ROOT / "scripts" / "publish.py"), str(run), "--dry_run")
+    done = run_process(sys.executable, str(ROOT / "scripts" / "publish.py"), str(run), "--dry_run")
     assert done.returncode == 0 and "model.safetensors" in done.stdout
     assert "checkpoint.pth" not in done.stdout and "has no card" in done.stderr

@@ -4,6 +4,7 @@ import base64
 import contextlib
 import http.server
 import json
+import sys
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -97,7 +98,7 @@ def run(teachers, tmp_path) -> Path:
 
 
 def publish(run: Path, *flags: str, **environment: str):
-    return run_process("python", PROGRAM, run, *flags, **environment)
+    return run_process(sys.executable, PROGRAM, run, *flags, **environment)
 
 
 def test_the_model_and_nothing_else_is_uploaded(run, tmp_path):
