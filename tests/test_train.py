@@ -410,6 +410,7 @@ def test_the_run_folder_holds_the_files_of_2019(kind, runs):
     assert set(facts) == {"repo_id", "repo_sha", "repo_branch"}
     parameters = json.loads((runs[kind] / "parameters.json").read_text())
     assert parameters["alpha_mse"] == 0.01 and parameters["freeze_pos_embs"] is True
+    assert parameters["torch_version"] == torch.__version__ and parameters["num_processes"] == 1
     config = json.loads((runs[kind] / "config.json").read_text())
     assert config["architectures"] == [type(load_auto(kind, runs[kind])).__name__]
     assert not config.get("output_hidden_states")

@@ -21,6 +21,9 @@ from distil.models.hub import model_folder, short_name
 from distil.system.files import atomic_path, output_problem
 from distil.tasks.metrics import HUB_METRICS
 from distil.tasks.tasks import TASKS
+from distil.training.config import TrainConfig
+from distil.training.config_file import REPLACED_BY
+from distil.training.options import resumable_options
 from utils import logger, one_line
 
 SIGNATURE = "<!-- Written by Distil, scripts/report.py. SHA-256 of the rest: {} -->"
@@ -128,16 +131,19 @@ def eval_results(report: Mapping) -> list[huggingface_hub.EvalResult]:
                         {"num_examples": figure["num_examples"]} if figure["num_examples"] else None
                     ),
                     metric_type=metric_type,
-                    metric_name=metric_name(metric),
-                    metric_value=round(metrics[metric], 4),
+                    metric_name=metric.replace("_", " "),
+                    metric_value=round(metrics[metric] / unit_of(metric_type, task.head), 6),
                 )
             )
     return results
 
 
-def metric_name(name: str) -> str:
-    """Word a metric and its unit."""
-    return name.replace("_", " ") + ("" if name.endswith("perplexity") else " (x 100)")
+def unit_of(metric_type: str, head: str) -> float:
+    """Return what divides our figure, a rate x 100, to give the hub's.
+
+    The hub's metrics are rates from 0 to 1, but SQuAD's exact match and F1, from 0 to 100.
+    """
+    return 1 if metric_type == "perplexity" or head == "spans" else 100
 
 
 def metadata(args: argparse.Namespace, report: Mapping) -> huggingface_hub.ModelCardData:
@@ -181,23 +187,22 @@ def read_run_file(student: str, name: str) -> dict:
     return content if isinstance(content, dict) else {}
 
 
-# Flags of train.py that are paths: the card shows the last part only.
-PATH_FLAGS = (
-    *("dump_path", "student", "student_config", "student_pretrained_weights"),
-    *("token_counts", "data_file", "eval_data_file", "teacher_name"),
-)
+# Flags that decide what is computed, though a resumed run may change them. Those that are paths are
+# shown by their last part.
+PATH_FLAGS = {"teacher_name", "student_config", "student_pretrained_weights", "token_counts"}
+SHOWN_FLAGS = PATH_FLAGS | {"gradient_accumulation_steps", "num_processes"}
+SOFTWARE = {"version": "Distil", "torch_version": "PyTorch", "transformers_version": "Transformers"}
 
 
 def training_text(student: str, datasets: Sequence[str] | None) -> str:
     """Describe how the student was trained, from the files in its folder."""
     flags = read_run_file(student, "parameters.json")
-    commit = read_run_file(student, "git_log.json")
     if not flags:
         return (
             "The model's folder holds no parameters.json of the run: its training flags are not"
             " known here."
         )
-    weights = {name: flags.get(f"alpha_{name}") for name in LOSSES}
+    weights = {name: flags.pop(f"alpha_{name}", None) for name in LOSSES}
     losses = [
         f"* {alpha:g} x {LOSSES[name].title} (`alpha_{name}`)"
         for name, alpha in weights.items()
@@ -208,16 +213,36 @@ def training_text(student: str, datasets: Sequence[str] | None) -> str:
         of_datasets = f", of {', '.join(datasets)}" if datasets else ""
         name = Path(flags["data_file"]).name
         lines += [f"Training data: the token file `{name}`{of_datasets}.", ""]
-    code = [f"Distil {flags['version']}"] if flags.get("version") else []
-    code += [f"commit `{commit['repo_sha']}`"] if commit.get("repo_sha") else []
-    lines += [f"Code: {', '.join(code)}.", ""] if code else []
-    shown = {
-        name: Path(value).name if name in PATH_FLAGS and value else value
-        for name, value in flags.items()
+    lines += [software_text(flags, read_run_file(student, "git_log.json")), ""]
+    hidden = resumable_options(TrainConfig) - SHOWN_FLAGS
+    hidden |= {name for name, other in REPLACED_BY.items() if flags.get(other) is not None}
+    rows = [
+        f"| `{name}` | {cell(without_folder(name, value))} |"
+        for name, value in sorted(flags.items())
+        if name not in hidden and value is not None and value is not False
+    ]
+    return "\n".join([*lines, "| flag | value |", "| --- | --- |", *rows])
+
+
+def without_folder(name: str, value: object) -> object:
+    """Return a flag's value; of a path the last part."""
+    is_path = isinstance(value, str) and (name in PATH_FLAGS or os.path.isabs(value))
+    return Path(value).name if is_path else value
+
+
+def software_text(flags: dict, commit: Mapping) -> str:
+    """Name the versions that a run was made with; take them out of its flags."""
+    titles = {
+        "version": "Distil",
+        "torch_version": "PyTorch",
+        "transformers_version": "Transformers",
     }
-    rows = [f"| `{name}` | {cell(value)} |" for name, value in sorted(shown.items())]
-    head = ["<details><summary>All flags of the run</summary>", "", "| flag | value |"]
-    return "\n".join([*lines, *head, "| --- | --- |", *rows, "", "</details>"])
+    found = {title: flags.pop(name, None) for name, title in titles.items()}
+    code = [f"{title} {version}" for title, version in found.items() if version]
+    code += [f"commit `{commit['repo_sha']}`"] if commit.get("repo_sha") else []
+    return (
+        f"Made with {', '.join(code)}." if code else "The versions of its software are not known."
+    )
 
 
 def cell(value: object) -> str:
@@ -256,6 +281,30 @@ def usage_text(args: argparse.Namespace) -> str:
     )
 
 
+# The hub's kind of task: what a model of it is for.
+INTENDED = {
+    "fill-mask": (
+        "To be fine-tuned where its teacher would be, at less cost: classification of sentences and"
+        " of pairs, token classification, question answering. As it is, it predicts masked tokens."
+        " It is not made for writing text."
+    ),
+    "text-generation": (
+        "To continue text, and to be fine-tuned where its teacher would be, at less cost. What it"
+        " writes may be untrue or offensive: do not publish it unread."
+    ),
+    "feature-extraction": "To be fine-tuned where its teacher would be, at less cost.",
+}
+OTHER_INTENDED = "For the task that it was fine-tuned on ({}), on text like that of its training."
+CITATION = """```bibtex
+@article{sanh2019distilbert,
+  title={DistilBERT, a distilled version of BERT: smaller, faster, cheaper and lighter},
+  author={Sanh, Victor and Debut, Lysandre and Chaumond, Julien and Wolf, Thomas},
+  journal={arXiv preprint arXiv:1910.01108},
+  year={2019}
+}
+```"""
+
+
 def limits_text(args: argparse.Namespace, report: Mapping) -> str:
     """List the limits of the model and of its figures."""
     measured = [
@@ -287,6 +336,7 @@ def limits_text(args: argparse.Namespace, report: Mapping) -> str:
 def card_text(args: argparse.Namespace, report: Mapping, tables: Mapping[str, str]) -> str:
     """Write the whole card; tables: "quality", "size" and "speed" of report_tables."""
     data = metadata(args, report)
+    kind = data.pipeline_tag
     title = f"# {short_name(args.student)}"
     teacher = args.base_model or (
         short_name(args.teacher) if os.path.exists(args.teacher) else args.teacher
@@ -297,6 +347,8 @@ def card_text(args: argparse.Namespace, report: Mapping, tables: Mapping[str, st
             f"A model distilled from `{teacher}` by the method of DistilBERT ([Sanh et al.,"
             " 2019](https://arxiv.org/abs/1910.01108))."
         ),
+        "## Intended use",
+        INTENDED.get(kind, OTHER_INTENDED.format(kind.replace("-", " "))),
         "## Results",
         tables["quality"],
         "\n".join(f"* {note}" for note in report["notes"]),
@@ -308,6 +360,8 @@ def card_text(args: argparse.Namespace, report: Mapping, tables: Mapping[str, st
         training_text(args.student, args.datasets),
         "## Limits",
         limits_text(args, report),
+        "## Citation",
+        CITATION,
     ]
     head = f"---\n{data.to_yaml()}\n---\n\n"
     body = "\n\n".join(parts) + "\n"

@@ -13,8 +13,10 @@ from typing import Any
 from distil.system.files import file_problem
 from utils import InputError, one_line, raise_problems
 
+# What parameters.json holds beside the flags.
+RECORDED = {"version", "torch_version", "transformers_version", "num_processes"}
 # What belongs to one start of one run, not to what it computes.
-IGNORED = {"version", "force", "resume", "dump_path", "local_rank"}
+IGNORED = RECORDED | {"force", "resume", "dump_path", "local_rank"}
 # A flag -> the one that is used in its place wherever it has a value.
 REPLACED_BY = {"n_epoch": "max_steps", "batch_size": "max_tokens"}
 EXPECTED = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -14,6 +14,8 @@ from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from distil.models.export import save_config, save_folder, save_tokenizer
 from distil.models.hub import quiet_transformers
 from distil.system.files import (
@@ -29,6 +31,7 @@ from distil.system.files import (
     write_json,
 )
 from distil.system.locks import LOCK, is_restarted, require_unlocked, take_lock
+from distil.system.versions import versions
 from distil.training import checkpointing
 from distil.training.log import Log, Place, cut_log
 from distil.training.trackers import TENSORBOARD, start_trackers
@@ -38,6 +41,12 @@ ROOT = Path(__file__).resolve().parents[2]
 CHECKPOINTS, BEST, MODEL = "checkpoints", "best", "model"
 # What a run writes: a folder with none of it is not taken for a run's.
 RUN_FILES = ("parameters.json", "checkpoint.pth", "model_epoch_*.pth", "checkpoints/step-*")
+
+
+def facts_of_start() -> dict[str, Any]:
+    """Return what parameters.json holds beside the flags: versions, and how many processes."""
+    processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
+    return {"version": VERSION, "num_processes": processes, **versions()}
 
 
 def resume_mode(resume: str | None, dump_path: str) -> str | None:
@@ -155,7 +164,7 @@ class RunFolder:
             self._remove_leftovers()
 
     def _begin(self, flags: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
-        write_json(self.path / "parameters.json", {**flags, "version": VERSION})
+        write_json(self.path / "parameters.json", {**flags, **facts_of_start()})
         # Differs from the original: outside a checkout, or with a detached head, the run continues.
         write_json(self.path / "git_log.json", git_facts(ROOT))
         self._write_loader_files()

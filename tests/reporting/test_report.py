@@ -89,6 +89,13 @@ def student(tmp_path_factory, teachers) -> Path:
             "temperature": 2.0,
             "data_file": "/somewhere/data.pickle",
             "note": "a|b",
+            "other": "/somewhere/else",
+            "mlm_smoothing": 0.0,
+            "n_epoch": 3,
+            "max_steps": 60,
+            "force": True,
+            "version": "9.8.7",
+            "torch_version": "2.99.0",
         },
     )
     files.write_json(folder / "git_log.json", {"repo_sha": "0123abc"})
@@ -714,17 +721,17 @@ def test_the_cards_metadata_holds_the_figures(with_card, own_student):
         for r in card.data.eval_results
     }
     assert card.data.model_name == own_student.name
-    assert found == {
-        ("GLUE MRPC", "accuracy (x 100)"): ("accuracy", 84.0),
-        ("GLUE MRPC", "f1 (x 100)"): ("f1", 88.0),
-        ("GLUE SST-2", "accuracy (x 100)"): ("accuracy", 90.0),
-        ("GLUE MNLI", "matched (x 100)"): ("accuracy", 82.0),
-        ("GLUE MNLI", "mismatched (x 100)"): ("accuracy", 82.2),
-        ("GLUE CoLA", "matthews (x 100)"): ("matthews_correlation", 6.0),
+    assert found == {  # rates from 0 to 1 but SQuAD's, as the hub's metrics give them
+        ("GLUE MRPC", "accuracy"): ("accuracy", 0.84),
+        ("GLUE MRPC", "f1"): ("f1", 0.88),
+        ("GLUE SST-2", "accuracy"): ("accuracy", 0.9),
+        ("GLUE MNLI", "matched"): ("accuracy", 0.82),
+        ("GLUE MNLI", "mismatched"): ("accuracy", 0.822),
+        ("GLUE CoLA", "matthews"): ("matthews_correlation", 0.06),
         ("WikiText, raw", "token perplexity"): ("perplexity", 21.1),
         ("WikiText, raw", "word perplexity"): ("perplexity", 35.0),
-        ("SQuAD v1.1", "exact (x 100)"): ("exact_match", 79.1),
-        ("SQuAD v1.1", "f1 (x 100)"): ("f1", 86.9),
+        ("SQuAD v1.1", "exact"): ("exact_match", 79.1),
+        ("SQuAD v1.1", "f1"): ("f1", 86.9),
     }
     assert {json.dumps(r.dataset_args) for r in card.data.eval_results} == {
         '{"num_examples": {"dev": 408}}'
@@ -757,6 +764,9 @@ def test_the_card_tells_teacher_data_flags_and_commit(with_card, own_student):
         and "| `note` | a\\|b |" in text
         and "| `temperature` | 2.0 |" in text
     )
+    assert "Made with Distil 9.8.7, PyTorch 2.99.0, commit" in text and "`force`" not in text
+    assert "| `mlm_smoothing` | 0.0 |" in text and "`n_epoch`" not in text
+    assert "## Intended use\n\nTo be fine-tuned" in text and "@article{sanh2019" in text
     assert "97.3 % ≈" in text and "Measured on" in text
 
 

@@ -342,7 +342,7 @@ def test_a_task_is_one_row_of_one_table(teachers, data, tmp_path, monkeypatch):
     (result,) = huggingface_hub.ModelCard.load(student / "README.md").data.eval_results
     assert (result.dataset_name, result.dataset_type) == ("Toy set", "me/toy")
     assert (result.task_type, result.metric_type) == ("text-classification", "accuracy")
-    assert result.metric_value == pytest.approx(scores["score"]["accuracy"], abs=1e-4)
+    assert result.metric_value == pytest.approx(scores["score"]["accuracy"] / 100, abs=1e-6)
 
 
 def test_imdb_runs_from_its_folders(teachers, data, tmp_path):
