@@ -28,6 +28,11 @@ def save_folder(network: torch.nn.Module, tokenizer, folder: str | os.PathLike) 
     """Save a network and its tokenizer (see `tokenizer_for`), for transformers 4 and 5."""
     with quiet_transformers():
         network.save_pretrained(folder)
+    complete_folder(tokenizer, folder)
+
+
+def complete_folder(tokenizer, folder: str | os.PathLike) -> None:
+    """Make of a folder that a network was saved to what `save_folder` makes."""
     _change_json(Path(folder, "config.json"), _with_rope_of_4)
     save_tokenizer(tokenizer, folder)
     for file in Path(folder).iterdir():

@@ -14,7 +14,7 @@ import transformers
 
 from distil.models.architectures import ARCHITECTURES
 from distil.models.casing import casing_of_flags
-from distil.models.export import tokenizer_for
+from distil.models.export import complete_folder, tokenizer_for
 from distil.models.hub import load_config
 from distil.models.language_model import max_input_length
 from distil.models.tokenizers import load_tokenizer
@@ -54,6 +54,12 @@ class SpanTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
+
+    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
+        """Save as the library does, its checkpoints too, for transformers 4 and 5."""
+        super()._save(output_dir, state_dict)
+        if self.args.should_save:
+            complete_folder(self.processing_class, output_dir or self.args.output_dir)
 
 
 def load_student(

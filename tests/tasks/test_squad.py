@@ -723,6 +723,21 @@ def test_a_model_learns_by_heart_and_everything_is_written(learnt, files):
         ).is_file()
 
 
+def test_the_export_and_its_checkpoints_are_for_transformers_4_too(models, files, tmp_path):
+    student = shutil.copytree(models["bert"], tmp_path / "student")
+    tokenizer = tokenizer_of(student)
+    further = tokenizer.convert_ids_to_tokens([len(tokenizer) - 1])
+    tokenizer.add_special_tokens({"additional_special_tokens": further})
+    tokenizer.save_pretrained(student)
+    train = {"do_train": True, "train_file": files["few"], "max_steps": 1}
+    program.main(flags("bert", {"bert": student}, tmp_path / "run", **train))
+    for folder in (tmp_path / "run", tmp_path / "run" / "checkpoint-1"):
+        declared = read(folder / "tokenizer_config.json")
+        assert declared["additional_special_tokens"] == further
+        assert "extra_special_tokens" not in declared and "is_local" not in declared
+        assert (folder / "model.safetensors").stat().st_mode & 0o044 == 0o044
+
+
 def test_a_teacher_is_measured_on_training_windows(learnt, models, files, tmp_path, capsys):
     changes = {"teacher_type": "bert", "do_train": True, "train_file": files["few"], "max_steps": 1}
     for teacher, message in (
