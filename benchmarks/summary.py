@@ -9,7 +9,15 @@ import numpy as np
 from benchmarks.measuring import STAGES
 from benchmarks.workload import Job
 from distil.flops import nominal_peak
-from distil.reporting.plots import picture
+from distil.reporting.plots import (
+    INK,
+    LOOKS,
+    add_legend,
+    draw_bars,
+    name_rows,
+    picture,
+    set_heading,
+)
 from distil.reporting.tables import markdown, share, times
 
 GIB = 2**30
@@ -184,22 +192,32 @@ def print_report(found: dict) -> None:
 
 def draw(rows: list[dict], path: str) -> None:
     """Draw tokens/s of each variant with their spread, and the stages of an update, stacked."""
-    rows = [row for row in rows if "problem" not in row][::-1]
-    names, rates = [row["name"] for row in rows], [row["tokens_s"] for row in rows]
+    rows = [row for row in rows if "problem" not in row]
+    places, rates = range(len(rows)), [row["tokens_s"] for row in rows]
     medians = [rate["median"] for rate in rates]
     spreads = [[r["median"] - r["min"] for r in rates], [r["max"] - r["median"] for r in rates]]
-    size = 15, 1.8 + 0.42 * len(rows)
-    with picture(path, 2, size, sharey=True) as (figure, (left, right)):
-        drawn = left.barh(names, medians, xerr=spreads, color="tab:blue", ecolor="tab:gray")
-        left.bar_label(drawn, fmt="{:,.0f}", padding=4)
-        left.set(title="Real tokens a second: median, min to max", xlabel="tokens/s")
-        left.margins(x=0.15)
+    pairs = [f"{row['pair']} ({row['size']})" for row in rows]
+    facts = {
+        "pair": pairs,
+        "device": [row["device"] for row in rows],
+        "seed": [row["seed"] for row in rows],
+        "measured updates": [len(row["step_s"]) for row in rows],
+    }
+    with picture(path, 2, (15, 1.6 + 0.42 * len(rows)), sharey=True) as (figure, (left, right)):
+        errors = {"xerr": spreads, "ecolor": INK, "capsize": 3}
+        draw_bars(left, places, medians, LOOKS["count"], "{:,.0f}", **errors)
+        left.set(title="Speed: median, min to max", xlabel="speed (real tokens a second)")
         ends = np.zeros(len(rows))
         for stage in STAGES:
             stages_s = [row["stages_s"][stage] if row["stages_s"] else 0.0 for row in rows]
             widths = 1000 * np.array(stages_s)
-            right.barh(names, widths, left=ends, label=stage)
+            right.barh(places, widths, left=ends, **LOOKS[stage].bar)
             ends += widths
-        right.set(title="Stages of an update (a separate pass)", xlabel="ms")
-        legend = right.get_legend_handles_labels()
-        figure.legend(*legend, loc="outside lower right", ncols=len(STAGES))
+        for place in (n for n, row in enumerate(rows) if not row["stages_s"]):
+            right.text(0, place, " not measured", va="center")
+        right.set(title="Stages of an update (a separate pass)", xlabel="time of an update (ms)")
+        name_rows(left, [row["name"] for row in rows])
+        name_rows(right, [row["name"] for row in rows])
+        what = "The distillation step; a name ends in micro-batches x sequences x ids"
+        set_heading(figure, what, facts)
+        add_legend(figure, STAGES, [LOOKS[stage] for stage in STAGES], "bar")

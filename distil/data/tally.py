@@ -1,13 +1,16 @@
 """Counts of a text while it becomes token ids: for the card, the summary and a histogram."""
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from distil.data.encoding import EncodedBlock, Encoding
 from distil.data.shuffle import Spool
 from distil.data.token_files import MANY_UNKNOWN, MAX_LISTED, MIN_LENGTH
-from distil.reporting.plots import picture
+from distil.reporting.plots import LOOKS, count_on, picture, set_heading, set_log
 from utils import logger
 
+MOST_BARS = 60  # of the histogram, where a bar is of one length
 WARN_UNKNOWN = 0.05  # share of unknown ids from which the tokenizer hardly fits the text
 
 
@@ -78,25 +81,26 @@ class ManyUnknown:
         self.num_seen += len(lengths_N)
 
 
-def draw_lengths(num_of_length: dict[int, int], path: str, title: str) -> None:
-    """Draw a histogram of the sequences' lengths in ids, on a logarithmic axis."""
+def draw_lengths(num_of_length: dict[int, int], path: str, facts: Mapping[str, str]) -> None:
+    """Draw a histogram of the sequences' lengths in ids, on a logarithmic axis.
+
+    A bar is of one length, or of a third of a doubling: 32 to 39, to 50, to 63. facts: for
+    the title, {"tokenizer": its name, ..}.
+    """
     lengths, numbers = (
         np.array(list(column)) for column in zip(*sorted(num_of_length.items()), strict=True)
     )
-    edges = np.unique(
-        np.round(np.geomspace(max(lengths.min(), 1), lengths.max() + 1, 60)).astype(int)
-    )
-    title = title.encode(errors="replace").decode().replace("$", r"\$")  # "$" would begin a formula
-    with picture(path, 1, (9, 4.2)) as (_, (axes,)):
-        axes.hist(
-            lengths, bins=edges, weights=numbers, color="tab:blue", edgecolor="white", linewidth=0.3
-        )
-        axes.set(
-            title=title,
-            xlabel="ids in the sequence, boundary tokens included",
-            ylabel="sequences",
-            xscale="log",
-        )
+    least, most = max(int(lengths.min()), 1), int(lengths.max())
+    edges = np.arange(least, most + 2)
+    if most - least >= MOST_BARS:
+        thirds = np.arange(np.floor(3 * np.log2(least)), np.ceil(3 * np.log2(most + 1)) + 1)
+        edges = np.unique(np.round(2 ** (thirds / 3)))
+    with picture(path, 1, (9, 3.8)) as (figure, (panel,)):
+        panel.hist(lengths, bins=edges - 0.5, weights=numbers, **LOOKS["count"].bar)
+        panel.set(xlabel="length with boundary tokens (ids)", ylabel="sequences (number)")
+        set_log(panel, "x", least, most)
+        count_on(panel.yaxis)
+        set_heading(figure, f"Lengths of {numbers.sum():,} sequences", facts)
 
 
 def log_summary(tally: Tally) -> None:

@@ -16,6 +16,7 @@ from distil.data.cards import check_vocab_size, require_card_output, write_token
 from distil.data.shuffle import Spool, shuffled
 from distil.data.tally import ManyUnknown, Tally, draw_lengths
 from distil.data.token_files import FORMATS, require_counts_output, writing_tokens
+from distil.reporting.plots import short_path
 from distil.system.files import require_output
 from utils import InputError, bar_options, logger
 
@@ -143,6 +144,6 @@ def write_extras(outputs: Outputs, vocab_size: int | None, tokenizer: dict, tall
         write_token_counts(outputs.counts, np.pad(tally.counts_V, (0, num_more)), card)
         logger.info("Wrote %s.", outputs.counts)
     if outputs.report is not None:
-        title = f"{tally.counts()['sequences']:,} sequences of {outputs.path}"
-        draw_lengths(tally.num_of_length, outputs.report, title)
+        facts = {"tokenizer": short_path(tokenizer["name"]), "file": short_path(outputs.path)}
+        draw_lengths(tally.num_of_length, outputs.report, facts)
         logger.info("Drew %s.", outputs.report)

@@ -3,19 +3,25 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from distil.reporting.plots import picture
+from distil.losses import LOSSES
+from distil.reporting.plots import (
+    LOOKS,
+    add_legend,
+    count_on,
+    draw_bars,
+    draw_line,
+    name_rows,
+    picture,
+    set_heading,
+)
+from distil.reporting.run_comparison import TITLES, X_LABELS, facts_of, read_runs
 
-
-def read_scalar(folder: Path, tag: str) -> tuple[list[int], list[float]]:
-    """Read one scalar of a run's TensorBoard log: (x, values), both empty where it is missing."""
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
-    log = EventAccumulator(str(folder / "log" / "train"), size_guidance={"scalars": 0})
-    log.Reload()
-    if tag not in log.Tags()["scalars"]:
-        return [], []
-    events = log.Scalars(tag)
-    return [event.step for event in events], [event.value for event in events]
+# Row of the quickstart's table -> what LOOKS calls it.
+ROLES = {
+    "student before": "first weights",
+    "student after": "student",
+    "without teacher": "baseline",
+}
 
 
 def draw_curves(
@@ -23,26 +29,24 @@ def draw_curves(
 ) -> None:
     """Plot the training losses of two runs' folders, and bars of each student's held-out KL.
 
-    objective: mlm or clm. kl: student's name -> nats a token.
+    objective: mlm or clm. kl: a name of ROLES -> nats a token.
     """
-    with picture(path, 3, (14, 4.2)) as (_, (left, middle, right)):
-        left.plot(*read_scalar(distilled, "losses/loss_ce"), label="student, distilled")
-        left.set(
-            title="Student in training: KL to the teacher (T = 2, x T²)",
-            xlabel="micro-batches",
-            ylabel="KL (nats a token)",
-            ylim=(0, None),
-        )
-        tag = f"losses/loss_{objective}"
-        middle.plot(*read_scalar(distilled, tag), label="student, distilled")
-        middle.plot(*read_scalar(without_teacher, tag), label="student, without teacher")
-        middle.set(
-            title="Language-model loss in training",
-            xlabel="micro-batches",
-            ylabel="cross-entropy (nats a token)",
-        )
-        middle.legend()
-        bars = right.bar(list(kl), list(kl.values()), color=["tab:gray", "tab:blue", "tab:orange"])
-        right.bar_label(bars, fmt="%.4f")
-        right.margins(y=0.12)
-        right.set(title="KL to the teacher, held-out text (T = 1)", ylabel="nats a token")
+    runs = dict(zip(("student", "baseline"), read_runs([distilled, without_teacher]), strict=True))
+    temperature = runs["student"].flags["temperature"]
+    with picture(path, 3, (14, 4.2)) as (figure, (left, middle, right)):
+        draw_line(left, *runs["student"].curve("loss_ce", "update"), LOOKS["student"])
+        left.set(title=f"In training: KL to the teacher (T = {temperature:g})", ylim=(0, None))
+        for role, run in runs.items():
+            draw_line(middle, *run.curve(f"loss_{objective}", "update"), LOOKS[role])
+        middle.set_title(f"In training: {LOSSES[objective].title}")
+        for panel, loss in ((left, "ce"), (middle, objective)):
+            panel.set(xlabel=X_LABELS["update"], ylabel=TITLES[f"loss_{loss}"][1])
+            count_on(panel.xaxis)
+        for place, (name, value) in enumerate(kl.items()):
+            draw_bars(right, [place], [value], LOOKS[ROLES[name]], "{:.4f}")
+        name_rows(right, list(kl))
+        right.set(title="Held out: KL to the teacher (T = 1)", xlabel=TITLES["eval/kl"][1])
+        what = "The distilled student, and the same student trained without the teacher"
+        set_heading(figure, what, facts_of(list(runs.values())))
+        names = ["student, distilled", "student, without teacher"]
+        add_legend(figure, names, [LOOKS[role] for role in runs], "line")

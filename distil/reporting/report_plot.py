@@ -3,9 +3,16 @@
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distil.reporting.plots import picture
-
-COLORS = {"student": "tab:blue", "baseline": "tab:orange"}
+from distil.reporting.model_card import read_run_file
+from distil.reporting.plots import (
+    LOOKS,
+    add_legend,
+    draw_bars,
+    name_rows,
+    picture,
+    say_instead,
+    set_heading,
+)
 
 
 def retention_bars(report: Mapping) -> dict[str, dict[str, float]]:
@@ -36,48 +43,56 @@ def ratio_bars(report: Mapping) -> dict[str, dict[str, float]]:
     return bars
 
 
+def facts_of(report: Mapping) -> dict[str, str | None]:
+    """Collect what the heading says: models, and the student's training, if its folder tells."""
+    models = report["models"]
+    flags = read_run_file(models["student"]["path"], "parameters.json")
+    seeds = [
+        figure["num_seeds"]
+        for entry in report["quality"].values()
+        for figure in entry["models"].values()
+    ]
+    ends = sorted({min(seeds), max(seeds)}) if seeds else []
+    return {
+        **{role: model["name"] for role, model in models.items()},
+        "distilled with seed": flags.get("seed"),
+        "updates": flags.get("max_steps"),
+        "fine-tuning runs a task": " to ".join(map(str, ends)),
+    }
+
+
 def draw(report: Mapping, path: Path) -> None:
     """Draw each model's share of the teacher's quality, and its gains in size and speed."""
     panels = (
-        ("Quality kept, % of the teacher", retention_bars(report), 100, "{:.1f}"),
-        ("Times smaller, or faster, than the teacher", ratio_bars(report), 1, "{:.2f}×"),
+        ("Quality kept", "of the teacher's (%)", retention_bars(report), 100, "{:.1f}"),
+        ("Smaller, faster", "than the teacher (times)", ratio_bars(report), 1, "{:.2f}×"),
     )
     roles = [role for role in report["models"] if role != "teacher"]
-    rows = max(2, *(len(bars) for _, bars, _, _ in panels))
-    height = 1.6 + 0.3 * rows * (len(roles) + 0.6)
-    names = " and ".join(f"{report['models'][role]['name']} ({role})" for role in roles)
+    rows = max(2, *(len(bars) for _, _, bars, _, _ in panels))
+    height = 1.2 + 0.3 * rows * (len(roles) + 0.6)
     with picture(path, 2, (13, height)) as (figure, axes):
-        for axis, (title, bars, mark, style) in zip(axes, panels, strict=True):
-            draw_bars(axis, bars, roles, mark, style)
-            axis.set_title(title)
-        figure.suptitle(f"{names}; teacher {report['models']['teacher']['name']}", wrap=True)
-        if len(roles) > 1:
-            legend = next(a for a in axes if a.has_data()).get_legend_handles_labels()
-            figure.legend(*legend, loc="outside lower center", ncols=2)
+        for panel, (title, unit, bars, mark, style) in zip(axes, panels, strict=True):
+            draw_groups(panel, bars, roles, mark, style)
+            panel.set(title=title, xlabel=unit)
+        what = "Quality kept, and size and speed gained, against the teacher (solid line)"
+        set_heading(figure, what, facts_of(report))
+        add_legend(figure, roles, [LOOKS[role] for role in roles], "bar")
 
 
-def draw_bars(
-    axis, bars: Mapping[str, Mapping[str, float]], roles: Sequence[str], mark: float, style: str
+def draw_groups(
+    panel, bars: Mapping[str, Mapping[str, float]], roles: Sequence[str], mark: float, style: str
 ) -> None:
     """Draw groups of horizontal bars, a bar a role, with values and a line at the teacher's."""
     if not bars:
-        axis.text(0.5, 0.5, "not run", ha="center", va="center", transform=axis.transAxes)
-        axis.set_axis_off()
+        say_instead(panel, "not run")
         return
     thickness = 0.8 / len(roles)
     for k, role in enumerate(roles):
-        places = [
-            n + thickness * (k - (len(roles) - 1) / 2)
-            for n, kept in enumerate(bars.values())
-            if role in kept
-        ]
+        shift = thickness * (k - (len(roles) - 1) / 2)
+        places = [n + shift for n, kept in enumerate(bars.values()) if role in kept]
         values = [kept[role] for kept in bars.values() if role in kept]
-        drawn = axis.barh(places, values, thickness, color=COLORS[role], label=role)
-        labels = [style.format(value) for value in values]
-        axis.bar_label(
-            drawn, labels, padding=3, bbox={"facecolor": "white", "edgecolor": "none", "pad": 1}
-        )
-    axis.axvline(mark, color="black", linewidth=1, linestyle="--")
-    axis.set_yticks(range(len(bars)), list(bars))
-    axis.set_ylim(len(bars) - 0.5, -0.5)  # the first on top
-    axis.set_xlim(min(0, *axis.get_xlim()), max(axis.get_xlim()[1], mark) * 1.12)
+        draw_bars(panel, places, values, LOOKS[role], style, height=thickness)
+    teacher = LOOKS["teacher"]
+    panel.axvline(mark, color=teacher.color, linestyle=teacher.dashes)
+    name_rows(panel, list(bars))
+    panel.set_xlim(right=max(panel.get_xlim()[1], mark * 1.05))

@@ -5,13 +5,27 @@ Reads parameters.json and metrics.jsonl of each run folder, also while the run i
 
 import dataclasses
 import json
+import math
 import os
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from distil.losses import LOSSES
-from distil.reporting.plots import picture
+from distil.models.architectures import AUTO
+from distil.reporting.plots import (
+    Look,
+    add_legend,
+    count_on,
+    draw_line,
+    look_of_run,
+    picture,
+    printable,
+    say_instead,
+    set_heading,
+    set_log,
+    short_path,
+)
 from distil.reporting.tables import markdown
 from utils import InputError, one_line
 
@@ -19,21 +33,34 @@ PARAMETERS, METRICS = "parameters.json", "metrics.jsonl"
 COUNTERS = ("update", "micro_batches", "epoch")
 # Flags that say where and how often a run was started, not what it does.
 UNRELATED = {"dump_path", "force", "resume", "local_rank"}
-# Metric -> (title, unit); the losses' titles are those of LOSSES.
-TITLES = {
-    "loss": ("weighted sum of the losses", ""),
-    **{f"loss_{name}": (loss.title, "") for name, loss in LOSSES.items()},
-    "lr": ("learning rate", ""),
-    "grad_norm": ("gradient norm before clipping", ""),
-    "tokens_per_s": ("speed", "tokens a second"),
-    "mfu": ("model FLOPs utilization", "share of the peak"),
-    "eval/loss": ("held out: language-model loss", "nats a token"),
-    "eval/kl": ("held out: KL to the teacher (T = 1)", "nats a token"),
-    "eval/perplexity": ("held out: perplexity", ""),
-    "eval/accuracy": ("held out: accuracy, top-1", "share of tokens"),
-    "eval/agreement": ("held out: agreement with the teacher, top-1", "share of tokens"),
+NATS = "nats a token"
+# Metric -> (title, label with the unit); the losses' titles are those of LOSSES.
+UNITS_OF_LOSSES = {
+    "ce": f"KL × T² ({NATS})",
+    "mlm": f"cross-entropy ({NATS})",
+    "clm": f"cross-entropy ({NATS})",
+    "mse": "squared error (logits² a token)",
+    "cos": "1 - cosine (no unit)",
 }
-STYLES = ("-", "--", "-.", ":")  # runs are told apart in a grey print, too
+TITLES = {
+    "loss": ("weighted sum of the losses", "loss (no unit)"),
+    **{f"loss_{k}": (v.title, UNITS_OF_LOSSES.get(k, "loss (no unit)")) for k, v in LOSSES.items()},
+    "lr": ("learning rate", "learning rate (no unit)"),
+    "grad_norm": ("gradient norm before clipping", "norm (no unit)"),
+    "tokens_per_s": ("speed", "real tokens (number a second)"),
+    "mfu": ("model FLOPs utilization", "MFU (share of the peak)"),
+    "eval/loss": ("held out: language-model loss", f"cross-entropy ({NATS})"),
+    "eval/kl": ("held out: KL to the teacher (T = 1)", f"KL ({NATS})"),
+    "eval/perplexity": ("held out: perplexity", "perplexity (no unit)"),
+    "eval/accuracy": ("held out: accuracy, top-1", "accuracy (share of tokens)"),
+    "eval/agreement": ("held out: agreement with the teacher", "top-1 equal (share of tokens)"),
+}
+X_LABELS = {
+    "update": "updates (number)",
+    "micro_batches": "micro-batches of all processes (number)",
+    "epoch": "epoch (number, from 0)",
+}
+LOGARITHMIC = {"eval/perplexity"}  # it falls by orders of magnitude
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +73,11 @@ class Run:
 
     def curve(self, metric: str, x: str) -> tuple[list, list]:
         """Return a metric's values over the counter x: (xs, ys)."""
-        lines = [line for line in self.lines if line.get(metric) is not None]
+        lines = [line for line in self.lines if isinstance(line.get(metric), int | float)]
         return [line[x] for line in lines], [line[metric] for line in lines]
 
 
-def read_runs(paths: Sequence[str]) -> list[Run]:
+def read_runs(paths: Sequence[str | os.PathLike]) -> list[Run]:
     """Read runs; raise InputError, a line for each folder that holds none."""
     names = [Path(os.path.abspath(path)).name for path in paths]
     names = names if len(set(names)) == len(names) else list(paths)
@@ -127,33 +154,53 @@ def figure_table(runs: Sequence[Run]) -> str:
     return markdown([["last figure", *(run.name for run in runs)], *rows])
 
 
+def facts_of(runs: Sequence[Run]) -> dict[str, list]:
+    """Collect what a heading says of runs: their models, seeds, updates."""
+
+    def model(flags: Mapping[str, Any], role: str, path: str | None) -> str | None:
+        kind = flags.get(f"{role}_type")
+        shown = [
+            *([kind] if kind not in (None, AUTO) else []),
+            *([short_path(path)] if path else []),
+        ]
+        return " ".join(shown) or None
+
+    flags = [run.flags for run in runs]
+    return {
+        "teacher": [model(own, "teacher", own.get("teacher_name")) for own in flags],
+        "student": [
+            model(own, "student", own.get("student") or own.get("student_config")) for own in flags
+        ],
+        "seed": [own.get("seed") for own in flags],
+        "updates": [f"{run.lines[-1]['update']:,}" for run in runs],
+    }
+
+
 def draw(runs: Sequence[Run], path: str | os.PathLike, x: str) -> None:
-    """Draw every metric of the runs over the counter x, a panel each, a colour a run."""
+    """Draw every metric of the runs over the counter x, a panel each, a look a run."""
     metrics = metrics_of(runs)
     columns = min(3, len(metrics))
-    size = 5.2 * columns, 3.4 * -(-len(metrics) // columns) + 0.5
+    size = 5.2 * columns, 3.4 * -(-len(metrics) // columns)
+    looks = [look_of_run(number) for number in range(len(runs))]
     with picture(path, len(metrics), size, columns) as (figure, panels):
         for panel, metric in zip(panels, metrics, strict=True):
-            for number, run in enumerate(runs):
-                style = STYLES[number % len(STYLES)]
-                xs, ys = run.curve(metric, x)
-                is_single = len(xs) == 1  # no line to see
-                look = {"linestyle": style, "marker": "o" if is_single else None}
-                panel.plot(xs, ys, color=f"C{number % 10}", label=_plain(run.name), **look)
-            title, unit = TITLES.get(metric, (metric, ""))
-            panel.set(title=title, xlabel=X_LABELS[x], ylabel=unit or metric)
-            panel.grid(alpha=0.3)
-        handles, labels = panels[0].get_legend_handles_labels()
-        figure.legend(handles, labels, loc="outside lower center", ncols=min(4, len(runs)))
+            draw_metric(panel, runs, looks, metric, x)
+        set_heading(figure, f"{len(runs)} runs of train.py", facts_of(runs))
+        add_legend(figure, [run.name for run in runs], looks, "line")
 
 
-X_LABELS = {
-    "update": "updates",
-    "micro_batches": "micro-batches of all processes",
-    "epoch": "epoch, from 0",
-}
-
-
-def _plain(text: str) -> str:
-    """Escape what matplotlib takes for a formula or hides from a legend."""
-    return text.replace("$", r"\$").lstrip("_") or "run"
+def draw_metric(panel, runs: Sequence[Run], looks: Sequence[Look], metric: str, x: str) -> None:
+    """Draw a metric of the runs over the counter x."""
+    curves = [run.curve(metric, x) for run in runs]
+    for number, (curve, look) in enumerate(zip(curves, looks, strict=True)):
+        draw_line(panel, *curve, look, number)
+    title, label = TITLES.get(metric, (metric, f"{metric} (unit not known)"))
+    panel.set_title(printable(title))
+    values = [y for _, ys in curves for y in ys if math.isfinite(y)]
+    if not values:
+        say_instead(panel, "no finite figure")
+        return
+    panel.set(xlabel=X_LABELS[x], ylabel=printable(label))
+    count_on(panel.xaxis)
+    if metric in LOGARITHMIC and min(values) > 0:
+        set_log(panel, "y", min(values), max(values))

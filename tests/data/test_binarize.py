@@ -673,7 +673,7 @@ def test_the_card_counts_the_files_content(teachers, tmp_path):
 
 def test_any_name_can_be_drawn(tmp_path):
     for name in ("a_$b^{", "x\udcff", "c\\d"):
-        tally.draw_lengths({12: 3, 40: 1}, str(tmp_path / "picture.png"), f"4 sequences of {name}")
+        tally.draw_lengths({12: 3, 40: 1}, str(tmp_path / "picture.png"), {"file": name})
 
 
 def test_the_report_is_a_picture(teachers, text_file, tmp_path):

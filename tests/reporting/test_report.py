@@ -402,6 +402,7 @@ def test_a_picture_of_every_task_and_of_three_models_is_drawn(tmp_path):
         t: {
             "title": r.title,
             "lower_is_better": r.lower_is_better,
+            "models": {},
             "retention": {"student": 97.0, "baseline": -3.0},
         }
         for t, r in TASKS.items()
