@@ -36,6 +36,7 @@ STYLE = {
     "lines.markersize": 5,
     "hatch.linewidth": 0.7,
 }
+TOO_LARGE = 1e16  # to be written in full
 UNITS = ((1e12, " T"), (1e9, " B"), (1e6, " M"), (1, ""))
 
 
@@ -232,21 +233,21 @@ def set_log(panel, which: str, least: float, most: float) -> None:
     ticks = [2.0**k for k in exponents[:: max(1, -(-len(exponents) // 9))]]
     if len(ticks) < 3:
         locator = MaxNLocator(6, integer=least >= 1, steps=[1, 2, 5, 10])
-        ticks = [tick for tick in locator.tick_values(least, most) if least <= tick <= most] or [
-            least
-        ]
+        ticks = [tick for tick in locator.tick_values(least, most) if least <= tick <= most]
     getattr(panel, f"set_{which}scale")("log", base=2)
     axis = getattr(panel, f"{which}axis")
-    axis.set_major_locator(FixedLocator(ticks))
+    axis.set_major_locator(FixedLocator(ticks or [least]))
     axis.set_minor_locator(NullLocator())
     axis.set_major_formatter(lambda value, position: written(value))
 
 
 def written(value: float, size: float | None = None, digits: int | None = None) -> str:
-    """Write a number in full: 32, 0.0005, 12,000, 1.2 M; no powers, no offsets.
+    """Write a number in full: 32, 0.0005, 12,000, 1.2 M; no powers but of a diverged run's figures.
 
     size: 1, 1e6, .. to write it in; default: its own. digits: after the point; default: all.
     """
+    if abs(value) >= TOO_LARGE:
+        return f"{value:.3g}"
     size = size or _size_of(value)
     number = f"{value / size:,.{12 if digits is None else digits}f}"
     number = number.rstrip("0").rstrip(".") if digits is None else number

@@ -161,7 +161,15 @@ def test_bars_of_lengths_hold_every_sequence(drawn, tmp_path):
 
 @pytest.mark.parametrize(
     ("value", "expected"),
-    [(32, "32"), (12000, "12,000"), (1.2e6, "1.2 M"), (5e-5, "0.00005"), (-0.0, "0"), (3e9, "3 B")],
+    [
+        (32, "32"),
+        (12000, "12,000"),
+        (1.2e6, "1.2 M"),
+        (5e-5, "0.00005"),
+        (-0.0, "0"),
+        (3e9, "3 B"),
+        (1e30, "1e+30"),
+    ],
 )
 def test_a_number_is_written_in_full(value, expected):
     assert plots.written(value) == expected
@@ -299,7 +307,7 @@ def test_nothing_is_cut_off(name, figures):
 def test_many_runs_of_long_names_have_room(num_runs, num_lines, drawn, tmp_path):
     """Names of 100 letters; a run each may lack a metric, or have one point, zeros, NaN."""
     names = [f"{TITLED[k % 5]}{'distilbert-base-' * 6}{k}" for k in range(num_runs)]
-    odd = {"loss_cos": math.nan, "mine": math.inf, "loss_mlm": 1e-9}
+    odd = {"loss_cos": math.nan, "lr": 1e300, "mine": math.inf, "loss_mlm": 1e-9}
     folders = [
         write_run(tmp_path / f"{k}", num_lines, **(odd if k % 2 else {})) for k in range(num_runs)
     ]
