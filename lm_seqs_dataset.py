@@ -308,25 +308,26 @@ class LmSeqsDataset:
         return self.collate([index])[0][0].numpy()
 
     def collate(self, indices: Iterable[int]) -> tuple[torch.Tensor, torch.Tensor]:
-        """Make a batch by one gather: token_ids_BT, padded to the longest, and lengths_B; int64.
+        """Make a batch: token_ids_BT, padded to the longest, and lengths_B; int64.
 
-        Raises InputError if the ids' bytes differ from their checksum.
+        Raises RankError if the ids' bytes differ from their checksum, or the file was cut off.
         """
         index_B = np.asarray(indices)
         starts_B, lengths_B = self.starts[index_B], self.lengths[index_B].astype(np.int64)
         adds_start_B, adds_end_B = self.adds_start[index_B], self.adds_end[index_B]
-        self.tokens.check(starts_B, starts_B + lengths_B - adds_start_B - adds_end_B)
+        ends_B = lengths_B - adds_end_B
+        ids_M = self.tokens.runs(starts_B, ends_B - adds_start_B)
         column_T = np.arange(lengths_B.max())
-        # Places before the file's first id and after its last become boundary tokens or padding:
-        # any id will do there.
-        token_ids_BT = self.tokens.ids_M.take(
-            (starts_B - adds_start_B)[:, None] + column_T, mode="clip"
-        ).astype(np.int64)
+        token_ids_BT = np.full((len(lengths_B), len(column_T)), self.special.pad, np.int64)
+        token_ids_BT[(column_T >= adds_start_B[:, None]) & (column_T < ends_B[:, None])] = ids_M
         if self.special.start is not None:
             token_ids_BT[adds_start_B, 0] = self.special.start
-        token_ids_BT[adds_end_B, lengths_B[adds_end_B] - 1] = self.special.end
-        token_ids_BT[column_T >= lengths_B[:, None]] = self.special.pad
+        token_ids_BT[adds_end_B, ends_B[adds_end_B]] = self.special.end
         return torch.from_numpy(token_ids_BT), torch.from_numpy(lengths_B)
+
+    def collate_longest(self) -> tuple[torch.Tensor, torch.Tensor]:
+        """Make a batch of the longest sequence alone."""
+        return self.collate([int(np.argmax(self.lengths))])
 
 
 @dataclasses.dataclass(frozen=True)

@@ -14,10 +14,10 @@ import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
 
-import numpy as np
 import torch
 
 from distil.data.batches import MicroBatch
+from distil.data.watched import WatchedFiles
 from distil.evaluation import HeldOut, Reader
 from distil.flops import UpdateFlops, count_update, peak_flops
 from distil.models.export import tokenizer_for
@@ -48,6 +48,7 @@ MICRO_BATCHES_AHEAD = 8  # made ready while the step computes
 def set_up(config: TrainConfig, runtime: Runtime) -> "Trainer":
     """Load and check data, tokenizer, teacher and student. Raises InputError."""
     check_device(config, runtime.device)
+    files = resume.watch_data(config)
     student_config = models.find_student_config(config)
     architecture = models.resolve_student(config, student_config)
     teacher = models.load_teacher(config)
@@ -59,14 +60,15 @@ def set_up(config: TrainConfig, runtime: Runtime) -> "Trainer":
     counts, at_masks = config.token_counts, config.restrict_ce_to_mask
     prepare = make_preparation(teacher, counts, *drawn, fates, at_masks)
     student = models.make_student(config, architecture, student_config, teacher.tokenizer)
-    longest_BT, _ = dataset.collate([int(np.argmax(dataset.lengths))])
+    files.require_unchanged(one.tokens for one in (dataset, held_out and held_out.dataset) if one)
+    longest_BT, _ = dataset.collate_longest()
     check_forward(student, longest_BT)
     check_forward(teacher, longest_BT)
     flops = None
     if runtime.is_main:
         sizes = config.active, longest_BT, config.mlm_mask_prop, config.mlm and at_masks
         flops = count_update(student.network, teacher.network, *sizes)
-    return Trainer(config, runtime, student, teacher, dataset, prepare, held_out, flops)
+    return Trainer(config, runtime, student, teacher, dataset, prepare, held_out, flops, files)
 
 
 def make_distiller(
@@ -124,9 +126,11 @@ class Trainer:
         prepare: Callable,
         held_out: HeldOut | None,
         flops: UpdateFlops | None,
+        files: WatchedFiles,
     ):
         self.config, self.runtime, self.student, self.teacher = config, runtime, student, teacher
         self.dataset, self.prepare, self.held_out = dataset, prepare, held_out
+        self.files, self.flops = files, flops
         self.folder: RunFolder | None = None
         sizes = dataset.lengths, config.batch_size, dataset.max_length
         options = {"seed": config.seed, "max_tokens": config.max_tokens}
@@ -138,16 +142,13 @@ class Trainer:
         if runtime.is_main:
             digests = dataset.tokens.digest(), held_out and held_out.dataset.tokens.digest()
             self.identity = resume.identify(config, student.network.config, teacher, *digests)
-        longest = prepare(0, *dataset.collate([int(np.argmax(dataset.lengths))]))
-        parts = student, teacher, num_updates, longest
-        self.distiller = make_distiller(config, runtime, *parts)
-        self.flops = flops
+        longest = prepare(0, *dataset.collate_longest())
+        self.distiller = make_distiller(config, runtime, student, teacher, num_updates, longest)
         self.progress = self._make_progress()
 
     def _make_progress(self) -> Progress:
-        config, runtime, flops, peak = self.config, self.runtime, self.flops, None
-        if flops is not None and runtime.is_main:
-            peak = peak_flops(runtime.device, self.distiller.amp_dtype or torch.float32)
+        config, runtime, flops = self.config, self.runtime, self.flops
+        peak = flops and peak_flops(runtime.device, self.distiller.amp_dtype or torch.float32)
         every = config.log_interval, config.checkpoint_interval, config.eval_interval
         return Progress(
             ["loss", *(f"loss_{name}" for name in self.distiller.model.alphas)],
@@ -164,12 +165,11 @@ class Trainer:
 
     def open_folder(self, point: Checkpoint | None) -> None:
         """Claim the run folder; a new run saves at once, which shows that the disk has room."""
-        flags = as_flags(self.config)
         state = None if point is None else point.state
         problem = folder_problem(self.config)  # asked again: loading took a while
         network = self.student.network
         saved = network, tokenizer_for(network, self.student.tokenizer)
-        self.folder = RunFolder(flags, *saved, state, problem)
+        self.folder = RunFolder(as_flags(self.config), *saved, state, problem)
         if point is None:
             self.save()
 
@@ -186,7 +186,7 @@ class Trainer:
         stream = contextlib.closing(prefetched(self._ready(updates), MICRO_BATCHES_AHEAD))
         progress.start_clock()
         unread: list[tuple[Update, PendingUpdate, int]] = []
-        with progress.showing(logger), stream as items:
+        with progress.showing(logger), self.files.explaining(), stream as items:
             self.evaluate_if_due()  # the run was stopped before it could
             for update in items:
                 actions = progress.actions(update.planned)
@@ -229,6 +229,8 @@ class Trainer:
         is_saved = actions.is_saved or is_stopped
         if is_saved or actions.epochs:
             check_finite_state(self.distiller.tensors())
+            with self.runtime.raise_on_all_ranks():
+                self.files.check(rereads=actions.is_last)
         if self.folder is None:
             return
         if actions.is_logged:
@@ -238,8 +240,7 @@ class Trainer:
             self.folder.log_training(scalars, statistics, self.progress.place)
             logger.info("%s", self.progress.describe_log(scalars))
         for epoch in actions.epochs:
-            mean, step = self.progress.epoch_mean(epoch), self.progress.step
-            self.folder.save_epoch(epoch, mean, step)
+            self.folder.save_epoch(epoch, self.progress.epoch_mean(epoch), self.progress.step)
         if is_saved:
             self.save()
 
@@ -252,6 +253,8 @@ class Trainer:
         if not self.progress.evaluation_is_due():
             return
         check_finite_state(self.distiller.tensors())
+        with self.runtime.raise_on_all_ranks():
+            self.files.check()
         started, distiller, progress = time.perf_counter(), self.distiller, self.progress
         student = Reader(self.student.network, distiller.model.head, distiller.amp_dtype)
         has_teacher = distiller.teacher is not None
@@ -301,6 +304,7 @@ class Trainer:
     def _prepared(self, batches: Iterable[PlannedBatch]) -> Iterator[MicroBatch]:
         """Collate and prepare micro-batches, one at a time."""
         for planned in batches:
+            self.files.enter(planned.epoch)
             batch = self.prepare(planned.number, *self.dataset.collate(planned.sequences))
             yield self.distiller.ready(batch)
 
@@ -324,10 +328,7 @@ class Trainer:
     def _located(self, update: Update) -> dict[int, str]:
         """Find on all ranks the micro-batches whose gradient is not finite."""
         mine = self.distiller.non_finite_gradients(self._prepared(update.mine))
-        found = [mine] * self.runtime.world_size
-        if self.runtime.world_size > 1:
-            torch.distributed.all_gather_object(found, mine)
-        return {number: what for part in found for number, what in part.items()}
+        return post_mortem.merged(mine, self.runtime.world_size)
 
 
 def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
@@ -348,7 +349,7 @@ def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
         parameters, lengths = trainer.student.network.num_parameters(), trainer.dataset.lengths
         logger.info(
             "Training %s parameters on %d sequences (%d ids), %d micro-batches in all.",
-            *(f"{parameters:,}", len(lengths), int(np.sum(lengths)), trainer.num_micro_batches),
+            *(f"{parameters:,}", len(lengths), int(lengths.sum()), trainer.num_micro_batches),
         )
         sizes = config.gradient_accumulation_steps, config.batch_size, config.max_tokens
         logger.info("%s", describe_update(*sizes, runtime.world_size))
@@ -383,8 +384,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program: read the flags, join the other processes, run."""
     config = parse_config(argv)
     setup_logging(logging.ERROR if is_another_rank(os.environ) else logging.INFO)
-    timeout_s = config.distributed_timeout_s
-    runtime = start_runtime(config.n_gpu, config.local_rank, timeout_s=timeout_s)
+    runtime = start_runtime(config.n_gpu, config.local_rank, timeout_s=config.distributed_timeout_s)
     if runtime.device.type == "cpu":
         keep_freed_memory()
     stop = StopSignals()

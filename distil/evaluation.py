@@ -312,6 +312,7 @@ class HeldOut:
     ) -> dict[str, float]:
         """Measure a student, and its distance from the teacher if there is one, on all ranks."""
         with runtime.raise_on_all_ranks():
+            self.dataset.tokens.forget()  # verified again in each evaluation
             ranks = runtime.rank, runtime.world_size
             sums_S = measure(
                 student,

@@ -19,9 +19,9 @@ from tqdm import tqdm
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.cards import tokenizer_problem
+from distil.data.disk import BLOCK_BYTES
 from distil.data.inspection import make_report, section, special_of
 from distil.data.inspection_text import report_lines
-from distil.data.store import BLOCK_BYTES
 from distil.data.survey import Survey
 from distil.data.token_files import TokenFile, files_of, find_token_file, open_token_file
 from distil.models.casing import Casing, add_casing_flags, casing_of_flags
@@ -136,7 +136,7 @@ def verify(tokens: TokenFile, paths: Sequence[str]) -> dict[str, int]:
         )
     if tokens.blocks is not None:
         with tqdm(
-            total=len(tokens.blocks.data), unit="B", unit_scale=True, desc="verify", **bar_options()
+            total=tokens.blocks.file.size, unit="B", unit_scale=True, desc="verify", **bar_options()
         ) as bar:
             for num_bytes in tokens.blocks.check_all():
                 bar.update(num_bytes)

@@ -7,7 +7,6 @@ id arrays is read into one buffer, without an object per array.
 
 import array
 import itertools
-import mmap
 import os
 import pickle
 import re
@@ -70,24 +69,25 @@ def _check_opcodes(file: BinaryIO) -> None:
     A single memo index can make pickle allocate 64 GB, and nested tuples as a dict's key can end
     the process.
     """
-    with mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as data:
-        size, place = len(data), 0
-        match = _opcodes(size).match
-        while place < size:
-            found = match(data, place)
-            group, end = found.lastindex, found.end()
-            if group:
-                place = end + int.from_bytes(found[group], "little")
-            elif end > place:
-                place = end
-            elif data[place] == ord("."):
-                return
-            else:
-                wrong = data[place : place + 1]
-                raise pickle.UnpicklingError(
-                    f"byte {place} is {wrong!r}: expected a list of counts, or of arrays"
-                )
-        raise pickle.UnpicklingError("it is cut off")
+    data = file.read()  # not mapped: a file that is cut off meanwhile would end the process
+    file.seek(0)
+    size, place = len(data), 0
+    match = _opcodes(size).match
+    while place < size:
+        found = match(data, place)
+        group, end = found.lastindex, found.end()
+        if group:
+            place = end + int.from_bytes(found[group], "little")
+        elif end > place:
+            place = end
+        elif data[place] == ord("."):
+            return
+        else:
+            wrong = data[place : place + 1]
+            raise pickle.UnpicklingError(
+                f"byte {place} is {wrong!r}: expected a list of counts, or of arrays"
+            )
+    raise pickle.UnpicklingError("it is cut off")
 
 
 def _opcodes(size: int) -> re.Pattern[bytes]:

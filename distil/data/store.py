@@ -1,12 +1,12 @@
 """The store, one format of token files, in the layout of Megatron-LM's indexed dataset.
 
 `.bin` holds all ids end to end; `.idx` a header, the sequences' lengths (int32), their byte offsets
-(int64) and the document index (int64). Both are memory-mapped: opening a store reads its index
-only, and all processes of a machine share one copy of the ids in the page cache. The card, `.json`,
-holds a checksum of each block of either file; a block of ids is verified when it is first read.
+(int64) and the document index (int64). Opening a store reads its index only; ids are read as they
+are needed (disk.py), and all processes of a machine share one copy of them in the page cache. The
+card, `.json`, holds a checksum of each block of either file; a block of ids is verified when it is
+first read.
 """
 
-import base64
 import contextlib
 import hashlib
 import os
@@ -18,8 +18,17 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from distil.data.cards import read_card, write_card_to
+from distil.data.disk import (
+    BLOCK_BYTES,
+    DIGEST_BYTES,
+    BlockDigests,
+    CheckedBlocks,
+    DiskArray,
+    DiskFile,
+    block_digests,
+)
 from distil.system.files import atomic_paths
-from utils import InputError, RankError, logger, one_line
+from utils import InputError, logger
 
 MAGIC, STORE_VERSION = b"MMIDIDX\x00\x00", 1
 # Magic, version, dtype code, number of sequences, entries of the document index.
@@ -27,8 +36,6 @@ HEADER = struct.Struct("<9sQBQQ")
 # Megatron-LM's codes.
 DTYPES = {1: np.uint8, 2: np.int8, 3: np.int16, 4: np.int32, 5: np.int64, 8: np.uint16}
 CODES = {np.dtype(dtype): code for code, dtype in DTYPES.items()}
-BLOCK_BYTES = 2**16  # per checksum
-DIGEST_BYTES = 8  # of a block's SHA-256, its first
 CHUNK_SEQUENCES = 2**20  # of an index, read or written at a time
 
 
@@ -53,98 +60,9 @@ def files(prefix: str) -> list[str]:
 def digest(prefix: str, card: Mapping[str, Any]) -> str:
     """Return a SHA-256 of the content, from the card's checksums if there is a card."""
     checksums = card.get("checksums") or {
-        name: _block_digests(f"{prefix}.{name}") for name in ("bin", "idx")
+        name: block_digests(f"{prefix}.{name}") for name in ("bin", "idx")
     }
     return hashlib.sha256(f"{checksums['bin']} {checksums['idx']}".encode()).hexdigest()
-
-
-# --------------------------------------------------------------------------------------------------
-# Checksums
-# --------------------------------------------------------------------------------------------------
-
-
-class BlockDigests:
-    """Compute the checksums of a file's blocks while it is written."""
-
-    def __init__(self) -> None:
-        self._digests = bytearray()
-        self._rest = b""
-
-    def update(self, data: bytes) -> None:
-        """Add the bytes that follow."""
-        data = self._rest + data
-        whole = len(data) - len(data) % BLOCK_BYTES
-        for start in range(0, whole, BLOCK_BYTES):
-            self._digests += _digest(memoryview(data)[start : start + BLOCK_BYTES])
-        self._rest = data[whole:]
-
-    def text(self) -> str:
-        """Return all checksums as text for the card."""
-        last = _digest(self._rest) if self._rest else b""
-        return base64.b64encode(bytes(self._digests) + last).decode()
-
-
-def _digest(block: bytes | memoryview) -> bytes:
-    return hashlib.sha256(block).digest()[:DIGEST_BYTES]
-
-
-def _block_digests(path: str) -> str:
-    digests = BlockDigests()
-    with open(path, "rb") as file:
-        while data := file.read(BLOCK_BYTES):
-            digests.update(data)
-    return digests.text()
-
-
-class CheckedBlocks:
-    """A memory-mapped file whose blocks are compared with their checksums on first access."""
-
-    def __init__(self, path: str, digests: str, flag: str):
-        """Map a file. digests: text from its card. Raises InputError if their number is wrong."""
-        self.path, self.flag = path, flag
-        self.data = memoryview(np.memmap(path, dtype=np.uint8, mode="r"))
-        try:
-            expected = np.frombuffer(
-                base64.b64decode(digests, validate=True), dtype=f"V{DIGEST_BYTES}"
-            )
-        except (ValueError, TypeError) as error:
-            raise InputError(
-                f"{flag} {path}: the checksums in its card are invalid ({one_line(error)}); make it"
-                " again"
-            ) from error
-        num_blocks = -(-len(self.data) // BLOCK_BYTES)
-        if len(expected) != num_blocks:
-            raise InputError(
-                f"{flag} {path}: has {len(self.data)} bytes, its card counts {len(expected)} blocks"
-                f" of {BLOCK_BYTES}: cut off, or of another file; make it again"
-            )
-        self.expected = expected
-        self.is_checked = np.zeros(num_blocks, bool)
-
-    def check(self, starts: np.ndarray, ends: np.ndarray) -> None:
-        """Check the blocks under byte ranges [start, end); raise InputError if one is damaged."""
-        first, last = starts // BLOCK_BYTES, (ends - 1) // BLOCK_BYTES
-        widest = int((last - first).max(initial=-1))
-        for step in range(widest + 1):
-            touched = first[first + step <= last] + step
-            for block in np.unique(touched[~self.is_checked[touched]]).tolist():
-                self._check_block(block)
-
-    def check_all(self) -> Iterator[int]:
-        """Check every block and yield its size in bytes, for a progress bar."""
-        for block in range(len(self.expected)):
-            self._check_block(block)
-            yield min(BLOCK_BYTES, len(self.data) - block * BLOCK_BYTES)
-
-    def _check_block(self, block: int) -> None:
-        start = block * BLOCK_BYTES
-        if _digest(self.data[start : start + BLOCK_BYTES]) != self.expected[block].tobytes():
-            end = min(start + BLOCK_BYTES, len(self.data))
-            raise RankError(
-                f"{self.flag} {self.path}: bytes {start} to {end - 1} differ from their checksum:"
-                " the file is damaged; restore it from a copy, or make it again"
-            )
-        self.is_checked[block] = True
 
 
 # --------------------------------------------------------------------------------------------------
@@ -154,23 +72,22 @@ class CheckedBlocks:
 
 def read(
     prefix: str, flag: str
-) -> tuple[np.ndarray, np.ndarray, dict[str, Any], CheckedBlocks | None]:
-    """Map a store: (ids_M, lengths_N, its card, blocks to check if it has a card).
+) -> tuple[DiskArray, DiskArray, dict[str, Any], CheckedBlocks | None]:
+    """Open a store: (ids_M, lengths_N, its card, blocks to check if it has a card).
 
     Raises InputError naming the file that is cut off, damaged or foreign.
     """
-    data, index, card_path = files(prefix)
+    data, index = (DiskFile(path, flag) for path in files(prefix)[:2])
+    card_path = files(prefix)[2]
     card = read_card(card_path, flag)
     if card:
-        checked_index = CheckedBlocks(index, _checksums(card, "idx", card_path, flag), flag)
-        for _ in checked_index.check_all():
+        for _ in CheckedBlocks(index, _checksums(card, "idx", card_path, flag)).check_all():
             pass
     else:
-        logger.info("%s %s: has no card (%s), so it is not verified.", flag, data, card_path)
-    dtype, lengths_N = _read_index(index, data, flag, is_checked=bool(card))
-    blocks = CheckedBlocks(data, _checksums(card, "bin", card_path, flag), flag) if card else None
-    ids_M = np.memmap(data, dtype=dtype, mode="r").view(np.ndarray)
-    return ids_M, lengths_N, card, blocks
+        logger.info("%s %s: has no card (%s), so it is not verified.", flag, data.path, card_path)
+    dtype, lengths_N = _read_index(index, data, is_checked=bool(card))
+    blocks = CheckedBlocks(data, _checksums(card, "bin", card_path, flag)) if card else None
+    return DiskArray(data, dtype, 0, data.size // dtype.itemsize), lengths_N, card, blocks
 
 
 def _checksums(card: Mapping[str, Any], name: str, card_path: str, flag: str) -> str:
@@ -183,59 +100,55 @@ def _checksums(card: Mapping[str, Any], name: str, card_path: str, flag: str) ->
         ) from error
 
 
-def _read_index(index: str, data: str, flag: str, is_checked: bool) -> tuple[np.dtype, np.ndarray]:
-    """Check a store's index against the size of its data: (dtype of ids, lengths_N, mapped).
+def _read_index(index: DiskFile, data: DiskFile, is_checked: bool) -> tuple[np.dtype, DiskArray]:
+    """Check a store's index against the size of its data: (dtype of ids, lengths_N).
 
     is_checked: its checksums are right, so the offsets that StoreWriter wrote are, too.
     """
-    size, data_size = os.path.getsize(index), os.path.getsize(data)
-    code, num_sequences, num_documents = _read_header(index, flag)
+    code, num_sequences, num_documents = _read_header(index)
     expected = HEADER.size + 12 * num_sequences + 8 * num_documents
     # Megatron-LM's modes add a byte a sequence.
-    if num_sequences == 0 or size not in (expected, expected + num_sequences):
+    if num_sequences == 0 or index.size not in (expected, expected + num_sequences):
         raise InputError(
-            f"{flag} {index}: has {size} bytes, {num_sequences} sequences take {expected}: cut off"
-            " or damaged; make it again"
+            f"{index.flag} {index.path}: has {index.size} bytes, {num_sequences} sequences take"
+            f" {expected}: cut off or damaged; make it again"
         )
-    dtype = np.dtype(DTYPES[code])
-    lengths_N = np.memmap(index, "<i4", "r", HEADER.size, (num_sequences,)).view(np.ndarray)
-    offsets_N = np.memmap(
-        index, "<i8", "r", HEADER.size + 4 * num_sequences, (num_sequences,)
-    ).view(np.ndarray)
+    dtype, after = np.dtype(DTYPES[code]), HEADER.size + 4 * num_sequences
+    lengths_N = DiskArray(index, "<i4", HEADER.size, num_sequences)
+    offsets_N = DiskArray(index, "<i8", after, num_sequences)
     end = int(offsets_N[-1]) + int(lengths_N[-1]) * dtype.itemsize
     if not is_checked:
-        end = _check_offsets(lengths_N, offsets_N, dtype.itemsize, f"{flag} {index}")
-    if end != data_size:
+        end = _check_offsets(lengths_N, offsets_N, dtype.itemsize, f"{index.flag} {index.path}")
+    if end != data.size:
         raise InputError(
-            f"{flag} {data}: has {data_size} bytes, its index expects {end}: cut off or foreign;"
-            " make it again"
+            f"{data.flag} {data.path}: has {data.size} bytes, its index expects {end}: cut off or"
+            " foreign; make it again"
         )
     return dtype, lengths_N
 
 
-def _read_header(index: str, flag: str) -> tuple[int, int, int]:
+def _read_header(index: DiskFile) -> tuple[int, int, int]:
     """Read and check an index's header: (dtype code, sequences, entries of the document index)."""
-    with open(index, "rb") as file:
-        head = file.read(HEADER.size)
+    where = f"{index.flag} {index.path}"
+    head = index.read(0, min(HEADER.size, index.size))
     if len(head) < HEADER.size or not head.startswith(MAGIC):
         raise InputError(
-            f"{flag} {index}: is not the index of a store (it does not begin with {MAGIC!r}); make"
-            " it again"
+            f"{where}: is not the index of a store (it does not begin with {MAGIC!r}); make it"
+            " again"
         )
     _, version, code, num_sequences, num_documents = HEADER.unpack(head)
     if version != STORE_VERSION:
         raise InputError(
-            f"{flag} {index}: is of version {version}, expected {STORE_VERSION}; make it again"
+            f"{where}: is of version {version}, expected {STORE_VERSION}; make it again"
         )
     if code not in DTYPES:
         raise InputError(
-            f"{flag} {index}: its dtype code {code} is not of integers; expected one of"
-            f" {sorted(DTYPES)}"
+            f"{where}: its dtype code {code} is not of integers; expected one of {sorted(DTYPES)}"
         )
     return code, num_sequences, num_documents
 
 
-def _check_offsets(lengths_N: np.ndarray, offsets_N: np.ndarray, itemsize: int, where: str) -> int:
+def _check_offsets(lengths_N: DiskArray, offsets_N: DiskArray, itemsize: int, where: str) -> int:
     """Check that each sequence begins where the previous one ends; return the last end in bytes."""
     end = 0
     for start in range(0, len(lengths_N), CHUNK_SEQUENCES):

@@ -16,8 +16,9 @@ import numpy as np
 
 from distil.data import pickled_list, store
 from distil.data.cards import require_card_output
+from distil.data.disk import CheckedBlocks, DiskArray
 from distil.system.files import require_file, require_output
-from utils import InputError
+from utils import InputError, concatenate_runs
 
 MIN_LENGTH = 11  # sequences of this many ids or fewer, boundary tokens included, are not trained on
 MAX_UNKNOWN_SHARE = 0.5  # nor are those with this share of unknown tokens or more
@@ -49,7 +50,7 @@ class TokenFormat:
 # In the order in which they are tried: the last takes every file.
 FORMATS = {
     "store": TokenFormat(
-        "mapped into memory, for large corpora",
+        "read as it is needed, for large corpora",
         store.find,
         store.files,
         store.read,
@@ -77,10 +78,10 @@ class TokenFile:
     """
 
     path: str
-    ids_M: np.ndarray
-    lengths_N: np.ndarray
+    ids_M: np.ndarray | DiskArray
+    lengths_N: np.ndarray | DiskArray
     card: Mapping[str, Any] = dataclasses.field(default_factory=dict)
-    blocks: store.CheckedBlocks | None = None
+    blocks: CheckedBlocks | None = None
     format: str | None = None
 
     def check(self, starts: np.ndarray, ends: np.ndarray) -> None:
@@ -88,6 +89,18 @@ class TokenFile:
         if self.blocks is not None:
             size = self.ids_M.itemsize
             self.blocks.check(starts * size, ends * size)
+
+    def runs(self, starts: np.ndarray, lengths: np.ndarray) -> np.ndarray:
+        """Return the ids of the runs that begin at `starts`, end to end, verified."""
+        self.check(starts, starts + lengths)
+        if isinstance(self.ids_M, DiskArray):
+            return self.ids_M.runs(starts, lengths)
+        return concatenate_runs(self.ids_M, starts, lengths, np.arange(len(starts)))[0]
+
+    def forget(self) -> None:
+        """Verify every block again when it is read next."""
+        if self.blocks is not None:
+            self.blocks.forget()
 
     def digest(self) -> str:
         """Return a SHA-256 of the content, the same with a card and without."""

@@ -83,6 +83,14 @@ def explain(
     return NonFiniteError("; ".join(lines), error.numbers, error.is_located)
 
 
+def merged(mine: Mapping[int, str], world_size: int) -> dict[int, str]:
+    """Merge what each rank found, on all ranks."""
+    found = [mine] * world_size
+    if world_size > 1:
+        torch.distributed.all_gather_object(found, mine)
+    return {number: what for part in found for number, what in part.items()}
+
+
 def save_batches(
     path: Path, batches: Iterable[MicroBatch], sequences: Iterable[np.ndarray], message: str
 ) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from distil.data.cards import file_digest
+from distil.data.watched import WatchedFiles
 from distil.models.language_model import LanguageModel
 from distil.system.launch import Runtime
 from distil.training import checkpointing
@@ -83,6 +84,12 @@ def flag_contradictions(config: TrainConfig, world_size: int, found: Checkpoint)
             f" {found.state['per_update']}; keep their product, {START_ANEW}"
         )
     return problems
+
+
+def watch_data(config: TrainConfig) -> WatchedFiles:
+    """Note size and time of the files of data, before they are read."""
+    tokens = {f"--{name}": getattr(config, name) for name in ("data_file", "eval_data_file")}
+    return WatchedFiles(tokens, {"--token_counts": config.token_counts})
 
 
 def identify(

@@ -184,7 +184,7 @@ def test_two_runs_do_not_share_a_partial_folder(tmp_path):
 def tokens_of(tmp_path: Path, teacher: Path, *flags: str) -> list[int]:
     flags = [*flags, "--tokenizer_name", str(teacher), "--dump_file", str(tmp_path / "out")]
     binarized_data.main(flags)
-    return open_token_file(tmp_path / f"out.{teacher.name}.pickle").ids_M.tolist()
+    return open_token_file(tmp_path / f"out.{teacher.name}.pickle").ids_M[:].tolist()
 
 
 def write_to_end(descriptor: int, content: bytes) -> None:

@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from faults.plan_of_data import ROWS_OF_DATA
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -265,3 +267,4 @@ PLAN = [
         limit_s=300,
     ),
 ]
+PLAN += [Row(**row) for row in ROWS_OF_DATA]

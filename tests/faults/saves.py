@@ -1054,8 +1054,15 @@ MOMENTS = [
 
 
 def at_a_moment(rng: random.Random, action: Callable[[], None]) -> tuple[Callable[[], None], str]:
+    """Choose one of MOMENTS: see at_a_moment_of."""
+    return at_a_moment_of(rng, MOMENTS, action)
+
+
+def at_a_moment_of(
+    rng: random.Random, moments: Sequence[tuple], action: Callable[[], None]
+) -> tuple[Callable[[], None], str]:
     """Choose a moment of a run: (hook that makes a forked run act then, the moment's name)."""
-    owner, name, num_calls = rng.choice(MOMENTS)
+    owner, name, num_calls = rng.choice(moments)
     number = rng.randint(1, num_calls)
 
     def prepare() -> None:

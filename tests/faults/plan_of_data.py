@@ -1,0 +1,15 @@
+"""Rows of the plan about data that changes and disks that are full."""
+
+ROWS_OF_DATA = [
+    {
+        "id": "T37",
+        "injected": "data changed in a run: a bit flipped in place (also with the time kept), cut"
+        " off, overwritten, replaced, touched, removed, grown; store, pickle, held-out, counts",
+        "figure": "40 of 40: one line that names the file and no checkpoint trained on other bytes,"
+        " or a warning and the undisturbed result; no SIGBUS",
+        "elsewhere": "SIGBUS, or trained on in silence",
+        "trial": "faults.changed_data:data_changed",
+        "smoke": 1,
+        "full": 16,
+    },
+]
