@@ -25,7 +25,7 @@ from distil.data.text_sources import read_blocks
 from distil.models.architectures import AUTO, PAIRS, Architecture
 from distil.models.hub import short_name
 from distil.models.tokenizers import train_word_pieces
-from distil.system.files import atomic_paths, write_json
+from distil.system.files import atomic_paths, replacing_files, write_json
 from utils import InputError, logger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -218,9 +218,11 @@ def user_lines(path: str, text_field: str = "text") -> Iterator[str]:
 def train_vocabulary(plan: Plan) -> None:
     """Train a WordPiece vocabulary on train.txt and save it as a BERT tokenizer."""
     vocabulary = train_word_pieces(plan.folder / "train.txt", VOCAB_SIZE)
-    transformers.BertTokenizer(
+    tokenizer = transformers.BertTokenizer(
         vocab=vocabulary, do_lower_case=True, model_max_length=512
-    ).save_pretrained(plan.teacher)
+    )
+    with replacing_files(plan.teacher) as folder:
+        tokenizer.save_pretrained(folder)
     logger.info("Vocabulary: %d WordPiece tokens.", len(vocabulary))
 
 

@@ -42,7 +42,7 @@ from distil.models.language_model import (
 from distil.models.tokenizers import load_tokenizer
 from distil.reporting.curves import draw_curves
 from distil.reporting.tables import markdown
-from distil.system.files import require_output, write_json
+from distil.system.files import atomic_path, require_output, write_json
 from distil.system.signals import exit_on_sigterm
 from distil.workflow import (
     ALONE_ALPHAS,
@@ -276,7 +276,8 @@ def report(plan: Plan, started: float) -> None:
         plan.folder / "results.json",
         {"seed": plan.seed, "rows": rows, "seconds": time.perf_counter() - started},
     )
-    (plan.folder / "results.md").write_text(table + "\n", encoding="utf-8")
+    with atomic_path(plan.folder / "results.md") as temporary:
+        temporary.write_text(table + "\n", encoding="utf-8")
     path = plan.folder / "curves.png"
     kl = {name: row["kl"] for name, row in rows.items() if name != "teacher"}
     draw_curves(path, *(plan.folder / name for name in TRAINED.values()), plan.objective, kl)

@@ -18,7 +18,7 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 from distil.data.batches import MlmPreparation
 from distil.data.token_files import MIN_LENGTH
 from distil.models.architectures import ARCHITECTURES
-from distil.models.export import save_folder, tokenizer_for
+from distil.models.export import save_into, tokenizer_for
 from distil.models.language_model import LanguageModel, build_network, read_student_config
 from distil.models.tokenizers import load_tokenizer
 from distil.system.files import output_problem, write_json
@@ -136,7 +136,7 @@ def main(argv: list[str] | None = None) -> None:
     except NonFiniteError as error:
         logger.error("Stopped: %s. Nothing was saved.", error)
         sys.exit(1)
-    save_folder(model, tokenizer_for(model, tokenizer), args.output_dir)
+    save_into(model, tokenizer_for(model, tokenizer), args.output_dir)
     write_json(Path(args.output_dir) / "curve.json", curve)
     logger.info("Wrote %s: %s parameters.", args.output_dir, f"{model.num_parameters():,}")
 

@@ -17,7 +17,7 @@ from distil.models.hub import quiet_transformers
 from distil.models.tokenizer_folder import COPIED, GENERIC, PreTrainedTokenizerFast
 from distil.models.tokenizer_roles import ROLE_TOKENS
 from distil.models.tokenizer_rules import other_ids
-from distil.system.files import give_default_permissions
+from distil.system.files import give_default_permissions, naming_library_errors, replacing_files
 from utils import logger, one_line
 
 # Entries that the loader leaves in a tokenizer's configuration.
@@ -37,6 +37,16 @@ def complete_folder(tokenizer, folder: str | os.PathLike) -> None:
     save_tokenizer(tokenizer, folder)
     for file in Path(folder).iterdir():
         give_default_permissions(file)
+
+
+def save_into(network: torch.nn.Module, tokenizer, folder: str | os.PathLike) -> None:
+    """Save as `save_folder` does into a folder that may hold other files: all of it, or nothing."""
+    with replacing_files(folder) as temporary:
+        save_folder(network, tokenizer, temporary)
+        written = {file.name for file in temporary.iterdir()}
+    for old in Path(folder).glob("model*.safetensors*"):  # shards of an earlier, larger model
+        if old.name not in written:
+            old.unlink()
 
 
 def save_config(network: torch.nn.Module, folder: str | os.PathLike) -> None:
@@ -145,7 +155,11 @@ def input_names(network: torch.nn.Module, tokenizer) -> list[str]:
 
 def _reload_problem(network: torch.nn.Module, tokenizer) -> str | None:
     """Say how AutoTokenizer's reading of a saved tokenizer differs from it, or return None."""
-    with tempfile.TemporaryDirectory() as folder, quiet_transformers():
+    with (
+        tempfile.TemporaryDirectory() as folder,
+        naming_library_errors(folder),
+        quiet_transformers(),
+    ):
         save_config(network, folder)
         save_tokenizer(tokenizer, folder)
         try:

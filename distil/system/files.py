@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import traceback
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -122,15 +124,37 @@ def atomic_paths(
 
 @contextlib.contextmanager
 def naming_library_errors(path: str | os.PathLike) -> Iterator[None]:
-    """Do as `naming`, also for system errors that safetensors and tokenizers (Rust) wrap."""
+    """Do as `naming`, also for system errors that libraries wrap, or hide."""
     try:
         with naming(path):
             yield
     except Exception as error:
-        found = re.search(r"\(os error (\d+)\)", str(error))
-        if isinstance(error, OSError) or not found:
+        number = None if isinstance(error, OSError) else _wrapped_errno(error, path)
+        if number is None:
             raise
-        raise OSError(int(found[1]), os.strerror(int(found[1])), os.fspath(path)) from error
+        raise OSError(number, os.strerror(number), os.fspath(path)) from error
+
+
+def _wrapped_errno(error: Exception, path: str | os.PathLike) -> int | None:
+    """Return the number of the system error behind a library's; None if there is none.
+
+    safetensors and tokenizers (Rust) quote it. torch.save has it as its error's context where it
+    writes to an open file, and forgets it where it writes to a path.
+    """
+    if found := re.search(r"\(os error (\d+)\)", str(error)):
+        return int(found[1])
+    if not isinstance(error, RuntimeError):
+        return None
+    if isinstance(error.__context__, OSError):
+        return error.__context__.errno
+    raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
+    if not raised_in.endswith(os.path.join("torch", "serialization.py")):
+        return None
+    folder = next(place for place in (Path(path), *Path(path).parents) if place.is_dir())
+    return errno.ENOSPC if shutil.disk_usage(folder).free < FULL_BYTES else errno.EIO
+
+
+FULL_BYTES = 2**20  # with less, a disk is called full where a library does not say why it failed
 
 
 @contextlib.contextmanager
@@ -170,12 +194,12 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     temporary.mkdir(parents=True)
     try:
-        with naming(temporary):
+        with naming_library_errors(target):
             yield temporary
-        for file in temporary.iterdir():
-            give_default_permissions(file)
-            flush_to_disk(file)
-        flush_to_disk(temporary)  # the files' names
+            for file in temporary.iterdir():
+                give_default_permissions(file)
+                flush_to_disk(file)
+            flush_to_disk(temporary)  # the files' names
         with holding_signals():
             if target.is_dir():
                 target.rmdir()
@@ -183,6 +207,29 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             flush_to_disk(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder; on success flush its files and move them into `folder`.
+
+    Each replaces the file of its name, others stay. What is written in place would change under its
+    other names, too, and behind a link.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=target) as temporary:
+        with naming_library_errors(target):
+            yield Path(temporary)
+            # The configuration last: without it nothing is taken for a model.
+            files = sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json")
+            for file in files:
+                give_default_permissions(file)
+                flush_to_disk(file)
+        with holding_signals():
+            for file in files:
+                os.replace(file, target / file.name)
+            flush_to_disk(target)
 
 
 def link(source: str | os.PathLike, target: str | os.PathLike) -> None:
@@ -227,8 +274,9 @@ def save_weights(path: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]
             key, tensor.detach().cpu() if key not in on_host else tensor
         )
     # An open file: given a name, torch.save would store the temporary name in the archive.
-    with atomic_path(path) as temporary, open(temporary, "wb") as file:
-        try:
-            torch.save(plain, file)
-        except RuntimeError as error:  # about a file position, where the system error is the cause
-            raise (error.__context__ if isinstance(error.__context__, OSError) else error) from None
+    with (
+        naming_library_errors(path),
+        atomic_path(path) as temporary,
+        open(temporary, "wb") as file,
+    ):
+        torch.save(plain, file)

@@ -15,14 +15,18 @@ Shape suffixes: B examples, T padded length, C classes or vocabulary, N selected
 import inspect
 import math
 import os
+import shutil
 import sys
 from collections.abc import Callable, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 import transformers
+from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from distil.losses import at_least_float32, kl_divergence, squared_error
+from distil.system.files import naming_library_errors, replacing_files
 from utils import InputError
 
 IGNORED_LABEL = -100
@@ -140,6 +144,25 @@ class Trainer(transformers.Trainer):
         """Select the inputs that the model's forward knows; the library's Trainer passes all."""
         kept = inputs_of(self.accelerator.unwrap_model(model), inputs)
         return super().prediction_step(model, kept, prediction_loss_only, ignore_keys)
+
+    def _save(self, output_dir=None, state_dict=None) -> None:
+        """Save the model's files under temporary names; rename them when all are complete."""
+        if not self.args.should_save:
+            super()._save(output_dir, state_dict)
+            return
+        with replacing_files(output_dir or self.args.output_dir) as folder:
+            super()._save(str(folder), state_dict)
+
+    def _save_checkpoint(self, model, trial) -> None:
+        """Save a checkpoint; remove what was written of it where that fails."""
+        name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
+        folder = Path(self._get_output_dir(trial=trial), name)
+        try:
+            with naming_library_errors(folder):
+                super()._save_checkpoint(model, trial)
+        except BaseException:
+            shutil.rmtree(folder, ignore_errors=True)
+            raise
 
     def _get_train_sampler(self, train_dataset=None):
         """Shuffle, and end an epoch with its last whole update."""

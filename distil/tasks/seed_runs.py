@@ -11,7 +11,7 @@ import numpy as np
 import torch
 import transformers
 
-from distil.models.export import save_folder, tokenizer_for
+from distil.models.export import save_into, tokenizer_for
 from distil.system.files import write_json
 from distil.tasks.features import collator
 from distil.tasks.fine_tuning import IGNORED_LABEL, Trainer, require_an_update, training_arguments
@@ -139,7 +139,7 @@ def write_seed(plan: Plan, trainer: Trainer, folder: Path) -> None:
     write_json(folder / "log.json", trainer.state.log_history)
     if plan.args.save_models != "none":
         model = trainer.accelerator.unwrap_model(trainer.model)
-        save_folder(model, tokenizer_for(model, plan.tokenizer), folder)
+        save_into(model, tokenizer_for(model, plan.tokenizer), folder)
 
 
 def num_examples(plan: Plan) -> dict[str, int]:

@@ -25,6 +25,7 @@ from distil.system.files import (
     flush_to_disk,
     link,
     make_folder,
+    naming,
     naming_library_errors,
     output_problem,
     save_weights,
@@ -159,7 +160,8 @@ class RunFolder:
         make_folder(self.path.parent)
         self.path.mkdir(exist_ok=resumes)
         flush_to_disk(self.path.parent)
-        self.lock = take_lock(self.path / LOCK)
+        with naming(self.path / LOCK):
+            self.lock = take_lock(self.path / LOCK)
         if resumes:
             self._remove_leftovers()
 
@@ -291,6 +293,6 @@ class RunFolder:
         if target.is_dir():
             shutil.rmtree(old, ignore_errors=True)
             os.rename(target, old)
-        with naming_library_errors(self.path), atomic_folder(target) as folder:
+        with atomic_folder(target) as folder:
             save_folder(self.student, self.tokenizer, folder)
         shutil.rmtree(old, ignore_errors=True)

@@ -140,7 +140,7 @@ def make_data(bench, kind: str, file_format: str, folder: Path) -> list[Path]:
     folder.mkdir()
     paths = []
     seed = 10 * bench.number + (folder.name == "other")
-    for name, num_lines in (("train", 1150), ("held", 40)):
+    for name, num_lines in (("train", bench.rng.choice([400, 400, 1150])), ("held", 40)):
         text = write_text(bench.folder / f"{folder.name}-{name}.txt", num_lines, seed + 1000)
         more = () if name == "held" else ("--token_counts_dump", folder / "counts")
         args = kind, text, folder / name, file_format, None, *more

@@ -12,4 +12,17 @@ ROWS_OF_DATA = [
         "smoke": 1,
         "full": 16,
     },
+    {
+        "id": "T38",
+        "injected": "a disk (tmpfs) that gets full at 8 sizes, for half of them with the temporary"
+        " files on it: every program that writes, anew and over old files",
+        "figure": "all: status 2, one line with a path, nothing partial under a final name, no"
+        " temporary file, old files intact",
+        "elsewhere": "tracebacks, and files of 0 bytes under final names",
+        "trial": "faults.full_disks:disk_full",
+        "smoke": 1,
+        "full": 36,
+        "limit_s": 900,
+        "is_sampled": False,
+    },
 ]
