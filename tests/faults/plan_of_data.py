@@ -5,12 +5,13 @@ ROWS_OF_DATA = [
         "id": "T37",
         "injected": "data changed in a run: a bit flipped in place (also with the time kept), cut"
         " off, overwritten, replaced, touched, removed, grown; store, pickle, held-out, counts",
-        "figure": "40 of 40: one line that names the file and no checkpoint trained on other bytes,"
+        "figure": "all: one line that names the file and no checkpoint trained on other bytes,"
         " or a warning and the undisturbed result; no SIGBUS",
         "elsewhere": "SIGBUS, or trained on in silence",
         "trial": "faults.changed_data:data_changed",
         "smoke": 1,
         "full": 16,
+        "limit_s": 600,
     },
     {
         "id": "T38",
@@ -20,7 +21,7 @@ ROWS_OF_DATA = [
         " temporary file, old files intact",
         "elsewhere": "tracebacks, and files of 0 bytes under final names",
         "trial": "faults.full_disks:disk_full",
-        "smoke": 1,
+        "smoke": 2,
         "full": 36,
         "limit_s": 900,
         "is_sampled": False,
