@@ -89,12 +89,13 @@ class WatchedFiles:
     def explaining(self) -> Iterator[None]:
         """Raise RankError naming a file where what failed may be the fault of its ids.
 
-        An id outside the vocabulary is an IndexError on a CPU, a RuntimeError on a GPU.
+        An id outside the vocabulary is an IndexError on a CPU, a failed assertion on a GPU.
         """
         try:
             yield
-        except (IndexError, RuntimeError):
-            self.check(rereads=True)
+        except (IndexError, RuntimeError) as error:
+            if isinstance(error, IndexError) or "device-side assert" in str(error):
+                self.check(rereads=True)
             raise
 
     def _changed(self) -> dict[str, Stamp]:

@@ -13,14 +13,16 @@ from distil.training import checkpointing
 from utils import InputError
 
 NUM_CHANGES = 3  # disturbed runs a call
-FLAGS = {"batch_size": 32, "n_epoch": 2, "log_interval": 8, "checkpoint_interval": 8}
+FLAGS = {"n_epoch": 2, "log_interval": 8, "checkpoint_interval": 8}
 FLAGS |= {"eval_interval": 16, "keep_checkpoints": 2}
+# Lines of text and batch size: 36 updates and one block of ids, or two.
+SIZES = [(400, 11), (400, 11), (1150, 32)]
 # When: (object, its method, how often a run calls it). The first three are before the training.
 MOMENTS = [
     (train.LmSeqsDataset, "from_file", 1),
     (train, "make_preparation", 1),
     (train.RunFolder, "_begin", 1),
-    *[(train.Distiller, "launch", 35)] * 5,
+    *[(train.Distiller, "launch", 34)] * 5,
     (train.RunFolder, "save_checkpoint", 4),
     (train.HeldOut, "figures", 2),
 ]
@@ -94,10 +96,12 @@ def data_changed(bench) -> None:
     kind = bench.rng.choice(["bert", "gpt2"])
     file_format = bench.rng.choice(["store", "store", "pickle"])
     folder = bench.folder / "data"
-    paths = make_data(bench, kind, file_format, folder)
-    make_data(bench, kind, file_format, bench.folder / "other")
+    num_lines, batch_size = bench.rng.choice(SIZES)
+    paths = make_data(bench, kind, file_format, folder, num_lines)
+    make_data(bench, kind, file_format, bench.folder / "other", num_lines)
     whole = bench.folder / "whole"
     flags = {**FLAGS, "data_file": paths[0], "eval_data_file": paths[1], "token_counts": None}
+    flags["batch_size"] = batch_size
     if kind == "bert":
         flags["token_counts"] = folder / "counts"
     many = {**flags, "keep_checkpoints": 50}
@@ -135,13 +139,13 @@ def disturb(bench, target: Path, change: Change, flags: list[str]) -> tuple[str,
     return what, ended
 
 
-def make_data(bench, kind: str, file_format: str, folder: Path) -> list[Path]:
+def make_data(bench, kind: str, file_format: str, folder: Path, num_lines: int) -> list[Path]:
     """Make a token file, a held-out one and counts; return the values of the two flags."""
     folder.mkdir()
     paths = []
     seed = 10 * bench.number + (folder.name == "other")
-    for name, num_lines in (("train", bench.rng.choice([400, 400, 1150])), ("held", 40)):
-        text = write_text(bench.folder / f"{folder.name}-{name}.txt", num_lines, seed + 1000)
+    for name, num in (("train", num_lines), ("held", 40)):
+        text = write_text(bench.folder / f"{folder.name}-{name}.txt", num, seed + 1000)
         more = () if name == "held" else ("--token_counts_dump", folder / "counts")
         args = kind, text, folder / name, file_format, None, *more
         paths.append(binarize(bench.world, *args))
