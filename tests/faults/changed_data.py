@@ -13,6 +13,7 @@ from distil.training import checkpointing
 from utils import InputError
 
 NUM_CHANGES = 3  # disturbed runs a call
+LIMIT_S = 150  # of a run, on a busy machine
 FLAGS = {"n_epoch": 2, "log_interval": 8, "checkpoint_interval": 8}
 FLAGS |= {"eval_interval": 16, "keep_checkpoints": 2}
 # Lines of text and batch size: 36 updates and one block of ids, or two.
@@ -105,7 +106,7 @@ def data_changed(bench) -> None:
     if kind == "bert":
         flags["token_counts"] = folder / "counts"
     many = {**flags, "keep_checkpoints": 50}
-    done = in_child(training(bench.world.flags(kind, whole, **many)), bench.folder / "log")
+    done = in_child(training(bench.world.flags(kind, whole, **many)), bench.folder / "log", LIMIT_S)
     if done.status != 0:
         bench.fail(f"undisturbed: {done}")
         return
@@ -133,7 +134,9 @@ def disturb(bench, target: Path, change: Change, flags: list[str]) -> tuple[str,
 
     prepare, moment = at_a_moment_of(bench.rng, MOMENTS, act)
     what = f"{change.__name__} {target.name} at {moment}"
-    ended = in_child(lambda: (prepare(), training(flags)()), bench.folder / "log-disturbed")
+    ended = in_child(
+        lambda: (prepare(), training(flags)()), bench.folder / "log-disturbed", LIMIT_S
+    )
     if not done.exists():
         bench.fail(f"{what}: never came")
     return what, ended
