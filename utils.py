@@ -124,6 +124,12 @@ def raise_problems(problems: Iterable[str | None]) -> None:
         raise InputError("\n".join(found))
 
 
+def and_others(first: object, num: int) -> str:
+    """Name the first of `num` things, and how many more there are."""
+    others = {1: "", 2: " and 1 other"}.get(num, f" and {num - 1} others")
+    return f"{first}{others}"
+
+
 def one_line(error: Exception, limit: int | None = 160) -> str:
     """Return an error's message, or its type's name, on one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
