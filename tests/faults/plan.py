@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from faults.plan_of_streams import STREAMS
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -265,3 +267,4 @@ PLAN = [
         limit_s=300,
     ),
 ]
+PLAN += [Row(**fields) for fields in STREAMS]

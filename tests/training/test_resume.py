@@ -96,12 +96,12 @@ def copied(stopped: Path, tmp_path: Path) -> Path:
 )
 def test_signals_stop_a_run_with_their_status(number, status, world, tmp_path, monkeypatch, capfd):
     stop_after(monkeypatch, 2, number)
-    before = {n: signal.getsignal(n) for n in signals.STOPPING}
+    before = {n: signal.getsignal(n) for n in signals.ENDING_SIGNALS}
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run", **SHORT))
     assert end.value.code == status
     assert "Stopped after update 2; resume with --resume." in capfd.readouterr().err
-    assert {n: signal.getsignal(n) for n in signals.STOPPING} == before
+    assert {n: signal.getsignal(n) for n in signals.ENDING_SIGNALS} == before
     assert not [thread for thread in threading.enumerate() if thread.name in ("signals", "watch")]
 
 
