@@ -28,7 +28,7 @@ STREAMS = [
         "figure": "20 of 20 for each of 20 programs: one line, status 130, nothing partial",
         "elsewhere": "a traceback of imports",
         "trial": "faults.streams:interrupted_start",
-        "smoke": 2,
+        "smoke": 1,
         "full": 400,
         "limit_s": 120,
     },

@@ -13,7 +13,6 @@ import signal
 import subprocess
 import sys
 import threading
-import time
 from pathlib import Path
 
 from faults.runs import (
@@ -30,7 +29,6 @@ from faults.runs import (
 )
 
 import train
-from distil.system import files
 from distil.system.start import AS_SIGTERM, begin_program
 from distil.training import checkpointing
 
@@ -169,7 +167,7 @@ sys.path[0] = os.path.dirname(sys.argv[0])
 os.write(1, b".")
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
-LOOKED_AT_S = 8  # of a program's time, at most
+LOOKED_AT_S = 5  # from then on; of a shorter program a part
 SETTLED_S = 0.02  # until the program's first statements have run
 
 
@@ -254,18 +252,11 @@ def start(bench, program: str) -> subprocess.Popen:
     return process
 
 
-def time_of(bench, program: str) -> float:
-    """Time the program's start, once for all calls: LOOKED_AT_S at most."""
-    kept = bench.world.folder / f"start-{program}.json"
-    if not kept.exists():
-        started, process = time.monotonic(), start(bench, program)
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            process.wait(LOOKED_AT_S)
-        files.write_json(kept, time.monotonic() - started)
-        end_group(process)
-        for path in bench.folder.iterdir():
-            shutil.rmtree(path) if path.is_dir() else path.unlink()
-    return json.loads(kept.read_text())
+def ends_within(process: subprocess.Popen, limit_s: float) -> bool:
+    """Wait so long for the end of a program; return whether it came."""
+    with contextlib.suppress(subprocess.TimeoutExpired):
+        process.wait(limit_s)
+    return process.returncode is not None
 
 
 def end_group(process: subprocess.Popen) -> None:
@@ -278,12 +269,9 @@ def end_group(process: subprocess.Popen) -> None:
 def interrupted_start(bench) -> None:
     """T32: Ctrl-C at a random moment of a program's start: one line, status 130, nothing left."""
     program = list(commands(bench))[bench.number % NUM_PROGRAMS]
-    moment_s = bench.rng.uniform(SETTLED_S, 0.7 * time_of(bench, program))
-    process = start(bench, program)
-    with contextlib.suppress(subprocess.TimeoutExpired):
-        process.wait(moment_s)
-        bench.note(f"{program} had ended: no interrupt")
-        return
+    moment_s = bench.rng.uniform(SETTLED_S, LOOKED_AT_S)
+    while (process := start(bench, program)) and ends_within(process, moment_s):
+        moment_s = max(moment_s / 2, SETTLED_S)
     os.killpg(process.pid, signal.SIGINT)
     try:
         status = process.wait(30)
