@@ -116,8 +116,10 @@ def _interrupts() -> Iterator[None]:
 def _interrupt(number: int, frame: FrameType | None) -> None:
     while frame is not None:
         if frame.f_code.co_filename.startswith("<frozen importlib"):
-            report_problems("interrupted")
-            os._exit(EXIT_INTERRUPTED)
+            try:
+                report_problems("interrupted")
+            finally:  # within a print, another is an error
+                os._exit(EXIT_INTERRUPTED)
         frame = frame.f_back
     raise KeyboardInterrupt
 
