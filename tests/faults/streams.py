@@ -278,9 +278,6 @@ def interrupted_start(bench) -> None:
     finally:
         end_group(process)
     printed = (bench.folder / "log").read_text(errors="replace")
-    if status == -signal.SIGINT:  # 130 to a shell
-        bench.note(f"{program} had ended but for the interpreter's own end")
-        return
     what = f"{program} at {moment_s:.2f} s: status {status}: {printed[-600:]}"
     expected = printed.count(f"{program}: error: interrupted\n")
     if program == "train.py" and "Stopped after update" in printed:
@@ -288,6 +285,9 @@ def interrupted_start(bench) -> None:
     unexpected = [
         word for word in ("Traceback", "Exception", "KeyboardInterrupt") if word in printed
     ]
+    if status == -signal.SIGINT and not unexpected:  # 130 to a shell
+        bench.note(f"{program} had ended but for the interpreter's own end")
+        return
     if status != 130 or expected != 1 or unexpected:
         bench.fail(what)
     left = [path for path in bench.folder.rglob("*") if ".tmp" in path.name]
