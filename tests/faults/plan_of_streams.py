@@ -24,7 +24,8 @@ STREAMS = [
     },
     {
         "id": "T32",
-        "injected": "Ctrl-C at random moments of the start-up of every program",
+        "injected": "Ctrl-C at random moments of the start-up of every program, from its first"
+        " statement on",
         "figure": "20 of 20 for each of 20 programs: one line, status 130, nothing partial",
         "elsewhere": "a traceback of imports",
         "trial": "faults.streams:interrupted_start",

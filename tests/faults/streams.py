@@ -159,16 +159,21 @@ def hung_up(bench) -> None:
 # --------------------------------------------------------------------------------------------------
 
 ROOT = Path(train.__file__).resolve().parent
-# Python's own start, in which it prints a traceback, is over; what it has imported is imported.
-BEGIN = """
-import os, pathlib, runpy, signal, sys
+# Until a program's first statement, which takes Ctrl-C over, Python prints a traceback.
+BEGIN = f"""
+import os, runpy, sys
+sys.path[:1] = [{str(ROOT)!r}, {str(ROOT / "scripts")!r}]
+from distil.system import start
+
+def begin_program(begin=start.begin_program):
+    begin()
+    os.write(1, b".")
+
+start.begin_program = begin_program
 sys.argv[:] = sys.argv[1:]
-sys.path[0] = os.path.dirname(sys.argv[0])
-os.write(1, b".")
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 LOOKED_AT_S = 5  # from then on; of a shorter program a part
-SETTLED_S = 0.02  # until the program's first statements have run
 
 
 def commands(bench) -> dict[str, list]:
@@ -233,7 +238,7 @@ def squad_files(folder: Path) -> list:
 
 
 def start(bench, program: str) -> subprocess.Popen:
-    """Start a program in its own process group; return when its first line runs."""
+    """Start a program in its own process group; return when its first statement ran."""
     path = ROOT / program if program == "train.py" else ROOT / "scripts" / program
     words = [sys.executable, "-c", BEGIN, path, *commands(bench)[program]]
     clean = {k: v for k, v in os.environ.items() if not k.startswith(("TORCHELASTIC", "PYTEST"))}
@@ -269,9 +274,9 @@ def end_group(process: subprocess.Popen) -> None:
 def interrupted_start(bench) -> None:
     """T32: Ctrl-C at a random moment of a program's start: one line, status 130, nothing left."""
     program = list(commands(bench))[bench.number % NUM_PROGRAMS]
-    moment_s = bench.rng.uniform(SETTLED_S, LOOKED_AT_S)
+    moment_s = bench.rng.uniform(0, LOOKED_AT_S)
     while (process := start(bench, program)) and ends_within(process, moment_s):
-        moment_s = max(moment_s / 2, SETTLED_S)
+        moment_s /= 2
     os.killpg(process.pid, signal.SIGINT)
     try:
         status = process.wait(30)
@@ -285,8 +290,9 @@ def interrupted_start(bench) -> None:
     unexpected = [
         word for word in ("Traceback", "Exception", "KeyboardInterrupt") if word in printed
     ]
-    if status == -signal.SIGINT and not unexpected:  # 130 to a shell
-        bench.note(f"{program} had ended but for the interpreter's own end")
+    # It was ending: of the interpreter's own end the status is 130 to a shell.
+    if status in (0, -signal.SIGINT) and not unexpected:
+        bench.note(f"{program} had done its work")
         return
     if status != 130 or expected != 1 or unexpected:
         bench.fail(what)
