@@ -274,9 +274,9 @@ def end_group(process: subprocess.Popen) -> None:
 def interrupted_start(bench) -> None:
     """T32: Ctrl-C at a random moment of a program's start: one line, status 130, nothing left."""
     program = list(commands(bench))[bench.number % NUM_PROGRAMS]
-    moment_s = bench.rng.uniform(0, LOOKED_AT_S)
+    moment_s, undisturbed = bench.rng.uniform(0, LOOKED_AT_S), None
     while (process := start(bench, program)) and ends_within(process, moment_s):
-        moment_s /= 2
+        moment_s, undisturbed = moment_s / 2, process.returncode
     os.killpg(process.pid, signal.SIGINT)
     try:
         status = process.wait(30)
@@ -291,7 +291,7 @@ def interrupted_start(bench) -> None:
         word for word in ("Traceback", "Exception", "KeyboardInterrupt") if word in printed
     ]
     # It was ending: of the interpreter's own end the status is 130 to a shell.
-    if status in (0, -signal.SIGINT) and not unexpected:
+    if status in (undisturbed, -signal.SIGINT) and not unexpected:
         bench.note(f"{program} had done its work")
         return
     if status != 130 or expected != 1 or unexpected:
