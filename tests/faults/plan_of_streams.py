@@ -18,7 +18,7 @@ STREAMS = [
         "figure": "50 of 50: status 143, agreed step saved, resume bit-identical; nohup: no effect",
         "elsewhere": "none",
         "trial": "faults.streams:hung_up",
-        "smoke": 5,
+        "smoke": 3,
         "full": 50,
         "limit_s": 300,
     },

@@ -108,6 +108,19 @@ def test_signals_stop_a_run_with_their_status(number, status, world, tmp_path, m
     assert not [thread for thread in threading.enumerate() if thread.name in ("signals", "watch")]
 
 
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.StopSignals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signals.exit_on_sigterm()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+        for number in (signal.SIGTERM, *AS_SIGTERM[:-1]):
+            signal.signal(number, signal.SIG_DFL)
+
+
 def test_a_signal_is_counted_once_within_a_second_and_a_later_one_exits_at_once(monkeypatch):
     ended = []
     monkeypatch.setattr(signals.os, "_exit", ended.append)
