@@ -39,7 +39,7 @@ from distil.training.state import (
     state_values,
 )
 from distil.training.unused import fill_missing_gradients, reaching_all
-from utils import keyed_seed
+from utils import and_others, keyed_seed
 
 MIN_LOSS_SCALE = 2**-10  # below this scale the gradient scaler will not find one that fits
 
@@ -427,7 +427,7 @@ class Distiller:
                 named = self.model.student.named_parameters()
                 wrong = [n for n, p in named if not is_finite(p.grad)]
                 if wrong:
-                    what = f"loss_{name}'s gradient for {wrong[0]} and {len(wrong) - 1} others"
+                    what = f"loss_{name}'s gradient for {and_others(wrong[0], len(wrong))}"
                     found.setdefault(batch.number, what)
         self.model.alphas = alphas
         self.optimizer.zero_grad(set_to_none=True)

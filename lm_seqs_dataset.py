@@ -229,11 +229,13 @@ class LmSeqsDataset:
         if wrong.any():
             number = int(np.flatnonzero(wrong)[0])
             begins, finishes = int(ids_M[starts[number]]), int(ids_M[ends[number] - 1])
+            num_wrong = int(wrong.sum())
+            count = f"{num_wrong} such sequence{'s' if num_wrong > 1 else ''}"
             raise InputError(
                 f"{source}: sequence {first + number} begins with id {begins} and ends with id"
                 f" {finishes}, expected"
                 f" {'any' if self.special.start is None else self.special.start} and"
-                f" {self.special.end} ({int(wrong.sum())} such sequences near it); binarize the"
+                f" {self.special.end} ({count} near it); binarize the"
                 " text with the teacher's tokenizer and its --tokenizer_type"
             )
 

@@ -4,6 +4,11 @@ Launch as one process (`python train.py ..`) or as several (`torchrun`, `python 
 torch.distributed.launch`).
 """
 
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
 import contextlib
 import functools
 import itertools
@@ -95,11 +100,9 @@ def make_distiller(
     unused.freeze_unused(model, teacher.network, longest, student.source, ranks, head)
     rates = config.learning_rate, config.weight_decay, config.adam_epsilon
     optimizer = make_optimizer(model, *rates)
+    schedule = make_schedule(optimizer, num_updates, config.warmup_prop)
     return Distiller(
-        model,
-        teacher.network,
-        optimizer,
-        make_schedule(optimizer, num_updates, config.warmup_prop),
+        *(model, teacher.network, optimizer, schedule),
         teacher_head=head,
         max_grad_norm=config.max_grad_norm,
         seed=config.seed,
@@ -150,14 +153,11 @@ class Trainer:
         config, runtime, flops = self.config, self.runtime, self.flops
         peak = flops and peak_flops(runtime.device, self.distiller.amp_dtype or torch.float32)
         every = config.log_interval, config.checkpoint_interval, config.eval_interval
+        names = ["loss", *(f"loss_{name}" for name in self.distiller.model.alphas)]
+        sizes = self.num_micro_batches, len(self.sampler), self.per_update, runtime.world_size
         return Progress(
-            ["loss", *(f"loss_{name}" for name in self.distiller.model.alphas)],
-            self.num_micro_batches,
-            len(self.sampler),
-            self.per_update,
-            runtime.world_size,
-            self.dataset.lengths,
-            Intervals(*every, self.held_out is not None),
+            names,
+            *(*sizes, self.dataset.lengths, Intervals(*every, self.held_out is not None)),
             shows_bar=runtime.is_main,
             batch_flops=None if flops is None else flops.of_batch,
             peak_flops=None if peak is None else peak * runtime.world_size,
@@ -397,4 +397,4 @@ def main(argv: list[str] | None = None) -> None:
 
 
 if __name__ == "__main__":
-    run_program(main)
+    run_program(main, prints_result=False)

@@ -7,16 +7,19 @@ that only prepare data start in a second and in a few tens of MB.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import hashlib
 import logging
 import os
+import signal
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from types import FrameType
+from typing import Any, NoReturn, TextIO
 
 import numpy as np
 
@@ -50,13 +53,18 @@ class RankError(InputError):
     """An InputError of one rank that others may not have: printed by the rank that raises it."""
 
 
-def run_program(main: Callable[[], None]) -> None:
+def run_program(main: Callable[[], None], *, prints_result: bool = True) -> None:
     """Run a program's `main`; convert InputError and OSError to one line a problem and status 2.
 
     Under a launcher each machine prints the message once; every rank exits with the same status.
+    Output that can't be written ends no program; where it is the result, the status is 2.
     """
+    tolerate_failed_output()
     try:
-        status = _run(main)
+        with _interrupts():
+            status = _run(main)
+            if prints_result and status == 0:
+                status = _run(_require_written_output)
     except Exception:
         if not _is_among_others():
             raise
@@ -87,6 +95,33 @@ def _run(main: Callable[[], None]) -> int:
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     return 0
+
+
+@contextlib.contextmanager
+def _interrupts() -> Iterator[None]:
+    """Raise Ctrl-C as KeyboardInterrupt, but for imports, which can lose or convert it."""
+    handler = signal.getsignal(signal.SIGINT)
+    try:
+        if handler is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, _interrupt)
+    except ValueError:  # not the main thread
+        handler = signal.SIG_IGN
+    try:
+        yield
+    finally:
+        if handler is not signal.SIG_IGN:
+            signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
+
+
+def _interrupt(number: int, frame: FrameType | None) -> None:
+    while frame is not None:
+        if frame.f_code.co_filename.startswith("<frozen importlib"):
+            try:
+                report_problems("interrupted")
+            finally:  # within a print, another is an error
+                os._exit(EXIT_INTERRUPTED)
+        frame = frame.f_back
+    raise KeyboardInterrupt
 
 
 def _is_among_others() -> bool:
@@ -124,6 +159,12 @@ def raise_problems(problems: Iterable[str | None]) -> None:
         raise InputError("\n".join(found))
 
 
+def and_others(first: object, num: int) -> str:
+    """Name the first of `num` things, and how many more there are."""
+    others = {1: "", 2: " and 1 other"}.get(num, f" and {num - 1} others")
+    return f"{first}{others}"
+
+
 def one_line(error: Exception, limit: int | None = 160) -> str:
     """Return an error's message, or its type's name, on one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
@@ -135,8 +176,10 @@ def report_problems(message: str, from_any_rank: bool = False) -> None:
     is_launched = "TORCHELASTIC_RUN_ID" in os.environ
     if from_any_rank or not is_launched or os.environ.get("LOCAL_RANK", "0") == "0":
         program = Path(sys.argv[0]).name or "distil"
+        begin_line(sys.stderr)
+        start = "\r" if sys.stderr.isatty() else ""  # over the terminal's `^C`
         for line in message.splitlines():
-            print(f"{program}: error: {line}", file=sys.stderr, flush=True)
+            print(f"{start}{program}: error: {line}", file=sys.stderr, flush=True)
 
 
 class OneLineParser(argparse.ArgumentParser):
@@ -161,13 +204,96 @@ class OneLineParser(argparse.ArgumentParser):
 
 
 # --------------------------------------------------------------------------------------------------
-# Logging, files, git
+# Output, logging, git
 # --------------------------------------------------------------------------------------------------
+
+
+class Output:
+    """Standard output or error, whose failed writes raise nothing: the program has work to do.
+
+    A log's disk may be full; a terminal or a reader (`| tee`, `| head`) may be gone. failure: the
+    last error but for that of a closed pipe, whose reader wanted no more.
+    """
+
+    def __init__(self, stream: TextIO):
+        self.stream = stream
+        self.failure: OSError | None = None
+        self.is_at_line_start = True
+
+    def write(self, text: str) -> int:
+        """Write text, if the stream takes it."""
+        self._try(self.stream.write, text)
+        if text:
+            self.is_at_line_start = text[-1] in "\r\n"
+        return len(text)
+
+    def flush(self) -> None:
+        """Flush what was written, if the stream takes it."""
+        self._try(self.stream.flush)
+
+    def _try(self, act: Callable, *arguments: str) -> None:
+        try:
+            act(*arguments)
+        except BrokenPipeError:
+            self.discard()
+        except OSError as error:
+            self.failure = error
+        except ValueError:
+            if not self.stream.closed:
+                raise
+
+    def discard(self) -> None:
+        """Send to the null device what is still buffered, and all that comes."""
+        with contextlib.suppress(OSError, ValueError):
+            null = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(null, self.stream.fileno())
+            os.close(null)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.stream, name)
+
+
+def tolerate_failed_output() -> None:
+    """Put Output before both streams; open those that were closed before the start (`2>&-`)."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            stream = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115
+        if isinstance(stream, Output):
+            continue
+        if hasattr(stream, "reconfigure"):
+            stream.reconfigure(errors="backslashreplace")  # any text on any terminal
+        setattr(sys, name, Output(stream))
+
+
+def _require_written_output() -> None:
+    """Raise InputError where standard output could not be written."""
+    sys.stdout.flush()
+    error = getattr(sys.stdout, "failure", None)
+    if error is not None:
+        sys.stdout.discard()  # what is buffered: the interpreter would try again
+        remedy = REMEDIES.get(error.errno, "; write elsewhere")
+        raise InputError(f"standard output: {one_line(error)}, it is not complete{remedy}")
+
+
+def begin_line(stream: TextIO) -> None:
+    """End the line of a progress bar, if one is shown."""
+    if not getattr(stream, "is_at_line_start", True):
+        stream.write("\n")
+
+
+class LogHandler(logging.StreamHandler):
+    """A handler whose lines begin at the start of a line, not behind a progress bar."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        """Write a record."""
+        begin_line(self.stream)
+        super().emit(record)
 
 
 def setup_logging(level: int = logging.INFO) -> None:
     """Send the project's log lines to stderr, prefixed with time and level."""
-    handler = logging.StreamHandler()
+    handler = LogHandler()
     handler.setFormatter(
         logging.Formatter("%(asctime)s %(levelname)-7s %(message)s", datefmt="%Y-%m-%d %H:%M:%S")
     )

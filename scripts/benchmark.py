@@ -7,19 +7,25 @@ large matrix product reaches here, and of the GPU's data sheet. Before timing, b
 the same losses and gradient. The code is in benchmarks/; model FLOPs are those of distil/flops.py.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
 import argparse
 import dataclasses
 import itertools
 import json
 import logging
-import sys
 import tempfile
 import time
-from pathlib import Path
 
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.cpu_pieces import PIECES
 from benchmarks.jobs import do_job, measure_ceilings, run_rounds, start_job

@@ -6,19 +6,25 @@ processes. Linux only (/proc). By default the text is the prose of the installed
 vocabulary is trained on it.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
 import argparse
 import logging
 import os
 import platform
-import sys
 import tempfile
 import time
 from collections.abc import Iterable
-from pathlib import Path
 
 import psutil
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from benchmarks.data_figures import (
     Table,

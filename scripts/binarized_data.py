@@ -6,15 +6,21 @@ tokenized on all cores, spooled, and shuffled from the disk, in constant memory.
 tokenizer and seed give the same bytes.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
 import argparse
 import dataclasses
 import logging
 import os
-import sys
 import time
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.encoding import Encoding
 from distil.data.partial import Partial, partial_folder

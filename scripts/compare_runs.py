@@ -3,12 +3,18 @@
 Reads parameters.json and metrics.jsonl of each run folder, also while the run is being trained.
 """
 
-import argparse
-import logging
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
+import argparse
+import logging
 
 from distil.system.files import require_output
 from utils import OneLineParser, logger, run_program, setup_logging

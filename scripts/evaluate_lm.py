@@ -9,17 +9,23 @@ temperature 1, how often both rank the same token first, and the cosine of the l
 Don't compare a masked model's perplexity with a causal one's.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
 import argparse
 import logging
 import os
-import sys
 from collections.abc import Callable
-from pathlib import Path
 
 import numpy as np
 import torch
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.encoding import Encoding
 from distil.data.text_flags import add_record_flags

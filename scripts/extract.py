@@ -1,14 +1,20 @@
 """Make a student's first weights from layers of a RoBERTa or GPT-2, or a student of any teacher."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
 import argparse
 import dataclasses
 import logging
 import os
-import sys
 from collections.abc import Mapping, Sequence
-from pathlib import Path
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.models.architectures import ARCHITECTURES, PAIRS
 from distil.models.checks import tokenizer_problem

@@ -5,6 +5,12 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
+
 from extract import Defaults, extract
 from utils import run_program
 

@@ -6,6 +6,17 @@ process forked from a parent that has imported everything, with a seed from its 
 interrupted run continues from them (`--state`).
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
 import argparse
 import dataclasses
 import datetime
@@ -13,23 +24,17 @@ import json
 import os
 import platform
 import shutil
-import sys
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
+from faults.bench import call, results, trial_of
+from faults.plan import PLAN, Row
 from tqdm import tqdm
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path[:0] = [str(ROOT), str(ROOT / "tests")]
-
-from faults.bench import call, results, trial_of  # noqa: E402
-from faults.plan import PLAN, Row  # noqa: E402
-
-from distil.system.files import atomic_path  # noqa: E402
-from utils import InputError, OneLineParser, run_program  # noqa: E402
+from distil.system.files import atomic_path
+from utils import InputError, OneLineParser, run_program
 
 
 @dataclasses.dataclass

@@ -4,19 +4,25 @@ The file is read once, in constant memory. Ids are counted as they are, before t
 filters sequences.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
 import argparse
 import dataclasses
 import logging
 import os
-import sys
-from collections.abc import Iterator, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.cards import tokenizer_problem
 from distil.data.disk import BLOCK_BYTES
@@ -162,16 +168,6 @@ def check_output(path: str, inputs: Sequence[str]) -> None:
         )
 
 
-def print_lines(lines: Iterator[str]) -> None:
-    """Print text on any terminal, and ignore a reader that closed the pipe (`| head`)."""
-    if hasattr(sys.stdout, "reconfigure"):
-        sys.stdout.reconfigure(errors="backslashreplace")
-    try:
-        print("\n".join(lines), flush=True)
-    except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
-
-
 def main(argv: list[str] | None = None) -> None:
     """Run the program: open, verify, count, print, write; raise InputError if --verify fails."""
     args = parse(argv)
@@ -193,7 +189,7 @@ def main(argv: list[str] | None = None) -> None:
         **make_report(survey, tokens, paths, tokenizer, args.top),
     }
     report |= {} if report["problems"] else verified
-    print_lines(report_lines(report))
+    print("\n".join(report_lines(report)), flush=True)
     if args.json is not None:
         write_json(args.json, report)
         logger.info("Wrote %s.", args.json)

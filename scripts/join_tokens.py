@@ -4,20 +4,26 @@ The result has the bytes of one machine's run: order, card, counts. The shards a
 stay; they may be deleted afterwards.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
 import argparse
 import contextlib
 import glob
 import logging
 import re
-import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import Any
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data import store
 from distil.data.cards import read_card

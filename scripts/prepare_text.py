@@ -6,19 +6,25 @@ language l (Conneau and Lample 2019, section 3.1; multilingual BERT: s = 0.7). T
 language after the other: binarized_data.py shuffles.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
 import argparse
 import dataclasses
 import logging
 import random
-import sys
 import tempfile
 import time
-from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.documents import DOCUMENTS, Corpus
 from distil.data.languages import find_languages, sample, targets

@@ -3,13 +3,19 @@
 Nothing else of the run is uploaded. Log in first (`hf auth login`, or HF_TOKEN in the environment).
 """
 
-import argparse
-import logging
-import os
 import sys
 from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
+import argparse
+import logging
+import os
 
 from utils import InputError, OneLineParser, logger, one_line, run_program, setup_logging
 

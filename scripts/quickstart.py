@@ -7,20 +7,26 @@ before and after distillation, and the same student trained for as many steps wi
 The same command continues an interrupted run.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
 import argparse
 import dataclasses
 import functools
 import logging
 import os
 import statistics
-import sys
 import time
-from pathlib import Path
 
 import torch
 import transformers
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.batches import MicroBatch
 from distil.data.hub_datasets import find_files

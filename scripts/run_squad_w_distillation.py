@@ -12,12 +12,18 @@ loss and Trainer (all in distil/tasks/). On several processes: torchrun --nproc_
 scripts/run_squad_w_distillation.py ..; each question is scored exactly once.
 """
 
-import argparse
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
+import argparse
+from typing import TYPE_CHECKING
 
 from distil.system.rank_zero import reporting_on_rank_0
 from distil.tasks.squad_options import (

@@ -4,15 +4,21 @@ A file is read in constant memory, if it is a store; several files of one vocabu
 together.
 """
 
-import argparse
-import logging
 import sys
 from pathlib import Path
 
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
+import argparse
+import logging
+
 import numpy as np
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.cards import check_tokenizer, check_vocab_size, write_token_counts
 from distil.data.token_files import (

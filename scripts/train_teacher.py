@@ -3,17 +3,23 @@
 It is the distillation loop without a teacher: the masked-LM loss alone.
 """
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
 import argparse
 import logging
 import os
-import sys
-from pathlib import Path
 
 import torch
 import transformers
 from tqdm import tqdm
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.batches import MlmPreparation
 from distil.data.token_files import MIN_LENGTH

@@ -64,7 +64,8 @@ def test_nothing_is_copied_by_splitting():
 def test_a_sequence_without_boundary_tokens_is_named():
     with pytest.raises(
         InputError,
-        match="the data: sequence 1 begins with id 7 and ends with id 2, expected 1 and 2",
+        match=r"the data: sequence 1 begins with id 7 and ends with id 2, expected 1 and 2 \(1 such"
+        " sequence near it\\)",
     ):
         make_dataset([[1, 9, 2], [7, 9, 2]], SPECIAL, 64)
 

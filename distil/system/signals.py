@@ -10,9 +10,10 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 
+from distil.system.start import AS_SIGTERM, heeded
 from utils import logger
 
-ENDING_SIGNALS = {signal.SIGINT, signal.SIGTERM, signal.SIGUSR1}
+ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, *AS_SIGTERM)
 
 
 def note_signal(number: int, frame: object) -> None:
@@ -43,12 +44,11 @@ def holding_signals() -> Iterator[None]:
 
 
 def exit_on_sigterm() -> None:
-    """Let SIGTERM and SIGUSR1 end the program as Ctrl-C does, cleaning up, with status 143."""
-    for number in (signal.SIGTERM, signal.SIGUSR1):
+    """Let SIGTERM and its like end the program as Ctrl-C does, cleaning up, with status 143."""
+    for number in heeded([signal.SIGTERM, *AS_SIGTERM]):
         signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
 
 
-STOPPING = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
 SAME_EVENT_S = 1.0
 
 
@@ -73,7 +73,8 @@ class StopSignals:
                 "%s: stopping after this update, with a checkpoint; once more to stop at once.",
                 name,
             )
-        elif now - self._noted_at > SAME_EVENT_S:
+        # The system repeats SIGXCPU every second.
+        elif now - self._noted_at > SAME_EVENT_S and number != signal.SIGXCPU:
             os._exit(exit_status(number))
 
     def __enter__(self) -> StopSignals:
@@ -82,7 +83,7 @@ class StopSignals:
             return self
         read_end, write_end = os.pipe()
         os.set_blocking(write_end, False)
-        previous = {number: signal.signal(number, note_signal) for number in STOPPING}
+        previous = {number: signal.signal(number, note_signal) for number in heeded(ENDING_SIGNALS)}
         previous_descriptor = signal.set_wakeup_fd(write_end, warn_on_full_buffer=False)
         thread = threading.Thread(target=self._read, args=(read_end,), name="signals", daemon=True)
         thread.start()
@@ -103,12 +104,12 @@ class StopSignals:
 
     def _read(self, descriptor: int) -> None:
         while number := os.read(descriptor, 1):
-            if number[0] in STOPPING:
+            if number[0] in ENDING_SIGNALS:
                 self.request(number[0])
 
 
 def exit_status(number: int) -> int:
-    """Return a signal's exit status: 130 for SIGINT, 143 for SIGTERM and SIGUSR1 (restartable)."""
+    """Return a signal's exit status: 130 for SIGINT, 143 for SIGTERM and its like (restartable)."""
     return 128 + (signal.SIGINT if number == signal.SIGINT else signal.SIGTERM)
 
 

@@ -24,6 +24,7 @@ class Watch:
         self.interval_s = min(2.0, timeout_s / 10)
         self.heard_at = dict.fromkeys(range(1, world_size) if rank == 0 else [0], time.monotonic())
         self.last_beat: dict[int, bytes] = {}
+        self.paused_s, self.resumed_at = 0.0, 0.0  # when this process itself last did not run
         self.parent = os.getppid()
         self.on_orphaned: Callable[[], None] = lambda: None  # called once, when the launcher ends
         self.is_closed = threading.Event()
@@ -36,8 +37,9 @@ class Watch:
         self.thread.join(self.interval_s)
 
     def _run(self) -> None:
-        num_beats = 0
+        num_beats, slept_at = 0, time.monotonic()
         while not self.is_closed.wait(self.interval_s):
+            self._note_pause(time.monotonic() - slept_at - self.interval_s)
             num_beats += 1
             with contextlib.suppress(RuntimeError):  # the store may have ended with its process
                 self.store.set(f"beat/{self.rank}", str(num_beats))
@@ -48,6 +50,13 @@ class Watch:
                 self.on_orphaned()
             if silent := self.silent_for(self.timeout_s):
                 self._give_up(silent)
+            slept_at = time.monotonic()
+
+    def _note_pause(self, paused_s: float) -> None:
+        """Count no silence while this process was stopped, or its machine asleep."""
+        if paused_s > self.interval_s:
+            self.paused_s, self.resumed_at = paused_s, time.monotonic()
+            self.heard_at = {rank: at + paused_s for rank, at in self.heard_at.items()}
 
     def _listen(self, rank: int) -> None:
         beat = self.store.get(f"beat/{rank}") if self.store.check([f"beat/{rank}"]) else b""
@@ -72,6 +81,12 @@ class Watch:
 
     def _say(self, silent: list[int]) -> str:
         now = time.monotonic()
+        is_resumed = now - self.resumed_at < 3 * self.timeout_s
+        if is_resumed and self.paused_s > self.timeout_s / 2:
+            return (
+                f"rank {self.rank} itself did not run for {self.paused_s:.0f} s, and the others"
+                " have given it up"
+            )
         return "; ".join(
             f"rank {rank} was last heard of {now - self.heard_at[rank]:.0f} s ago"
             for rank in silent

@@ -13,7 +13,7 @@ from distil.models.hub import load_config, model_folder, quiet_transformers
 from distil.models.language_model import is_masked_config, resolve_architecture
 from distil.models.tokenizer_rules import difference
 from distil.models.tokenizers import load_tokenizer
-from utils import InputError, one_line
+from utils import InputError, and_others, one_line
 
 
 def load_any_tokenizer(name: str, flag: str, casing: Casing | None = None):
@@ -71,9 +71,9 @@ def load_for_task(
     of_encoder = [key for key in absent if key.startswith(prefix) and ".pooler." not in key]
     if wrong := absent if is_fine_tuned else of_encoder:
         what = "a model fine-tuned for this very task" if is_fine_tuned else "a whole encoder"
-        more = f" and {len(wrong) - 1} others" if len(wrong) > 1 else ""
         raise InputError(
-            f"{flag} {name}: has no fitting weights for {wrong[0]}{more}; expected {what}"
+            f"{flag} {name}: has no fitting weights for {and_others(wrong[0], len(wrong))};"
+            f" expected {what}"
         )
     check_finite(model.state_dict(), f"{flag} {name}")
     return model

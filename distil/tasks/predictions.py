@@ -9,7 +9,7 @@ import numpy as np
 from distil.system.files import atomic_path
 from distil.tasks.readers import checked_label, entity_label, is_number, read_lines
 from distil.tasks.schema import Example, Task
-from utils import InputError
+from utils import InputError, and_others
 
 
 def prediction_rows(
@@ -77,7 +77,7 @@ def read_predictions(path: str | os.PathLike, task: Task, examples: Sequence[Exa
         found[row_id] = _checked_prediction(label, task, f"{path}:{row}")
     if missing := [row_id for row_id, _ in gold if row_id not in found]:
         raise InputError(
-            f"{path}: has no prediction for {missing[0]} and {len(missing) - 1} others; predict for"
+            f"{path}: has no prediction for {and_others(missing[0], len(missing))}; predict for"
             " the whole set"
         )
     if task.head != "tokens":

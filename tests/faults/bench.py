@@ -89,7 +89,7 @@ class ForkedCall:
             os.setsid()
             # A hung call, and the processes that it forked, dump their stacks.
             stacks = open(self.stacks, "a")  # noqa: SIM115
-            faulthandler.register(signal.SIGUSR2, stacks, all_threads=False)
+            faulthandler.register(signal.SIGQUIT, stacks, all_threads=False)
             result = call(self.row, self.number, seed, world, self.folder)
             self.result.write_text(json.dumps(result), encoding="utf-8")
             status = 0
@@ -116,7 +116,7 @@ class ForkedCall:
     def end(self) -> str:
         """End a running call and all that it started; return its stacks."""
         with contextlib.suppress(ProcessLookupError):
-            os.killpg(self.pid, signal.SIGUSR2)
+            os.killpg(self.pid, signal.SIGQUIT)
             time.sleep(0.5)
         self._kill()
         with contextlib.suppress(ProcessLookupError):

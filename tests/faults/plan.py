@@ -3,6 +3,7 @@
 import dataclasses
 
 from faults.plan_of_data import ROWS_OF_DATA
+from faults.plan_of_streams import STREAMS
 
 
 @dataclasses.dataclass(frozen=True)
@@ -268,3 +269,4 @@ PLAN = [
     ),
 ]
 PLAN += [Row(**row) for row in ROWS_OF_DATA]
+PLAN += [Row(**fields) for fields in STREAMS]

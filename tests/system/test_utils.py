@@ -8,6 +8,11 @@ import pytest
 
 from distil.system.files import atomic_path
 from distil.system.prefetch import prefetched
+from utils import and_others
+
+
+def test_others_are_counted_in_words_that_fit():
+    assert [and_others("a", num) for num in (1, 2, 3)] == ["a", "a and 1 other", "a and 2 others"]
 
 
 def num_prefetching() -> int:

@@ -1409,7 +1409,7 @@ def test_the_hub_out_of_reach_is_one_line(teachers, tmp_path, status_and_errors,
 @pytest.mark.parametrize(
     "change, words",
     [
-        (lambda rows: rows[:-1], ["no prediction for dev-8", "0 others"]),
+        (lambda rows: rows[:-1], ["no prediction for dev-8; predict"]),
         (lambda rows: [*rows, ["dev-99", "0"]], [":9", "dev-99 is not one of", "dev-2"]),
         (lambda rows: [*rows, rows[0]], [":9", "there twice"]),
         (lambda rows: [["dev-2", "yes"], *rows[1:]], [":2", "unknown label 'yes'"]),

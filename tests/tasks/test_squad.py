@@ -1178,7 +1178,7 @@ def test_a_teacher_has_to_fit(models, teachers, files, tmp_path, status_and_erro
         (
             "bert",
             teachers["bert"],
-        ): "has no fitting weights for qa_outputs.bias and 1 others; expected a model fine-tuned",
+        ): "has no fitting weights for qa_outputs.bias and 1 other; expected a model fine-tuned",
         ("bert", models["distilbert"]): "is a distilbert model, expected bert",
     }
     for (kind, folder), message in wrong.items():

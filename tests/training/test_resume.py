@@ -19,6 +19,7 @@ from whole_runs import assert_same_run, dying_at
 import train
 from distil.system import locks, signals
 from distil.system.signals import holding_signals
+from distil.system.start import AS_SIGTERM
 from distil.training import checkpointing
 
 
@@ -92,17 +93,32 @@ def copied(stopped: Path, tmp_path: Path) -> Path:
 
 
 @pytest.mark.parametrize(
-    "number, status", [(signal.SIGTERM, 143), (signal.SIGUSR1, 143), (signal.SIGINT, 130)]
+    "number, status",
+    [(signal.SIGTERM, 143), *((number, 143) for number in AS_SIGTERM), (signal.SIGINT, 130)],
 )
 def test_signals_stop_a_run_with_their_status(number, status, world, tmp_path, monkeypatch, capfd):
     stop_after(monkeypatch, 2, number)
-    before = {n: signal.getsignal(n) for n in signals.STOPPING}
+    signal.signal(signal.SIGHUP, signal.SIG_DFL)  # the tests may have been started by nohup
+    before = {n: signal.getsignal(n) for n in signals.ENDING_SIGNALS}
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run", **SHORT))
     assert end.value.code == status
     assert "Stopped after update 2; resume with --resume." in capfd.readouterr().err
-    assert {n: signal.getsignal(n) for n in signals.STOPPING} == before
+    assert {n: signal.getsignal(n) for n in signals.ENDING_SIGNALS} == before
     assert not [thread for thread in threading.enumerate() if thread.name in ("signals", "watch")]
+
+
+def test_under_nohup_a_closed_terminal_stops_nothing():
+    kept = signal.signal(signal.SIGHUP, signal.SIG_IGN)
+    try:
+        with signals.StopSignals():
+            assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+        signals.exit_on_sigterm()
+        assert signal.getsignal(signal.SIGHUP) == signal.SIG_IGN
+    finally:
+        signal.signal(signal.SIGHUP, kept)
+        for number in (signal.SIGTERM, *AS_SIGTERM[:-1]):
+            signal.signal(number, signal.SIG_DFL)
 
 
 def test_a_signal_is_counted_once_within_a_second_and_a_later_one_exits_at_once(monkeypatch):
@@ -113,6 +129,8 @@ def test_a_signal_is_counted_once_within_a_second_and_a_later_one_exits_at_once(
     stop.request(signal.SIGINT)
     assert stop.requested == signal.SIGINT and not ended
     monkeypatch.setattr(signals, "SAME_EVENT_S", 0.0)
+    stop.request(signal.SIGXCPU)  # the system repeats it
+    assert not ended
     stop.request(signal.SIGTERM)
     assert ended == [143]
 
