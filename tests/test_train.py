@@ -21,7 +21,6 @@ import binarized_data
 import train
 import train_teacher
 from distil.losses import LOSSES
-from utils import git_facts
 
 KINDS = ("bert", "roberta", "gpt2")
 REQUIRED = {
@@ -645,10 +644,6 @@ def test_max_steps_equal_to_the_epochs_gives_the_same_weights(world, tmp_path):
 def test_half_precision_trains(world, tmp_path):
     train.main(world.flags("bert", tmp_path / "run", max_steps=4, fp16=True, log_interval=2))
     assert all(math.isfinite(event.value) for event in scalars(tmp_path / "run")["losses/loss"])
-
-
-def test_outside_a_git_checkout_the_facts_are_empty(tmp_path):
-    assert git_facts(tmp_path) == {"repo_id": None, "repo_sha": None, "repo_branch": None}
 
 
 def test_a_cased_bare_vocabulary_stays_cased_through_a_run(world, tmp_path, text_file):
