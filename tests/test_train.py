@@ -333,6 +333,7 @@ def test_a_roberta_student_needs_its_teachers_padding_id(world, tmp_path, status
 
 def test_an_existing_run_folder_is_refused_without_force(world, tmp_path, status_and_errors):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
     status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run"))
     assert status == 2 and len(errors) == 1
     assert "exists already" in errors[0] and "--force" in errors[0]
