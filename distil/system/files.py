@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 import contextlib
+import errno
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -164,9 +166,14 @@ def flush_to_disk(path: str | os.PathLike) -> None:
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder; on success flush its files and rename it to `path`.
 
-    path: a new or empty folder.
+    path: a new or empty folder. One that can't be replaced, because a volume is mounted there,
+    receives the files one by one.
     """
-    target = Path(path)
+    target = Path(path).resolve()
+    if target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK)):
+        with replacing_files(target) as temporary:
+            yield temporary
+        return
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     temporary.mkdir(parents=True)
     try:
@@ -177,12 +184,71 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
             flush_to_disk(file)
         flush_to_disk(temporary)  # the files' names
         with holding_signals():
-            if target.is_dir():
-                target.rmdir()
+            try:
+                if target.is_dir():
+                    target.rmdir()
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                with replacing_files(target) as inside:  # a part of this volume is mounted there
+                    shutil.copytree(temporary, inside, dirs_exist_ok=True)
+                return
             temporary.rename(target)
             flush_to_disk(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
+
+
+@contextlib.contextmanager
+def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
+    """Yield a temporary folder; on success flush its files and move them into `folder`.
+
+    Each replaces the file of its name, others stay. What is written in place would change under its
+    other names, too, and behind a link.
+    """
+    target = Path(folder)
+    target.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".export-", dir=target) as temporary:
+        with naming(target):
+            yield Path(temporary)
+        # The configuration last: without it nothing is taken for a model.
+        files = sorted(Path(temporary).iterdir(), key=lambda file: file.name == "config.json")
+        for file in files:
+            give_default_permissions(file)
+            flush_to_disk(file)
+        with holding_signals():
+            for file in files:
+                os.replace(file, target / file.name)
+            flush_to_disk(target)
+
+
+def remove_files(folder: Path, patterns: Iterable[str]) -> list[str]:
+    """Delete a folder's regular files of these names, and the folder if it is empty then.
+
+    Return the names of what is left.
+    """
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        if is_regular(path):
+            path.unlink()
+    left = os.listdir(folder)
+    if not left:
+        folder.rmdir()
+    return sorted(left)
+
+
+def is_regular(path: str | os.PathLike) -> bool:
+    """True for a regular file, False for a link to one."""
+    return os.path.lexists(path) and stat.S_ISREG(os.lstat(path).st_mode)
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """True for a folder, False for a link to one."""
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
+def content_of(folder: str | os.PathLike) -> list[str]:
+    """List the names in a folder, but for the one that the root of a volume may have."""
+    return sorted(name for name in os.listdir(folder) if name != "lost+found")
 
 
 def link(source: str | os.PathLike, target: str | os.PathLike) -> None:
@@ -190,6 +256,8 @@ def link(source: str | os.PathLike, target: str | os.PathLike) -> None:
     with atomic_path(target) as temporary:
         temporary.unlink()
         try:
+            if os.path.islink(source):  # not the link, whose target is another's
+                raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
             os.link(source, temporary)
         except OSError:  # a file system without hard links, or of another owner
             shutil.copyfile(source, temporary)

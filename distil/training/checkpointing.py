@@ -19,7 +19,6 @@ import json
 import os
 import re
 import shutil
-import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -27,7 +26,14 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from distil.system.files import flush_to_disk, json_digest, link, make_folder, naming
+from distil.system.files import (
+    flush_to_disk,
+    is_regular,
+    json_digest,
+    link,
+    make_folder,
+    naming,
+)
 from utils import REMEDIES, InputError, logger, one_line
 
 FORMAT, VERSION = "distil-checkpoint", 1
@@ -199,8 +205,7 @@ def _others(path: Path, own: Collection[str]) -> list[str]:
         known = {*own, *json.loads((path / MANIFEST).read_bytes())["files"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it is damaged
         known = own
-    modes = {name: os.lstat(path / name).st_mode for name in os.listdir(path)}
-    return [name for name, mode in modes.items() if name not in known or not stat.S_ISREG(mode)]
+    return [n for n in os.listdir(path) if n not in known or not is_regular(path / n)]
 
 
 def prune(folder: Path, keep: int, written: Path, own: Collection[str]) -> None:

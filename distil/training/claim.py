@@ -8,13 +8,19 @@ import contextlib
 import errno
 import os
 import re
-import stat
 import time
 from collections.abc import Iterable
 from pathlib import Path
 from typing import TextIO
 
-from distil.system.files import flush_to_disk, make_folder, output_problem
+from distil.system.files import (
+    content_of,
+    flush_to_disk,
+    is_folder,
+    is_regular,
+    make_folder,
+    output_problem,
+)
 from distil.system.locks import LOCK, is_restarted, is_signed, lock_problem, take_lock
 from distil.training import checkpointing
 from distil.training.log import EVENTS, METRICS
@@ -29,8 +35,8 @@ RUN_FILES = ("parameters.json", "checkpoint.pth", "model_epoch_*.pth", "checkpoi
 RESULTS = (*RUN_FILES[1:3], "pytorch_model.bin", BEST, MODEL, "nonfinite-step-*.safetensors")
 OWN_FOLDERS = (CHECKPOINTS, BEST, MODEL, "log", *EVENTS.values(), "wandb")
 GROWING_FILES = (METRICS, STORE)  # written in place
-# Beside a run, and no part of it: of a volume, and what was moved aside in a volume.
-IGNORED = re.compile(r"lost\+found|old-\d{8}-\d{6}(-\d+)?")
+# No part of a run: what was moved aside in a volume.
+IGNORED = re.compile(r"old-\d{8}-\d{6}(-\d+)?")
 
 
 def resume_mode(resume: str | None, dump_path: str) -> str | None:
@@ -91,9 +97,9 @@ def _moving_problem(path: Path, where: str) -> str | None:
     return None
 
 
-def content_of(path: Path) -> list[str]:
-    """List the names in a folder, but for what belongs to its volume."""
-    return sorted(name for name in os.listdir(path) if not IGNORED.fullmatch(name))
+def names_in(path: Path) -> list[str]:
+    """List the names of a run in a folder."""
+    return [name for name in content_of(path) if not IGNORED.fullmatch(name)]
 
 
 def is_vacant(path: Path) -> bool:
@@ -101,7 +107,7 @@ def is_vacant(path: Path) -> bool:
 
     Such a start has left its lock, and everything else after it.
     """
-    names = content_of(path)
+    names = names_in(path)
     if not names:
         return True
     if names == [LOCK] and is_regular(path / LOCK) and os.path.getsize(path / LOCK) == 0:
@@ -112,16 +118,11 @@ def is_vacant(path: Path) -> bool:
     return is_signed(path / LOCK) and not is_saved
 
 
-def is_regular(path: Path) -> bool:
-    """True for a regular file, False for a link to one."""
-    return os.path.lexists(path) and stat.S_ISREG(os.lstat(path).st_mode)
-
-
 def foreign_problem(path: Path) -> str | None:
     """Name a link or another kind of file where a run writes in place, or into a folder."""
     for name in OWN_FOLDERS:
         place = path / name
-        if os.path.lexists(place) and not stat.S_ISDIR(os.lstat(place).st_mode):
+        if os.path.lexists(place) and not is_folder(place):
             return f"{name} is a link or a file, expected a folder of the run; take it away"
     for name in GROWING_FILES:
         if os.path.lexists(path / name) and not is_regular(path / name):
@@ -203,7 +204,7 @@ def _moved_aside(path: Path, lock: TextIO) -> TextIO:
 def _move_content(path: Path) -> None:
     """Move the content of a folder that can't be renamed into a folder in it, but for the lock."""
     aside = Path(_free_name(f"{path}/old-{time.strftime('%Y%m%d-%H%M%S')}"))
-    names = [name for name in content_of(path) if name != LOCK]
+    names = [name for name in names_in(path) if name != LOCK]
     # What tells a run's folder last: a start that is killed half-way can be repeated.
     names.sort(key=lambda name: any(pattern.startswith(name) for pattern in RUN_FILES))
     aside.mkdir()

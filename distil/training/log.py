@@ -11,7 +11,6 @@ import json
 import math
 import os
 import re
-import stat
 import threading
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -19,7 +18,7 @@ from pathlib import Path
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from distil.system.files import atomic_path, flush_to_disk, naming
+from distil.system.files import atomic_path, flush_to_disk, is_folder, is_regular, naming
 from distil.training.trackers import Tracker
 from utils import logger
 
@@ -164,12 +163,11 @@ def own_files(run_path: Path, run_id: str, earlier: Collection[str]) -> list[Pat
     found = [
         file
         for folder in folders
-        if folder.is_dir() and not folder.is_symlink()
+        if is_folder(folder)
         for file in sorted(folder.iterdir())
         if file.name.endswith(suffix_of(run_id)) or size_of(file, run_path, earlier) is not None
     ]
-    files = [run_path / METRICS, *found]
-    return [path for path in files if path.exists() and stat.S_ISREG(os.lstat(path).st_mode)]
+    return [path for path in (run_path / METRICS, *found) if is_regular(path)]
 
 
 def size_of(file: Path, run_path: Path, sizes: Collection[str]) -> str | None:

@@ -23,6 +23,7 @@ from distil.system.files import (
     atomic_folder,
     atomic_path,
     atomic_paths,
+    is_regular,
     link,
     naming_library_errors,
     save_weights,
@@ -38,7 +39,6 @@ from distil.training.claim import (
     ROOT,
     claim,
     entry,
-    is_regular,
     resume_mode,
 )
 from distil.training.log import Log, Place, cut_log, own_files, run_id_of

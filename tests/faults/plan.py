@@ -2,6 +2,8 @@
 
 import dataclasses
 
+from faults import plan_of_folders
+
 
 @dataclasses.dataclass(frozen=True)
 class Row:
@@ -265,3 +267,4 @@ PLAN = [
         limit_s=300,
     ),
 ]
+PLAN += [Row(**row) for row in plan_of_folders.ROWS]
