@@ -92,10 +92,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not low <= getattr(args, name) <= high
     ]
     problems.append(output_problem(args.output_dir, "--output_dir", is_folder=True))
-    if not args.force and os.path.exists(os.path.join(args.output_dir, "model.safetensors")):
+    names = ["model.safetensors", "config.json", "curve.json"]
+    there = [name for name in names if os.path.lexists(os.path.join(args.output_dir, name))]
+    if there and not args.force:
         problems.append(
-            f"--output_dir {args.output_dir}: holds a model already; choose another, or replace it"
-            " with --force"
+            f"--output_dir {args.output_dir}: holds a {there[0]} already; choose another, or"
+            " replace it with --force"
         )
     raise_problems(problems)
 

@@ -11,7 +11,7 @@ import re
 import shutil
 import stat
 import tempfile
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +30,19 @@ def require_file(path: str | os.PathLike, what: str) -> None:
 
 
 def output_problem(
-    path: str, flag: str, inputs: Sequence[str] = (), *, is_folder: bool = False
+    path: str,
+    flag: str,
+    inputs: Sequence[str] = (),
+    *,
+    is_folder: bool = False,
+    is_own: Callable[[str], bool] | None = None,
+    force: bool = False,
 ) -> str | None:
     """Explain in one line why `path` can't be written, or None.
 
-    An output must not overwrite one of `inputs`, nor lie in one. Checked before any work is done.
+    An output must not overwrite one of `inputs`, nor lie in one. Without `force` a file must not
+    replace one that the program did not write: is_own recognizes those (distil/system/outputs.py);
+    None: they have no mark. Checked before any work is done.
     """
     if not path or "\0" in path:
         return f"{flag} {path!r}: expected the name of a {'folder' if is_folder else 'file'}"
@@ -51,14 +59,26 @@ def output_problem(
     for name in inputs:
         if name and os.path.exists(name) and target.resolve().is_relative_to(Path(name).resolve()):
             return f"{flag} {path}: would overwrite the input {name}; choose another name"
-    return None
+    return None if is_folder else _replacing_problem(path, flag, is_own, force)
 
 
-def require_output(
-    path: str, flag: str, inputs: Sequence[str] = (), *, is_folder: bool = False
-) -> None:
-    """Raise InputError where `output_problem` finds a problem."""
-    problem = output_problem(path, flag, inputs, is_folder=is_folder)
+def _replacing_problem(
+    path: str, flag: str, is_own: Callable[[str], bool] | None, force: bool
+) -> str | None:
+    if not os.path.lexists(path):
+        return None
+    if os.path.exists(path) and not os.path.isfile(path):
+        return f"{flag} {path}: is a device or a pipe, expected a file; choose another name"
+    is_empty = is_regular(path) and os.path.getsize(path) == 0
+    if force or is_empty or (is_regular(path) and is_own is not None and is_own(path)):
+        return None
+    what = "is a link" if os.path.islink(path) else "no mark shows that this program made it"
+    return f"{flag} {path}: exists, and {what}; choose another name, or replace it with --force"
+
+
+def require_output(path: str, flag: str, inputs: Sequence[str] = (), **options: Any) -> None:
+    """Raise InputError where `output_problem`, of the same parameters, finds a problem."""
+    problem = output_problem(path, flag, inputs, **options)
     if problem:
         raise InputError(problem)
 

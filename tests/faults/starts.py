@@ -5,13 +5,15 @@ import dataclasses
 import functools
 import itertools
 import logging
+import os
 import re
 import shutil
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
-from faults.files import in_child
+from faults.files import Ended, in_child
+from faults.inputs import drop_privileges
 from faults.saves import (
     FAULTS,
     OF_MEMORY,
@@ -19,10 +21,15 @@ from faults.saves import (
     every,
     found_step,
     is_within,
+    mount,
+    own_mounts,
+    quiet,
     traced,
+    training,
     why_not_traced,
 )
 
+import extract
 import train
 from distil.system.locks import LOCK
 from distil.training import resume
@@ -33,7 +40,7 @@ TINY = {"batch_size": 4, "max_steps": 1, "gradient_accumulation_steps": 1}
 # The flags of the next start, and its end where the first one failed with or without a checkpoint.
 NEXT = {"same flags": {}, "--force": {"force": True}, "--resume auto": {"resume": "auto"}}
 REFUSED, MADE = 2, 0
-NUM_CALLS = 12  # that share the points, as the plan says
+NUM_CALLS = 37  # that share the points, as the plan says
 
 
 # --------------------------------------------------------------------------------------------------
@@ -60,6 +67,9 @@ def ready_run(bench) -> train.Trainer:
     try:
         train.main(bench.world.flags("bert", bench.folder / "none" / "run", **TINY))
     except ReadyError as ready:
+        student = ready.trainer.student
+        made = train.tokenizer_for(student.network, student.tokenizer)
+        train.tokenizer_for = lambda *_: made  # the slow part, and the same for each start
         return ready.trainer
     finally:
         train.Trainer.open_folder = kept
@@ -215,3 +225,160 @@ def next_problems(trainer: train.Trainer, place: Path, flags: dict) -> list[str]
     if bool(aside) != (step is not None and "force" in flags):
         problems.append(f"moved aside: {aside}")
     return problems
+
+
+# --------------------------------------------------------------------------------------------------
+# T34: volumes
+# --------------------------------------------------------------------------------------------------
+
+SHORT = {**TINY, "batch_size": 30, "max_steps": 4, "keep_checkpoints": 2}
+
+
+@dataclasses.dataclass
+class Volumes:
+    """A folder with volumes, mounted for this process only. folder: for everything else."""
+
+    bench: object
+    folder: Path
+
+    def tmpfs(self, name: str) -> Path:
+        """Mount an empty volume."""
+        path = self.folder / name
+        path.mkdir()
+        mount("-t", "tmpfs", "-o", "size=64m", "tmpfs", path)
+        return path
+
+    def part(self, name: str) -> Path:
+        """Mount a folder of this volume in another place; it has the same device."""
+        (self.folder / f"source-of-{name}").mkdir()
+        (self.folder / name).mkdir()
+        mount("--bind", self.folder / f"source-of-{name}", self.folder / name)
+        return self.folder / name
+
+    def train(self, path: Path, status: int, *more: str, prepare=lambda: None, **changes) -> Ended:
+        """Train into a folder; note another end than the expected one."""
+        flags = [*self.bench.world.flags("bert", path, **{**SHORT, **changes}), *more]
+
+        def run() -> None:
+            prepare()
+            training(flags)()
+
+        ended = in_child(run, self.bench.folder / "log")
+        if ended.status != status or not ended.is_clean:
+            self.bench.fail(f"{' '.join(more)} in {path.name}: expected {status}: {ended}")
+        if status == 0 and not (path / "model" / "config.json").exists():
+            self.bench.fail(f"{' '.join(more)} in {path.name}: no model is in the folder")
+        if status == 2 and len(ended.errors) != 1:
+            self.bench.fail(f"{' '.join(more)} in {path.name}: expected one line: {ended}")
+        return ended
+
+
+def empty_volume(volumes: Volumes) -> None:
+    """Train into an empty volume."""
+    volumes.train(volumes.tmpfs("run"), 0)
+
+
+def forced_into_empty(volumes: Volumes) -> None:
+    """Train into an empty volume with --force."""
+    volumes.train(volumes.tmpfs("run"), 0, "--force")
+
+
+def lost_and_found(volumes: Volumes) -> None:
+    """Train into a volume that holds lost+found."""
+    run = volumes.tmpfs("run")
+    (run / "lost+found").mkdir(mode=0o700)
+    volumes.train(run, 0, "--resume", "auto")
+    if not (run / "lost+found").is_dir():
+        volumes.bench.fail("lost+found is gone")
+
+
+def forced_over_a_run(volumes: Volumes, make: Callable = Volumes.tmpfs) -> None:
+    """Train with --force where a volume holds a run: its content moves aside inside the volume."""
+    run = make(volumes, "run")
+    volumes.train(run, 0)
+    before = (run / "pytorch_model.bin").read_bytes()
+    volumes.train(run, 0, "--force", seed=3)
+    aside = list(run.glob("old-*/pytorch_model.bin"))
+    if [path.read_bytes() for path in aside] != [before]:
+        volumes.bench.fail(f"the old run is not in the volume: {aside}")
+
+
+def forced_over_a_part(volumes: Volumes) -> None:
+    """Do as forced_over_a_run where a folder of the same volume is mounted."""
+    forced_over_a_run(volumes, Volumes.part)
+
+
+def resumed_in_a_volume(volumes: Volumes) -> None:
+    """Resume a run whose folder is a volume."""
+    run = volumes.tmpfs("run")
+    volumes.train(run, 0)
+    (run / "pytorch_model.bin").unlink()
+    volumes.train(run, 0, "--resume")
+
+
+def read_only_volume(volumes: Volumes) -> None:
+    """Refuse a volume that is read-only."""
+    run = volumes.tmpfs("run")
+    mount("-o", "remount,ro", run)
+    for more in ([], ["--force"], ["--resume", "auto"]):
+        volumes.train(run, 2, *more)
+
+
+def linked_volume(volumes: Volumes) -> None:
+    """Train through a link to a folder of another volume; move the link of an old run aside."""
+    big, run = volumes.tmpfs("big"), volumes.folder / "run"
+    (big / "run").mkdir()
+    run.symlink_to(big / "run")
+    volumes.train(run, 0)
+    before = (big / "run" / "pytorch_model.bin").read_bytes()
+    volumes.train(run, 0, "--force", seed=3)
+    if (big / "run" / "pytorch_model.bin").read_bytes() != before:
+        volumes.bench.fail("the run behind the link was changed")
+
+
+def closed_above(volumes: Volumes) -> None:
+    """Train into an empty folder of the user's in a folder that is not theirs."""
+    run = volumes.folder / "closed" / "run"
+    run.mkdir(parents=True)
+    run.parent.chmod(0o555)
+    volumes.train(run, 0, prepare=drop_privileges)
+    volumes.train(run, 2, "--force", prepare=drop_privileges)
+    run.parent.chmod(0o755)
+
+
+def student_in_a_volume(volumes: Volumes) -> None:
+    """Extract a student into an empty volume, and into a part of the same one."""
+    for output in (volumes.tmpfs("student"), volumes.part("other")):
+        flags = ["--teacher", volumes.bench.world.teachers["bert"], "--output", output]
+        main = functools.partial(extract.main, [str(word) for word in flags])
+        ended = in_child(main, volumes.bench.folder / "log")
+        if ended.status != 0 or not (output / "config.json").exists():
+            volumes.bench.fail(f"extract.py into {output.name}: {ended}")
+        if left := [name for name in os.listdir(output) if name.startswith(".")]:
+            volumes.bench.fail(f"extract.py left {left}")
+
+
+VOLUMES = [
+    empty_volume,
+    forced_over_a_run,
+    forced_into_empty,
+    lost_and_found,
+    forced_over_a_part,
+    resumed_in_a_volume,
+    read_only_volume,
+    linked_volume,
+    closed_above,
+    student_in_a_volume,
+]
+
+
+def volumes_as_folders(bench) -> None:
+    """T34: use a volume as the folder of a run or of a student."""
+    quiet()
+    try:
+        own_mounts()
+        (bench.folder / "volumes").mkdir()
+        case = VOLUMES[bench.number % len(VOLUMES)]
+        case(Volumes(bench, bench.folder / "volumes"))
+    except (PermissionError, AttributeError) as error:
+        bench.note(f"skipped: {error}")
