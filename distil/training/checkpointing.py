@@ -19,6 +19,7 @@ import json
 import os
 import re
 import shutil
+import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -28,7 +29,6 @@ import torch
 
 from distil.system.files import (
     flush_to_disk,
-    is_regular,
     json_digest,
     link,
     make_folder,
@@ -114,7 +114,7 @@ def write(
             if os.path.exists(unfinished / STUDENT):
                 link(unfinished / STUDENT, unfinished / WEIGHTS)
             if os.path.lexists(final):  # an update repeated after its damaged checkpoint
-                _discard(final, own)
+                _make_way(final, own)
             os.rename(unfinished, final)
             flush_to_disk(final.parent)
         except BaseException:
@@ -179,24 +179,26 @@ def _write_file(path: Path, content: bytes) -> dict[str, Any]:
     return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
 
 
-def _discard(path: Path, own: Collection[str]) -> None:
-    """Rename a folder, then delete it: a folder with a checkpoint's name is always whole.
-
-    One that holds other files than a checkpoint's keeps them, under another name.
-    """
-    if path.is_symlink() or _others(path, own):
-        aside = next(
-            name
-            for k in itertools.count(1)
-            if not os.path.lexists(name := path.with_name(f"damaged-{path.name}-{k}"))
-        )
-        os.rename(path, aside)
-        logger.warning("Moved %s aside to %s: it holds other files.", path, aside)
-        return
+def _discard(path: Path) -> None:
+    """Rename a folder, then delete it: a folder with a checkpoint's name is always whole."""
     trash = path.with_name(f"{DISCARDED}{path.name}")
     shutil.rmtree(trash, ignore_errors=True)
     os.rename(path, trash)
     shutil.rmtree(trash, ignore_errors=True)
+
+
+def _make_way(path: Path, own: Collection[str]) -> None:
+    """Delete a damaged checkpoint; rename one that holds other files than a checkpoint's."""
+    if not path.is_symlink() and not _others(path, own):
+        _discard(path)
+        return
+    aside = next(
+        name
+        for k in itertools.count(1)
+        if not os.path.lexists(name := path.with_name(f"damaged-{path.name}-{k}"))
+    )
+    os.rename(path, aside)
+    logger.warning("Moved %s aside to %s: it holds other files.", path, aside)
 
 
 def _others(path: Path, own: Collection[str]) -> list[str]:
@@ -205,7 +207,8 @@ def _others(path: Path, own: Collection[str]) -> list[str]:
         known = {*own, *json.loads((path / MANIFEST).read_bytes())["files"]}
     except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it is damaged
         known = own
-    return [n for n in os.listdir(path) if n not in known or not is_regular(path / n)]
+    modes = {name: os.lstat(path / name).st_mode for name in os.listdir(path)}
+    return [name for name, mode in modes.items() if name not in known or not stat.S_ISREG(mode)]
 
 
 def prune(folder: Path, keep: int, written: Path, own: Collection[str]) -> None:
@@ -219,7 +222,7 @@ def prune(folder: Path, keep: int, written: Path, own: Collection[str]) -> None:
         if others := _others(path, own):
             _say_kept(path, others[0])
         else:
-            _discard(path, own)
+            _discard(path)
 
 
 @functools.cache  # once, not at each save
