@@ -14,6 +14,7 @@ import hashlib
 import logging
 import os
 import signal
+import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -343,27 +344,50 @@ M_TRIM_THRESHOLD, M_MMAP_THRESHOLD = -1, -3  # malloc.h
 
 
 def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:
-    """Describe the git checkout around `folder`: repo_id, repo_sha, repo_branch, each or None."""
-    facts: dict[str, str | None] = {"repo_id": None, "repo_sha": None, "repo_branch": None}
-    try:
-        import git  # raises ImportError where no git program is installed
+    """Describe the git checkout around `folder`: repo_id, repo_sha, repo_branch, each or None.
 
-        repo = git.Repo(folder, search_parent_directories=True)
-    except Exception as error:
-        logger.warning(
-            "No git checkout around %s (%s): git_log.json has none.", folder, type(error).__name__
-        )
+    "note" says that the checkout belongs to another user, where git reads nothing. Never raises:
+    what was computed is not lost for want of a side fact.
+    """
+    facts: dict[str, str | None] = {"repo_id": None, "repo_sha": None, "repo_branch": None}
+    found, problem = _ask_git(folder, "rev-parse", "--absolute-git-dir")
+    if found is None:
+        if "dubious ownership" in problem:
+            facts["note"] = problem = "the checkout belongs to another user"
+        logger.warning("No git facts of %s (%s): git_log.json has none.", folder, problem)
         return facts
-    facts["repo_id"] = str(repo)
-    try:
-        facts["repo_sha"] = repo.head.object.hexsha
-        facts["repo_branch"] = repo.active_branch.name
-    except (ValueError, TypeError) as error:
-        logger.warning(
-            "The git head is unborn or detached (%s): git_log.json names no branch.",
-            one_line(error),
-        )
+    facts["repo_id"] = f"<git.repo.base.Repo {found!r}>"  # as GitPython wrote it in 2019
+    facts["repo_sha"], problem = _ask_git(folder, "rev-parse", "--verify", "--quiet", "HEAD")
+    facts["repo_branch"], others = _ask_git(folder, "symbolic-ref", "--short", "--quiet", "HEAD")
+    if None in facts.values():
+        reason = problem or others or "the head is unborn or detached"
+        logger.warning("git_log.json names no commit or no branch: %s.", reason)
     return facts
+
+
+def _ask_git(folder: str | os.PathLike, *words: str) -> tuple[str | None, str]:
+    """Return (git's answer, "") or (None, why there is none)."""
+    # Not by GitPython: where git refuses the folder, its pipe to git breaks by chance.
+    others = "GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE"  # a hook's
+    environment = {name: value for name, value in os.environ.items() if name not in others}
+    command = ["git", "-C", os.fspath(folder), *words]
+    try:
+        done = subprocess.run(
+            command,
+            env={**environment, "LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"},
+            stdin=subprocess.DEVNULL,
+            capture_output=True,
+            timeout=GIT_LIMIT_S,
+        )
+    except (OSError, ValueError, subprocess.SubprocessError) as error:  # no git, a disk that hangs
+        return None, one_line(error)
+    text = os.fsdecode(done.stdout).strip()
+    if done.returncode or not text:
+        return None, " ".join(os.fsdecode(done.stderr).split()).removeprefix("fatal: ")[:80]
+    return text, ""
+
+
+GIT_LIMIT_S = 10
 
 
 # --------------------------------------------------------------------------------------------------

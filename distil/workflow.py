@@ -302,6 +302,7 @@ def extract_first_weights(plan: Plan, num_layers: int) -> None:
         "--model_name": plan.teacher,
         "--dump_checkpoint": plan.folder / "first_weights.pth",
         "--num_layers": num_layers,
+        "--force": None,  # a stage that was interrupted is run again
     }
     flags |= {"--vocab_transform": None} if plan.objective == "mlm" else {}
     flags |= {"--fold_token_types": None} if is_bert else {}

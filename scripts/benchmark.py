@@ -37,6 +37,7 @@ from distil.models.architectures import ARCHITECTURES
 from distil.reporting.machine import describe_machine
 from distil.system.files import require_output, write_json
 from distil.system.launch import check_compiler
+from distil.system.outputs import add_force_flag, is_picture, json_of
 from utils import (
     InputError,
     OneLineParser,
@@ -163,6 +164,7 @@ def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
     )
     add("--json", help="write everything that was found to this file")
     add("--plot", help="draw it into this PNG file")
+    add_force_flag(parser)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -238,7 +240,9 @@ def path_problems(args: argparse.Namespace) -> list[str]:
     for flag in ("json", "plot"):
         try:
             if getattr(args, flag) is not None:
-                require_output(getattr(args, flag), f"--{flag}", inputs)
+                own = json_of("date", "machine", "git_sha") if flag == "json" else is_picture
+                options = {"is_own": own, "force": args.force}
+                require_output(getattr(args, flag), f"--{flag}", inputs, **options)
         except InputError as error:
             problems.append(str(error))
     if args.plot and Path(args.plot).suffix.lower() != ".png":

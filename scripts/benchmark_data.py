@@ -43,6 +43,7 @@ from distil.data.text_sources import find_sources, read_blocks
 from distil.models.hub import short_name
 from distil.models.tokenizers import train_word_pieces
 from distil.system.files import require_output, write_json
+from distil.system.outputs import add_force_flag, json_of
 from utils import InputError, OneLineParser, logger, run_program, setup_logging
 
 VOCAB_SIZE = 30_000
@@ -89,6 +90,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add("--folder", help="folder of the working files, several GB (default: a temporary folder)")
     add("--json", default="benchmark_data.json", help="output (default: %(default)s)")
+    add_force_flag(parser)
     add("--stage", help=argparse.SUPPRESS)
     add("--arguments", nargs="*", default=[], help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
@@ -198,7 +200,8 @@ def main(argv: list[str] | None = None) -> None:
         STAGES[args.stage](*args.arguments)
         return
     setup_logging(logging.WARNING)
-    require_output(args.json, "--json")
+    own = json_of("date", "machine", "python")
+    require_output(args.json, "--json", is_own=own, force=args.force)
     with tempfile.TemporaryDirectory(prefix="benchmark-", dir=args.folder) as folder:
         found = measure(args, Path(folder))
     write_json(args.json, found)

@@ -17,6 +17,7 @@ import argparse
 import logging
 
 from distil.system.files import require_output
+from distil.system.outputs import add_force_flag, is_picture
 from utils import OneLineParser, logger, run_program, setup_logging
 
 
@@ -36,6 +37,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         choices=["update", "micro_batches", "epoch"],
         help="what the curves are drawn over (default: %(default)s)",
     )
+    add_force_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -43,7 +45,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program: read the runs, print the tables, draw the curves."""
     args = parse(argv)
     setup_logging(logging.INFO)
-    require_output(args.output, "--output", args.runs)
+    require_output(args.output, "--output", args.runs, is_own=is_picture, force=args.force)
     from distil.reporting.run_comparison import draw, figure_table, flag_table, read_runs
 
     runs = read_runs(args.runs)

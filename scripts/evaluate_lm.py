@@ -45,6 +45,7 @@ from distil.models.architectures import Architecture
 from distil.models.checks import tokenizer_problem
 from distil.models.language_model import LanguageModel, load_language_model, resolve_by_name
 from distil.system.files import file_problem, output_problem
+from distil.system.outputs import add_force_flag, json_of
 from distil.tasks.loading import require_same_vocabulary
 from distil.tasks.scores import write_scores
 from lm_seqs_dataset import LmSeqsDataset, read_token_counts
@@ -107,6 +108,7 @@ def _add_files(parser: argparse.ArgumentParser) -> None:
     )
     add_record_flags(parser)
     add("--output", required=True, help="JSON that receives the scores")
+    add_force_flag(parser)
 
 
 def _add_masks(add: Callable) -> None:
@@ -169,7 +171,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         )
     inputs = [*texts, args.token_counts, *model_files(args.model, args.teacher)]
     inputs += [f"{args.data_file}.{ending}" for ending in ("bin", "idx", "json")]
-    problems.append(output_problem(args.output, "--output", [name for name in inputs if name]))
+    options = {"is_own": json_of("task", "model_name", "score"), "force": args.force}
+    inputs = [name for name in inputs if name]
+    problems.append(output_problem(args.output, "--output", inputs, **options))
     if args.data_file is not None:
         problems.append(token_file_problem(args.data_file, "--data_file"))
     if args.token_counts is not None:

@@ -35,6 +35,7 @@ from distil.models.language_model import (
     save_used_bias_twice,
 )
 from distil.system.files import atomic_folder, require_output, save_weights, write_json
+from distil.system.outputs import add_force_flag
 from utils import (
     InputError,
     OneLineParser,
@@ -92,6 +93,7 @@ def _add_state_dict_flags(parser: argparse.ArgumentParser, defaults: Defaults) -
         help="hub name or folder (default: %(default)s)",
     )
     add("--dump_checkpoint", default=defaults.dump_checkpoint, help="output (default: %(default)s)")
+    add_force_flag(parser)
     add(
         "--vocab_transform",
         action="store_true",
@@ -188,7 +190,8 @@ def extract(defaults: Defaults, argv: list[str] | None = None) -> None:
 
 def write_state_dict(args: argparse.Namespace, defaults: Defaults) -> None:
     """Write the state dict of a student's first weights, as in 2019."""
-    require_output(args.dump_checkpoint, "--dump_checkpoint", [args.model_name])
+    inputs = [args.model_name]
+    require_output(args.dump_checkpoint, "--dump_checkpoint", inputs, force=args.force)
     student_type = defaults.student_types[args.model_type]
     require_folding(args, args.model_type, student_type)
     teacher = load_network(ARCHITECTURES[args.model_type], args.model_name, "--model_name")

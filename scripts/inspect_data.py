@@ -32,6 +32,7 @@ from distil.data.survey import Survey
 from distil.data.token_files import TokenFile, files_of, find_token_file, open_token_file
 from distil.models.casing import Casing, add_casing_flags, casing_of_flags
 from distil.system.files import require_output, write_json
+from distil.system.outputs import add_force_flag, json_of
 from utils import InputError, OneLineParser, bar_options, logger, run_program, setup_logging
 
 MAX_SHOWN = 10_000  # sequences or ids; more is a typing error
@@ -67,6 +68,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="compare every checksum, and the card with the file; status 2 if they differ",
     )
     parser.add_argument("--json", metavar="PATH", help="also write the report as JSON")
+    add_force_flag(parser)
     args = parser.parse_args(argv)
     for flag in ("num_sequences", "top"):
         if not 0 <= getattr(args, flag) <= MAX_SHOWN:
@@ -158,9 +160,10 @@ def verify(tokens: TokenFile, paths: Sequence[str]) -> dict[str, int]:
 # --------------------------------------------------------------------------------------------------
 
 
-def check_output(path: str, inputs: Sequence[str]) -> None:
+def check_output(path: str, inputs: Sequence[str], *, force: bool) -> None:
     """Raise InputError if --json can't be written, or takes the name of a token file or card."""
-    require_output(path, "--json", inputs)
+    own = json_of("tokenizer", "path", "dtype", "sequences")
+    require_output(path, "--json", inputs, is_own=own, force=force)
     names_card = path.endswith(".json") and os.path.isfile(path.removesuffix(".json"))
     if names_card or find_token_file(path)[0] != "pickle":
         raise InputError(
@@ -174,7 +177,7 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging(logging.INFO)
     paths = files_of(args.file)
     if args.json is not None:
-        check_output(args.json, paths)
+        check_output(args.json, paths, force=args.force)
     tokens = open_token_file(args.file, "FILE")
     tokenizer, tokenizer_line = choose_tokenizer(args, tokens.card)
     verified = {"verified": verify(tokens, paths)} if args.verify else {}

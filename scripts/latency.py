@@ -21,6 +21,7 @@ import os
 from distil.reporting.plan import add_plan_flags, plan_of, plan_problems
 from distil.reporting.problems import collecting
 from distil.system.files import output_problem, write_json
+from distil.system.outputs import add_force_flag, json_of
 from utils import OneLineParser, raise_problems, run_program, setup_logging
 
 
@@ -32,6 +33,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     add_plan_flags(parser)
     parser.add_argument("--json", help="file for the figures")
+    add_force_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -51,7 +53,9 @@ def check_arguments(args: argparse.Namespace) -> None:
         with collecting(problems):
             text_config(name, "--models")
     if args.json is not None:
-        problems += filter(None, [output_problem(args.json, "--json", [args.data or ""])])
+        options = {"is_own": json_of("rows", "inputs", "passes"), "force": args.force}
+        problem = output_problem(args.json, "--json", [args.data or ""], **options)
+        problems += [problem] if problem else []
     raise_problems(problems)
 
 

@@ -40,6 +40,7 @@ from distil.data.text_flags import (
 )
 from distil.data.text_sources import DATASET, Source
 from distil.system.files import atomic_path, require_output
+from distil.system.outputs import add_force_flag
 from distil.system.signals import exit_on_sigterm
 from utils import (
     InputError,
@@ -73,6 +74,7 @@ def add_file_flags(parser: argparse.ArgumentParser) -> None:
         default="data/dump.txt",
         help="one sequence a line, UTF-8 (default: %(default)s)",
     )
+    add_force_flag(parser)
     add_dataset_flags(parser)
     add_record_flags(parser)
 
@@ -286,7 +288,8 @@ def table(corpora: list[Corpus], counts: list[int]) -> str:
 
 def identity_of(args: argparse.Namespace, sources: list[Source]) -> dict:
     """Say what a run that continues an interrupted one has in common with it."""
-    return {**vars(args), "content": sources[0].tag}
+    flags = {name: value for name, value in vars(args).items() if name != "force"}
+    return {**flags, "content": sources[0].tag}
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -302,7 +305,8 @@ def main(argv: list[str] | None = None) -> None:
         corpora = [Corpus("all", find_text(args.file_path, dataset, args))]
     sources = [source for corpus in corpora for source in corpus.sources]
     paths = args.file_path or [args.dataset_name]
-    require_output(args.output, "--output", [*paths, *(source.path for source in sources)])
+    inputs = [*paths, *(source.path for source in sources)]
+    require_output(args.output, "--output", inputs, force=args.force)
     started = time.perf_counter()
     write_in_full = args.sampling_exponent == 1 and args.num_lines is None
     bar = tqdm(

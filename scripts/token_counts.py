@@ -29,6 +29,7 @@ from distil.data.token_files import (
     open_token_file,
     require_counts_output,
 )
+from distil.system.outputs import add_force_flag
 from distil.system.signals import exit_on_sigterm
 from utils import OneLineParser, bar_options, logger, run_program, setup_logging
 
@@ -53,6 +54,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=30522,
         help="entries of the vocabulary (default: %(default)s)",
     )
+    add_force_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -77,7 +79,8 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging(logging.INFO)
     check_vocab_size(args.vocab_size)
     inputs = [name for file in args.data_file for name in files_of(file)]
-    require_counts_output(args.token_counts_dump, "--token_counts_dump", inputs)
+    counts, flag = args.token_counts_dump, "--token_counts_dump"
+    require_counts_output(counts, flag, inputs, force=args.force)
     output = f"--vocab_size {args.vocab_size} (for --token_counts_dump {args.token_counts_dump})"
     counts_V, tokenizer, num_sequences = np.zeros(args.vocab_size, np.int64), None, 0
     for path in args.data_file:

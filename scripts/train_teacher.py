@@ -24,7 +24,7 @@ from tqdm import tqdm
 from distil.data.batches import MlmPreparation
 from distil.data.token_files import MIN_LENGTH
 from distil.models.architectures import ARCHITECTURES
-from distil.models.export import save_into, tokenizer_for
+from distil.models.export import save_folder, tokenizer_for
 from distil.models.language_model import LanguageModel, build_network, read_student_config
 from distil.models.tokenizers import load_tokenizer
 from distil.system.files import output_problem, write_json
@@ -98,10 +98,12 @@ def check_arguments(args: argparse.Namespace) -> None:
         if not low <= getattr(args, name) <= high
     ]
     problems.append(output_problem(args.output_dir, "--output_dir", is_folder=True))
-    if not args.force and os.path.exists(os.path.join(args.output_dir, "model.safetensors")):
+    names = ["model.safetensors", "config.json", "curve.json"]
+    there = [name for name in names if os.path.lexists(os.path.join(args.output_dir, name))]
+    if there and not args.force:
         problems.append(
-            f"--output_dir {args.output_dir}: holds a model already; choose another, or replace it"
-            " with --force"
+            f"--output_dir {args.output_dir}: holds a {there[0]} already; choose another, or"
+            " replace it with --force"
         )
     raise_problems(problems)
 
@@ -142,7 +144,7 @@ def main(argv: list[str] | None = None) -> None:
     except NonFiniteError as error:
         logger.error("Stopped: %s. Nothing was saved.", error)
         sys.exit(1)
-    save_into(model, tokenizer_for(model, tokenizer), args.output_dir)
+    save_folder(model, tokenizer_for(model, tokenizer), args.output_dir)
     write_json(Path(args.output_dir) / "curve.json", curve)
     logger.info("Wrote %s: %s parameters.", args.output_dir, f"{model.num_parameters():,}")
 

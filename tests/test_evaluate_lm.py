@@ -614,7 +614,12 @@ def test_bad_input_is_a_line_a_problem_and_nothing_is_overwritten(
 ):
     words, expected = BAD[name]
     (tmp_path / "old").write_text("old")
-    words = ["--output", str(tmp_path / "old"), *(word.format(**bad_inputs) for word in words)]
+    words = [
+        "--output",
+        str(tmp_path / "old"),
+        "--force",
+        *(word.format(**bad_inputs) for word in words),
+    ]
     read = [Path(bad_inputs["text"]), Path(bad_inputs["bert"]) / "config.json"]
     before = [path.read_bytes() for path in read]
     status, errors = status_and_errors(evaluate_lm.main, words)

@@ -325,6 +325,7 @@ def test_bad_input_is_one_line_and_leaves_the_output_alone(
     arguments = [word.format(tmp=tmp_path, **teachers) for word in arguments]
     if output not in arguments:
         arguments += [output, str(target)]
+    arguments.append("--force")
     before = sorted(path.name for path in tmp_path.iterdir())
     status, errors = status_and_errors(program.main, arguments)
     assert status == 2 and len(errors) == 1 and expected in errors[0], errors

@@ -21,7 +21,6 @@ import binarized_data
 import train
 import train_teacher
 from distil.losses import LOSSES
-from utils import git_facts
 
 KINDS = ("bert", "roberta", "gpt2")
 REQUIRED = {
@@ -334,6 +333,7 @@ def test_a_roberta_student_needs_its_teachers_padding_id(world, tmp_path, status
 
 def test_an_existing_run_folder_is_refused_without_force(world, tmp_path, status_and_errors):
     (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "thesis.txt").write_text("years of work")
     status, errors = status_and_errors(train.main, world.flags("bert", tmp_path / "run"))
     assert status == 2 and len(errors) == 1
     assert "exists already" in errors[0] and "--force" in errors[0]
@@ -645,10 +645,6 @@ def test_max_steps_equal_to_the_epochs_gives_the_same_weights(world, tmp_path):
 def test_half_precision_trains(world, tmp_path):
     train.main(world.flags("bert", tmp_path / "run", max_steps=4, fp16=True, log_interval=2))
     assert all(math.isfinite(event.value) for event in scalars(tmp_path / "run")["losses/loss"])
-
-
-def test_outside_a_git_checkout_the_facts_are_empty(tmp_path):
-    assert git_facts(tmp_path) == {"repo_id": None, "repo_sha": None, "repo_branch": None}
 
 
 def test_a_cased_bare_vocabulary_stays_cased_through_a_run(world, tmp_path, text_file):

@@ -203,13 +203,11 @@ def write_card_to(path: Path, content: Mapping[str, Any]) -> None:
     )
 
 
-def require_card_output(path: str, flag: str, inputs: Sequence[str] = ()) -> None:
+def require_card_output(
+    path: str, flag: str, inputs: Sequence[str] = (), *, force: bool = False
+) -> None:
     """Raise InputError if `path` can't be written, or is a file that is not a card."""
-    require_output(path, flag, inputs)
-    if os.path.isfile(path) and not is_card(path):
-        raise InputError(
-            f"{flag}: would overwrite {path}, which this program did not make; choose another name"
-        )
+    require_output(path, flag, inputs, is_own=is_card, force=force)
 
 
 def write_token_counts(

@@ -18,6 +18,7 @@ from distil.data import pickled_list, store
 from distil.data.cards import require_card_output
 from distil.data.disk import CheckedBlocks, DiskArray
 from distil.system.files import require_file, require_output
+from distil.system.outputs import is_beside_card
 from utils import InputError, concatenate_runs
 
 MIN_LENGTH = 11  # sequences of this many ids or fewer, boundary tokens included, are not trained on
@@ -166,16 +167,18 @@ def writing_tokens(
     return FORMATS[file_format].writing(path, dtype)
 
 
-def require_counts_output(path: str, flag: str, inputs: Sequence[str] = ()) -> None:
+def require_counts_output(
+    path: str, flag: str, inputs: Sequence[str] = (), *, force: bool = False
+) -> None:
     """Raise InputError if counts and their card can't be written, or take a name of a store's."""
-    require_output(path, flag, inputs)
+    require_output(path, flag, inputs, is_own=is_beside_card, force=force)
     name = find_token_file(path)[0]
     if name != "pickle":
         raise InputError(
             f"{flag} {path}: is the prefix of a {name}, whose card is {path}.json; choose another"
             " name"
         )
-    require_card_output(f"{path}.json", flag, inputs)
+    require_card_output(f"{path}.json", flag, inputs, force=force)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -18,12 +18,14 @@ from distil.data.tally import ManyUnknown, Tally, draw_lengths
 from distil.data.token_files import FORMATS, require_counts_output, writing_tokens
 from distil.reporting.plots import short_path
 from distil.system.files import require_output
+from distil.system.outputs import add_force_flag, is_beside_card, is_picture
 from utils import InputError, bar_options, logger
 
 
 def add_extra_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the counts and the picture."""
+    """Add the flags of the counts, the picture, and files that are replaced."""
     add = parser.add_argument
+    add_force_flag(parser)
     add(
         "--token_counts_dump",
         default=None,
@@ -96,14 +98,15 @@ def plan_outputs(
     files = FORMATS[file_format].files(path)
     report = args.report if args.report != "" else f"{stem}.lengths.png"
     for file in files[:-1]:
-        require_output(file, flag, inputs)
-    require_card_output(files[-1], flag, inputs)
+        require_output(file, flag, inputs, is_own=is_beside_card, force=args.force)
+    require_card_output(files[-1], flag, inputs, force=args.force)
     others = []
     if args.token_counts_dump is not None:
-        require_counts_output(args.token_counts_dump, "--token_counts_dump", inputs)
+        counts = args.token_counts_dump
+        require_counts_output(counts, "--token_counts_dump", inputs, force=args.force)
         others += [args.token_counts_dump, f"{args.token_counts_dump}.json"]
     if report is not None:
-        require_output(report, "--report", inputs)
+        require_output(report, "--report", inputs, is_own=is_picture, force=args.force)
         others.append(report)
     names = [os.path.realpath(file) for file in files + others]
     if len(set(names)) < len(names):

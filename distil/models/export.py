@@ -17,36 +17,48 @@ from distil.models.hub import quiet_transformers
 from distil.models.tokenizer_folder import COPIED, GENERIC, PreTrainedTokenizerFast
 from distil.models.tokenizer_roles import ROLE_TOKENS
 from distil.models.tokenizer_rules import other_ids
-from distil.system.files import give_default_permissions, naming_library_errors, replacing_files
+from distil.system.files import is_regular, naming_library_errors, replacing_files
 from utils import logger, one_line
 
 # Entries that the loader leaves in a tokenizer's configuration.
 LEFT_OVERS = ("is_local", "local_files_only", "name_or_path", "max_length", "files_loaded")
 
 
-def save_folder(network: torch.nn.Module, tokenizer, folder: str | os.PathLike) -> None:
-    """Save a network and its tokenizer (see `tokenizer_for`), for transformers 4 and 5."""
-    with quiet_transformers():
-        network.save_pretrained(folder)
-    complete_folder(tokenizer, folder)
+# Names of what save_folder writes, whatever the model and the tokenizer.
+MODEL_FILES = (
+    *(
+        "config.json",
+        "generation_config.json",
+        "model*.safetensors",
+        "model.safetensors.index.json",
+    ),
+    *("tokenizer.json", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json"),
+    *("vocab.json", "vocab.txt", "merges.txt", "chat_template.jinja", "bpe.codes"),
+    *("tokenizer.model", "spiece.model", "sentencepiece.bpe.model"),
+)
+
+
+def save_folder(network: torch.nn.Module, tokenizer, folder: str | os.PathLike) -> list[str]:
+    """Save a network and its tokenizer (see `tokenizer_for`), for transformers 4 and 5.
+
+    Replace the files of these names, and shards of an earlier model; leave the others. Return the
+    names.
+    """
+    with replacing_files(folder) as temporary:
+        with quiet_transformers():
+            network.save_pretrained(temporary)
+        complete_folder(tokenizer, temporary)
+        written = sorted(os.listdir(temporary))
+    for old in Path(folder).glob("model*.safetensors*"):
+        if old.name not in written and is_regular(old):
+            old.unlink()
+    return written
 
 
 def complete_folder(tokenizer, folder: str | os.PathLike) -> None:
-    """Make of a folder that a network was saved to what `save_folder` makes."""
+    """Make of a new folder that a network was saved to what `save_folder` makes."""
     _change_json(Path(folder, "config.json"), _with_rope_of_4)
     save_tokenizer(tokenizer, folder)
-    for file in Path(folder).iterdir():
-        give_default_permissions(file)
-
-
-def save_into(network: torch.nn.Module, tokenizer, folder: str | os.PathLike) -> None:
-    """Save as `save_folder` does into a folder that may hold other files: all of it, or nothing."""
-    with replacing_files(folder) as temporary:
-        save_folder(network, tokenizer, temporary)
-        written = {file.name for file in temporary.iterdir()}
-    for old in Path(folder).glob("model*.safetensors*"):  # shards of an earlier, larger model
-        if old.name not in written:
-            old.unlink()
 
 
 def save_config(network: torch.nn.Module, folder: str | os.PathLike) -> None:

@@ -47,9 +47,8 @@ def card_problems(args: argparse.Namespace) -> list[str]:
                     f"--{name} {word}: is no such name on the hub; expected one as {example}"
                 )
     path = Path(model_folder(args.student), "README.md")
-    problems += filter(
-        None, [output_problem(str(path), "--write_card") if os.path.isdir(args.student) else None]
-    )
+    if os.path.isdir(args.student):  # a README.md that is there is looked at below
+        problems += filter(None, [output_problem(str(path), "--write_card", force=True)])
     if path.is_file() and not args.force and not is_own(path):
         problems.append(
             f"--write_card {path}: was not written by report.py, or was changed since; move it, or"

@@ -12,6 +12,7 @@ import textwrap
 from collections.abc import Iterator, Mapping, Sequence
 
 from distil.system.files import atomic_path
+from distil.system.outputs import SOFTWARE
 
 DPI = 110
 INK = "#1A1A1A"
@@ -116,7 +117,7 @@ def picture(
                 axis.set_major_formatter(_writing_alike(axis))
         yield figure, list(panels.flat[:num_panels])
         with atomic_path(path) as temporary:
-            figure.savefig(temporary, dpi=DPI, format="png")
+            figure.savefig(temporary, dpi=DPI, format="png", metadata={"Software": SOFTWARE})
 
 
 def set_heading(figure, what: str, facts: Mapping[str, object]) -> None:

@@ -9,9 +9,10 @@ import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import traceback
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -30,11 +31,19 @@ def require_file(path: str | os.PathLike, what: str) -> None:
 
 
 def output_problem(
-    path: str, flag: str, inputs: Sequence[str] = (), *, is_folder: bool = False
+    path: str,
+    flag: str,
+    inputs: Sequence[str] = (),
+    *,
+    is_folder: bool = False,
+    is_own: Callable[[str], bool] | None = None,
+    force: bool = False,
 ) -> str | None:
     """Explain in one line why `path` can't be written, or None.
 
-    An output must not overwrite one of `inputs`, nor lie in one. Checked before any work is done.
+    An output must not overwrite one of `inputs`, nor lie in one. Without `force` a file must not
+    replace one that the program did not write: is_own recognizes those (distil/system/outputs.py);
+    None: they have no mark. Checked before any work is done.
     """
     if not path or "\0" in path:
         return f"{flag} {path!r}: expected the name of a {'folder' if is_folder else 'file'}"
@@ -51,14 +60,26 @@ def output_problem(
     for name in inputs:
         if name and os.path.exists(name) and target.resolve().is_relative_to(Path(name).resolve()):
             return f"{flag} {path}: would overwrite the input {name}; choose another name"
-    return None
+    return None if is_folder else _replacing_problem(path, flag, is_own, force)
 
 
-def require_output(
-    path: str, flag: str, inputs: Sequence[str] = (), *, is_folder: bool = False
-) -> None:
-    """Raise InputError where `output_problem` finds a problem."""
-    problem = output_problem(path, flag, inputs, is_folder=is_folder)
+def _replacing_problem(
+    path: str, flag: str, is_own: Callable[[str], bool] | None, force: bool
+) -> str | None:
+    if not os.path.lexists(path):
+        return None
+    if os.path.exists(path) and not os.path.isfile(path):
+        return f"{flag} {path}: is a device or a pipe, expected a file; choose another name"
+    is_empty = is_regular(path) and os.path.getsize(path) == 0
+    if force or is_empty or (is_regular(path) and is_own is not None and is_own(path)):
+        return None
+    what = "is a link" if os.path.islink(path) else "no mark shows that this program made it"
+    return f"{flag} {path}: exists, and {what}; choose another name, or replace it with --force"
+
+
+def require_output(path: str, flag: str, inputs: Sequence[str] = (), **options: Any) -> None:
+    """Raise InputError where `output_problem`, of the same parameters, finds a problem."""
+    problem = output_problem(path, flag, inputs, **options)
     if problem:
         raise InputError(problem)
 
@@ -100,7 +121,8 @@ def atomic_paths(
     temporaries: list[Path] = []
     try:
         for target in targets:
-            target.parent.mkdir(parents=True, exist_ok=True)
+            if not target.parent.is_dir():
+                target.parent.mkdir(parents=True, exist_ok=True)
             descriptor, name = tempfile.mkstemp(
                 prefix=f".{target.name}.", suffix=".tmp", dir=target.parent
             )
@@ -188,9 +210,14 @@ def flush_to_disk(path: str | os.PathLike) -> None:
 def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
     """Yield a temporary folder; on success flush its files and rename it to `path`.
 
-    path: a new or empty folder.
+    path: a new or empty folder. One that can't be replaced, because a volume is mounted there,
+    receives the files one by one.
     """
-    target = Path(path)
+    target = Path(path).resolve()
+    if target.is_dir() and (os.path.ismount(target) or not os.access(target.parent, os.W_OK)):
+        with replacing_files(target) as temporary:
+            yield temporary
+        return
     temporary = target.parent / f".{target.name}.{os.getpid()}.tmp"
     temporary.mkdir(parents=True)
     try:
@@ -201,8 +228,15 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
                 flush_to_disk(file)
             flush_to_disk(temporary)  # the files' names
         with holding_signals():
-            if target.is_dir():
-                target.rmdir()
+            try:
+                if target.is_dir():
+                    target.rmdir()
+            except OSError as error:
+                if error.errno != errno.EBUSY:
+                    raise
+                with replacing_files(target) as inside:  # a part of this volume is mounted there
+                    shutil.copytree(temporary, inside, dirs_exist_ok=True)
+                return
             temporary.rename(target)
             flush_to_disk(target.parent)
     finally:
@@ -232,11 +266,42 @@ def replacing_files(folder: str | os.PathLike) -> Iterator[Path]:
             flush_to_disk(target)
 
 
+def remove_files(folder: Path, patterns: Iterable[str]) -> list[str]:
+    """Delete a folder's regular files of these names, and the folder if it is empty then.
+
+    Return the names of what is left.
+    """
+    for path in [path for pattern in patterns for path in folder.glob(pattern)]:
+        if is_regular(path):
+            path.unlink()
+    left = os.listdir(folder)
+    if not left:
+        folder.rmdir()
+    return sorted(left)
+
+
+def is_regular(path: str | os.PathLike) -> bool:
+    """True for a regular file, False for a link to one."""
+    return os.path.lexists(path) and stat.S_ISREG(os.lstat(path).st_mode)
+
+
+def is_folder(path: str | os.PathLike) -> bool:
+    """True for a folder, False for a link to one."""
+    return os.path.isdir(path) and not os.path.islink(path)
+
+
+def content_of(folder: str | os.PathLike) -> list[str]:
+    """List the names in a folder, but for the one that the root of a volume may have."""
+    return sorted(name for name in os.listdir(folder) if name != "lost+found")
+
+
 def link(source: str | os.PathLike, target: str | os.PathLike) -> None:
     """Give a file a second name, replacing `target` atomically; copy where there are no links."""
     with atomic_path(target) as temporary:
         temporary.unlink()
         try:
+            if os.path.islink(source):  # not the link, whose target is another's
+                raise OSError(errno.EMLINK, os.strerror(errno.EMLINK))
             os.link(source, temporary)
         except OSError:  # a file system without hard links, or of another owner
             shutil.copyfile(source, temporary)

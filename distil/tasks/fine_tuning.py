@@ -26,6 +26,7 @@ import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
 from distil.losses import at_least_float32, kl_divergence, squared_error
+from distil.models.export import complete_folder
 from distil.system.files import naming_library_errors, replacing_files
 from utils import InputError
 
@@ -146,22 +147,26 @@ class Trainer(transformers.Trainer):
         return super().prediction_step(model, kept, prediction_loss_only, ignore_keys)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
-        """Save the model's files under temporary names; rename them when all are complete."""
+        """Save the model's files as every program does, once all are complete."""
         if not self.args.should_save:
             super()._save(output_dir, state_dict)
             return
         with replacing_files(output_dir or self.args.output_dir) as folder:
             super()._save(str(folder), state_dict)
+            if self.processing_class is not None:
+                complete_folder(self.processing_class, folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Save a checkpoint; remove what was written of it where that fails."""
         name = f"{PREFIX_CHECKPOINT_DIR}-{self.state.global_step}"
         folder = Path(self._get_output_dir(trial=trial), name)
+        is_new = not os.path.lexists(folder)
         try:
             with naming_library_errors(folder):
                 super()._save_checkpoint(model, trial)
         except BaseException:
-            shutil.rmtree(folder, ignore_errors=True)
+            if is_new:
+                shutil.rmtree(folder, ignore_errors=True)
             raise
 
     def _get_train_sampler(self, train_dataset=None):

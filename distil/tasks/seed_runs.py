@@ -1,7 +1,6 @@
 """The run of one seed: fine-tune, predict, score, save; and which seed's model is kept."""
 
 import argparse
-import shutil
 import statistics
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -11,8 +10,8 @@ import numpy as np
 import torch
 import transformers
 
-from distil.models.export import save_into, tokenizer_for
-from distil.system.files import write_json
+from distil.models.export import MODEL_FILES, save_folder, tokenizer_for
+from distil.system.files import is_regular, remove_files, write_json
 from distil.tasks.features import collator
 from distil.tasks.fine_tuning import IGNORED_LABEL, Trainer, require_an_update, training_arguments
 from distil.tasks.heads import HEADS, require_no_look_ahead
@@ -21,10 +20,14 @@ from distil.tasks.loading import load_for_task, require_ids
 from distil.tasks.metrics import num_words, perplexities, score
 from distil.tasks.plan import Plan
 from distil.tasks.predictions import finite, prediction_rows, write_predictions
-from distil.tasks.task_options import seed_folder, seed_folders
+from distil.tasks.task_options import (
+    FILES_OF_EVERY_SEED,
+    is_of_a_seed,
+    seed_folder,
+    seed_folders,
+)
 from utils import logger
 
-FILES_OF_EVERY_SEED = ("predictions.tsv", "log.json")
 TRAINING_FLAGS = (
     *("learning_rate", "num_train_epochs", "max_steps", "gradient_accumulation_steps"),
     *("weight_decay", "adam_epsilon", "max_grad_norm", "warmup_steps", "logging_steps"),
@@ -96,12 +99,14 @@ def make_trainer(plan: Plan, seed: int) -> Trainer:
 
 
 def remove_earlier_run(args: argparse.Namespace) -> None:
-    """Remove the scores and seed folders of an earlier run, which --overwrite_output_dir allows."""
-    (Path(args.output_dir) / "scores.json").unlink(missing_ok=True)
-    for folder in filter(Path.is_dir, seed_folders(args)):
-        if any(folder.iterdir()):  # not the empty folder that the Trainer has just made
-            logger.warning("Removing %s, of an earlier run.", folder)
-            shutil.rmtree(folder)
+    """Remove the files of an earlier run, which --overwrite_output_dir allows."""
+    scores = Path(args.output_dir) / "scores.json"
+    if is_regular(scores):
+        scores.unlink()
+    for folder in filter(is_of_a_seed, seed_folders(args)):
+        logger.warning("Removing %s, of an earlier run.", folder)
+        if left := remove_files(folder, [*FILES_OF_EVERY_SEED, *MODEL_FILES]):
+            logger.warning("%s: kept %s, which no run wrote.", folder, ", ".join(left))
 
 
 def run_seed(plan: Plan, seed: int) -> dict[str, Any] | None:
@@ -139,7 +144,7 @@ def write_seed(plan: Plan, trainer: Trainer, folder: Path) -> None:
     write_json(folder / "log.json", trainer.state.log_history)
     if plan.args.save_models != "none":
         model = trainer.accelerator.unwrap_model(trainer.model)
-        save_into(model, tokenizer_for(model, plan.tokenizer), folder)
+        save_folder(model, tokenizer_for(model, plan.tokenizer), folder)
 
 
 def num_examples(plan: Plan) -> dict[str, int]:
@@ -219,6 +224,4 @@ def keep_median_model(args: argparse.Namespace, runs: Sequence[Mapping[str, Any]
     kept = median_run(runs)["seed"]
     for run in runs:
         if run["seed"] != kept:
-            for file in seed_folder(args, run["seed"]).iterdir():
-                if file.is_file() and file.name not in FILES_OF_EVERY_SEED:
-                    file.unlink()
+            remove_files(seed_folder(args, run["seed"]), MODEL_FILES)

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from distil.models.casing import add_casing_flags
-from distil.system.files import file_problem, output_problem
+from distil.system.files import content_of, file_problem, is_folder, output_problem
 from distil.tasks.options import (
     NumberFlag,
     add_number_flags,
@@ -242,33 +242,38 @@ def _occupied_problem(args: argparse.Namespace) -> str | None:
         return None
     found = checkpoints_in(folder)
     if args.overwrite_output_dir:
-        return _read_and_written_problem(args, [folder, *found])
+        return _read_and_written_problem(args, found)
     if args.do_train:
-        if not any(folder.iterdir()) or checkpoint_to_resume(args) in found:
+        if not content_of(folder) or checkpoint_to_resume(args) in found:
             return None
         resume = f"resume with --model_name_or_path {found[-1]}, " if found else ""
         return (
             f"--output_dir {folder}: is not empty; {resume}choose another, or replace its results"
             " with --overwrite_output_dir"
         )
-    if (folder / "predictions_.json").exists():
+    written = ("predictions_.json", "nbest_predictions_.json", "scores.json")
+    there = [name for name in written if os.path.lexists(folder / name)]
+    if there:
         return (
-            f"--output_dir {folder}: holds predictions already; choose another, or replace them"
-            " with --overwrite_output_dir"
+            f"--output_dir {folder}: holds {there[0]} already; choose another, or replace it with"
+            " --overwrite_output_dir"
         )
     return None
 
 
-def _read_and_written_problem(args: argparse.Namespace, replaced: Sequence[Path]) -> str | None:
-    """Name the model that is read from a folder that training replaces; None where none is."""
-    flags = (
-        ["teacher_name_or_path"]
-        if checkpoint_to_resume(args)
-        else ["model_name_or_path", "teacher_name_or_path"]
-    )
-    for flag in flags if args.do_train else []:
-        name = getattr(args, flag)
-        if name and os.path.isdir(name) and any(path.samefile(name) for path in replaced):
+def _read_and_written_problem(args: argparse.Namespace, removed: Sequence[Path]) -> str | None:
+    """Name the input that training replaces, or that lies in what it removes; None without any."""
+    if not args.do_train:
+        return None
+    models = ["teacher_name_or_path", "config_name", "tokenizer_name"]
+    models += [] if checkpoint_to_resume(args) else ["model_name_or_path"]
+    inputs = {name: getattr(args, name) for name in models}
+    inputs |= {name: data_path(args, name) for name in ("train_file", "predict_file")}
+    output = os.path.realpath(args.output_dir)
+    folders = [os.path.realpath(path) for path in removed]
+    for flag, name in inputs.items():
+        place = Path(os.path.realpath(name)) if name and os.path.exists(name) else None
+        if place and (str(place) == output or any(map(place.is_relative_to, folders))):
             return (
                 f"--output_dir {args.output_dir}: --{flag} {name} is read, and would be replaced;"
                 " choose another folder"
@@ -281,7 +286,7 @@ def checkpoints_in(folder: Path) -> list[Path]:
     found = {
         path: re.fullmatch(r"checkpoint-(\d+)", path.name)
         for path in folder.glob("checkpoint-*")
-        if path.is_dir()
+        if is_folder(path)
     }
     return sorted((path for path, match in found.items() if match), key=step_of)
 

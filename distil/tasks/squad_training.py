@@ -5,7 +5,6 @@ import functools
 import math
 import os
 import random
-import shutil
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
@@ -14,10 +13,11 @@ import transformers
 
 from distil.models.architectures import ARCHITECTURES
 from distil.models.casing import casing_of_flags
-from distil.models.export import complete_folder, tokenizer_for
+from distil.models.export import MODEL_FILES, tokenizer_for
 from distil.models.hub import load_config
 from distil.models.language_model import max_input_length
 from distil.models.tokenizers import load_tokenizer
+from distil.system.files import is_regular, remove_files
 from distil.tasks.agreement import deviations_of_luck
 from distil.tasks.fine_tuning import Trainer, inputs_of, training_arguments
 from distil.tasks.loading import load_for_task, require_same_vocabulary
@@ -33,6 +33,11 @@ TRAINING_FLAGS = (
     *("save_steps", "fp16"),
 )
 
+# Beside the model in the library's checkpoints.
+TRAINER_FILES = (
+    *("optimizer.pt", "scheduler.pt", "scaler.pt", "rng_state*.pth"),
+    *("trainer_state.json", "training_args.bin"),
+)
 NUM_MEASURED = 64  # training windows on which a teacher is measured
 
 
@@ -54,12 +59,6 @@ class SpanTrainer(Trainer):
             self.args, self.state, self.control, metrics
         )
         return metrics
-
-    def _save(self, output_dir: str | None = None, state_dict: dict | None = None) -> None:
-        """Save as the library does, its checkpoints too, for transformers 4 and 5."""
-        super()._save(output_dir, state_dict)
-        if self.args.should_save:
-            complete_folder(self.processing_class, output_dir or self.args.output_dir)
 
 
 def load_student(
@@ -256,8 +255,11 @@ def train(args: argparse.Namespace, trainer: SpanTrainer) -> None:
         logger.info("Resuming from %s.", start)
     elif trainer.is_world_process_zero():
         for checkpoint in checkpoints_in(Path(args.output_dir)):  # --overwrite_output_dir was given
+            if not is_regular(checkpoint / "trainer_state.json"):
+                continue
             logger.warning("Removing %s, of an earlier run.", checkpoint)
-            shutil.rmtree(checkpoint)
+            if left := remove_files(checkpoint, [*MODEL_FILES, *TRAINER_FILES]):
+                logger.warning("%s: kept %s, which no run wrote.", checkpoint, ", ".join(left))
     trainer.train(resume_from_checkpoint=str(start) if start else None)
     trainer.save_model(args.output_dir)
     # Otherwise another process could list the checkpoints before the last one is saved.

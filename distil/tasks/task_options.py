@@ -6,10 +6,18 @@ Imports neither torch nor transformers: the program parses first and imports the
 import argparse
 import dataclasses
 import os
+import re
+from collections.abc import Sequence
 from pathlib import Path
 
 from distil.models.casing import add_casing_flags
-from distil.system.files import file_problem, output_problem
+from distil.system.files import (
+    content_of,
+    file_problem,
+    is_folder,
+    is_regular,
+    output_problem,
+)
 from distil.tasks.options import (
     NumberFlag,
     add_number_flags,
@@ -215,27 +223,51 @@ def _run_problems(args: argparse.Namespace) -> list[str]:
 def _output_problems(args: argparse.Namespace) -> list[str]:
     if problem := output_problem(args.output_dir, "--output_dir", is_folder=True):
         return [problem]
+    where = f"--output_dir {args.output_dir}"
+    if os.path.isdir(args.output_dir) and content_of(args.output_dir):
+        if not args.overwrite_output_dir:
+            return [
+                f"{where}: is not empty; name another, or replace its results with"
+                " --overwrite_output_dir"
+            ]
+        if foreign := _foreign_in(args):
+            return [f"{where}: its {foreign} is of no earlier run; choose another"]
     inputs = {
-        "--model_name_or_path": args.model_name_or_path,
-        "--teacher_name_or_path": args.teacher_name_or_path,
-        "--data_dir": args.data_dir,
+        f"--{name}": getattr(args, name)
+        for name in ("model_name_or_path", "teacher_name_or_path", "tokenizer_name", "data_dir")
     }
-    is_full = os.path.isdir(args.output_dir) and os.listdir(args.output_dir)
-    if is_full and not args.overwrite_output_dir:
-        return [
-            f"--output_dir {args.output_dir}: is not empty; name another, or replace its results"
-            " with --overwrite_output_dir"
-        ]
-    places = {
-        os.path.realpath(args.output_dir),
-        *(os.path.realpath(folder) for folder in seed_folders(args)),
-    }
+    output = os.path.realpath(args.output_dir)
+    written = [os.path.realpath(folder) for folder in seed_folders(args)]
     return [
-        f"--output_dir {args.output_dir}: the folder of {flag}, which is read, would be written to;"
-        " choose another"
+        f"{where}: the folder of {flag}, which is read, would be written to; choose another"
         for flag, name in inputs.items()
-        if name and os.path.isdir(name) and os.path.realpath(name) in places
+        if name and os.path.exists(name) and _is_written(os.path.realpath(name), output, written)
     ]
+
+
+def _is_written(place: str, output: str, folders: Sequence[str]) -> bool:
+    return place == output or any(Path(place).is_relative_to(folder) for folder in folders)
+
+
+def _foreign_in(args: argparse.Namespace) -> str | None:
+    """Name what --overwrite_output_dir would replace though no run wrote it; None without any."""
+    scores = Path(args.output_dir) / "scores.json"
+    if os.path.lexists(scores) and not is_scores(scores):
+        return scores.name
+    for folder in (seed_folder(args, seed) for seed in args.seeds):
+        is_free = is_folder(folder) and not any(folder.iterdir())
+        if os.path.lexists(folder) and not (is_free or is_of_a_seed(folder)):
+            return folder.name
+    return None
+
+
+def is_scores(path: Path) -> bool:
+    """True for a scores.json (distil/tasks/scores.py), whole, damaged or empty."""
+    if not is_regular(path):
+        return False
+    with open(path, "rb") as file:
+        start = file.read(100)
+    return not start or b'"task": ' in start
 
 
 def seed_folder(args: argparse.Namespace, seed: int) -> Path:
@@ -243,9 +275,16 @@ def seed_folder(args: argparse.Namespace, seed: int) -> Path:
     return Path(args.output_dir) / f"seed-{seed}"
 
 
+FILES_OF_EVERY_SEED = ("predictions.tsv", "log.json")
+
+
+def is_of_a_seed(folder: Path) -> bool:
+    """True for a folder that the run of a seed wrote."""
+    return is_folder(folder) and any(is_regular(folder / name) for name in FILES_OF_EVERY_SEED)
+
+
 def seed_folders(args: argparse.Namespace) -> list[Path]:
     """List the seed folders present in output_dir, and those that the run will write."""
-    return [
-        *Path(args.output_dir).glob("seed-*"),
-        *(seed_folder(args, seed) for seed in args.seeds),
-    ]
+    present = Path(args.output_dir).glob("seed-*")
+    numbered = [path for path in present if re.fullmatch(r"seed-\d+", path.name)]
+    return list(dict.fromkeys([*numbered, *(seed_folder(args, seed) for seed in args.seeds)]))

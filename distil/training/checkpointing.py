@@ -12,23 +12,33 @@ have no random state to save.
 
 import contextlib
 import dataclasses
+import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import shutil
-from collections.abc import Iterable, Iterator, Mapping
+import stat
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import safetensors.torch
 import torch
 
-from distil.system.files import flush_to_disk, json_digest, link, make_folder, naming
+from distil.system.files import (
+    flush_to_disk,
+    json_digest,
+    link,
+    make_folder,
+    naming,
+)
 from utils import REMEDIES, InputError, logger, one_line
 
 FORMAT, VERSION = "distil-checkpoint", 1
 MANIFEST, STATE, STUDENT = "MANIFEST.json", "state.json", "student.safetensors"
+WEIGHTS = "model.safetensors"  # the student's, as from_pretrained reads it
 NAME = re.compile(r"step-(\d{8,})")
 UNFINISHED, DISCARDED = ".tmp", ".trash-"
 WRITE_BYTES = 2**24
@@ -88,6 +98,9 @@ def write(
     num_bytes = ROOM_BYTES + sum(
         tensor.nbytes for file in tensors.values() for tensor in file.values()
     )
+    loader_files = list(loader_files)
+    own = {MANIFEST, STATE, WEIGHTS, *(f"{name}.safetensors" for name in tensors)}
+    own |= {file.name for file in loader_files}
     with _raise_with_size(final, num_bytes), naming(final):
         make_folder(final.parent)
         clean(final.parent)
@@ -99,15 +112,15 @@ def write(
             for file in loader_files:
                 link(file, unfinished / file.name)
             if os.path.exists(unfinished / STUDENT):
-                link(unfinished / STUDENT, unfinished / "model.safetensors")
+                link(unfinished / STUDENT, unfinished / WEIGHTS)
             if os.path.lexists(final):  # an update repeated after its damaged checkpoint
-                _discard(final)
+                _make_way(final, own)
             os.rename(unfinished, final)
             flush_to_disk(final.parent)
         except BaseException:
             shutil.rmtree(unfinished, ignore_errors=True)
             raise
-        prune(final.parent, keep, final)
+        prune(final.parent, keep, final, own)
     return final
 
 
@@ -116,11 +129,17 @@ def _require_room(folder: Path, num_bytes: int) -> None:
     if free < num_bytes:
         raise InputError(
             f"{folder}: the disk is full: a checkpoint takes {num_bytes:,} bytes, {free:,} are"
-            f" free{FREE_SPACE}"
+            f" free{_free_space(folder)}"
         )
 
 
-FREE_SPACE = "; free disk space, then continue with --resume"
+def _free_space(folder: Path) -> str:
+    """Word the remedy of a full disk: there is something to resume from, or not yet."""
+    try:
+        again = "continue with --resume" if exist(folder) else "start again"
+    except OSError:
+        again = "start again, with --resume auto"
+    return f"; free disk space, then {again}"
 
 
 @contextlib.contextmanager
@@ -128,7 +147,7 @@ def _raise_with_size(path: Path, num_bytes: int) -> Iterator[None]:
     try:
         yield
     except OSError as error:
-        remedy = FREE_SPACE if error.errno in REMEDIES else ""
+        remedy = _free_space(path.parent) if error.errno in REMEDIES else ""
         raise InputError(
             f"{one_line(error, limit=None)} (a checkpoint takes {num_bytes:,} bytes){remedy}"
         ) from error
@@ -168,20 +187,55 @@ def _discard(path: Path) -> None:
     shutil.rmtree(trash, ignore_errors=True)
 
 
-def prune(folder: Path, keep: int, written: Path) -> None:
-    """Delete all checkpoints but the newest `keep` and `written`: newer ones may be damaged."""
+def _make_way(path: Path, own: Collection[str]) -> None:
+    """Delete a damaged checkpoint; rename one that holds other files than a checkpoint's."""
+    if not path.is_symlink() and not _others(path, own):
+        _discard(path)
+        return
+    aside = next(
+        name
+        for k in itertools.count(1)
+        if not os.path.lexists(name := path.with_name(f"damaged-{path.name}-{k}"))
+    )
+    os.rename(path, aside)
+    logger.warning("Moved %s aside to %s: it holds other files.", path, aside)
+
+
+def _others(path: Path, own: Collection[str]) -> list[str]:
+    """List what a checkpoint's folder holds beside a checkpoint's files. own: further names."""
+    try:
+        known = {*own, *json.loads((path / MANIFEST).read_bytes())["files"]}
+    except (OSError, ValueError, KeyError, TypeError, RecursionError):  # it is damaged
+        known = own
+    modes = {name: os.lstat(path / name).st_mode for name in os.listdir(path)}
+    return [name for name, mode in modes.items() if name not in known or not stat.S_ISREG(mode)]
+
+
+def prune(folder: Path, keep: int, written: Path, own: Collection[str]) -> None:
+    """Delete all checkpoints but the newest `keep` and `written`: newer ones may be damaged.
+
+    own: names of a checkpoint's files. One that holds other files stays, and so does a link.
+    """
     for path in exist(folder)[keep:]:
-        if path != written:
+        if path == written or path.is_symlink():
+            continue
+        if others := _others(path, own):
+            _say_kept(path, others[0])
+        else:
             _discard(path)
+
+
+@functools.cache  # once, not at each save
+def _say_kept(path: Path, other: str) -> None:
+    logger.warning("The old checkpoint %s stays: it holds %s, too.", path, other)
 
 
 def clean(folder: str | os.PathLike) -> None:
     """Delete half-written and half-deleted folders that a killed save left."""
-    for path in [
-        *Path(folder).glob(f"step-*{UNFINISHED}"),
-        *Path(folder).glob(f"{DISCARDED}step-*"),
-    ]:
-        shutil.rmtree(path, ignore_errors=True)
+    for path in Path(folder).glob("*step-*"):
+        name = path.name.removeprefix(DISCARDED).removesuffix(UNFINISHED)
+        if name != path.name and NAME.fullmatch(name) and not path.is_symlink():
+            shutil.rmtree(path, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------

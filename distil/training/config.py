@@ -16,10 +16,10 @@ from distil.losses import LOSSES, NORMALIZATIONS
 from distil.models.architectures import AUTO, PAIRS
 from distil.system.files import file_problem
 from distil.system.launch import TIMEOUT_S, check_compiler, check_precision, is_another_rank
+from distil.training.claim import dump_path_problem, resume_mode
 from distil.training.config_file import naming_the_file, read_config_file
 from distil.training.contradictions import contradictions
 from distil.training.options import add_options, bound_problems, missing_options, option
-from distil.training.run_folder import dump_path_problem, resume_mode
 from distil.training.trackers import NAMES as TRACKERS
 from distil.training.trackers import TENSORBOARD, tracker_problems
 from utils import VERSION, InputError, OneLineParser, logger, raise_problems

@@ -1,8 +1,8 @@
 """The log of a run: metrics.jsonl, TensorBoard's event files, and trackers.
 
 log/train holds the figures of a run, log/parameters the means and deviations of every parameter and
-gradient, metrics.jsonl the figures again, for programs. A resumed run truncates all three to their
-sizes at its checkpoint.
+gradient, metrics.jsonl the figures again, for programs. A resumed run cuts all three to their sizes
+at its checkpoint. The names of its event files end with the run's id: others are left alone.
 """
 
 import contextlib
@@ -10,19 +10,21 @@ import dataclasses
 import json
 import math
 import os
+import re
 import threading
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 
 import torch
 from torch.utils.tensorboard import SummaryWriter
 
-from distil.system.files import flush_to_disk, naming
+from distil.system.files import atomic_path, flush_to_disk, is_folder, is_regular, naming
 from distil.training.trackers import Tracker
 from utils import logger
 
 METRICS = "metrics.jsonl"
 EVENTS = {"train": "log/train", "parameters": "log/parameters"}
+BLOCK_BYTES = 2**20
 # Scalars that metrics.jsonl leaves out: others' sums, and facts of the machine.
 LEFT_OUT = {"losses/cum_avg_loss_epoch", "global/memory_usage", "global/speed"}
 
@@ -43,12 +45,21 @@ class Place:
 class Log:
     """Where a run's figures go; a system error names the file or folder.
 
-    path: the run folder. shows_events: write TensorBoard's files. trackers: get what metrics.jsonl
-    gets.
+    path: the run folder. run_id: of the names of event files. shows_events: write TensorBoard's
+    files. trackers: get what metrics.jsonl gets. earlier: names of the files that the run wrote
+    before it was resumed.
     """
 
-    def __init__(self, path: Path, shows_events: bool = True, trackers: Sequence[Tracker] = ()):
+    def __init__(
+        self,
+        path: Path,
+        run_id: str,
+        shows_events: bool = True,
+        trackers: Sequence[Tracker] = (),
+        earlier: Collection[str] = (),
+    ):
         self.path, self.trackers = path, trackers
+        self.run_id, self.earlier = run_id, earlier
         # The writer's thread prints a traceback where the disk is full, and raises the error too.
         self.kept_hook, threading.excepthook = threading.excepthook, self._thread_failed
         self.writers: dict[str, SummaryWriter] = {}
@@ -56,7 +67,8 @@ class Log:
             self.metrics = (path / METRICS).open("a", encoding="utf-8")
         for name, folder in EVENTS.items() if shows_events else ():
             with naming(path / folder):
-                self.writers[name] = SummaryWriter(str(path / folder))
+                suffix = suffix_of(run_id)
+                self.writers[name] = SummaryWriter(str(path / folder), filename_suffix=suffix)
 
     def _thread_failed(self, failure: threading.ExceptHookArgs) -> None:
         is_writer = type(failure.thread).__name__ == "_AsyncWriterThread"
@@ -103,7 +115,7 @@ class Log:
     def flushed_sizes(self) -> dict[str, int]:
         """Flush the files to the disk; return their sizes in bytes by path in the run folder."""
         self.flush()
-        files = growing_files(self.path)
+        files = own_files(self.path, self.run_id, self.earlier)
         for file in files:
             flush_to_disk(file)
         return {file.relative_to(self.path).as_posix(): file.stat().st_size for file in files}
@@ -131,27 +143,65 @@ def metric_name(tag: str) -> str:
     return tag if group == "eval" else name
 
 
-def growing_files(run_path: Path) -> list[Path]:
-    """List the files of a run that grow while it trains: metrics.jsonl and the event files."""
-    folders = (run_path / folder for folder in EVENTS.values())
-    found = [file for folder in folders if folder.is_dir() for file in sorted(folder.iterdir())]
-    return [*([run_path / METRICS] if (run_path / METRICS).is_file() else []), *found]
+def suffix_of(run_id: str) -> str:
+    """Return the end of the names of a run's event files."""
+    return f".distil-{run_id}"
 
 
-def cut_log(run_path: Path, sizes: Mapping[str, int]) -> None:
-    """Truncate the log's files to their sizes at a checkpoint: later points come again.
+def run_id_of(names: Collection[str]) -> str | None:
+    """Return the run's id in the names of its event files; None where they have none."""
+    found = (re.search(rf"{suffix_of('([0-9a-f]+)')}$", name) for name in names)
+    return next((match[1] for match in found if match), None)
 
-    sizes: see `Log.flushed_sizes`; older checkpoints name files of log/train without their folder.
+
+def own_files(run_path: Path, run_id: str, earlier: Collection[str]) -> list[Path]:
+    """List the regular files of a run that grow while it trains: metrics.jsonl and event files.
+
+    earlier: names of event files from before they had the run's id.
     """
-    for file in growing_files(run_path):
-        name = file.relative_to(run_path).as_posix()
-        size = sizes.get(name, sizes.get(file.name, 0))
-        if file.stat().st_size < size:
-            logger.warning("%s is shorter than it was: the log lacks points.", file)
-        elif size:
-            os.truncate(file, size)
-        elif file.name.startswith(("events.out.tfevents.", METRICS)):
+    folders = [run_path / folder for folder in EVENTS.values()]
+    found = [
+        file
+        for folder in folders
+        if is_folder(folder)
+        for file in sorted(folder.iterdir())
+        if file.name.endswith(suffix_of(run_id)) or size_of(file, run_path, earlier) is not None
+    ]
+    return [path for path in (run_path / METRICS, *found) if is_regular(path)]
+
+
+def size_of(file: Path, run_path: Path, sizes: Collection[str]) -> str | None:
+    """Return the name under which `sizes` has a file; None where it lacks it.
+
+    Older checkpoints name files of log/train without their folder.
+    """
+    names = file.relative_to(run_path).as_posix(), file.name
+    return next((name for name in names if name in sizes), None)
+
+
+def cut_log(run_path: Path, sizes: Mapping[str, int], run_id: str) -> None:
+    """Cut the log's files to their sizes at a checkpoint: later points come again.
+
+    sizes: see `Log.flushed_sizes`.
+    """
+    for file in own_files(run_path, run_id, sizes):
+        name, facts = size_of(file, run_path, sizes), os.lstat(file)
+        if name is None and file.name != METRICS:
             file.unlink()  # written by this run after the checkpoint
+            continue
+        size = 0 if name is None else sizes[name]
+        if facts.st_size < size:
+            logger.warning("%s is shorter than it was: the log lacks points.", file)
+        elif facts.st_size > size or facts.st_nlink > 1:
+            _cut(file, size)
+
+
+def _cut(file: Path, size: int) -> None:
+    """Put a file's first bytes in its place; its other names, a backup's, keep the whole."""
+    with atomic_path(file) as temporary, open(file, "rb") as whole, open(temporary, "wb") as part:
+        while size and (block := whole.read(min(size, BLOCK_BYTES))):
+            part.write(block)
+            size -= len(block)
 
 
 def parameter_statistics(model: torch.nn.Module) -> dict[str, float]:

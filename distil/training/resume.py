@@ -17,9 +17,9 @@ from distil.models.language_model import LanguageModel
 from distil.system.launch import Runtime
 from distil.training import checkpointing
 from distil.training.checkpointing import Checkpoint
+from distil.training.claim import checkpoints_of, resume_mode
 from distil.training.config import TrainConfig, as_flags
 from distil.training.options import resumable_options
-from distil.training.run_folder import checkpoints_of, resume_mode
 from utils import InputError, logger, one_line, raise_problems
 
 START_ANEW = "or start anew with another --dump_path"

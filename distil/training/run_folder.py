@@ -7,10 +7,11 @@ checkpoints/, best/ and the files that from_pretrained loads.
 import contextlib
 import json
 import os
+import re
+import secrets
 import shutil
 import tempfile
-import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -22,100 +23,37 @@ from distil.system.files import (
     atomic_folder,
     atomic_path,
     atomic_paths,
-    flush_to_disk,
+    is_regular,
     link,
-    make_folder,
-    naming,
     naming_library_errors,
-    output_problem,
     save_weights,
     write_json,
 )
-from distil.system.locks import LOCK, is_restarted, require_unlocked, take_lock
+from distil.system.locks import LOCK, read_lock, sign_lock, take_lock
 from distil.system.versions import versions
 from distil.training import checkpointing
-from distil.training.log import Log, Place, cut_log
+from distil.training.claim import (
+    BEST,
+    CHECKPOINTS,
+    MODEL,
+    ROOT,
+    claim,
+    entry,
+    resume_mode,
+)
+from distil.training.log import Log, Place, cut_log, own_files, run_id_of
 from distil.training.trackers import TENSORBOARD, start_trackers
 from utils import VERSION, InputError, git_facts, logger
 
-ROOT = Path(__file__).resolve().parents[2]
-CHECKPOINTS, BEST, MODEL = "checkpoints", "best", "model"
-# What a run writes: a folder with none of it is not taken for a run's.
-RUN_FILES = ("parameters.json", "checkpoint.pth", "model_epoch_*.pth", "checkpoints/step-*")
+# Files and folders that this module and atomic_path make, and remove unless they are killed.
+TEMPORARY_FILE = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
+TEMPORARY_FOLDER = re.compile(rf"\.export-([a-z0-9_]{{8}}|old)|\.{MODEL}\.\d+\.tmp")
 
 
 def facts_of_start() -> dict[str, Any]:
     """Return what parameters.json holds beside the flags: versions, and how many processes."""
     processes = torch.distributed.get_world_size() if torch.distributed.is_initialized() else 1
     return {"version": VERSION, "num_processes": processes, **versions()}
-
-
-def resume_mode(resume: str | None, dump_path: str) -> str | None:
-    """Say whether the run resumes: "required", "auto" (where there is a checkpoint), or None.
-
-    A launcher that restarts its processes passes the flags of the first time, --force among them:
-    such a run resumes as with auto.
-    """
-    return resume or ("auto" if is_restarted(os.environ, Path(dump_path) / LOCK) else None)
-
-
-def checkpoints_of(dump_path: str) -> Path:
-    """Return the folder of a run's checkpoints."""
-    return Path(dump_path) / CHECKPOINTS
-
-
-def dump_path_problem(
-    dump_path: str, force: bool, mode: str | None, inputs: Iterable[str | None]
-) -> str | None:
-    """Say why the run folder can't be made, or moved aside, without harm.
-
-    mode: see `resume_mode`; inputs: paths and names that the run reads.
-    """
-    path = Path(dump_path)
-    problem = output_problem(dump_path, "--dump_path", is_folder=True)
-    resumes = mode == "required" or (mode and checkpointing.exist(path / CHECKPOINTS))
-    if problem or not os.path.lexists(path) or resumes:
-        return problem
-    where = f"--dump_path {path}"
-    if not force and not mode:
-        return (
-            f"{where}: exists already; choose another, resume it with --resume, or move it aside"
-            " with --force"
-        )
-    read = [name for given in inputs if given for name in (given, f"{given}.bin")]
-    inside = [name for name in read if os.path.exists(name) and _is_within(name, path)]
-    if inside:
-        return f"{where}: holds {inside[0]}, which this run reads; choose another folder"
-    places = os.getcwd(), ROOT, os.path.expanduser("~")
-    if any(_is_within(place, path) for place in places):
-        return f"{where}: is no run's folder; choose another, --force does not apply to it"
-    if any(path.iterdir()) and not any(any(path.glob(name)) for name in RUN_FILES):
-        return (
-            f"{where}: holds other files than a run's; choose another, --force does not apply to it"
-        )
-    if not os.access(entry(dump_path).parent, os.W_OK):
-        return f"{where}: can't be moved aside, for {entry(dump_path).parent} may not be written to"
-    return None
-
-
-def _is_within(path: str | os.PathLike, folder: Path) -> bool:
-    return Path(path).resolve().is_relative_to(folder.resolve())
-
-
-def entry(path: str) -> Path:
-    """Name a folder by its entry in the folder above: links before it are followed, itself not.
-
-    A rename then moves what was looked at: os.path.abspath takes "link/../run" for "run", and
-    rename a slash behind a link for the folder behind it.
-    """
-    if Path(path).name in ("", ".."):
-        return Path(path).resolve()
-    return Path(path).parent.resolve() / Path(path).name
-
-
-def _free_name(name: str) -> str:
-    candidates = [name, *(f"{name}-{k}" for k in range(1, 1000))]
-    return next(candidate for candidate in candidates if not os.path.lexists(candidate))
 
 
 class RunFolder:
@@ -133,7 +71,8 @@ class RunFolder:
 
         flags: every flag, for parameters.json. student, tokenizer: what is saved. state: of the
         checkpoint that the run resumes from, for its log; None: the folder is made, an old one
-        moved aside. problem: see dump_path_problem, asked again: loading took a while.
+        moved aside where the flags allow it. problem: see dump_path_problem, asked again:
+        loading took a while.
         """
         self.path = entry(flags["dump_path"])
         self.student, self.tokenizer = student, tokenizer
@@ -143,27 +82,19 @@ class RunFolder:
         self.plain: tuple[int, Path] | None = None  # the newest plain state dict, and its step
         if problem:
             raise InputError(problem)
-        self._claim(resumes=state is not None)
+        resumes = state is not None
+        mode = resume_mode(flags["resume"], flags["dump_path"])
+        may_move = flags["force"] or mode is not None
+        self.lock = take_lock(self.path / LOCK) if resumes else claim(self.path, may_move=may_move)
         try:
+            self._remove_leftovers(of_a_start=not resumes)
+            # In the names of event files: other programs' may lie beside them.
+            self.id = run_id_of(state["log_bytes"] if resumes else ()) or secrets.token_hex(4)
+            self.lock = sign_lock(self.lock, self.path / LOCK, {"run": self.id})
             self._begin(flags, state)
         except BaseException:
             self.close()
             raise
-
-    def _claim(self, resumes: bool) -> None:
-        if not resumes and os.path.lexists(self.path):
-            # Differs from the original: moved aside, where 2019 deleted.
-            require_unlocked(self.path / LOCK)
-            aside = _free_name(f"{self.path}.old-{time.strftime('%Y%m%d-%H%M%S')}")
-            os.rename(self.path, aside)
-            logger.info("Moved the existing %s aside to %s.", self.path, aside)
-        make_folder(self.path.parent)
-        self.path.mkdir(exist_ok=resumes)
-        flush_to_disk(self.path.parent)
-        with naming(self.path / LOCK):
-            self.lock = take_lock(self.path / LOCK)
-        if resumes:
-            self._remove_leftovers()
 
     def _begin(self, flags: Mapping[str, Any], state: Mapping[str, Any] | None) -> None:
         write_json(self.path / "parameters.json", {**flags, **facts_of_start()})
@@ -174,22 +105,30 @@ class RunFolder:
         trackers = start_trackers(flags["report_to"], self.path, flags, ids)
         self.tracker_ids = {**ids, **{tracker.name: tracker.id for tracker in trackers}}
         if state is not None:
-            cut_log(self.path, state["log_bytes"])
+            cut_log(self.path, state["log_bytes"], self.id)
             # The process may have been killed between the two.
             save_weights(self.path / "checkpoint.pth", self.student.state_dict())
-        self.log = Log(self.path, TENSORBOARD in flags["report_to"], trackers)
+        earlier = () if state is None else state["log_bytes"]
+        self.log = Log(self.path, self.id, TENSORBOARD in flags["report_to"], trackers, earlier)
         if state is None:
             student_config = self.student.config.to_json_string(use_diff=False)
             texts = {"config/training": json.dumps(flags), "config/student": student_config}
             self.log.add_texts(texts)
 
-    def _remove_leftovers(self) -> None:
-        """Remove files that this run was writing when it was killed."""
+    def _remove_leftovers(self, *, of_a_start: bool) -> None:
+        """Remove what this run was writing when it was killed.
+
+        of_a_start: the log of a start that failed, too.
+        """
         checkpointing.clean(self.path / CHECKPOINTS)
-        for path in [*self.path.glob(".*.tmp"), *self.path.glob(f"{BEST}/.*.tmp")]:
-            path.unlink(missing_ok=True)
-        for path in self.path.glob(".export-*"):
-            shutil.rmtree(path, ignore_errors=True)
+        for path in [*self.path.glob(".*"), *self.path.glob(f"{BEST}/.*.tmp")]:
+            if TEMPORARY_FILE.fullmatch(path.name) and is_regular(path):
+                path.unlink()
+            elif TEMPORARY_FOLDER.fullmatch(path.name) and not path.is_symlink():
+                shutil.rmtree(path, ignore_errors=True)
+        run_id = read_lock(self.path / LOCK).get("run")
+        for path in own_files(self.path, run_id, ()) if of_a_start and run_id else ():
+            path.unlink()
 
     def close(self) -> None:
         """Unlock the folder for other processes."""
@@ -210,7 +149,7 @@ class RunFolder:
     def _save_plain(self, name: str, step: int) -> None:
         """Write the student's plain state dict; link it where it was written after this update."""
         target = self.path / name
-        if self.plain is not None and self.plain[0] == step:
+        if self.plain is not None and self.plain[0] == step and is_regular(self.plain[1]):
             link(self.plain[1], target)
         else:
             save_weights(target, self.student.state_dict())
@@ -220,7 +159,8 @@ class RunFolder:
         """Write model_epoch_{epoch}.pth and log the epoch's mean loss."""
         self._save_plain(f"model_epoch_{epoch}.pth", step)
         for old in range(epoch + 1 - self.keep_epochs if self.keep_epochs else 0):
-            (self.path / f"model_epoch_{old}.pth").unlink(missing_ok=True)
+            if is_regular(path := self.path / f"model_epoch_{old}.pth"):
+                path.unlink()
         self.log.add_scalars({"epoch/loss": mean_loss}, epoch)
         logger.info("Epoch %d: mean loss %.4f.", epoch, mean_loss)
 
@@ -248,12 +188,31 @@ class RunFolder:
     def save_best(self, record: Mapping[str, Any]) -> None:
         """Write the student as the best so far to best/, then best.json, which describes it."""
         target = self.path / BEST
-        with self._exported() as files:
-            names = [*(target / file.name for file in files), target / "best.json"]
-            with atomic_paths(*names, stale=[target / "best.json"]) as temporaries:
-                for file, temporary in zip(files, temporaries, strict=False):
-                    os.replace(file, temporary)
-                temporaries[-1].write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+        with (
+            self._exported() as files,
+            self._replacing(target, files, target / "best.json") as (temporary,),
+        ):
+            temporary.write_text(json.dumps(record, indent=2) + "\n", encoding="utf-8")
+
+    @contextlib.contextmanager
+    def _replacing(self, target: Path, files: Sequence[Path], *more: Path) -> Iterator[list[Path]]:
+        """Move files into a folder, all at once, with further ones to be written in the block.
+
+        Other files in the folder stay as they are. The further files are deleted first.
+        """
+        self._require_own(target)
+        names = [*(target / file.name for file in files), *more]
+        with atomic_paths(*names, stale=more) as temporaries:
+            for file, temporary in zip(files, temporaries, strict=False):
+                os.replace(file, temporary)
+            yield temporaries[len(files) :]
+
+    def _require_own(self, folder: Path) -> None:
+        if folder.is_symlink():
+            raise InputError(
+                f"{folder}: is a link, expected a folder of the run; take it away, then continue"
+                " with --resume"
+            )
 
     @contextlib.contextmanager
     def _exported(self) -> Iterator[list[Path]]:
@@ -280,19 +239,18 @@ class RunFolder:
 
         The files of model/ but its weights have a second name in the run folder, as in 2019.
         """
-        self._write_model()
-        for file in (self.path / MODEL).iterdir():
-            if file.name != "model.safetensors":
-                link(file, self.path / file.name)
+        for name in self._write_model():
+            if name != "model.safetensors":
+                link(self.path / MODEL / name, self.path / name)
         self._save_plain("pytorch_model.bin", step)
         self.log.close()
 
-    def _write_model(self) -> None:
-        """Write model/ whole; one of an earlier end of this run is replaced."""
-        target, old = self.path / MODEL, self.path / ".export-old"
-        if target.is_dir():
-            shutil.rmtree(old, ignore_errors=True)
-            os.rename(target, old)
-        with atomic_folder(target) as folder:
+    def _write_model(self) -> list[str]:
+        """Write model/; replace the files of an earlier end of this run. Return their names."""
+        target = self.path / MODEL
+        if os.path.lexists(target):
+            with self._exported() as files, self._replacing(target, files):
+                return [file.name for file in files]
+        with naming_library_errors(self.path), atomic_folder(target) as folder:
             save_folder(self.student, self.tokenizer, folder)
-        shutil.rmtree(old, ignore_errors=True)
+            return sorted(file.name for file in folder.iterdir())

@@ -197,7 +197,7 @@ make_sequences() { # flags of prepare_text.py: TEXT -> OUT/train.txt and OUT/hel
 }
 
 split_sequences() {
-    program scripts/prepare_text.py --file_path "$TEXT" --output "$OUT/sequences.txt" --max_chars "$MAX_CHARS" "$@" \
+    program scripts/prepare_text.py --file_path "$TEXT" --force --output "$OUT/sequences.txt" --max_chars "$MAX_CHARS" "$@" \
         ${PREPARE_FLAGS[@]+"${PREPARE_FLAGS[@]}"}
     rm -f "$OUT/held_out.part"
     # Twenty at a time: few documents have a part on both sides. Sampled languages repeat lines: what is held out is left out.

@@ -744,7 +744,7 @@ BAD = {
     ),
     "card over notes": (
         ["--file_path", "{tmp}/text", "--token_counts_dump", "{tmp}/notes"],
-        "overwrite {tmp}/notes.json",
+        "{tmp}/notes.json: exists, and no mark shows that this program made it",
     ),
     "counts over a store": (
         ["--file_path", "{tmp}/text", "--token_counts_dump", "{tmp}/st"],
@@ -776,6 +776,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(name, teachers, tmp_path, stat
         "notes.json": b"{}",
         "st.idx": b"x",
         "old.tiny-bert.pickle": b"old",
+        "old.tiny-bert.pickle.json": b'{"format": "distil-tokens"}',  # known as this program's
     }.items():
         (tmp_path / file).write_bytes(content)
     arguments, expected = (
@@ -886,7 +887,7 @@ import binarized_data, utils
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 flags = ["--file_path", "text", "--tokenizer_name", {str(teachers["bert"])!r}, "--dump_file", "out"]
-utils.run_program(lambda: binarized_data.main(flags))
+utils.run_program(lambda: binarized_data.main([*flags, "--force"]))
 """
     done = run_process(sys.executable, "-c", code, cwd=tmp_path)
     last = done.stderr.splitlines()[-1]

@@ -27,7 +27,7 @@ from distil.data.text_sources import find_sources, read_blocks
 def prepare(tmp_path: Path, *paths: object, **flags) -> list[str]:
     """Run the program; return the lines of its output."""
     output = tmp_path / "out" / "dump.txt"
-    arguments = ["--file_path", *map(str, paths), "--output", str(output)]
+    arguments = ["--file_path", *map(str, paths), "--output", str(output), "--force"]
     for name, value in flags.items():
         arguments += [f"--{name}"] if value is True else [f"--{name}", str(value)]
     prepare_text.main(arguments)
@@ -645,6 +645,7 @@ def test_bad_input_is_one_line_and_leaves_the_output_alone(name, tmp_path, statu
     arguments = ["--file_path", *(word.format(tmp=tmp_path) for word in arguments)]
     if "--output" not in arguments:
         arguments += ["--output", str(old)]
+    arguments.append("--force")
     before = {path: path.is_file() and path.read_bytes() for path in tmp_path.rglob("*")}
     status, errors = status_and_errors(prepare_text.main, arguments)
     assert status == 2 and len(errors) == 1 and expected in errors[0], errors

@@ -336,7 +336,7 @@ def test_wrong_shards_are_one_line_and_leave_nothing(name, shards, tmp_path, sta
         (tmp_path / "all.tiny-bert.shard-2-of-2.bin").unlink()
     (tmp_path / "all.tiny-bert.pickle").write_bytes(b"old")
     before = {path.name: path.read_bytes() for path in tmp_path.iterdir()}
-    arguments = ["--shards", str(tmp_path / "all.tiny-bert")]
+    arguments = ["--shards", str(tmp_path / "all.tiny-bert"), "--force"]
     status, errors = status_and_errors(join_tokens.main, arguments)
     assert status == 2 and len(errors) == 1 and expected in errors[0], errors
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
@@ -388,7 +388,7 @@ def test_bad_input_is_one_line_and_leaves_nothing(
         words += ["--dump_file", str(tmp_path / "text")]
     else:
         (tmp_path / "old").write_text("old")
-        words += ["--output", str(tmp_path / "old")]
+        words += ["--output", str(tmp_path / "old"), "--force"]
     before = {path.name: path.is_file() and path.read_bytes() for path in tmp_path.iterdir()}
     status, errors = status_and_errors(main, words)
     assert status == 2 and len(errors) == 1 and expected in errors[0], errors

@@ -647,7 +647,7 @@ TARGETS = [
     ),
     Target(REFUSED, lambda a, s: str(Path(a.run("runs/run")).parent) + s, ("", "/")),
     Target(REFUSED, lambda a, s: a.file("file") + s, ("", "/")),
-    Target(MOVED, lambda a, s: a.empty("empty") + s, ("", "/")),
+    Target(MADE, lambda a, s: a.empty("empty") + s, ("", "/")),
     Target(MOVED, lambda a, s: a.run("run") + s, ("", "/", "//", "/../run", "/.")),
     Target(KEPT, lambda a, s: a.run("run", "letter.txt") + s, ("", "/")),
     Target(REFUSED, lambda a, s: a.in_read_only("run") + s, ("", "/", "/deeper/../../new")),

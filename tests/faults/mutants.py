@@ -134,7 +134,7 @@ MISTAKES = [
     Mistake(
         "a resume leaves in the log what came after the checkpoint: points are there twice",
         "distil/training/log.py",
-        "            os.truncate(file, size)\n",
+        "            _cut(file, size)\n",
         "            continue\n",
         f"{RESUME}::test_a_killed_run_resumes_from_its_last_checkpoint",
     ),

@@ -2,6 +2,7 @@
 
 import dataclasses
 
+from faults import plan_of_folders
 from faults.plan_of_data import ROWS_OF_DATA
 from faults.plan_of_streams import STREAMS
 
@@ -270,3 +271,4 @@ PLAN = [
 ]
 PLAN += [Row(**row) for row in ROWS_OF_DATA]
 PLAN += [Row(**fields) for fields in STREAMS]
+PLAN += [Row(**row) for row in plan_of_folders.ROWS]

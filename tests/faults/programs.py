@@ -500,7 +500,7 @@ def program(job: Job, site: Site, folder: Path, *more: str) -> Callable[[], None
 
     def run() -> None:
         exit_on_sigterm()
-        job.main([*map(str, job.flags(site, folder)), *more])
+        job.main([*map(str, job.flags(site, folder)), *more, "--force"])  # over an older text
 
     return run
 

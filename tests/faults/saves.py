@@ -896,9 +896,7 @@ def small_disk(folder: Path) -> Iterator[Path]:
 
     Raises OSError where mounting is not allowed.
     """
-    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
-        raise OSError(ctypes.get_errno(), "no mounts of its own for this process")
-    mount("--make-rprivate", "/")
+    own_mounts()
     disk = folder / "disk"
     disk.mkdir()
     mount("-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", disk)
@@ -906,6 +904,13 @@ def small_disk(folder: Path) -> Iterator[Path]:
         yield disk
     finally:
         subprocess.run(["umount", "--lazy", str(disk)], check=False)
+
+
+def own_mounts() -> None:
+    """Keep this process's mounts for it and its children. Raises PermissionError."""
+    if ctypes.CDLL(None, use_errno=True).unshare(CLONE_NEWNS):
+        raise OSError(ctypes.get_errno(), "no mounts of its own for this process")
+    mount("--make-rprivate", "/")
 
 
 def mount(*words: object) -> None:

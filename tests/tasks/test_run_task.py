@@ -5,6 +5,7 @@ import dataclasses
 import json
 import logging
 import math
+import os
 import random
 import shutil
 import sys
@@ -1286,8 +1287,17 @@ def test_earlier_seeds_are_replaced_when_asked_and_never_what_is_read(
     run(
         "sst2", teachers["bert"], data / "sst2", output, "--seeds", "1", "2", "--save_models", "all"
     )
+    corpus = shutil.copytree(data / "sst2", output / "seed-corpus")
+    (output / "seed-2" / "notes.txt").write_text("mine")
+    (output / "seed-7").symlink_to(output / "seed-1")
+    (output / "seed-8").mkdir()
+    (output / "seed-8" / "thesis.txt").write_text("years of work")
     kept = sorted(output.rglob("*"))
+    inside = str(output / "seed-2" / "notes.txt")
     refused = [
+        (["--overwrite_output_dir", "--seeds", "8"], "its seed-8 is of no earlier run"),
+        (["--overwrite_output_dir", "--seeds", "7"], "its seed-7 is of no earlier run"),
+        (["--overwrite_output_dir", "--tokenizer_name", inside], "--tokenizer_name, which is read"),
         ([], f"--output_dir {output}: is not empty"),
         (
             ["--overwrite_output_dir", "--gradient_accumulation_steps", "9"],
@@ -1308,8 +1318,14 @@ def test_earlier_seeds_are_replaced_when_asked_and_never_what_is_read(
         status, errors = status_and_errors(run_task.main, flags)
         assert status == 2 and len(errors) == 1 and words in errors[0], errors
         assert sorted(output.rglob("*")) == kept
-    run("sst2", teachers["bert"], data / "sst2", output, "--seeds", "3", "--overwrite_output_dir")
-    assert sorted(path.name for path in output.iterdir()) == ["scores.json", "seed-3"]
+    run("sst2", teachers["bert"], corpus, output, "--seeds", "3", "--overwrite_output_dir")
+    left = ["scores.json", "seed-2", "seed-3", "seed-7", "seed-8", "seed-corpus"]
+    assert sorted(path.name for path in output.iterdir()) == left
+    assert os.listdir(output / "seed-2") == ["notes.txt"] and os.listdir(corpus)
+    (output / "scores.json").write_text("my own scores")
+    flags = flags_of("sst2", teachers, corpus, output, "--overwrite_output_dir")
+    status, errors = status_and_errors(run_task.main, flags)
+    assert status == 2 and "its scores.json is of no earlier run" in errors[0]
 
 
 def test_labels_that_a_model_does_not_know_are_named(teachers, data, tmp_path, status_and_errors):

@@ -4,6 +4,7 @@ import argparse
 import dataclasses
 import json
 import math
+import os
 import random
 import re
 import shutil
@@ -1220,13 +1221,23 @@ def test_results_are_not_overwritten_unasked(learnt, models, files, tmp_path, st
         and "checkpoint-2" in errors[0]
     )
     assert (tmp_path / "run" / "model.safetensors").read_bytes() == before
+    os.link(tmp_path / "run" / "model.safetensors", tmp_path / "backup")
+    foreign = [tmp_path / "run" / name for name in ("checkpoint-3/notes.txt", "checkpoint-2/n.txt")]
+    for path in foreign:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
     again = train | {"overwrite_output_dir": True, "seed": 3, "max_steps": 1}
+    inside = shutil.copy(files["few"], tmp_path / "run" / "checkpoint-1" / "few.json")
+    command = flags("distilbert", models, tmp_path / "run", **{**again, "train_file": inside})
+    status, errors = status_and_errors(program.main, command)
+    assert status == 2 and "--train_file" in errors[0] and "is read, and would be" in errors[0]
+    os.unlink(inside)
     program.main(flags("distilbert", models, tmp_path / "run", **again))
     assert (tmp_path / "run" / "model.safetensors").read_bytes() != before
-    assert (
-        not (tmp_path / "run" / "checkpoint-2").exists()
-        and (tmp_path / "run" / "checkpoint-1").exists()
-    )
+    assert os.listdir(tmp_path / "run" / "checkpoint-2") == ["n.txt"]
+    assert (tmp_path / "run" / "checkpoint-1" / "model.safetensors").exists()
+    assert all(path.read_text() == "mine" for path in foreign)
+    assert (tmp_path / "backup").read_bytes() == before, "written in place"
     kept = (tmp_path / "run" / "model.safetensors").read_bytes()
     teacher = {"teacher_type": "bert", "teacher_name_or_path": models["bert"]}
     for kind, output, more, flag in (
@@ -1254,7 +1265,7 @@ def test_results_are_not_overwritten_unasked(learnt, models, files, tmp_path, st
     status, errors = status_and_errors(
         program.main, flags("distilbert", trained, tmp_path / "run", **test)
     )
-    assert status == 2 and "holds predictions already" in errors[0]
+    assert status == 2 and "holds predictions_.json already" in errors[0]
 
 
 def test_predictions_for_other_questions_are_refused(files, tmp_path, status_and_errors):

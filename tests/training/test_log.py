@@ -4,6 +4,7 @@ import io
 import json
 import logging
 import math
+import os
 import sys
 
 import pytest
@@ -105,7 +106,7 @@ def test_in_a_file_a_bar_is_lines_of_the_log(capsys, caplog):
 
 
 def test_a_figure_that_is_not_finite_is_null(tmp_path):
-    log = Log(tmp_path)
+    log = Log(tmp_path, "0123")
     log.add_figures({"losses/loss": 1.5, "global/grad_norm": math.inf}, Place(3, 6, 1, 6))
     log.close()
     log.release()
@@ -114,22 +115,38 @@ def test_a_figure_that_is_not_finite_is_null(tmp_path):
     assert "global/grad_norm" not in {tag for tag, _, _ in logged(tmp_path)}
 
 
-def test_a_resumed_run_cuts_every_file_of_its_log(tmp_path):
+@pytest.mark.parametrize("is_old", [False, True])
+def test_a_resumed_run_cuts_every_file_of_its_log(is_old, tmp_path):
     """Older checkpoints name files of log/train without their folder, and have no metrics."""
-    for is_old in (False, True):
-        run = tmp_path / str(is_old)
-        names = ["log/train/events.out.tfevents.1", "log/parameters/events.out.tfevents.1"]
-        names += ["metrics.jsonl"]
-        for name in names:
-            (run / name).parent.mkdir(parents=True, exist_ok=True)
-            (run / name).write_bytes(b"before after")
-        sizes = {"events.out.tfevents.1": 6} if is_old else dict.fromkeys(names, 6)
-        late = run / "log" / "parameters" / "events.out.tfevents.2"
-        late.write_bytes(b"after")
-        cut_log(run, sizes)
-        assert (run / names[0]).read_bytes() == b"before" and not late.exists()
-        left = [(run / name).exists() for name in names[1:]]
-        assert left == ([True, False] if is_old else [True, True])
+    names = [f"log/{name}/events.out.tfevents.1" for name in ("train", "parameters")]
+    names += ["metrics.jsonl"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).write_bytes(b"before after")
+    sizes = {"events.out.tfevents.1": 6} if is_old else dict.fromkeys(names, 6)
+    late = tmp_path / "log" / "parameters" / "events.out.tfevents.2.distil-0123"
+    late.write_bytes(b"after")
+    cut_log(tmp_path, sizes, "0123")
+    left = [b"before", b"before", b"" if is_old else b"before"]
+    assert [(tmp_path / name).read_bytes() for name in names] == left and not late.exists()
+
+
+def test_a_resumed_run_cuts_and_deletes_no_other_file(tmp_path):
+    run, elsewhere, backup = tmp_path / "run", tmp_path / "elsewhere", tmp_path / "backup"
+    (run / "log" / "train").mkdir(parents=True)
+    name = "log/train/events.out.tfevents.1.distil-0123"
+    link = "log/train/events.out.tfevents.2.distil-0123"
+    elsewhere.write_bytes(b"before after")
+    (run / link).symlink_to(elsewhere)
+    (run / name).write_bytes(b"before after")
+    os.link(run / name, backup)  # as `cp -al` makes a copy of the run
+    others = [run / f"log/train/events.out.tfevents.3{end}" for end in ("", ".distil-9999")]
+    for path in others:
+        path.write_bytes(b"another program's")
+    cut_log(run, {name: 6, link: 6}, "0123")
+    assert (run / name).read_bytes() == b"before" and (run / link).is_symlink()
+    assert elsewhere.read_bytes() == backup.read_bytes() == b"before after"
+    assert all(path.read_bytes() == b"another program's" for path in others)
 
 
 def test_without_tensorboard_there_are_metrics_alone(world, tmp_path):

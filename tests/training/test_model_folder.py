@@ -168,11 +168,21 @@ def test_a_resumed_run_that_was_done_writes_its_model_again(world, tmp_path):
     flags = world.flags("bert", tmp_path / "run", batch_size=60)
     train.main(flags)
     before = (tmp_path / "run" / "model" / "model.safetensors").read_bytes()
-    (tmp_path / "run" / "model" / "stray").write_text("")
+    others = [tmp_path / "run" / "model" / name for name in ("notes", "parameters.json", "more/n")]
+    for path in others:
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("mine")
+    os.link(tmp_path / "run" / "model" / "config.json", tmp_path / "backup")
+    flags_before = (tmp_path / "run" / "parameters.json").read_text()
+    (tmp_path / "run" / ".model.123.tmp").mkdir()  # of a run that was killed
     train.main([*flags, "--resume"])
     assert (tmp_path / "run" / "model" / "model.safetensors").read_bytes() == before
-    assert not (tmp_path / "run" / "model" / "stray").exists()
-    assert not list((tmp_path / "run").glob(".export*"))
+    assert all(path.read_text() == "mine" for path in others)
+    assert not list((tmp_path / "run").glob(".*"))
+    assert json.loads((tmp_path / "run" / "parameters.json").read_text()) == {
+        **json.loads(flags_before),
+        "resume": "required",
+    }
 
 
 def test_publish_needs_no_run_to_say_what_it_would_upload(finished):

@@ -156,8 +156,8 @@ def test_resuming_a_finished_run_only_exports_it_again(world, stopped, tmp_path)
 
 def test_leftovers_of_a_killed_process_are_removed(world, stopped, tmp_path):
     run = copied(stopped, tmp_path)
-    (run / ".export-abc").mkdir()
-    (run / ".checkpoint.pth.abc.tmp").write_text("half")
+    (run / ".export-abcd1234").mkdir()
+    (run / ".checkpoint.pth.abcd1234.tmp").write_text("half")
     (run / "checkpoints" / "step-00000003.tmp").mkdir()
     (run / "notes.txt").write_text("mine")
     train.main([*world.flags("bert", run, **SHORT), "--resume"])
@@ -315,7 +315,8 @@ def test_damaged_checkpoints_are_skipped_and_a_run_never_starts_over(
 
 def test_two_runs_do_not_share_a_folder(world, stopped, tmp_path, status_and_errors):
     run = copied(stopped, tmp_path)
-    with locks.take_lock(run / locks.LOCK):
+    lock = run / locks.LOCK
+    with locks.sign_lock(locks.take_lock(lock), lock, {}):
         for more in (["--resume"], ["--force"]):
             flags = [*world.flags("bert", run, **SHORT), *more]
             status, errors = status_and_errors(train.main, flags)
@@ -345,11 +346,11 @@ def test_non_finite_weights_are_not_saved(world, tmp_path, monkeypatch, capfd):
 
 def test_a_restart_is_recognized_by_the_launcher_or_by_job_and_count(tmp_path, monkeypatch):
     lock, again = tmp_path / locks.LOCK, {"TORCHELASTIC_RESTART_COUNT": "1"}
-    locks.take_lock(lock).close()
+    locks.sign_lock(locks.take_lock(lock), lock, {}).close()
     assert not locks.is_restarted(again, lock), "no launcher has used this folder"
     monkeypatch.setenv("TORCHELASTIC_RUN_ID", "job 7")
     assert not locks.is_restarted(again, lock), "nor this job"
-    locks.take_lock(lock).close()
+    locks.sign_lock(locks.take_lock(lock), lock, {}).close()
     assert locks.is_restarted({}, lock)
     lock.write_text(lock.read_text().replace('"launcher": "', '"launcher": "elsewhere/'))
     assert locks.is_restarted(again, lock) and not locks.is_restarted({}, lock)
