@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import transformers
 
+from distil.system.json_files import read_json
 from utils import InputError, one_line
+
+MODEL_JSON_BYTES = 2**28  # of a tokenizer.json with a million entries
 
 
 def short_name(name_or_folder: str) -> str:
@@ -58,22 +61,12 @@ def _not_found(flag: str, name: str, error: Exception) -> str:
     return f"{flag} {name}: neither a local folder nor a model on the hub ({one_line(error)})"
 
 
-def read_json(path: str | None, where: str) -> dict:
-    """Read a JSON object; {} without a path. Raises InputError naming `where`."""
+def read_model_json(path: str | None, where: str, wanted: Any = dict) -> dict:
+    """Read a JSON file of a model; {} without a path. Raises InputError naming `where`."""
     if path is None:
         return {}
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{where}: {Path(path).name} is no readable JSON ({one_line(error)}); take another copy"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{where}: {Path(path).name} holds a {type(content).__name__}, expected an object; take"
-            " another copy"
-        )
-    return content
+    where, remedy = f"{where}: {Path(path).name}", "take another copy"
+    return read_json(path, where, remedy, wanted, strict=False, max_bytes=MODEL_JSON_BYTES)
 
 
 @contextlib.contextmanager

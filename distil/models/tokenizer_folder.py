@@ -17,7 +17,7 @@ import transformers
 
 from distil.models.architectures import Architecture
 from distil.models.casing import Casing
-from distil.models.hub import fetch_files, quiet_transformers, read_json
+from distil.models.hub import fetch_files, quiet_transformers, read_model_json
 from distil.models.tokenizer_roles import role_tokens
 from distil.models.tokenizer_rules import casing_of, other_ids, rules_of
 from distil.models.vocabulary_files import check_vocabulary_files
@@ -57,7 +57,7 @@ class TokenizerFolder:
 
     def content(self, file: str) -> dict:
         """Read one of its JSON files, {} without it."""
-        return read_json(self.files.get(file), self.source)
+        return read_model_json(self.files.get(file), self.source)
 
     def declared_switch(self, option: str) -> bool | None:
         """Return what tokenizer_config.json says of an option."""

@@ -14,7 +14,7 @@ import tokenizers
 
 from distil.models.architectures import ANY_TOKENIZER, ARCHITECTURES, AUTO, Architecture
 from distil.models.casing import Casing
-from distil.models.hub import read_json
+from distil.models.hub import read_model_json
 from distil.models.tokenizer_folder import (
     CONFIG,
     FILE,
@@ -89,7 +89,7 @@ def resolve_tokenizer(
     if tokenizer_type != AUTO:
         return ARCHITECTURES[tokenizer_type]
     files = find_files(name, flag)
-    config = read_json(files.get("config.json"), f"{flag} {name}")
+    config = read_model_json(files.get("config.json"), f"{flag} {name}")
     return ARCHITECTURES.get(config.get("model_type"), ANY_TOKENIZER)
 
 

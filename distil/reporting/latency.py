@@ -22,7 +22,7 @@ import transformers
 from distil.models.hub import load_config, model_folder, quiet_transformers
 from distil.reporting.machine import describe_machine
 from distil.reporting.plan import Plan
-from distil.reporting.tables import digits, markdown
+from distil.reporting.tables import digits, markdown, plain
 from distil.tasks.fine_tuning import inputs_of
 from distil.tasks.loading import load_any_tokenizer, longest_input
 from utils import InputError, logger, one_line
@@ -310,10 +310,10 @@ def table(found: dict) -> str:
             ms, rate, ratio = figures["latency_ms"], figures["sentences_s"], figures["speed_up"]
             lines.append(
                 [
-                    row["device"],
+                    plain(row["device"]),
                     str(row["batch_size"]),
-                    row["padding"],
-                    name,
+                    plain(row["padding"]),
+                    plain(name),
                     f"{digits(ms['median'])} ({digits(ms['least'])}-{digits(ms['largest'])})",
                     digits(rate["median"]),
                     f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['largest']:.2f})",

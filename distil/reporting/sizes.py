@@ -1,13 +1,18 @@
 """Sizes of models: parameters, bytes of weights, number formats, vocabulary."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
 
-from distil.models.hub import load_config, model_folder, quiet_transformers, short_name
+from distil.models.hub import (
+    load_config,
+    model_folder,
+    quiet_transformers,
+    read_model_json,
+    short_name,
+)
 from distil.models.tokenizer_rules import vocabulary_fingerprint
 from distil.tasks.loading import load_any_tokenizer, longest_input
 from utils import InputError, one_line
@@ -44,7 +49,8 @@ def weight_files(name: str) -> list[Path]:
                 name, file, _raise_exceptions_for_missing_entries=False
             )
         if path and file.endswith(".index.json"):
-            shards = set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values())
+            index = read_model_json(path, name, {"weight_map": {...: str}})
+            shards = set(index["weight_map"].values())
             return [Path(transformers.utils.cached_file(name, shard)) for shard in sorted(shards)]
         if path:
             return [Path(path)]

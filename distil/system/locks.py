@@ -11,9 +11,11 @@ from typing import TextIO
 
 import psutil
 
+from distil.system.json_files import load_json
 from utils import InputError, logger, one_line
 
 LOCK = "run.lock"
+TEXT = (str, None)
 
 
 def launch_facts() -> dict[str, str | None]:
@@ -32,10 +34,10 @@ def is_restarted(environment: Mapping[str, str], lock: Path) -> bool:
     several machines only the launcher whose process failed counts.
     """
     try:
-        then, now = json.loads(lock.read_text(encoding="utf-8")), launch_facts()
+        then, now = load_json(lock, {"launcher": TEXT, "job": TEXT}), launch_facts()
         is_same_launcher = now["launcher"] is not None and then["launcher"] == now["launcher"]
         is_same_job = now["job"] is not None and then["job"] == now["job"]
-    except (OSError, ValueError, KeyError, TypeError):
+    except (OSError, ValueError):
         return False
     return is_same_launcher or (
         is_same_job and environment.get("TORCHELASTIC_RESTART_COUNT", "0") not in ("", "0")
