@@ -7,6 +7,7 @@ that only prepare data start in a second and in a few tens of MB.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import difflib
 import errno
 import hashlib
@@ -14,7 +15,7 @@ import logging
 import os
 import sys
 import traceback
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -86,7 +87,29 @@ def _run(main: Callable[[], None]) -> int:
         return EXIT_INTERRUPTED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        report_problems(f"a tokenizer fails ({one_line(error)}); take another one")
+        return EXIT_INPUT_ERROR
     return 0
+
+
+def is_panic(error: BaseException) -> bool:
+    """True for a panic of a library in Rust (tokenizers), which is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def naming_panics(where: str) -> Iterator[None]:
+    """Raise InputError in place of a panic: the pattern or table of a tokenizer that fails."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        reason = one_line(error)
+        raise InputError(f"{where}: its tokenizer fails ({reason}); take another one") from error
 
 
 def _is_among_others() -> bool:
@@ -124,7 +147,7 @@ def raise_problems(problems: Iterable[str | None]) -> None:
         raise InputError("\n".join(found))
 
 
-def one_line(error: Exception, limit: int | None = 160) -> str:
+def one_line(error: BaseException, limit: int | None = 160) -> str:
     """Return an error's message, or its type's name, on one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if limit is None or len(text) <= limit else text[: limit - 2] + ".."

@@ -12,6 +12,7 @@ from typing import Any
 import huggingface_hub
 import transformers
 
+from distil.models.bounds import ENTRIES, check_archive, check_counts, without_kernels
 from distil.system.json_files import read_json
 from utils import InputError, one_line
 
@@ -87,17 +88,36 @@ def quiet_transformers() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def load_config(model_type: str | None, name: str, flag: str, trust_remote_code: bool = False):
+def _read_entries(name: str, source: str) -> dict[str, Any]:
+    """Read config.json before any class makes something of it; {} where there is none."""
+    path = None
+    with quiet_transformers(), contextlib.suppress(Exception):  # AutoConfig says what is missing
+        path = transformers.utils.cached_file(
+            name, "config.json", _raise_exceptions_for_missing_entries=False
+        )
+    return read_model_json(path, source, ENTRIES)
+
+
+def load_config(
+    model_type: str | None,
+    name: str,
+    flag: str,
+    trust_remote_code: bool = False,
+    **entries: Any,
+):
     """Load a model's configuration by hub name or folder.
 
-    trust_remote_code: run Python files that come with the model if it needs them. Raises InputError
-    if the model is not of model_type (None: any).
+    trust_remote_code: run Python files that come with the model if it needs them, and kernels of
+    the hub. entries: override those of the file. Raises InputError if the model is not of
+    model_type (None: any), or its sizes are no model's.
     """
     name = model_folder(name)
+    source = f"{flag} {name}"
+    check_counts(_read_entries(name, source), source)
     with quiet_transformers():
         try:  # trust_remote_code is always passed: the default asks on the terminal
             config = transformers.AutoConfig.from_pretrained(
-                name, trust_remote_code=trust_remote_code
+                name, trust_remote_code=trust_remote_code, **entries
             )
         except Exception as error:
             if "trust_remote_code" in str(error):
@@ -112,4 +132,34 @@ def load_config(model_type: str | None, name: str, flag: str, trust_remote_code:
             f"{flag} {name}: is a {config.model_type} model, expected {model_type}; correct the"
             " type or the name"
         )
-    return config
+    return config if trust_remote_code else without_kernels(config, source)
+
+
+def check_weight_files(name: str, flag: str) -> None:
+    """Raise InputError where a model's archives of weights unpack to more bytes than they have."""
+    with quiet_transformers():
+        paths = weight_files(name)
+    for path in paths:
+        check_archive(path, f"{flag} {path}")
+
+
+def weight_files(name: str) -> list[Path]:
+    """List a model's files of weights: one, or the shards that an index names."""
+    name = model_folder(name)
+    for file in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
+        with quiet_transformers():
+            path = transformers.utils.cached_file(
+                name, file, _raise_exceptions_for_missing_entries=False
+            )
+        if path and file.endswith(".index.json"):
+            index = read_model_json(path, name, {"weight_map": {...: str}})
+            shards = set(index["weight_map"].values())
+            return [Path(transformers.utils.cached_file(name, shard)) for shard in sorted(shards)]
+        if path:
+            return [Path(path)]
+    return []

@@ -59,7 +59,8 @@ class SpanTrainer(Trainer):
         """Save as the library does, its checkpoints too, for transformers 4 and 5."""
         super()._save(output_dir, state_dict)
         if self.args.should_save:
-            complete_folder(self.processing_class, output_dir or self.args.output_dir)
+            network = self.accelerator.unwrap_model(self.model)
+            complete_folder(network, self.processing_class, output_dir or self.args.output_dir)
 
 
 def load_student(

@@ -13,6 +13,7 @@ import torch
 
 from distil.data.cards import file_digest
 from distil.models.language_model import LanguageModel
+from distil.system.json_files import type_problem
 from distil.system.launch import Runtime
 from distil.training import checkpointing
 from distil.training.checkpointing import Checkpoint
@@ -21,6 +22,21 @@ from distil.training.options import resumable_options
 from distil.training.run_folder import checkpoints_of, resume_mode
 from utils import InputError, logger, one_line, raise_problems
 
+# The types of a state's parts; older versions had fewer.
+TEXT, NUMBER = (str, None), (int, float, None)
+BEST = {"step": int, "lowest": str, "figures": {...: float}, "data": TEXT}
+STATE_PARTS = {
+    **{"micro_batches": int, "log_sums": [float], "log_count": int, "epoch_sums": [[float]]},
+    **{"evaluated_step": (int, None), "best": (BEST, None), "per_update": int, "torch": TEXT},
+    **{
+        "flags": dict,
+        "log_bytes": {...: int},
+        "trackers": ({...: TEXT}, None),
+        "scaler": {...: float},
+    },
+    "schedule": {"_last_lr": ([float], None), ...: (int, float, bool, [float], None)},
+    "identity": {"student_config": dict, ...: (str, dict, None)},
+}
 START_ANEW = "or start anew with another --dump_path"
 
 
@@ -43,6 +59,8 @@ def find_resume_point(config: TrainConfig, world_size: int) -> Checkpoint | None
             )
         return None
     with naming_misfit(found):
+        if problem := type_problem(found.state, STATE_PARTS) or count_problem(found):
+            raise ValueError(problem)
         problems = flag_contradictions(config, world_size, found)
         raise_problems(problems)
         done = found.step, found.state["micro_batches"]
@@ -64,6 +82,16 @@ def naming_misfit(found: Checkpoint | None) -> Iterator[None]:
         raise InputError(
             f"{name}: does not fit this program and run ({reason}); {remedy}"
         ) from error
+
+
+def count_problem(found: Checkpoint) -> str | None:
+    """Say which counter can't be of as many updates as a checkpoint is of, or None."""
+    most = found.step * found.state["per_update"]
+    ranges = {"micro_batches": (found.step, most), "log_count": (0, most)}
+    for name, (least, most) in ranges.items():
+        if not least <= (value := found.state[name]) <= most:
+            return f"{name} is {value}, expected {least} to {most} after update {found.step}"
+    return None
 
 
 def flag_contradictions(config: TrainConfig, world_size: int, found: Checkpoint) -> list[str]:

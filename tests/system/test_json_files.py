@@ -31,7 +31,7 @@ WRONG = {
     "a text": (b'{"step": 1, "rates": [1, "2"]}', "rates.1 is '2', expected a finite number"),
     "10^400": (
         b'{"step": 1, "rates": [1' + b"0" * 400 + b"]}",
-        "rates.0 is a whole number of 1329",
+        "rates.0 is a whole number",
     ),
     "a part": (
         b'{"step": 1, "rates": [], "best": {"figures": {"k l": []}}}',
@@ -54,11 +54,9 @@ def test_what_is_wrong_is_named_in_one_line(name, tmp_path):
 
 
 def test_what_fits_is_returned_as_it_is(tmp_path):
-    text = (
-        '{"step": 1, "rates": [1, 2.5], "best": {"figures": {"a": 1}}, "more": [null, "\\udcff"]}'
-    )
+    text = '{"step": 1, "rates": [1, 2.5], "best": {"figures": {"a": 1}}, "c": [null, "\\udcff"]}'
     found = parse_json(text, TABLE)
-    assert found["best"] == {"figures": {"a": 1}} and found["more"] == [None, "\udcff"]
+    assert found["best"] == {"figures": {"a": 1}} and found["c"] == [None, "\udcff"]
     assert parse_json('{"a": 1, "a": 2, "b": Infinity}', strict=False)["a"] == 2
     assert type_problem([1, 2], [int]) is None and type_problem(True, (bool, None)) is None
 
