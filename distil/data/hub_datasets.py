@@ -20,7 +20,7 @@ from distil.data.text_sources import (
     quiet_datasets,
 )
 from distil.system.files import json_digest
-from distil.system.json_files import MAX_BYTES, load_json
+from distil.system.json_files import MAX_BYTES, read_json
 from utils import InputError, one_line
 
 ROWS_PER_SOURCE = 2**17  # of a data set that is not streamed
@@ -133,7 +133,7 @@ def saved_sources(path: str, split: str | None, flag: str) -> list[Source]:
     folder = Path(path)
     try:
         if (folder / SAVED_SPLITS).is_file():
-            splits = load_json(folder / SAVED_SPLITS, {"splits": [str]})["splits"]
+            splits = _read(folder / SAVED_SPLITS, {"splits": [str]}, flag)["splits"]
             if split is None and len(splits) == 1:
                 (split,) = splits
             if split not in splits:
@@ -142,13 +142,11 @@ def saved_sources(path: str, split: str | None, flag: str) -> list[Source]:
                     " --split, or its folder"
                 )
             folder /= split
-        state = load_json(folder / SAVED, {"_data_files": [{"filename": str}], "_split": TEXT})
+        state = _read(folder / SAVED, {"_data_files": [{"filename": str}], "_split": TEXT}, flag)
         names = [file["filename"] for file in state["_data_files"]]
         files = [str(folder / name) for name in names]
         sources = [Source(file, "arrow", os.path.getsize(file)) for file in files]
-    except InputError:
-        raise
-    except (OSError, ValueError) as error:
+    except OSError as error:
         raise InputError(
             f"{flag} {path}: is no readable folder of save_to_disk ({one_line(error)}); save it"
             " again"
@@ -158,3 +156,7 @@ def saved_sources(path: str, split: str | None, flag: str) -> list[Source]:
             f"{flag} {path}: holds the split {state['_split']}, not --split {split}; correct it"
         )
     return sources
+
+
+def _read(path: Path, wanted: dict, flag: str) -> dict:
+    return read_json(path, f"{flag} {path}", "save the data set again", wanted)
