@@ -105,12 +105,12 @@ def read_cards(prefixes: list[str]) -> list[dict[str, Any]]:
         if problem := type_problem(card, SHARD_CARD):
             raise InputError(f"--shards {prefix}.json: {problem}; make the shard again")
         facts, first = _shared(card), _shared(cards[0])
-        different = [name for name in facts if facts[name] != first[name]]
+        different = [name for name in facts | first if facts.get(name) != first.get(name)]
         if different:
-            name = different[0]
+            values = [f"{one.get(different[0])!r:.80}" for one in (facts, first)]
             raise InputError(
-                f"--shards {prefix}.json: its {name} is {facts[name]!r:.80}, that of shard 1"
-                f" {first[name]!r:.80}; make one of them again"
+                f"--shards {prefix}.json: its {different[0]} is {values[0]}, that of shard 1"
+                f" {values[1]}; make one of them again"
             )
     return cards
 

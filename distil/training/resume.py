@@ -98,7 +98,8 @@ def flag_contradictions(config: TrainConfig, world_size: int, found: Checkpoint)
     """List the flags, and the number of processes, that contradict a checkpoint: a line each."""
     then, now, free = found.state["flags"], as_flags(config), resumable_options(TrainConfig)
     problems = [
-        f"--{name} {now[name]}: {found.path} was made with {then[name]}; pass that, {START_ANEW}"
+        f"--{name} {now[name]}: {found.path} was made with {then[name]!s:.200}; pass that,"
+        f" {START_ANEW}"
         for name in now
         if name not in free and name in then and then[name] != now[name]
     ]
@@ -145,7 +146,8 @@ def check_identity(
     for key, value in now["student_config"].items():
         was = then["student_config"].get(key, value)
         if was != value:
-            problems.append(f"{student_source}: {key} is {value}, {found.path} was made with {was}")
+            made = f"{found.path} was made with {was!s:.200}"
+            problems.append(f"{student_source}: {key} is {value!s:.200}, {made}")
     of_tokenizer = "vocabulary", "tokenizer_rules"  # older checkpoints have no rules
     names = ["teacher_name", "data_file", *of_tokenizer]
     if config.mlm and config.mlm_smoothing > 0:  # otherwise the counts change nothing

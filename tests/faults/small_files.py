@@ -397,7 +397,7 @@ def attempt(bench: Bench, file: Path, what: str, read: Action) -> None:
         known = (file.name, str(file.parent))
         if not any(name in line for line in ended.errors for name in known):
             bench.fail(f"{what}: no line names {file.name}: {ended.errors}")
-        if longest := max(map(len, ended.errors), default=0) > 2000:
+        if (longest := max(map(len, ended.errors), default=0)) > 2000:
             bench.fail(f"{what}: a line of {longest} characters")
 
 
