@@ -336,7 +336,7 @@ def card_text(args: argparse.Namespace, report: Mapping, tables: Mapping[str, st
     """Write the whole card; tables: "quality", "size" and "speed" of report_tables."""
     data = metadata(args, report)
     kind = data.pipeline_tag
-    title = f"# {short_name(args.student)}"
+    title = f"# {plain(short_name(args.student))}"
     teacher = args.base_model or (
         short_name(args.teacher) if os.path.exists(args.teacher) else args.teacher
     )

@@ -27,7 +27,7 @@ from distil.reporting.plots import (
     short_path,
 )
 from distil.reporting.tables import markdown, plain
-from distil.system.json_files import parse_json
+from distil.system.json_files import parse_json, type_problem
 from utils import InputError, one_line
 
 PARAMETERS, METRICS = "parameters.json", "metrics.jsonl"
@@ -118,14 +118,27 @@ def _read(path: str, name: str, parse: Callable[[str], Any]):
 
 
 def _lines(text: str) -> list[dict]:
-    """Parse the lines of metrics.jsonl but a last one that is being written."""
+    """Parse the lines of metrics.jsonl but a last one that is being written.
+
+    A figure that is not finite becomes None, as train.py writes it.
+    """
     lines = []
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
-            lines.append(parse_json(line, LINE))
+            found = parse_json(line, strict=False)
+            lost = [name for name, value in found.items() if is_not_finite(value)]
+            finite = found | dict.fromkeys(lost)
+            if problem := type_problem(finite, LINE):
+                raise ValueError(problem)
+            lines.append(finite)
         except ValueError as error:
             raise ValueError(f"line {number}: {one_line(error)}") from error
     return lines
+
+
+def is_not_finite(value: object) -> bool:
+    """True for NaN and infinity."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def flag_table(runs: Sequence[Run]) -> str:
