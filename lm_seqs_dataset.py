@@ -55,7 +55,7 @@ def read_token_counts(path: str | os.PathLike, model: LanguageModel) -> np.ndarr
         counts_V.ndim != 1
         or counts_V.dtype.kind not in "iu"
         or counts_V.size == 0
-        or counts_V.min() < 0
+        or not 0 <= counts_V.min() <= counts_V.max() < 2**63
     ):
         raise InputError(
             f"{flag} {path}: expected a list of counts, one per token id; make it with"

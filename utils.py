@@ -95,6 +95,11 @@ def _run(main: Callable[[], None]) -> int:
         return EXIT_INTERRUPTED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        report_problems(f"a tokenizer fails ({one_line(error)}); take another one")
+        return EXIT_INPUT_ERROR
     return 0
 
 
@@ -123,6 +128,23 @@ def _interrupt(number: int, frame: FrameType | None) -> None:
                 os._exit(EXIT_INTERRUPTED)
         frame = frame.f_back
     raise KeyboardInterrupt
+
+
+def is_panic(error: BaseException) -> bool:
+    """True for a panic of a library in Rust (tokenizers), which is no Exception."""
+    return type(error).__name__ == "PanicException"
+
+
+@contextlib.contextmanager
+def naming_panics(where: str) -> Iterator[None]:
+    """Raise InputError in place of a panic: the pattern or table of a tokenizer that fails."""
+    try:
+        yield
+    except BaseException as error:
+        if not is_panic(error):
+            raise
+        reason = one_line(error)
+        raise InputError(f"{where}: its tokenizer fails ({reason}); take another one") from error
 
 
 def _is_among_others() -> bool:
@@ -166,7 +188,7 @@ def and_others(first: object, num: int) -> str:
     return f"{first}{others}"
 
 
-def one_line(error: Exception, limit: int | None = 160) -> str:
+def one_line(error: BaseException, limit: int | None = 160) -> str:
     """Return an error's message, or its type's name, on one line of at most `limit` characters."""
     text = " ".join(str(error).split()) or type(error).__name__
     return text if limit is None or len(text) <= limit else text[: limit - 2] + ".."

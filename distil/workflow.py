@@ -7,7 +7,6 @@ stages one after another.
 import contextlib
 import dataclasses
 import hashlib
-import json
 import re
 import shlex
 import shutil
@@ -26,6 +25,7 @@ from distil.models.architectures import AUTO, PAIRS, Architecture
 from distil.models.hub import short_name
 from distil.models.tokenizers import train_word_pieces
 from distil.system.files import atomic_paths, replacing_files, write_json
+from distil.system.json_files import load_json
 from utils import InputError, logger
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -129,8 +129,8 @@ class Stages:
         self.done: list[str] = []
         if path.exists():
             try:
-                earlier = dict(json.loads(path.read_text(encoding="utf-8")))
-            except (ValueError, TypeError):
+                earlier = load_json(path, {"done": [str]})
+            except ValueError:
                 earlier = {}
             done = earlier.pop("done", None)
             # A finished run is made again, as every other program does.

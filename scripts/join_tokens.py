@@ -40,11 +40,18 @@ from distil.data.token_outputs import (
     write_shuffled,
 )
 from distil.system.files import naming, require_file
+from distil.system.json_files import Above, type_problem
 from distil.system.signals import exit_on_sigterm
 from utils import InputError, OneLineParser, logger, run_program, setup_logging
 
 # What the cards of all shards have in common, and the joined card too.
 SHARED = ("tokenizer", "dtype", "seed", "errors", "text_field", "sources")
+SHARD_CARD = {
+    "shard": {"format": str},
+    "tokenizer": {"vocab_size": Above(0), "special_ids": {"end": int}},
+    "counts": dict.fromkeys(("sequences", "words", "blank_lines", "bad_lines"), int),
+    **{"dtype": str, "seed": int, "errors": str},
+}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -101,13 +108,15 @@ def read_cards(prefixes: list[str]) -> list[dict[str, Any]]:
                 f"--shards {prefix}.json: is not the card of shard {number}/{len(cards)}; make the"
                 " shard again"
             )
+        if problem := type_problem(card, SHARD_CARD):
+            raise InputError(f"--shards {prefix}.json: {problem}; make the shard again")
         facts, first = _shared(card), _shared(cards[0])
-        different = [name for name in facts if facts[name] != first[name]]
+        different = [name for name in facts | first if facts.get(name) != first.get(name)]
         if different:
-            name = different[0]
+            values = [f"{one.get(different[0])!r:.80}" for one in (facts, first)]
             raise InputError(
-                f"--shards {prefix}.json: its {name} is {facts[name]!r:.80}, that of shard 1"
-                f" {first[name]!r:.80}; make one of them again"
+                f"--shards {prefix}.json: its {different[0]} is {values[0]}, that of shard 1"
+                f" {values[1]}; make one of them again"
             )
     return cards
 

@@ -16,21 +16,22 @@ from typing import Any
 import numpy as np
 
 from distil.system.files import atomic_path, atomic_paths, json_digest, require_output
+from distil.system.json_files import load_json, type_problem
 from utils import InputError, logger, one_line
 
 CARD_FORMAT, CARD_VERSION = "distil-tokens", 1
 MAX_VOCAB_SIZE = 2**27  # larger than any vocabulary: a typing error
-# The types of a card's parts, where it has them: parents first.
+MAX_CARD_BYTES = 2**30  # checksums of the blocks of 6 TB of ids
+# The types of a card's parts, each of which it may lack. Checksums are checked where they are used.
+TEXT, COUNT = (str, None), (int, None)
+TOKENIZER = {
+    **{"type": TEXT, "name": TEXT, "vocab_size": COUNT, "special_ids": ({...: COUNT}, None)},
+    **{"vocabulary_sha256": TEXT, "rules": (dict, None), "rules_sha256": TEXT},
+    **{"do_lower_case": (bool, None), "strip_accents": (bool, None)},
+}
 CARD_PARTS = {
-    "tokenizer": dict,
-    "tokenizer vocabulary_sha256": str,
-    "tokenizer rules": dict,
-    "tokenizer rules_sha256": str,
-    "tokenizer special_ids": dict,
-    "counts": dict,
-    "counts largest_id": int,
-    "counts boundary_ids_inside": int,
-    "many_unknown": list,
+    **{"kind": TEXT, "sha256": TEXT, "tokenizer": (TOKENIZER, None), "shard": (dict, None)},
+    **{"counts": ({...: int}, None), "many_unknown": ([int], None)},
 }
 
 
@@ -50,16 +51,15 @@ def read_card(path: str | os.PathLike, flag: str) -> dict[str, Any]:
     if not os.path.isfile(path):
         return {}
     try:
-        card = json.loads(Path(path).read_bytes())
-        is_ours = card["format"] == CARD_FORMAT
-    except (ValueError, KeyError, TypeError, RecursionError) as error:
+        card = load_json(path, {"format": str}, max_bytes=MAX_CARD_BYTES)
+    except ValueError as error:
         raise InputError(
             f"{flag} {path}: is not the card of a token file ({one_line(error)}); make the token"
             " file again"
         ) from error
-    if not is_ours:
+    if card["format"] != CARD_FORMAT:
         raise InputError(
-            f"{flag} {path}: has format {card['format']!r}, expected {CARD_FORMAT!r}; make the"
+            f"{flag} {path}: has format {card['format']!r:.40}, expected {CARD_FORMAT!r}; make the"
             " token file again"
         )
     if card.get("version") != CARD_VERSION:
@@ -71,6 +71,8 @@ def read_card(path: str | os.PathLike, flag: str) -> dict[str, Any]:
         raise InputError(
             f"{flag} {path}: its checksum is wrong: damaged, or edited; make the token file again"
         )
+    if problem := type_problem(card, CARD_PARTS):
+        raise InputError(f"{flag} {path}: {problem}; make the token file again")
     return card
 
 
@@ -117,9 +119,8 @@ def tokenizer_problem(
 ) -> str | None:
     """Describe how a file's tokenizer differs from a model's; None if they agree.
 
-    The parameters are those of `check_tokenizer`. Raises InputError for a damaged card.
+    The parameters are those of `check_tokenizer`.
     """
-    _check_parts(card, source)
     of_file = card.get("tokenizer") or {}
     difference = tokenizer_difference(of_file, of_model or {}, "its", f"that of {model}")
     if difference is None:
@@ -161,21 +162,6 @@ def tokenizer_difference(
     if option and "rules_sha256" not in facts:
         return f"{whose} {option} is {facts[option]}, {other} {others[option]}"
     return None
-
-
-def _check_parts(card: Mapping[str, Any], source: str) -> None:
-    for names, kind in CARD_PARTS.items():
-        part: Any = card
-        for name in names.split():
-            part = None if part is None else part.get(name)
-        items = part if isinstance(part, list) else []
-        if not isinstance(part, kind | None) or not all(
-            type(item) is int and 0 <= item < 2**63 for item in items
-        ):
-            raise InputError(
-                f"{source}: its card's {names} is {part!r:.40}, expected {kind.__name__}; make the"
-                " file again"
-            )
 
 
 def check_vocab_size(vocab_size: int) -> None:

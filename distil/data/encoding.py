@@ -24,7 +24,7 @@ from tokenizers import Tokenizer
 from distil.data.decoding import texts_of
 from distil.data.text_sources import BLOCK_BYTES, Block
 from distil.system.signals import holding_signals
-from utils import InputError
+from utils import InputError, naming_panics
 
 NEW_PER_TEXT, NEW_PER_BATCH = 50, 5000  # chunks encoded in one text, and in one call
 MAX_CHUNK_CHARS = 32  # longer chunks rarely occur again: they are not cached
@@ -280,7 +280,8 @@ class BlockEncoder:
         how = self.encoding
         texts, num_bad = texts_of(block, how.text_field, how.errors, how.flag)
         lines = [stripped for text in texts if (stripped := text.strip())]
-        ids_M, lengths_N = self.encoder.encode(lines)
+        with naming_panics(f"{how.flag} {block.path}: from line {block.first} on"):
+            ids_M, lengths_N = self.encoder.encode(lines)
         # Differs from the original: blank lines are skipped. 2019 made sequences of two boundary
         # tokens of them.
         return EncodedBlock(

@@ -6,7 +6,6 @@ they are; without, the library first writes a copy into its cache, read in runs 
 
 import contextlib
 import dataclasses
-import json
 import logging
 import os
 from collections.abc import Iterator
@@ -21,11 +20,13 @@ from distil.data.text_sources import (
     quiet_datasets,
 )
 from distil.system.files import json_digest
+from distil.system.json_files import MAX_BYTES, read_json
 from utils import InputError, one_line
 
 ROWS_PER_SOURCE = 2**17  # of a data set that is not streamed
 # The files by which `save_to_disk` marks the folders of a data set, and of one for each split.
 SAVED, SAVED_SPLITS = "state.json", "dataset_dict.json"
+TEXT = (str, None)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -116,7 +117,10 @@ def _quiet_hub() -> Iterator[None]:
 def is_saved(path: str) -> bool:
     """True for a folder that `save_to_disk` wrote: its files alone do not say their order."""
     marks = (Path(path, SAVED), b'"_data_files"'), (Path(path, SAVED_SPLITS), b'"splits"')
-    return any(file.is_file() and mark in file.read_bytes() for file, mark in marks)
+    return any(
+        file.is_file() and file.stat().st_size <= MAX_BYTES and mark in file.read_bytes()
+        for file, mark in marks
+    )
 
 
 def find_files(path: str, split: str | None = None, flag: str = "--file_path") -> list[Source]:
@@ -129,7 +133,7 @@ def saved_sources(path: str, split: str | None, flag: str) -> list[Source]:
     folder = Path(path)
     try:
         if (folder / SAVED_SPLITS).is_file():
-            splits = json.loads((folder / SAVED_SPLITS).read_text(encoding="utf-8"))["splits"]
+            splits = _read(folder / SAVED_SPLITS, {"splits": [str]}, flag)["splits"]
             if split is None and len(splits) == 1:
                 (split,) = splits
             if split not in splits:
@@ -138,13 +142,11 @@ def saved_sources(path: str, split: str | None, flag: str) -> list[Source]:
                     " --split, or its folder"
                 )
             folder /= split
-        state = json.loads((folder / SAVED).read_text(encoding="utf-8"))
+        state = _read(folder / SAVED, {"_data_files": [{"filename": str}], "_split": TEXT}, flag)
         names = [file["filename"] for file in state["_data_files"]]
         files = [str(folder / name) for name in names]
         sources = [Source(file, "arrow", os.path.getsize(file)) for file in files]
-    except InputError:
-        raise
-    except (OSError, ValueError, KeyError, TypeError) as error:
+    except OSError as error:
         raise InputError(
             f"{flag} {path}: is no readable folder of save_to_disk ({one_line(error)}); save it"
             " again"
@@ -154,3 +156,7 @@ def saved_sources(path: str, split: str | None, flag: str) -> list[Source]:
             f"{flag} {path}: holds the split {state['_split']}, not --split {split}; correct it"
         )
     return sources
+
+
+def _read(path: Path, wanted: dict, flag: str) -> dict:
+    return read_json(path, f"{flag} {path}", "save the data set again", wanted)

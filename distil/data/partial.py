@@ -7,7 +7,6 @@ begins anew.
 
 import contextlib
 import dataclasses
-import json
 import os
 import shutil
 import tempfile
@@ -18,6 +17,7 @@ from typing import Any
 
 from distil.data.text_sources import Block
 from distil.system.files import json_digest, write_json
+from distil.system.json_files import load_json
 from distil.system.locks import lock_file
 from utils import logger
 
@@ -62,11 +62,12 @@ class Partial:
 
     def _read(self) -> dict[str, Any]:
         try:
-            state = json.loads((self.folder / STATE).read_text(encoding="utf-8"))
-            is_same = state.pop("identity") == self.digest
+            state = load_json(self.folder / STATE, {"identity": str, "sha256": str})
+            digest = state.pop("sha256")
+            is_same = digest == json_digest(state) and state.pop("identity") == self.digest
         except FileNotFoundError:
             return {}
-        except (ValueError, KeyError, AttributeError):
+        except ValueError:
             is_same = False
         if is_same:
             return state
@@ -76,7 +77,8 @@ class Partial:
 
     def save(self, state: Mapping[str, Any]) -> None:
         """Write a state. Everything that it counts must be on the disk."""
-        write_json(self.folder / STATE, {"identity": self.digest, **state})
+        state = {"identity": self.digest, **state}
+        write_json(self.folder / STATE, {**state, "sha256": json_digest(state)})
         self._saved_at = time.monotonic()
 
     @property

@@ -3,8 +3,8 @@
 A path is a file, a folder or a glob. The file name tells the kind: `.txt` (or an unknown ending)
 holds a sequence per line, `.jsonl` an object per line with the text in one of its fields; `.csv`
 and `.tsv` have it in a column. These may be compressed (`.gz`, `.bz2`, `.xz`). `.parquet` is read
-by column; the `datasets` library reads `.arrow` and `.json`. A path may be a named pipe, or `-` for
-the standard input. hub_datasets.py lists the shards of data sets, which are sources, too.
+by column, `.json` by record; the `datasets` library reads `.arrow`. A path may be a named pipe, or
+`-` for the standard input. hub_datasets.py lists the shards of data sets, which are sources, too.
 """
 
 import bz2
@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any, BinaryIO
 
 from distil.data.cards import is_card
+from distil.data.json_values import json_values
 from distil.system.files import require_file
 from utils import InputError, logger, one_line
 
@@ -391,12 +392,25 @@ def _table_rows(source: Source, text_field: str, flag: str) -> Iterator[tuple[li
         yield batch[text_field], 0.0
 
 
+def _json_rows(source: Source, text_field: str, flag: str) -> Iterator[tuple[list, float]]:
+    with _opened(source) as (raw, file):
+        text = io.TextIOWrapper(file, "utf-8-sig", errors="surrogateescape")
+        values, first = json_values(text), 1
+        while rows := list(itertools.islice(values, ROWS_PER_BLOCK)):
+            for number, row in enumerate(rows, start=first):
+                if isinstance(row, dict) and text_field not in row:
+                    raise InputError(missing_field(flag, source.path, number, text_field, row))
+            texts = [row[text_field] if isinstance(row, dict) else row for row in rows]
+            yield texts, raw.tell() / source.num_bytes
+            first += len(rows)
+
+
 READERS = {
     "parquet": _parquet_rows,
     "csv": _csv_rows,
     "tsv": _csv_rows,
     "arrow": _datasets_rows,
-    "json": _datasets_rows,
+    "json": _json_rows,
     DATASET: _table_rows,
 }
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import copy
+import functools
 import inspect
 import json
 import os
@@ -47,7 +48,7 @@ def save_folder(network: torch.nn.Module, tokenizer, folder: str | os.PathLike) 
     with replacing_files(folder) as temporary:
         with quiet_transformers():
             network.save_pretrained(temporary)
-        complete_folder(tokenizer, temporary)
+        complete_folder(network, tokenizer, temporary)
         written = sorted(os.listdir(temporary))
     for old in Path(folder).glob("model*.safetensors*"):
         if old.name not in written and is_regular(old):
@@ -55,9 +56,9 @@ def save_folder(network: torch.nn.Module, tokenizer, folder: str | os.PathLike) 
     return written
 
 
-def complete_folder(tokenizer, folder: str | os.PathLike) -> None:
+def complete_folder(network: torch.nn.Module, tokenizer, folder: str | os.PathLike) -> None:
     """Make of a new folder that a network was saved to what `save_folder` makes."""
-    _change_json(Path(folder, "config.json"), _with_rope_of_4)
+    _change_json(Path(folder, "config.json"), functools.partial(_config_of_4, network))
     save_tokenizer(tokenizer, folder)
 
 
@@ -66,20 +67,32 @@ def save_config(network: torch.nn.Module, folder: str | os.PathLike) -> None:
     config = copy.deepcopy(network.config)
     config.architectures = [type(network).__name__]
     config.save_pretrained(folder)
-    _change_json(Path(folder, "config.json"), _with_rope_of_4)
+    _change_json(Path(folder, "config.json"), functools.partial(_config_of_4, network))
 
 
 def save_tokenizer(tokenizer, folder: str | os.PathLike) -> None:
     """Save a tokenizer as transformers 4 and 5 read it, without what its loading left."""
     with quiet_transformers():
         tokenizer.save_pretrained(folder)
-    _change_json(Path(folder, "tokenizer_config.json"), _with_special_tokens_of_4)
+    change = functools.partial(_tokenizer_config_of_4, tokenizer)
+    _change_json(Path(folder, "tokenizer_config.json"), change)
 
 
 def _change_json(path: Path, change: Callable[[dict], dict]) -> None:
     content = json.loads(path.read_text(encoding="utf-8"))
     text = json.dumps(change(content), indent=2, sort_keys=True, ensure_ascii=False)
     path.write_text(f"{text}\n", encoding="utf-8")
+
+
+def _config_of_4(network: torch.nn.Module, config: dict) -> dict:
+    """Write a configuration for transformers 4, too, without code that the network does not use."""
+    left_out = () if _is_remote(network) else ("auto_map",)
+    return _with_rope_of_4({key: value for key, value in config.items() if key not in left_out})
+
+
+def _is_remote(thing: object) -> bool:
+    """True for an object whose class came with a model (--trust_remote_code)."""
+    return type(thing).__module__.startswith("transformers_modules")
 
 
 def _with_rope_of_4(config: dict) -> dict:
@@ -117,9 +130,10 @@ def _modernbert_of_4(config: dict, rope: dict) -> dict:
     }
 
 
-def _with_special_tokens_of_4(config: dict) -> dict:
+def _tokenizer_config_of_4(tokenizer, config: dict) -> dict:
     """List further special tokens under the name that transformers 4 and 5 read."""
-    kept = {key: value for key, value in config.items() if key not in LEFT_OVERS}
+    left_out = LEFT_OVERS if _is_remote(tokenizer) else (*LEFT_OVERS, "auto_map")
+    kept = {key: value for key, value in config.items() if key not in left_out}
     if isinstance(kept.get("extra_special_tokens"), list):
         kept["additional_special_tokens"] = kept.pop("extra_special_tokens")
     return kept

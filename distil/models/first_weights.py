@@ -16,6 +16,7 @@ import transformers
 from torch import nn
 
 from distil.models.architectures import ARCHITECTURES, PAIRS, Architecture
+from distil.models.bounds import check_archive
 from distil.models.checks import (
     check_finite,
     evaluating,
@@ -238,6 +239,7 @@ def _misfits(given: StateDict, own: StateDict) -> dict[str, list[str]]:
 
 def _read_state_dict(path: str, flag: str) -> dict[str, torch.Tensor]:
     require_file(path, flag)
+    check_archive(path, f"{flag} {path}")
     try:
         if _is_safetensors(path):
             return safetensors.torch.load_file(path)

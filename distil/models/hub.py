@@ -3,16 +3,20 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import logging
 import os
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import huggingface_hub
 import transformers
 
+from distil.models.bounds import ENTRIES, check_archive, check_counts, without_kernels
+from distil.system.json_files import read_json
 from utils import InputError, one_line
+
+MODEL_JSON_BYTES = 2**28  # of a tokenizer.json with a million entries
 
 
 def short_name(name_or_folder: str) -> str:
@@ -58,22 +62,12 @@ def _not_found(flag: str, name: str, error: Exception) -> str:
     return f"{flag} {name}: neither a local folder nor a model on the hub ({one_line(error)})"
 
 
-def read_json(path: str | None, where: str) -> dict:
-    """Read a JSON object; {} without a path. Raises InputError naming `where`."""
+def read_model_json(path: str | None, where: str, wanted: Any = dict) -> dict:
+    """Read a JSON file of a model; {} without a path. Raises InputError naming `where`."""
     if path is None:
         return {}
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(
-            f"{where}: {Path(path).name} is no readable JSON ({one_line(error)}); take another copy"
-        ) from error
-    if not isinstance(content, dict):
-        raise InputError(
-            f"{where}: {Path(path).name} holds a {type(content).__name__}, expected an object; take"
-            " another copy"
-        )
-    return content
+    where, remedy = f"{where}: {Path(path).name}", "take another copy"
+    return read_json(path, where, remedy, wanted, strict=False, max_bytes=MODEL_JSON_BYTES)
 
 
 @contextlib.contextmanager
@@ -94,17 +88,36 @@ def quiet_transformers() -> Iterator[None]:
             transformers.logging.enable_progress_bar()
 
 
-def load_config(model_type: str | None, name: str, flag: str, trust_remote_code: bool = False):
+def _read_entries(name: str, source: str) -> dict[str, Any]:
+    """Read config.json before any class makes something of it; {} where there is none."""
+    path = None
+    with quiet_transformers(), contextlib.suppress(Exception):  # AutoConfig says what is missing
+        path = transformers.utils.cached_file(
+            name, "config.json", _raise_exceptions_for_missing_entries=False
+        )
+    return read_model_json(path, source, ENTRIES)
+
+
+def load_config(
+    model_type: str | None,
+    name: str,
+    flag: str,
+    trust_remote_code: bool = False,
+    **entries: Any,
+):
     """Load a model's configuration by hub name or folder.
 
-    trust_remote_code: run Python files that come with the model if it needs them. Raises InputError
-    if the model is not of model_type (None: any).
+    trust_remote_code: run Python files that come with the model if it needs them, and kernels of
+    the hub. entries: override those of the file. Raises InputError if the model is not of
+    model_type (None: any), or its sizes are no model's.
     """
     name = model_folder(name)
+    source = f"{flag} {name}"
+    check_counts(_read_entries(name, source), source)
     with quiet_transformers():
         try:  # trust_remote_code is always passed: the default asks on the terminal
             config = transformers.AutoConfig.from_pretrained(
-                name, trust_remote_code=trust_remote_code
+                name, trust_remote_code=trust_remote_code, **entries
             )
         except Exception as error:
             if "trust_remote_code" in str(error):
@@ -119,4 +132,34 @@ def load_config(model_type: str | None, name: str, flag: str, trust_remote_code:
             f"{flag} {name}: is a {config.model_type} model, expected {model_type}; correct the"
             " type or the name"
         )
-    return config
+    return config if trust_remote_code else without_kernels(config, source)
+
+
+def check_weight_files(name: str, flag: str) -> None:
+    """Raise InputError where a model's archives of weights unpack to more bytes than they have."""
+    with quiet_transformers():
+        paths = weight_files(name)
+    for path in paths:
+        check_archive(path, f"{flag} {path}")
+
+
+def weight_files(name: str) -> list[Path]:
+    """List a model's files of weights: one, or the shards that an index names."""
+    name = model_folder(name)
+    for file in (
+        "model.safetensors",
+        "model.safetensors.index.json",
+        "pytorch_model.bin",
+        "pytorch_model.bin.index.json",
+    ):
+        with quiet_transformers():
+            path = transformers.utils.cached_file(
+                name, file, _raise_exceptions_for_missing_entries=False
+            )
+        if path and file.endswith(".index.json"):
+            index = read_model_json(path, name, {"weight_map": {...: str}})
+            shards = set(index["weight_map"].values())
+            return [Path(transformers.utils.cached_file(name, shard)) for shard in sorted(shards)]
+        if path:
+            return [Path(path)]
+    return []

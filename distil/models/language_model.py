@@ -7,10 +7,8 @@ loaded from a folder.
 
 import dataclasses
 import functools
-import json
 import re
 from collections.abc import Collection, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +17,15 @@ import transformers
 from distil.data.token_files import SpecialIds
 from distil.models import conventions
 from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
+from distil.models.bounds import ENTRIES, check_counts, check_memory
 from distil.models.checks import check_finite, some_of
 from distil.models.heads import Head, path_of, prediction_head
-from distil.models.hub import load_config, model_folder, quiet_transformers
+from distil.models.hub import check_weight_files, load_config, model_folder, quiet_transformers
 from distil.models.tokenizer_roles import special_ids
 from distil.models.tokenizer_rules import tokenizer_facts
 from distil.models.tokenizers import load_tokenizer
 from distil.system.files import require_file
+from distil.system.json_files import read_json
 from utils import InputError, logger, one_line
 
 MAX_LENGTH = 2**20  # if neither tokenizer nor model sets a limit
@@ -149,18 +149,24 @@ def load_network(architecture: Architecture, name: str, flag: str) -> torch.nn.M
     Checks the conventions by which an architecture without a row was resolved.
     """
     row = architecture
-    load_config(row.name if row.is_named else None, name, flag, row.runs_remote_code)
+    config = load_config(
+        row.name if row.is_named else None, name, flag, row.runs_remote_code, return_dict=True
+    )
+    check_memory(config, lambda: _build(row, config), f"{flag} {name}")
     with quiet_transformers():
         try:
+            check_weight_files(name, flag)
             model, report = _loader(row).from_pretrained(
                 model_folder(name),
+                config=config,
                 dtype=torch.float32,
-                return_dict=True,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 trust_remote_code=row.runs_remote_code,
                 weights_only=True,
             )
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(
                 f"{flag} {name}: its weights could not be loaded ({one_line(error)})"
@@ -266,8 +272,10 @@ def _tied_names(model: torch.nn.Module, names: set[str]) -> set[str]:
     return {name for name in names & set(state) if state[name].data_ptr() in others}
 
 
-# Entries of a saved configuration that are set by each run, so they are ignored.
+# Entries of a saved configuration that are ignored: set by each run, or naming code or files.
 RUN_ENTRIES = (
+    *("auto_map", "attn_implementation", "_attn_implementation", "transformers_weights"),
+    *("experts_implementation", "_experts_implementation"),
     "output_attentions",
     "output_hidden_states",
     "return_dict",
@@ -287,8 +295,10 @@ def read_student_config(
     Raises InputError if the file is not a configuration of `model_type`.
     """
     require_file(path, flag)
+    remedy = "take another copy, or write it as those in training_configs/"
+    content = read_json(path, f"{flag} {path}", remedy, ENTRIES, strict=False)
+    check_counts(content, f"{flag} {path}")
     try:
-        content = json.loads(Path(path).read_text(encoding="utf-8-sig"))
         if model_type == AUTO:
             model_type = content.get("model_type", "none")
         declared = content.pop("model_type", model_type)
@@ -319,16 +329,23 @@ def read_student_config(
     return config
 
 
+def _build(architecture: Architecture, config) -> torch.nn.Module:
+    if architecture.is_named:
+        return getattr(transformers, architecture.model_class)(config)
+    trust = architecture.runs_remote_code
+    return _loader(architecture).from_config(config, trust_remote_code=trust)
+
+
 def build_network(
     architecture: Architecture, config, source: str = "--student_config"
 ) -> torch.nn.Module:
     """Build a network with random weights. Raises InputError naming `source`."""
     with quiet_transformers():
         try:
-            if architecture.is_named:
-                return getattr(transformers, architecture.model_class)(config)
-            trust = architecture.runs_remote_code
-            return _loader(architecture).from_config(config, trust_remote_code=trust)
+            check_memory(config, lambda: _build(architecture, config), source)
+            return _build(architecture, config)
+        except InputError:
+            raise
         except Exception as error:  # model classes raise anything on sizes that do not fit
             raise InputError(
                 f"{source}: cannot build a model from it ({one_line(error)}); correct the JSON"

@@ -17,11 +17,11 @@ import transformers
 
 from distil.models.architectures import Architecture
 from distil.models.casing import Casing
-from distil.models.hub import fetch_files, quiet_transformers, read_json
+from distil.models.hub import fetch_files, quiet_transformers, read_model_json
 from distil.models.tokenizer_roles import role_tokens
 from distil.models.tokenizer_rules import casing_of, other_ids, rules_of
 from distil.models.vocabulary_files import check_vocabulary_files
-from utils import InputError, logger, one_line
+from utils import InputError, logger, naming_panics, one_line
 
 FILE, CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
 FILES = (FILE, CONFIG, SPECIAL_MAP, "config.json", "vocab.txt", "vocab.json", "merges.txt")
@@ -57,7 +57,7 @@ class TokenizerFolder:
 
     def content(self, file: str) -> dict:
         """Read one of its JSON files, {} without it."""
-        return read_json(self.files.get(file), self.source)
+        return read_model_json(self.files.get(file), self.source)
 
     def declared_switch(self, option: str) -> bool | None:
         """Return what tokenizer_config.json says of an option."""
@@ -162,9 +162,9 @@ def _of_class(kind, folder: TokenizerFolder, options: Mapping[str, bool]):
         return None, None
     with quiet_transformers():
         try:
-            tokenizer = kind.from_pretrained(
-                folder.name, trust_remote_code=folder.architecture.runs_remote_code, **options
-            )
+            trust = folder.architecture.runs_remote_code
+            with naming_panics(folder.source):
+                tokenizer = kind.from_pretrained(folder.name, trust_remote_code=trust, **options)
         except Exception as error:
             return None, f"it fails: {one_line(error)}"
     if not getattr(tokenizer, "is_fast", False):

@@ -17,7 +17,7 @@ from tokenizers import Tokenizer
 from tokenizers.pre_tokenizers import ByteLevel
 
 from distil.data.cards import tokenizer_difference
-from utils import one_line
+from utils import naming_panics, one_line
 
 SHOWN_CHARS = 120  # of a rule in a card or a message; longer ones end in a digest
 
@@ -238,7 +238,8 @@ def other_ids(used: Tokenizer, expected: Tokenizer, special: Iterable[str] = ())
         backend.no_truncation()
         backend.no_padding()
         try:
-            encoded.append(backend.encode_batch_fast(texts, add_special_tokens=False))
+            with naming_panics("on a sample of texts"):
+                encoded.append(backend.encode_batch_fast(texts, add_special_tokens=False))
         except Exception as error:  # an unknown token that is not in the vocabulary
             return f"it fails: {one_line(error)}"
     for text, found, wanted in zip(texts, *encoded, strict=True):

@@ -14,7 +14,7 @@ import tokenizers
 
 from distil.models.architectures import ANY_TOKENIZER, ARCHITECTURES, AUTO, Architecture
 from distil.models.casing import Casing
-from distil.models.hub import read_json
+from distil.models.hub import read_model_json
 from distil.models.tokenizer_folder import (
     CONFIG,
     FILE,
@@ -28,7 +28,7 @@ from distil.models.tokenizer_folder import (
 )
 from distil.models.tokenizer_roles import OPTIONAL_ROLES, ROLES, special_ids
 from distil.models.tokenizer_rules import tokenizer_facts
-from utils import InputError, logger, one_line
+from utils import InputError, logger, naming_panics, one_line
 
 
 def load_tokenizer(
@@ -46,12 +46,13 @@ def load_tokenizer(
     Raises InputError naming `flag`.
     """
     try:
-        files = find_files(name, flag)
-        folder = TokenizerFolder(architecture, name, flag, files, casing)
-        tokenizer = of_file(folder) if FILE in files else of_vocabulary(folder)
-        check_flags(tokenizer, folder)
-        if needs_roles:
-            _check_roles(tokenizer, folder)
+        with naming_panics(f"{flag} {name}"):
+            files = find_files(name, flag)
+            folder = TokenizerFolder(architecture, name, flag, files, casing)
+            tokenizer = of_file(folder) if FILE in files else of_vocabulary(folder)
+            check_flags(tokenizer, folder)
+            if needs_roles:
+                _check_roles(tokenizer, folder)
     except InputError:
         raise
     except Exception as error:  # loaders can raise anything on damaged files
@@ -67,10 +68,11 @@ def load_tokenizer_of_2019(architecture: Architecture, name: str, flag: str, cas
     Raises InputError naming `flag` where the folder's own tokenizer.json gives other ids.
     """
     try:
-        files = find_files(name, flag)
-        folder = TokenizerFolder(architecture, name, flag, files, casing)
-        tokenizer = of_2019(folder)
-        check_flags(tokenizer, folder)
+        with naming_panics(f"{flag} {name}"):
+            files = find_files(name, flag)
+            folder = TokenizerFolder(architecture, name, flag, files, casing)
+            tokenizer = of_2019(folder)
+            check_flags(tokenizer, folder)
     except InputError:
         raise
     except Exception as error:
@@ -89,7 +91,7 @@ def resolve_tokenizer(
     if tokenizer_type != AUTO:
         return ARCHITECTURES[tokenizer_type]
     files = find_files(name, flag)
-    config = read_json(files.get("config.json"), f"{flag} {name}")
+    config = read_model_json(files.get("config.json"), f"{flag} {name}")
     return ARCHITECTURES.get(config.get("model_type"), ANY_TOKENIZER)
 
 

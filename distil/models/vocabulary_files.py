@@ -7,10 +7,10 @@ are not read by the loaders.
 
 import codecs
 import collections
-import json
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
+from distil.system.json_files import load_json, parse_json
 from utils import InputError, logger, one_line
 
 SPECIAL = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -80,17 +80,17 @@ def _check_lines(text: str, path: str, where: str) -> None:
 def _num_rows(path: str) -> int:
     """Return the rows of the model in the same folder; 0 without one."""
     try:
-        found = json.loads(Path(path).with_name("config.json").read_text(encoding="utf-8"))
-        return int(found["vocab_size"])
-    except (OSError, ValueError, KeyError, TypeError):
+        config = Path(path).with_name("config.json")
+        return load_json(config, {"vocab_size": int}, strict=False)["vocab_size"]
+    except (OSError, ValueError):
         return 0
 
 
 def _check_ids(text: str, path: str, where: str) -> None:
     """Check a BPE vocabulary: a token has an id of its own. Numbers may be left out."""
     try:
-        numbers = collections.Counter(json.loads(text).values())
-    except (ValueError, AttributeError, TypeError) as error:
+        numbers = collections.Counter(parse_json(text, {...: int}, strict=False).values())
+    except ValueError as error:
         raise InputError(
             f"{where} is no JSON object of token and id ({one_line(error)}); copy it anew"
         ) from error

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from distil.models.hub import short_name
 from distil.reporting.scores import KINDS_OF_LM
+from distil.reporting.tables import plain
 from distil.tasks.tasks import GLUE_TASKS, TASKS, glue_macro
 from utils import git_facts
 
@@ -174,7 +175,7 @@ def notes(quality: Mapping[str, Mapping], sizes: Mapping[str, Mapping]) -> list[
         for r, f in q["models"].items()
     }
     lines += [
-        f"{title}: the {role} was fine-tuned with a teacher for the task, {teacher}."
+        f"{title}: the {role} was fine-tuned with a teacher for the task, {plain(teacher)}."
         for (title, role), teacher in helped.items()
         if teacher and title != TASKS["lm"].title
     ]

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 import transformers
 
-from distil.models.hub import load_config, model_folder, quiet_transformers
+from distil.models.bounds import check_memory
+from distil.models.hub import check_weight_files, load_config, model_folder, quiet_transformers
 from distil.reporting.machine import describe_machine
 from distil.reporting.plan import Plan
-from distil.reporting.tables import digits, markdown
+from distil.reporting.tables import digits, markdown, plain
 from distil.tasks.fine_tuning import inputs_of
 from distil.tasks.loading import load_any_tokenizer, longest_input
 from utils import InputError, logger, one_line
@@ -128,11 +129,20 @@ def threads(num: int) -> Iterator[None]:
 
 def load_base(name: str, flag: str) -> torch.nn.Module:
     """Load a model without its head, float32, in eval mode. Raises InputError naming `flag`."""
+    config = load_config(None, name, flag)
+    check_memory(config, lambda: transformers.AutoModel.from_config(config), f"{flag} {name}")
     with quiet_transformers():
         try:
+            check_weight_files(name, flag)
             model = transformers.AutoModel.from_pretrained(
-                model_folder(name), dtype=torch.float32, trust_remote_code=False, weights_only=True
+                model_folder(name),
+                config=config,
+                dtype=torch.float32,
+                trust_remote_code=False,
+                weights_only=True,
             )
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(
                 f"{flag} {name}: its weights could not be loaded ({one_line(error)}); take another"
@@ -310,10 +320,10 @@ def table(found: dict) -> str:
             ms, rate, ratio = figures["latency_ms"], figures["sentences_s"], figures["speed_up"]
             lines.append(
                 [
-                    row["device"],
+                    plain(row["device"]),
                     str(row["batch_size"]),
-                    row["padding"],
-                    name,
+                    plain(row["padding"]),
+                    plain(name),
                     f"{digits(ms['median'])} ({digits(ms['least'])}-{digits(ms['largest'])})",
                     digits(rate["median"]),
                     f"{ratio['median']:.2f} ({ratio['least']:.2f}-{ratio['largest']:.2f})",

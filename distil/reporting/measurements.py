@@ -10,7 +10,24 @@ from distil.reporting import latency
 from distil.reporting.plan import Plan
 from distil.reporting.sizes import measure_size
 from distil.system.files import write_json
+from distil.system.json_files import Above, load_json
 from utils import InputError, one_line
+
+# The types of what is kept.
+SOME, SPREAD = Above(0), dict.fromkeys(("median", "least", "largest"), Above(0))
+SIZE = {
+    **dict.fromkeys(("name", "path", "model_type", "head", "vocabulary_sha256"), str),
+    **dict.fromkeys(("parameters_base", "parameters", "weights_bytes"), SOME),
+    **dict.fromkeys(("float32_bytes", "float16_bytes", "vocabulary_size"), SOME),
+    **{"weights_dtypes": [str], "longest_input": (SOME, None)},
+}
+TIMES = dict.fromkeys(("latency_ms", "sentences_s", "speed_up"), SPREAD)
+ROW = {"device": str, "batch_size": int, "padding": str, "models": {...: TIMES}}
+SPEED = {
+    **{"rows": [ROW], "inputs": str, "passes": int, "dtype": str, "threads": int},
+    "machine": {...: (str, int, float, bool, None)},
+}
+MEASUREMENTS = {"sizes": {...: SIZE}, "speed": (SPEED, None), "date": (str, None)}
 
 
 def plan_facts(plan: Plan | None, data: str | None) -> dict | None:
@@ -28,13 +45,16 @@ def read_measurements(
     if not path.exists():
         return None
     try:
-        kept = json.loads(path.read_text(encoding="utf-8"))
-        paths = {role: size["path"] for role, size in kept["sizes"].items()}
-        is_of_plan = any_plan or kept["plan"] == json.loads(json.dumps(facts)) or facts is None
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        kept = load_json(path, MEASUREMENTS)
+        for row in (kept["speed"] or {"rows": []})["rows"]:
+            if row["models"].keys() != kept["sizes"].keys():
+                raise ValueError("sizes and speed are of other models")
+    except ValueError as error:
         raise InputError(
             f"{path}: is no readable file of ours ({one_line(error)}); take it away"
         ) from error
+    paths = {role: size["path"] for role, size in kept["sizes"].items()}
+    is_of_plan = any_plan or facts is None or kept.get("plan") == json.loads(json.dumps(facts))
     return kept if paths == models and is_of_plan else None
 
 

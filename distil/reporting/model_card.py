@@ -18,7 +18,9 @@ import transformers
 
 from distil.losses import LOSSES
 from distil.models.hub import model_folder, short_name
+from distil.reporting.tables import code, plain
 from distil.system.files import atomic_path, output_problem
+from distil.system.json_files import load_json
 from distil.tasks.metrics import HUB_METRICS
 from distil.tasks.tasks import TASKS
 from distil.training.config import TrainConfig
@@ -179,11 +181,10 @@ def read_run_file(student: str, name: str) -> dict:
     if not path.is_file():
         return {}
     try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+        return load_json(path, RUN_FILES[name])
+    except (OSError, ValueError) as error:
         logger.warning("%s is no readable JSON (%s): left out of the card.", path, one_line(error))
         return {}
-    return content if isinstance(content, dict) else {}
 
 
 # Flags that decide what is computed, though a resumed run may change them. Those that are paths are
@@ -191,6 +192,14 @@ def read_run_file(student: str, name: str) -> dict:
 PATH_FLAGS = {"teacher_name", "student_config", "student_pretrained_weights", "token_counts"}
 SHOWN_FLAGS = PATH_FLAGS | {"gradient_accumulation_steps", "num_processes"}
 SOFTWARE = {"version": "Distil", "torch_version": "PyTorch", "transformers_version": "Transformers"}
+
+RUN_FILES = {
+    "parameters.json": {
+        **dict.fromkeys((*PATH_FLAGS, "data_file", *SOFTWARE), (str, None)),
+        **{f"alpha_{name}": (float, None) for name in LOSSES},
+    },
+    "git_log.json": {"repo_sha": (str, None)},
+}
 
 
 def training_text(student: str, datasets: Sequence[str] | None) -> str:
@@ -211,12 +220,12 @@ def training_text(student: str, datasets: Sequence[str] | None) -> str:
     if flags.get("data_file"):
         of_datasets = f", of {', '.join(datasets)}" if datasets else ""
         name = Path(flags["data_file"]).name
-        lines += [f"Training data: the token file `{name}`{of_datasets}.", ""]
+        lines += [f"Training data: the token file {code(name)}{of_datasets}.", ""]
     lines += [software_text(flags, read_run_file(student, "git_log.json")), ""]
     hidden = resumable_options(TrainConfig) - SHOWN_FLAGS
     hidden |= {name for name, other in REPLACED_BY.items() if flags.get(other) is not None}
     rows = [
-        f"| `{name}` | {cell(without_folder(name, value))} |"
+        f"| {code(name)} | {plain(without_folder(name, value))} |"
         for name, value in sorted(flags.items())
         if name not in hidden and value is not None and value is not False
     ]
@@ -231,22 +240,12 @@ def without_folder(name: str, value: object) -> object:
 
 def software_text(flags: dict, commit: Mapping) -> str:
     """Name the versions that a run was made with; take them out of its flags."""
-    titles = {
-        "version": "Distil",
-        "torch_version": "PyTorch",
-        "transformers_version": "Transformers",
-    }
-    found = {title: flags.pop(name, None) for name, title in titles.items()}
-    code = [f"{title} {version}" for title, version in found.items() if version]
-    code += [f"commit `{commit['repo_sha']}`"] if commit.get("repo_sha") else []
-    return (
-        f"Made with {', '.join(code)}." if code else "The versions of its software are not known."
-    )
-
-
-def cell(value: object) -> str:
-    """Write a flag's value for a table's cell."""
-    return ("" if value is None else f"{value}").replace("|", "\\|").replace("\n", " ")
+    found = {title: flags.pop(name, None) for name, title in SOFTWARE.items()}
+    made_by = [f"{title} {plain(version)}" for title, version in found.items() if version]
+    made_by += [f"commit {code(commit['repo_sha'])}"] if commit.get("repo_sha") else []
+    if not made_by:
+        return "The versions of its software are not known."
+    return f"Made with {', '.join(made_by)}."
 
 
 USES = {
@@ -271,11 +270,11 @@ OTHER_USE = (
 def usage_text(args: argparse.Namespace) -> str:
     """Write code that loads the model and runs it on a sentence."""
     loader, kind = head_of(args.student)
-    name = args.model_id or short_name(args.student)
+    name = json.dumps(args.model_id or short_name(args.student), ensure_ascii=False)
     return (
         f"```python\nfrom transformers import AutoTokenizer, {loader}\n\n"
-        f'tokenizer = AutoTokenizer.from_pretrained("{name}")\n'
-        f'model = {loader}.from_pretrained("{name}").eval()\n\n'
+        f"tokenizer = AutoTokenizer.from_pretrained({name})\n"
+        f"model = {loader}.from_pretrained({name}).eval()\n\n"
         f"{USES.get(kind, OTHER_USE)}\n```"
     )
 
@@ -315,8 +314,8 @@ def limits_text(args: argparse.Namespace, report: Mapping) -> str:
         f"* Measured on {', '.join(measured)} only."
         if measured
         else "* Its quality was not measured on any task.",
-        f"* It was trained to imitate {short_name(args.teacher)}: expect that model's errors and"
-        " biases, and some more.",
+        f"* It was trained to imitate {plain(short_name(args.teacher))}: expect that model's errors"
+        " and biases, and some more.",
     ]
     if is_language_model and set(report["quality"]) - {"lm"}:
         lines.append(
@@ -336,14 +335,14 @@ def card_text(args: argparse.Namespace, report: Mapping, tables: Mapping[str, st
     """Write the whole card; tables: "quality", "size" and "speed" of report_tables."""
     data = metadata(args, report)
     kind = data.pipeline_tag
-    title = f"# {short_name(args.student)}"
+    title = f"# {plain(short_name(args.student))}"
     teacher = args.base_model or (
         short_name(args.teacher) if os.path.exists(args.teacher) else args.teacher
     )
     parts = [
         title,
         (
-            f"A model distilled from `{teacher}` by the method of DistilBERT ([Sanh et al.,"
+            f"A model distilled from {code(teacher)} by the method of DistilBERT ([Sanh et al.,"
             " 2019](https://arxiv.org/abs/1910.01108))."
         ),
         "## Intended use",

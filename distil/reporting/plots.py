@@ -165,12 +165,15 @@ def _make_room(figure, num_lines: int) -> None:
     figure.set_figheight(figure.get_figheight() + LINE_HEIGHT * num_lines)
 
 
+MOST_CHARACTERS = 300  # of a name: longer ones are cut
+
+
 def printable(text: str) -> str:
     """Put text on one line, with "?" for characters that cannot be drawn."""
     from matplotlib.font_manager import findfont, get_font
 
     font = get_font(findfont("DejaVu Sans"))
-    text = " ".join(text.encode(errors="replace").decode().split())
+    text = " ".join(text.encode(errors="replace").decode().split())[:MOST_CHARACTERS]
     return "".join(c if font.get_char_index(ord(c)) else "?" for c in text)
 
 

@@ -2,7 +2,6 @@
 
 import argparse
 import difflib
-import json
 import os
 import shlex
 from collections.abc import Mapping
@@ -16,10 +15,12 @@ from distil.reporting.problems import collecting
 from distil.reporting.scores import read_all_scores
 from distil.reporting.task_runs import RunSettings, run_problems
 from distil.system.files import file_problem, output_problem
+from distil.system.json_files import load_json
 from distil.tasks.tasks import TASKS
 from utils import one_line, raise_problems
 
 OURS = {"scores", "report.md", "report.json", "report.png", "measurements.json"}
+ROLES = ("teacher", "student")
 
 
 def check_arguments(
@@ -116,16 +117,15 @@ def foreign_report(path: Path, models: Mapping[str, str]) -> str | None:
     if not path.exists():
         return None
     try:
-        before = json.loads(path.read_text(encoding="utf-8"))
-        kept = {role: before["models"][role]["name"] for role in ("teacher", "student")}
-        is_ours = before["format"] == FORMAT
-    except (ValueError, KeyError, TypeError):
-        is_ours, kept = False, {}
-    if not is_ours:
+        before = load_json(path, {"format": str, "models": dict.fromkeys(ROLES, {"name": str})})
+    except ValueError:
+        before = {}
+    if before.get("format") != FORMAT:
         return (
             f"--output_dir {path.parent}: its report.json is no report of ours; choose another"
             " folder"
         )
+    kept = {role: before["models"][role]["name"] for role in ROLES}
     if any(short_name(models[role]) != name for role, name in kept.items()):
         return (
             f"--output_dir {path.parent}: holds the report of teacher {kept['teacher']} and student"

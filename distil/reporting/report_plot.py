@@ -13,6 +13,7 @@ from distil.reporting.plots import (
     say_instead,
     set_heading,
 )
+from distil.reporting.tables import on_one_line
 
 
 def retention_bars(report: Mapping) -> dict[str, dict[str, float]]:
@@ -38,7 +39,8 @@ def ratio_bars(report: Mapping) -> dict[str, dict[str, float]]:
                 role: sizes["teacher"][key] / sizes[role][key] for role in list(sizes)[1:]
             }
     for row in (report["speed"] or {"rows": []})["rows"]:
-        title = f"speed, {row['device']}, batch {row['batch_size']},\n{row['padding']}"
+        facts = [on_one_line(row[name], 40) for name in ("device", "batch_size", "padding")]
+        title = "speed, {}, batch {},\n{}".format(*facts)
         bars[title] = {r: row["models"][r]["speed_up"]["median"] for r in list(row["models"])[1:]}
     return bars
 

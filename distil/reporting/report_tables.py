@@ -4,7 +4,7 @@ from collections.abc import Mapping
 
 from distil.reporting import latency
 from distil.reporting.comparison import is_of_one_seed
-from distil.reporting.tables import markdown, megas, percent
+from distil.reporting.tables import code, markdown, megas, percent, plain
 
 
 def score_cell(figure: Mapping | None) -> str:
@@ -27,7 +27,7 @@ def quality_table(report: Mapping) -> str:
         [
             "task",
             "metric",
-            *(f"{role} {report['models'][role]['name']}" for role in roles),
+            *(f"{role} {plain(report['models'][role]['name'])}" for role in roles),
             *(f"{role}, % of teacher" for role in others),
         ]
     ]
@@ -72,7 +72,7 @@ def metrics_table(report: Mapping) -> str:
             lines.append(
                 [
                     entry["title"],
-                    name,
+                    plain(name),
                     *("-" if value is None else f"{value:.4g}" for value in values),
                 ]
             )
@@ -97,7 +97,7 @@ def size_table(report: Mapping) -> str:
     lines = [
         [
             "size",
-            *(f"{role} {size['name']}" for role, size in sizes.items()),
+            *(f"{role} {plain(size['name'])}" for role, size in sizes.items()),
             *(f"{r} / teacher" for r in others),
         ]
     ]
@@ -105,11 +105,16 @@ def size_table(report: Mapping) -> str:
         ratios = [f"{sizes[role][key] / sizes['teacher'][key]:.3f}" for role in others]
         lines.append([title, *(megas(size[key] / unit) for size in sizes.values()), *ratios])
     formats = [
-        ", ".join(size["weights_dtypes"]) or "not said by the file" for size in sizes.values()
+        plain(", ".join(size["weights_dtypes"])) or "not said by the file"
+        for size in sizes.values()
     ]
     lines.append(["number format on disk", *formats, *("" for _ in others)])
     lines.append(
-        ["class of the head", *(size["head"] for size in sizes.values()), *("" for _ in others)]
+        [
+            "class of the head",
+            *(plain(size["head"]) for size in sizes.values()),
+            *("" for _ in others),
+        ]
     )
     return markdown(lines)
 
@@ -123,20 +128,22 @@ def speed_text(report: Mapping) -> str:
         key: f"{value:.1f}" if isinstance(value, float) else value
         for key, value in speed["machine"].items()
     }
-    machine = ", ".join(f"{key} {value}" for key, value in facts.items())
+    machine = plain(", ".join(f"{key} {value}" for key, value in facts.items()), 1000)
+    dtype, inputs = plain(speed["dtype"]), plain(speed["inputs"])
     return (
-        f"{latency.table(speed)}\n\nForward passes of the model without its head, {speed['dtype']},"
+        f"{latency.table(speed)}\n\nForward passes of the model without its head, {dtype},"
         f" {speed['threads']} CPU thread(s); median of {speed['passes']} passes after warm-up, the"
-        f" models in turns. Inputs: {speed['inputs']}. Speed-up: the teacher's time / the model's,"
-        f" pass by pass. Measured on {report['measured']}.\n\nMachine: {machine}."
+        f" models in turns. Inputs: {inputs}. Speed-up: the teacher's time / the model's,"
+        f" pass by pass. Measured on {plain(report['measured'])}.\n\nMachine: {machine}."
     )
 
 
 def as_markdown(report: Mapping) -> str:
     """Write the report as Markdown."""
     models = report["models"]
-    title = f"# {models['student']['name']}, distilled from {models['teacher']['name']}"
-    listed = [f"* {role}: `{model['path']}`" for role, model in models.items()]
+    student, teacher = (plain(models[role]["name"]) for role in ("student", "teacher"))
+    title = f"# {student}, distilled from {teacher}"
+    listed = [f"* {role}: {code(model['path'])}" for role, model in models.items()]
     parts = [
         title,
         "\n".join(listed),

@@ -26,11 +26,16 @@ from distil.reporting.plots import (
     set_log,
     short_path,
 )
-from distil.reporting.tables import markdown
+from distil.reporting.tables import markdown, plain
+from distil.system.json_files import parse_json, type_problem
 from utils import InputError, one_line
 
 PARAMETERS, METRICS = "parameters.json", "metrics.jsonl"
 COUNTERS = ("update", "micro_batches", "epoch")
+LINE = {**dict.fromkeys(COUNTERS, int), ...: (float, None)}
+# The flags that a heading shows.
+SHOWN = ("teacher_type", "teacher_name", "student_type", "student", "student_config")
+FLAGS = dict.fromkeys(SHOWN, (str, None))
 # Flags that say where and how often a run was started, not what it does.
 UNRELATED = {"dump_path", "force", "resume", "local_rank"}
 NATS = "nats a token"
@@ -84,7 +89,7 @@ def read_runs(paths: Sequence[str | os.PathLike]) -> list[Run]:
     runs, problems = [], []
     for path, name in zip(paths, names, strict=True):
         try:
-            flags = _read(path, PARAMETERS, json.loads)
+            flags = _read(path, PARAMETERS, lambda text: parse_json(text, FLAGS))
             runs.append(Run(name, flags, _read(path, METRICS, _lines)))
         except InputError as error:
             problems.append(str(error))
@@ -105,7 +110,7 @@ def _read(path: str, name: str, parse: Callable[[str], Any]):
         )
     try:
         content = parse(file.read_text(encoding="utf-8"))
-    except (ValueError, TypeError, AttributeError) as error:
+    except ValueError as error:
         raise InputError(f"{file}: is damaged ({one_line(error)})") from error
     if not content:
         raise InputError(f"{file}: is empty; the run has not logged yet, see --log_interval")
@@ -113,16 +118,27 @@ def _read(path: str, name: str, parse: Callable[[str], Any]):
 
 
 def _lines(text: str) -> list[dict]:
-    """Parse the lines of metrics.jsonl but a last one that is being written."""
+    """Parse the lines of metrics.jsonl but a last one that is being written.
+
+    A figure that is not finite becomes None, as train.py writes it.
+    """
     lines = []
     for number, line in enumerate(text.split("\n")[:-1], start=1):
         try:
-            lines.append(json.loads(line))
-            if not all(isinstance(lines[-1][name], int) for name in COUNTERS):
-                raise ValueError(f"no {', '.join(COUNTERS)}")
-        except (ValueError, KeyError, TypeError) as error:
+            found = parse_json(line, strict=False)
+            lost = [name for name, value in found.items() if is_not_finite(value)]
+            finite = found | dict.fromkeys(lost)
+            if problem := type_problem(finite, LINE):
+                raise ValueError(problem)
+            lines.append(finite)
+        except ValueError as error:
             raise ValueError(f"line {number}: {one_line(error)}") from error
     return lines
+
+
+def is_not_finite(value: object) -> bool:
+    """True for NaN and infinity."""
+    return isinstance(value, float) and not math.isfinite(value)
 
 
 def flag_table(runs: Sequence[Run]) -> str:
@@ -132,10 +148,10 @@ def flag_table(runs: Sequence[Run]) -> str:
     for name in names:
         shown = [json.dumps(run.flags[name]) if name in run.flags else "-" for run in runs]
         if len(set(shown)) > 1:
-            rows.append([name, *(text.strip('"') for text in shown)])
+            rows.append([plain(name), *(plain(text.strip('"')) for text in shown)])
     if not rows:
         return "No flag differs."
-    return markdown([["flag", *(run.name for run in runs)], *rows])
+    return markdown([["flag", *(plain(run.name) for run in runs)], *rows])
 
 
 def metrics_of(runs: Sequence[Run]) -> list[str]:
@@ -150,8 +166,8 @@ def figure_table(runs: Sequence[Run]) -> str:
     rows = [["last update", *(str(run.lines[-1]["update"]) for run in runs)]]
     for metric in metrics_of(runs):
         last = [run.curve(metric, "update")[1][-1:] for run in runs]
-        rows.append([metric, *(f"{value[0]:.5g}" if value else "-" for value in last)])
-    return markdown([["last figure", *(run.name for run in runs)], *rows])
+        rows.append([plain(metric), *(f"{value[0]:.5g}" if value else "-" for value in last)])
+    return markdown([["last figure", *(plain(run.name) for run in runs)], *rows])
 
 
 def facts_of(runs: Sequence[Run]) -> dict[str, list]:

@@ -1,7 +1,5 @@
 """The scores.json files of a report: those given with --scores, those kept in its folder."""
 
-import json
-import math
 import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -9,10 +7,21 @@ from pathlib import Path
 from distil.models.hub import short_name
 from distil.reporting.problems import collecting
 from distil.system.files import write_json
+from distil.system.json_files import read_json, type_problem
+from distil.tasks.metrics import HUB_METRICS
 from distil.tasks.tasks import TASKS
-from utils import InputError, one_line
+from utils import InputError
 
 KINDS_OF_LM = ("masked lm", "causal lm")  # as evaluate_lm.py calls its two tasks
+# The types of what is read. What was made by hand may lack all but the figures.
+SCORES = {
+    **{"task": str, "model_name": str, "teacher": (str, None), "date": (str, None)},
+    **{"commit": (str, None), "flags": (dict, None)},
+}
+FIGURES = {
+    "score": {...: float},
+    "runs": [{"metrics": {...: float}, "num_examples": ({...: int}, None)}],
+}
 
 
 def read_scores(path: str | os.PathLike) -> dict:
@@ -21,10 +30,7 @@ def read_scores(path: str | os.PathLike) -> dict:
     Adds "kind", the task's name in the file: evaluate_lm.py has two names for the task lm.
     """
     remedy = "make it again with the task's program, or take it away"
-    try:
-        content = json.loads(Path(path).read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise InputError(f"{path}: is no readable JSON ({one_line(error)}); {remedy}") from error
+    content = read_json(path, f"{path}", remedy, ...)
     missing = [
         key
         for key in ("task", "model_name", "score", "runs")
@@ -35,39 +41,48 @@ def read_scores(path: str | os.PathLike) -> dict:
             f"{path}: has no {missing[0]}; expected a scores.json as run_task.py writes it;"
             f" {remedy}"
         )
+    if problem := type_problem(content, SCORES):
+        raise InputError(f"{path}: {problem}; {remedy}")
     content["kind"] = content["task"]
     content["task"] = "lm" if content["task"] in KINDS_OF_LM else content["task"]
     if content["task"] not in TASKS:
         raise InputError(
-            f"{path}: is of a task {content['task']!r}; expected one of {', '.join(TASKS)};"
+            f"{path}: is of a task {content['task']!r:.40}; expected one of {', '.join(TASKS)};"
             f" {remedy}"
         )
-    runs = content["runs"] if isinstance(content["runs"], list) else []
-    metrics = [
-        content["score"],
-        *(run.get("metrics") if isinstance(run, dict) else None for run in runs),
-    ]
-    if not runs or not all(map(are_figures, metrics)):
-        raise InputError(f"{path}: holds no metrics, or some that are no finite numbers; {remedy}")
+    figures = {"score": content["score"], "runs": content["runs"]}
+    problem = type_problem(figures, FIGURES)
+    if problem or not content["runs"]:
+        reason = f" ({problem})" if problem else ""
+        raise InputError(
+            f"{path}: holds no metrics, or some that are no finite numbers{reason}; {remedy}"
+        )
+    metrics = [content["score"], *(run["metrics"] for run in content["runs"])]
     for found in metrics:
         if TASKS[content["task"]].score_key not in found:
             raise InputError(
-                f"{path}: has {', '.join(found)}; expected {TASKS[content['task']].score_key} for"
-                f" {content['task']}; {remedy}"
+                f"{path}: has {', '.join(found) or 'none'}; expected"
+                f" {TASKS[content['task']].score_key} for {content['task']}; {remedy}"
             )
+    if problem := misfit(content):
+        raise InputError(f"{path}: {problem}; {remedy}")
     return content
 
 
-def are_figures(metrics: object) -> bool:
-    """True for a non-empty object of finite numbers."""
-    return (
-        isinstance(metrics, dict)
-        and bool(metrics)
-        and all(
-            isinstance(value, int | float) and not isinstance(value, bool) and math.isfinite(value)
-            for value in metrics.values()
-        )
-    )
+def misfit(content: Mapping) -> str | None:
+    """Word which score is no rate x 100, or is outside of what its runs found; None if all fit."""
+    row = TASKS[content["task"]]
+    for name, score in content["score"].items():
+        of_runs = [run["metrics"][name] for run in content["runs"] if name in run["metrics"]]
+        is_rate = HUB_METRICS.get(name, "perplexity") != "perplexity"
+        is_rate = is_rate or (name == row.score_key and not row.lower_is_better)
+        beyond = next((value for value in (score, *of_runs) if is_rate and abs(value) > 100), None)
+        if beyond is not None:
+            return f"its {name} is {beyond:g}, expected at most 100"
+        if not of_runs or not min(of_runs) <= score <= max(of_runs):
+            found = f"{min(of_runs):g} to {max(of_runs):g}" if of_runs else "none"
+            return f"its {name} is {score:g}, its runs found {found}"
+    return None
 
 
 def kept_scores(output_dir: str | os.PathLike, model: str, task: str) -> Path:

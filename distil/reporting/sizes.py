@@ -1,13 +1,12 @@
 """Sizes of models: parameters, bytes of weights, number formats, vocabulary."""
 
-import json
 from collections.abc import Sequence
 from pathlib import Path
 
 import torch
 import transformers
 
-from distil.models.hub import load_config, model_folder, quiet_transformers, short_name
+from distil.models.hub import load_config, quiet_transformers, short_name, weight_files
 from distil.models.tokenizer_rules import vocabulary_fingerprint
 from distil.tasks.loading import load_any_tokenizer, longest_input
 from utils import InputError, one_line
@@ -28,27 +27,6 @@ def count_parameters(config) -> tuple[int, int, str]:
         )
         whole = head_class(config) if has_head else base
     return tuple(sum(p.numel() for p in model.parameters()) for model in (base, whole)) + (kind,)
-
-
-def weight_files(name: str) -> list[Path]:
-    """List a model's files of weights: one, or the shards that an index names."""
-    name = model_folder(name)
-    for file in (
-        "model.safetensors",
-        "model.safetensors.index.json",
-        "pytorch_model.bin",
-        "pytorch_model.bin.index.json",
-    ):
-        with quiet_transformers():
-            path = transformers.utils.cached_file(
-                name, file, _raise_exceptions_for_missing_entries=False
-            )
-        if path and file.endswith(".index.json"):
-            shards = set(json.loads(Path(path).read_text(encoding="utf-8"))["weight_map"].values())
-            return [Path(transformers.utils.cached_file(name, shard)) for shard in sorted(shards)]
-        if path:
-            return [Path(path)]
-    return []
 
 
 def dtypes_of(files: Sequence[Path]) -> list[str]:

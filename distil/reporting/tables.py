@@ -1,6 +1,30 @@
 """Lay figures out: Markdown tables, and how numbers are written in them."""
 
+import re
 from collections.abc import Sequence
+
+# What begins markup of Markdown or HTML in a name; underscores inside of words do not.
+MARKUP = re.compile(r"[\\`*<>|~$]|\](?=[(\[:])|&(?=[#\w])|(?<![^\W_])_|_(?![^\W_])")
+
+
+def on_one_line(text: object, limit: int = 200) -> str:
+    """Write a name or value on one line, U+FFFD for what no text file or font can hold."""
+    text = " ".join(f"{text}".split())
+    text = text if len(text) <= limit else f"{text[: limit - 2]}.."
+    return "".join(one if one.isprintable() else "\ufffd" for one in text)
+
+
+def plain(text: object, limit: int = 200) -> str:
+    """Write a name or value in Markdown so that it shows as it is, in a table too."""
+    return MARKUP.sub(r"\\\g<0>", on_one_line(text, limit))
+
+
+def code(text: object) -> str:
+    """Write a name as code in Markdown, in a table too: no markup in it counts, nor ends it."""
+    text = on_one_line(text).replace("|", "\\|")
+    fence = "`" * (max(map(len, re.findall("`+", text)), default=0) + 1)
+    space = " " if "`" in (text[:1], text[-1:]) else ""
+    return f"{fence}{space}{text}{space}{fence}"
 
 
 def markdown(lines: Sequence[Sequence[str]]) -> str:

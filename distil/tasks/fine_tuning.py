@@ -154,7 +154,8 @@ class Trainer(transformers.Trainer):
         with replacing_files(output_dir or self.args.output_dir) as folder:
             super()._save(str(folder), state_dict)
             if self.processing_class is not None:
-                complete_folder(self.processing_class, folder)
+                network = self.accelerator.unwrap_model(self.model)
+                complete_folder(network, self.processing_class, folder)
 
     def _save_checkpoint(self, model, trial) -> None:
         """Save a checkpoint; remove what was written of it where that fails."""

@@ -7,9 +7,10 @@ from typing import Any
 import torch
 
 from distil.models.architectures import AUTO, architecture_named
+from distil.models.bounds import check_memory
 from distil.models.casing import Casing
 from distil.models.checks import check_finite
-from distil.models.hub import load_config, model_folder, quiet_transformers
+from distil.models.hub import check_weight_files, load_config, model_folder, quiet_transformers
 from distil.models.language_model import is_masked_config, resolve_architecture
 from distil.models.tokenizer_rules import difference
 from distil.models.tokenizers import load_tokenizer
@@ -46,21 +47,26 @@ def load_for_task(
 
     auto_class: AutoModelForSequenceClassification, ... is_fine_tuned: require the head's weights,
     too; otherwise require the encoder's and initialize the head where it is missing or has another
-    shape. options: values of the configuration (num_labels, id2label, ..). Raises InputError naming
-    `flag`.
+    shape. options: values of the configuration (num_labels, id2label, ..), or all of it as config.
+    Raises InputError naming `flag`.
     """
-    load_config(None, name, flag)
+    config = options.pop("config", None)
+    config = load_config(None, name, flag, **options) if config is None else config
+    check_memory(config, lambda: auto_class.from_config(config), f"{flag} {name}")
     with quiet_transformers():
         try:
+            check_weight_files(name, flag)
             model, report = auto_class.from_pretrained(
                 model_folder(name),
+                config=config,
                 dtype=torch.float32,
                 output_loading_info=True,
                 ignore_mismatched_sizes=True,
                 trust_remote_code=False,
                 weights_only=True,
-                **options,
             )
+        except InputError:
+            raise
         except Exception as error:
             raise InputError(
                 f"{flag} {name}: could not be loaded with a head for the task ({one_line(error)})"

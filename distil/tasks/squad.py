@@ -6,7 +6,6 @@ to windows of tokens, and from logits to answers. Sources: Rajpurkar et al., 201
 """
 
 import dataclasses
-import json
 import os
 import statistics
 import warnings
@@ -14,7 +13,10 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from distil.system.files import require_file
-from utils import InputError, logger, one_line
+from distil.system.json_files import read_json
+from utils import InputError, logger
+
+MAX_BYTES = 2**31  # of a file of questions; SQuAD's have 45 MB
 
 
 @dataclasses.dataclass(frozen=True)
@@ -43,16 +45,11 @@ class Question:
 # --------------------------------------------------------------------------------------------------
 
 
-def read_json(path: str | os.PathLike, what: str) -> Any:
+def read_squad_json(path: str | os.PathLike, what: str) -> Any:
     """Read a JSON file; raise InputError naming the flag `what`, the file and the error's place."""
     require_file(path, what)
-    try:
-        with open(path, encoding="utf-8-sig") as file:
-            return json.load(file)
-    except (ValueError, RecursionError) as error:  # damaged, not UTF-8, nested without end
-        raise InputError(
-            f"{what} {path}: no readable JSON ({one_line(error)}); take another copy of the file"
-        ) from error
+    where, remedy = f"{what} {path}", "take another copy of the file"
+    return read_json(path, where, remedy, ..., strict=False, max_bytes=MAX_BYTES)
 
 
 def read_questions(
@@ -69,7 +66,7 @@ def read_questions(
     answer at its answer_start in the context; skip_misplaced: skip the others with a warning.
     Raises InputError naming file and question.
     """
-    content = read_json(path, flag)
+    content = read_squad_json(path, flag)
     questions, misplaced, seen = [], [], set()
     for where, context, entry in _entries(content, f"{flag} {path}"):
         question = _question(entry, context, where, with_impossible)
@@ -208,7 +205,7 @@ def _report_misplaced(misplaced: Sequence[Question], where: str, skip: bool) -> 
 
 def read_predictions(path: str | os.PathLike, flag: str) -> dict[str, str]:
     """Read a file of predictions, {id: answer}; raise InputError for any other content."""
-    content = read_json(path, flag)
+    content = read_squad_json(path, flag)
     if not isinstance(content, dict):
         raise InputError(
             f"{flag} {path}: holds a {type(content).__name__}, expected an object {{id: answer}}"

@@ -27,18 +27,17 @@ from typing import Any
 import safetensors.torch
 import torch
 
-from distil.system.files import (
-    flush_to_disk,
-    json_digest,
-    link,
-    make_folder,
-    naming,
-)
+from distil.system.files import flush_to_disk, json_digest, link, make_folder, naming
+from distil.system.json_files import load_json, parse_json
 from utils import REMEDIES, InputError, logger, one_line
 
 FORMAT, VERSION = "distil-checkpoint", 1
 MANIFEST, STATE, STUDENT = "MANIFEST.json", "state.json", "student.safetensors"
 WEIGHTS = "model.safetensors"  # the student's, as from_pretrained reads it
+MANIFEST_PARTS = {
+    **{"format": str, "version": (int, None), "step": int, "manifest_sha256": str},
+    "files": {...: {"bytes": int, "sha256": str}},
+}
 NAME = re.compile(r"step-(\d{8,})")
 UNFINISHED, DISCARDED = ".tmp", ".trash-"
 WRITE_BYTES = 2**24
@@ -267,7 +266,8 @@ def read(path: str | os.PathLike) -> Checkpoint:
             if name != Path(name).name:
                 raise DamagedError(f"{path}: its manifest names {name!r}, not one of its files")
             _check_file(path / name, expected)
-        state = json.loads(_checked_bytes(path / STATE, manifest["files"]))
+        content = _checked_bytes(path / STATE, manifest["files"])
+        state = parse_json(content, {"step": int}, strict=False)
         step, named = state.pop("step"), NAME.fullmatch(path.name.removesuffix(UNFINISHED))
         if not named or not step == manifest["step"] == int(named[1]):
             raise DamagedError(
@@ -286,7 +286,7 @@ def _raise_as_damaged(path: Path) -> Iterator[None]:
         raise
     except OSError as error:
         raise DamagedError(one_line(error, limit=None)) from error
-    except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+    except (ValueError, KeyError, TypeError, RuntimeError) as error:
         raise DamagedError(
             f"{path}: is damaged ({type(error).__name__}: {one_line(error)})"
         ) from error
@@ -295,7 +295,7 @@ def _raise_as_damaged(path: Path) -> Iterator[None]:
 def _read_manifest(path: Path) -> dict[str, Any]:
     name = path / MANIFEST
     with _raise_as_damaged(name):
-        manifest = json.loads(name.read_bytes())
+        manifest = load_json(name, MANIFEST_PARTS)
         if manifest.pop("manifest_sha256") != json_digest(manifest) or manifest["format"] != FORMAT:
             raise DamagedError(f"{name}: differs from its own checksum: damaged, or edited")
     if manifest.get("version") != VERSION:

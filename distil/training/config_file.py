@@ -7,10 +7,10 @@ import json
 import re
 import sys
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 from distil.system.files import file_problem
+from distil.system.json_files import read_json
 from utils import InputError, one_line, raise_problems
 
 # What parameters.json holds beside the flags.
@@ -62,30 +62,8 @@ def read_config_file(
 def _read_entries(path: str) -> dict[str, Any]:
     """Read a JSON object. Raises InputError, also where it gives a name two values."""
     raise_problems([file_problem(path, "--config")])
-    twice = []
-
-    def collect(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        entries = dict(pairs)
-        twice.extend(name for name, value in pairs if entries[name] != value)
-        return entries
-
-    try:
-        text = Path(path).read_text(encoding="utf-8-sig")
-        entries = json.loads(text, object_pairs_hook=collect)
-    except (ValueError, RecursionError) as error:
-        raise InputError(
-            f"--config {path}: is not JSON ({one_line(error)}); expected parameters.json of a run"
-        ) from error
-    if not isinstance(entries, dict):
-        raise InputError(
-            f"--config {path}: holds {type(entries).__name__}, expected an object of flags and"
-            " values, as in parameters.json of a run"
-        )
-    raise_problems(
-        f"--config {path}: {name} has two values; leave one of them out"
-        for name in dict.fromkeys(twice)
-    )
-    return entries
+    remedy = "expected an object of flags and values, as in parameters.json of a run"
+    return read_json(path, f"--config {path}", remedy)
 
 
 def _unknown(name: str, known: Mapping[str, Any]) -> str:

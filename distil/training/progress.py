@@ -159,7 +159,9 @@ class Progress:
         }
 
     def load(self, step: int, state: Mapping[str, Any]) -> None:
-        """Load what `state` returned after update number `step`."""
+        """Load what `state` returned after update number `step`. Raises ValueError on a misfit."""
+        if len(state["log_sums"]) != len(self.names):
+            raise ValueError(f"{len(state['log_sums'])} log_sums of {len(self.names)} losses")
         self.step, self.micro_batches = step, state["micro_batches"]
         self.log_sums_K = torch.tensor(state["log_sums"], dtype=torch.float64)
         self.log_count = state["log_count"]

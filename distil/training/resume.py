@@ -14,6 +14,7 @@ import torch
 from distil.data.cards import file_digest
 from distil.data.watched import WatchedFiles
 from distil.models.language_model import LanguageModel
+from distil.system.json_files import type_problem
 from distil.system.launch import Runtime
 from distil.training import checkpointing
 from distil.training.checkpointing import Checkpoint
@@ -22,6 +23,21 @@ from distil.training.config import TrainConfig, as_flags
 from distil.training.options import resumable_options
 from utils import InputError, logger, one_line, raise_problems
 
+# The types of a state's parts; older versions had fewer.
+TEXT, NUMBER = (str, None), (int, float, None)
+BEST = {"step": int, "lowest": str, "figures": {...: float}, "data": TEXT}
+STATE_PARTS = {
+    **{"micro_batches": int, "log_sums": [float], "log_count": int, "epoch_sums": [[float]]},
+    **{"evaluated_step": (int, None), "best": (BEST, None), "per_update": int, "torch": TEXT},
+    **{
+        "flags": dict,
+        "log_bytes": {...: int},
+        "trackers": ({...: TEXT}, None),
+        "scaler": {...: float},
+    },
+    "schedule": {"_last_lr": ([float], None), ...: (int, float, bool, [float], None)},
+    "identity": {"student_config": dict, ...: (str, dict, None)},
+}
 START_ANEW = "or start anew with another --dump_path"
 
 
@@ -44,6 +60,8 @@ def find_resume_point(config: TrainConfig, world_size: int) -> Checkpoint | None
             )
         return None
     with naming_misfit(found):
+        if problem := type_problem(found.state, STATE_PARTS) or count_problem(found):
+            raise ValueError(problem)
         problems = flag_contradictions(config, world_size, found)
         raise_problems(problems)
         done = found.step, found.state["micro_batches"]
@@ -67,11 +85,22 @@ def naming_misfit(found: Checkpoint | None) -> Iterator[None]:
         ) from error
 
 
+def count_problem(found: Checkpoint) -> str | None:
+    """Say which counter can't be of as many updates as a checkpoint is of, or None."""
+    most = found.step * found.state["per_update"]
+    ranges = {"micro_batches": (found.step, most), "log_count": (0, most)}
+    for name, (least, most) in ranges.items():
+        if not least <= (value := found.state[name]) <= most:
+            return f"{name} is {value}, expected {least} to {most} after update {found.step}"
+    return None
+
+
 def flag_contradictions(config: TrainConfig, world_size: int, found: Checkpoint) -> list[str]:
     """List the flags, and the number of processes, that contradict a checkpoint: a line each."""
     then, now, free = found.state["flags"], as_flags(config), resumable_options(TrainConfig)
     problems = [
-        f"--{name} {now[name]}: {found.path} was made with {then[name]}; pass that, {START_ANEW}"
+        f"--{name} {now[name]}: {found.path} was made with {then[name]!s:.200}; pass that,"
+        f" {START_ANEW}"
         for name in now
         if name not in free and name in then and then[name] != now[name]
     ]
@@ -124,7 +153,8 @@ def check_identity(
     for key, value in now["student_config"].items():
         was = then["student_config"].get(key, value)
         if was != value:
-            problems.append(f"{student_source}: {key} is {value}, {found.path} was made with {was}")
+            made = f"{found.path} was made with {was!s:.200}"
+            problems.append(f"{student_source}: {key} is {value!s:.200}, {made}")
     of_tokenizer = "vocabulary", "tokenizer_rules"  # older checkpoints have no rules
     names = ["teacher_name", "data_file", *of_tokenizer]
     if config.mlm and config.mlm_smoothing > 0:  # otherwise the counts change nothing

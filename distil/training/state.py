@@ -8,6 +8,7 @@ from torch import nn
 
 from distil.training.post_mortem import NonFiniteError
 
+MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of a parameter's shape
 Tensors = dict[str, dict[str, torch.Tensor]]
 
 
@@ -49,7 +50,10 @@ def load_tensors(
     optimizer: torch.optim.Optimizer,
     given: Mapping[str, Mapping[str, torch.Tensor]],
 ) -> None:
-    """Load what `state_tensors` returned. Raises ValueError where it is another model's."""
+    """Load what `state_tensors` returned.
+
+    Raises ValueError where it is another model's, of other types, or not finite.
+    """
     own = state_tensors(student, objectives, optimizer)
     parameters = dict(named_parts(student, objectives))
     with torch.no_grad():
@@ -60,6 +64,9 @@ def load_tensors(
     for key, value in given["optimizer"].items():
         kind, name = key.split("/", 1)
         parameter = parameters[name]
+        shape = list(parameter.shape) if kind in MOMENTS else []
+        if kind not in (*MOMENTS, "step") or list(value.shape) != shape or not _is_sound(value):
+            raise ValueError(f"{key}: {_described(value)}, expected finite numbers of {shape}")
         optimizer.state[parameter][kind] = value.to(parameter.device)
 
 
@@ -67,10 +74,20 @@ def _require_same_shapes(
     given: Mapping[str, torch.Tensor], own: Mapping[str, torch.Tensor]
 ) -> None:
     for name in [*own, *given]:
-        shapes = (list(state[name].shape) if name in state else "nothing" for state in (given, own))
-        found, expected = shapes
+        parts = (_described(state[name]) if name in state else "nothing" for state in (given, own))
+        found, expected = parts
         if found != expected:
             raise ValueError(f"{name}: {found} in the checkpoint, {expected} in this run's student")
+        if not is_finite(given[name]):
+            raise ValueError(f"{name}: the checkpoint has NaN or infinite values")
+
+
+def _described(tensor: torch.Tensor) -> str:
+    return f"{list(tensor.shape)} {str(tensor.dtype).removeprefix('torch.')}"
+
+
+def _is_sound(tensor: torch.Tensor) -> bool:
+    return tensor.is_floating_point() and is_finite(tensor)
 
 
 def state_values(schedule, scaler) -> dict[str, Any]:
@@ -84,7 +101,9 @@ def load_values(optimizer, schedule, scaler, values: Mapping[str, Any]) -> None:
     """Load what `state_values` returned; the optimizer gets the schedule's learning rates."""
     if schedule is not None:
         lambdas = [None] * len(optimizer.param_groups)
-        schedule.load_state_dict({**values["schedule"], "lr_lambdas": lambdas})
+        known = schedule.state_dict().keys() & values["schedule"].keys()
+        numbers = {name: values["schedule"][name] for name in known}
+        schedule.load_state_dict({**numbers, "lr_lambdas": lambdas})
         for group, rate in zip(optimizer.param_groups, schedule.get_last_lr(), strict=True):
             group["lr"] = rate
     scaler.load_state_dict(values["scaler"])

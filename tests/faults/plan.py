@@ -217,6 +217,17 @@ PLAN = [
         limit_s=600,
     ),
     Row(
+        "T39",
+        "small files that hold what they should not (scores, flags, logs, cards, counts,"
+        " configurations, tokenizers, states of checkpoints, ..) x each program that reads them",
+        "500: no traceback, no hang, nothing executed; a line names the file, or it is left out",
+        "none",
+        "faults.small_files:hostile",
+        3,
+        112,
+        limit_s=600,
+    ),
+    Row(
         "T21",
         "--force on 30 targets (/, ~, ., link/, a folder holding the data, a foreign folder, ..)",
         "0 foreign files lost",

@@ -991,7 +991,27 @@ BAD_SCORES = {
             '{"task": "sst2", "model_name": "tiny-bert", "score": {"score": Infinity}, "runs":'
             ' [{"metrics": {"a": 1}}]}'
         ),
-        r"no finite numbers",
+        r"no finite number",
+    ),
+    "no rate": (
+        '{"task": "sst2", "model_name": "tiny-bert", "score": {"score": 250}, "runs":'
+        ' [{"metrics": {"score": 250}}]}',
+        r"its score is 250, expected at most 100",
+    ),
+    "not of its runs": (
+        '{"task": "sst2", "model_name": "tiny-bert", "score": {"score": 80}, "runs":'
+        ' [{"metrics": {"score": 20}}]}',
+        r"its score is 80, its runs found 20 to 20",
+    ),
+    "examples": (
+        '{"task": "sst2", "model_name": "tiny-bert", "score": {"score": 1}, "runs":'
+        ' [{"metrics": {"score": 1}, "num_examples": [3]}]}',
+        r"runs.0.num_examples is a list, expected an object or null",
+    ),
+    "a teacher": (
+        '{"task": "sst2", "model_name": "tiny-bert", "score": {"score": 1}, "teacher": {},'
+        ' "runs": [{"metrics": {"score": 1}}]}',
+        r"teacher is an object, expected a text or null",
     ),
     "another metric": (
         (
@@ -1068,7 +1088,7 @@ def test_scores_in_a_wrong_place_or_twice_are_refused(
     misplaced.rename(out / "scores" / "tiny-bert" / "scores.json")
     report.main([*flags, "--scores", given])
     content = json.loads(Path(given).read_text())
-    files.write_json(given, content | {"score": {"score": 1.0}})
+    files.write_json(given, content | {"score": {"score": 92.0}})
     status, lines = status_and_errors(report.main, [*flags, "--scores", given])
     assert status == 2 and "holds another score; take one of the two away" in lines[0]
 
@@ -1188,3 +1208,43 @@ def test_numbers_are_written_short():
     ]
     assert report_tables.percent(None) == "-" and report_tables.percent(96.94) == "96.9 %"
     assert report_tables.megas(66.362) == "66.36" and report_tables.megas(0.0438) == "0.0438"
+
+
+MARKUP = "_a_ <script>x</script> ![b](c) `d` |e| $f$"
+
+
+def test_markup_in_names_shows_as_it_is(tmp_path, teachers, own_student):
+    """In a folder's name, a teacher's, a metric's, a flag's and its value: escaped, or in code."""
+    student = own_student.rename(tmp_path / MARKUP.replace("/", ""))
+    files.write_json(student / "parameters.json", {MARKUP: MARKUP, "data_file": MARKUP})
+    files.write_json(student / "git_log.json", {"repo_sha": MARKUP})
+    runs = [{"metrics": {"score": 80.0, MARKUP: 80.0}}]
+    scores = write_found(tmp_path, {"teacher": teachers["bert"]}, ["sst2"])
+    scores.append(str(tmp_path / "s.json"))
+    write_scores(scores[-1], task="sst2", model=str(student), runs=runs, teacher=MARKUP, flags={})
+    flags = ["--teacher", str(teachers["bert"]), "--student", str(student), "--no_run"]
+    out = tmp_path / "out"
+    report.main([*flags, "--output_dir", str(out), "--scores", *scores, "--write_card"])
+    for page in (out / "report.md", student / "README.md"):
+        text = page.read_text(encoding="utf-8")
+        rest = re.sub(r"^---\n.*?^---\n|```.*?```|``.*?``|`[^`\n]*`", "", text, flags=re.S | re.M)
+        assert "script" in rest and not re.search(r"(?<!\\)(<script|\]\(c|\|e)", rest), rest
+        rows = [line for line in text.splitlines() if line.startswith("|")]
+        assert {len(re.findall(r"(?<!\\)\|", row)) for row in rows} <= {3, 5, 6}, rows
+
+
+def test_a_name_is_written_plainly():
+    written = {
+        **{"tiny-bert": "tiny-bert", "my_model_2": "my_model_2", "a b": "a b", "[1, 2]": "[1, 2]"},
+        **{
+            **{"_x_": r"\_x\_", "a|b": r"a\|b", "<b>": r"\<b\>"},
+            **{"[a](b)": r"[a\](b)", "&lt;": r"\&lt;"},
+            "a|b": r"a\|b",
+            "<b>": r"\<b\>",
+            "[a](b)": r"[a\](b)",
+            "&lt;": r"\&lt;",
+        },
+        **{"a\nb\x1b": "a b\ufffd", "\udcff": "\ufffd"},
+    }
+    assert {text: tables.plain(text) for text in written} == written
+    assert tables.code("a`b|c") == r"``a`b\|c``" and tables.code("`a") == "`` `a ``"

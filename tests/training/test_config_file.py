@@ -150,10 +150,10 @@ def test_bad_entries_give_one_line_each(name, edited, world, tmp_path, status_an
 FILES = {
     "no file": (None, "no such file"),
     "empty": (b"", "the file is empty"),
-    "not JSON": (b"{'seed': 1}", "is not JSON (Expecting property name"),
-    "deep": (b"[" * 100_000, "is not JSON"),
-    "not UTF-8": (b'{"seed": "\xff"}', "is not JSON ('utf-8' codec"),
-    "a list": (b"[1]", "holds list, expected an object of flags and values"),
+    "not JSON": (b"{'seed': 1}", "is no readable JSON (Expecting property name"),
+    "deep": (b"[" * 100_000, "nested more than 100 deep"),
+    "not UTF-8": (b'{"seed": "\xff"}', "is no readable JSON ('utf-8' codec"),
+    "a list": (b"[1]", "it is a list, expected an object"),
     "two values": (b'{"seed": 1, "mlm": true, "seed": 2, "mlm": true}', "seed has two values"),
 }
 

@@ -12,7 +12,9 @@ import time
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
+from faults.files import settle_manifest
 from stand_ins import ROOT, logged, make_model
 from whole_runs import assert_same_run, dying_at
 
@@ -342,6 +344,65 @@ def test_non_finite_weights_are_not_saved(world, tmp_path, monkeypatch, capfd):
     assert [path.name for path in saved] == ["step-00000000"]
     plain = tmp_path / "run" / "checkpoint.pth"
     assert not plain.exists() or torch.load(plain)
+
+
+def with_state(step: Path, **changes) -> None:
+    path = step / "state.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+
+
+def with_tensor(step: Path, file: str, change) -> None:
+    """Change the first tensor of a kind in a checkpoint's file."""
+    tensors = safetensors.torch.load_file(step / file)
+    name = next(name for name in tensors if not name.startswith("step/"))
+    safetensors.torch.save_file(tensors | {name: change(tensors[name])}, step / file)
+
+
+def with_nan(tensor: torch.Tensor) -> torch.Tensor:
+    tensor.flatten()[0] = float("nan")
+    return tensor
+
+
+EDITED = {
+    "a text": (lambda step: with_state(step, micro_batches="2"), "micro_batches is '2', expected"),
+    "too many": (lambda step: with_state(step, micro_batches=10**9), "micro_batches is 1000000000"),
+    "sums": (lambda step: with_state(step, log_sums=[1.0]), "1 log_sums of"),
+    "a method": (
+        lambda step: with_state(step, schedule={"get_lr": "x"}),
+        "schedule.get_lr is 'x', expected",
+    ),
+    "NaN weights": (
+        lambda step: with_tensor(step, "student.safetensors", with_nan),
+        "the checkpoint has NaN or infinite values",
+    ),
+    "weights of ints": (
+        lambda step: with_tensor(step, "student.safetensors", torch.Tensor.int),
+        "int32 in the checkpoint, ",
+    ),
+    "NaN moments": (
+        lambda step: with_tensor(step, "optimizer.safetensors", with_nan),
+        "expected finite numbers of",
+    ),
+    "moments of another shape": (
+        lambda step: with_tensor(step, "optimizer.safetensors", lambda tensor: tensor[:1].clone()),
+        "expected finite numbers of",
+    ),
+}
+
+
+@pytest.mark.parametrize("name", EDITED)
+def test_a_checkpoint_of_other_numbers_is_refused_though_its_checksums_fit(
+    name, world, stopped, tmp_path, status_and_errors
+):
+    run = copied(stopped, tmp_path)
+    change, expected = EDITED[name]
+    newest, *others = checkpointing.exist(run / "checkpoints")
+    change(newest)
+    settle_manifest(newest)
+    flags = [*world.flags("bert", run, **SHORT), "--resume"]
+    status, errors = status_and_errors(train.main, flags)
+    assert status == 2 and len(errors) == 1 and expected in errors[0], errors
+    assert str(newest) in errors[0]
 
 
 def test_a_restart_is_recognized_by_the_launcher_or_by_job_and_count(tmp_path, monkeypatch):
