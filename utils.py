@@ -14,7 +14,6 @@ import hashlib
 import logging
 import os
 import signal
-import subprocess
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
@@ -389,24 +388,22 @@ def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:
 
 def _ask_git(folder: str | os.PathLike, *words: str) -> tuple[str | None, str]:
     """Return (git's answer, "") or (None, why there is none)."""
-    # Not by GitPython: where git refuses the folder, its pipe to git breaks by chance.
-    others = "GIT_DIR", "GIT_WORK_TREE", "GIT_COMMON_DIR", "GIT_INDEX_FILE"  # a hook's
-    environment = {name: value for name, value in os.environ.items() if name not in others}
-    command = ["git", "-C", os.fspath(folder), *words]
+    # Not by git.Repo: where git refuses the folder, its pipe to git breaks by chance.
+    forget = [f"-u{name}" for name in ("GIT_DIR", "GIT_WORK_TREE", "GIT_INDEX_FILE")]
     try:
-        done = subprocess.run(
-            command,
-            env={**environment, "LC_ALL": "C", "GIT_TERMINAL_PROMPT": "0"},
-            stdin=subprocess.DEVNULL,
-            capture_output=True,
-            timeout=GIT_LIMIT_S,
+        import git  # raises ImportError where no git program is installed
+
+        status, answer, problem = git.Git(folder).execute(
+            ["env", *forget, "LC_ALL=C", "GIT_TERMINAL_PROMPT=0", "git", *words],
+            with_extended_output=True,
+            with_exceptions=False,
+            kill_after_timeout=GIT_LIMIT_S,
         )
-    except (OSError, ValueError, subprocess.SubprocessError) as error:  # no git, a disk that hangs
+    except Exception as error:  # a folder that is gone, a disk that hangs
         return None, one_line(error)
-    text = os.fsdecode(done.stdout).strip()
-    if done.returncode or not text:
-        return None, " ".join(os.fsdecode(done.stderr).split()).removeprefix("fatal: ")[:80]
-    return text, ""
+    if status or not answer:
+        return None, " ".join(problem.split()).removeprefix("fatal: ")[:80]
+    return answer, ""
 
 
 GIT_LIMIT_S = 10

@@ -4,7 +4,7 @@ Times the update of distiller.py on batches as training makes them, with models 
 random weights; downloads nothing. --reference puts the same batches through a plain step of the
 2019 kind in the same run. Each figure comes from a separate process; shares are of the rate that a
 large matrix product reaches here, and of the GPU's data sheet. Before timing, both steps must give
-the same losses and gradient. The code is in benchmarks/; model FLOPs are those of distil/flops.py.
+the same losses and gradient. The code is in benchmarks/.
 """
 
 import sys
@@ -237,12 +237,10 @@ def path_problems(args: argparse.Namespace) -> list[str]:
     """List the paths that can't be read or written, a line each."""
     problems = [token_file_problem(args.data_file, "--data_file")] if args.data_file else []
     inputs = [args.data_file] if args.data_file else []
-    for flag in ("json", "plot"):
+    for flag, own in {"json": json_of("date", "machine", "git_sha"), "plot": is_picture}.items():
         try:
-            if getattr(args, flag) is not None:
-                own = json_of("date", "machine", "git_sha") if flag == "json" else is_picture
-                options = {"is_own": own, "force": args.force}
-                require_output(getattr(args, flag), f"--{flag}", inputs, **options)
+            if path := getattr(args, flag):
+                require_output(path, f"--{flag}", inputs, is_own=own, force=args.force)
         except InputError as error:
             problems.append(str(error))
     if args.plot and Path(args.plot).suffix.lower() != ".png":
@@ -254,10 +252,8 @@ def path_problems(args: argparse.Namespace) -> list[str]:
 # From jobs to figures
 # --------------------------------------------------------------------------------------------------
 
-SHARED = (
-    *("pair", "size", "device", "length", "micro_batches"),
-    *("updates", "warmup", "threads", "seed"),
-)  # flags that every job takes as they are
+# Flags that every job takes as they are.
+SHARED = tuple("pair size device length micro_batches updates warmup threads seed".split())
 
 
 def make_jobs(args: argparse.Namespace, data_file: str) -> list[Job]:

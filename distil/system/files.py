@@ -239,6 +239,10 @@ def atomic_folder(path: str | os.PathLike) -> Iterator[Path]:
                 return
             temporary.rename(target)
             flush_to_disk(target.parent)
+    except OSError as error:
+        if error.filename and Path(error.filename).is_relative_to(temporary):
+            error.filename = os.fspath(target)
+        raise
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

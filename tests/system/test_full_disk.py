@@ -14,7 +14,7 @@ import safetensors.torch
 import torch
 import transformers
 
-from distil.models.export import save_folder, save_into, tokenizer_for
+from distil.models.export import save_folder, tokenizer_for
 from distil.system.files import (
     atomic_folder,
     naming_library_errors,
@@ -54,21 +54,21 @@ def test_a_model_that_does_not_fit_leaves_the_folder_as_it_was(num_bytes, model,
     (tmp_path / "model").mkdir()
     (tmp_path / "model" / "log.json").write_text("{}")
     with pytest.raises(OSError) as failed, no_file_above(num_bytes):
-        save_into(*model, tmp_path / "model")
+        save_folder(*model, tmp_path / "model")
     assert (failed.value.errno, failed.value.filename) == (errno.EFBIG, str(tmp_path / "model"))
     assert names(tmp_path) == ["model/log.json"]
-    save_into(*model, tmp_path / "model")
+    save_folder(*model, tmp_path / "model")
     assert {"config.json", "log.json", "model.safetensors"} <= {*names(tmp_path / "model")}
     before = (tmp_path / "model" / "config.json").read_bytes()
     with pytest.raises(OSError), no_file_above(num_bytes):
-        save_into(*model, tmp_path / "model")
+        save_folder(*model, tmp_path / "model")
     assert (tmp_path / "model" / "config.json").read_bytes() == before
 
 
 def test_a_smaller_model_leaves_no_shards_of_the_larger_one(model, tmp_path):
     for name in ("model-00001-of-00002.safetensors", "model.safetensors.index.json"):
         (tmp_path / name).write_text("old")
-    save_into(*model, tmp_path)
+    save_folder(*model, tmp_path)
     assert [name for name in names(tmp_path) if name.startswith("model")] == ["model.safetensors"]
 
 
