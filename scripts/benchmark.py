@@ -253,7 +253,7 @@ def path_problems(args: argparse.Namespace) -> list[str]:
 # --------------------------------------------------------------------------------------------------
 
 # Flags that every job takes as they are.
-SHARED = tuple("pair size device length micro_batches updates warmup threads seed".split())
+SHARED = "pair", "size", "device", "length", "micro_batches", "updates", "warmup", "threads", "seed"
 
 
 def make_jobs(args: argparse.Namespace, data_file: str) -> list[Job]:
