@@ -244,7 +244,7 @@ def bad_teacher_layers(world, tmp):
 def bad_tokenizer_files(world, tmp):
     shutil.copytree(world.teachers["bert"], tmp / "broken")
     (tmp / "broken" / "tokenizer_config.json").write_text("{")
-    return {"teacher_name": str(tmp / "broken")}, "tokenizer_config.json is no readable JSON"
+    return {"teacher_name": str(tmp / "broken")}, "tokenizer_config.json: is no readable JSON"
 
 
 def bad_config_type(world, tmp):
@@ -254,7 +254,7 @@ def bad_config_type(world, tmp):
 
 def bad_config_text(world, tmp):
     (tmp / "c.json").write_text("{not json")
-    return {"student_config": str(tmp / "c.json")}, "not a distilbert configuration"
+    return {"student_config": str(tmp / "c.json")}, "c.json: is no readable JSON"
 
 
 def bad_token_id(world, tmp):

@@ -338,15 +338,20 @@ def test_percentiles_are_lengths_that_the_share_does_not_exceed():
 
 
 ODD_CARDS = [
-    {"tokenizer": None, "counts": None},
-    {"tokenizer": [1], "counts": 7, "sources": {}},
-    {"tokenizer": {"special_ids": {"start": "x"}}, "sources": [3, {}], "many_unknown": 1},
+    ({"tokenizer": [1], "counts": 7, "sources": {}}, "tokenizer is a list"),
+    ({"tokenizer": {"special_ids": {"start": "x"}}}, "special_ids.start is 'x'"),
 ]
 
 
-@pytest.mark.parametrize("card", ODD_CARDS)
-def test_a_card_without_the_usual_facts_is_shown(card, tmp_path):
+@pytest.mark.parametrize(("card", "problem"), ODD_CARDS)
+def test_a_card_whose_facts_have_other_types_is_refused(card, problem, tmp_path, status_and_errors):
     path = make_file(tmp_path, "store", make_sequences(5), card)
+    status, errors = status_and_errors(inspect_data.main, [path])
+    assert status == 2 and len(errors) == 1 and problem in errors[0]
+
+
+def test_a_card_without_the_usual_facts_is_shown(tmp_path):
+    path = make_file(tmp_path, "store", make_sequences(5), {"tokenizer": None, "counts": None})
     report = report_of(tmp_path, path, "--verify")
     assert report["problems"] == [] and report["boundaries"] is None and report["unknown"] is None
 

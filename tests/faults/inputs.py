@@ -1112,7 +1112,8 @@ def check_tokens(corpus: Corpus, written: str, facts: dict) -> None:
     tokens = open_token_file(written)
     num = len(tokens.lengths_N)
     assert corpus.num_texts in (None, num), f"{num} sequences of {corpus.num_texts} texts"
-    assert int(tokens.ids_M.max()) < facts["vocab_size"] and int(tokens.ids_M.min()) >= 0, (
+    ids_M = tokens.ids_M[:]
+    assert int(ids_M.max()) < facts["vocab_size"] and int(ids_M.min()) >= 0, (
         "an id outside the vocabulary"
     )
     try:

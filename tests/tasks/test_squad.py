@@ -1029,7 +1029,7 @@ WRONG_FILES = {
         r"article 1, paragraph 1: context has to be a text, got a NoneType",
     ),
     "empty context": (edited(context=""), r"context is empty"),
-    "surrogate": (edited(context="ba \ud800 li"), r"half a surrogate pair"),
+    "surrogate": (edited(context="ba \ud800 li"), r"half of a surrogate pair"),
     "no answers": (one_question(answers=[]), r"\(id 'x1'\): has no answers, expected at least one"),
     "no answers at all": (one_question(answers=None), r"answers has to be a list, got none"),
     "empty answer": (
