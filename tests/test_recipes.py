@@ -102,6 +102,10 @@ SETTINGS = {
         {"TEACHER": "bert-base", "STUDENT_CONFIG": "bert.json", "TASKS": "ner"},
         MASKED,
     ),
+    "distilbert-base-german-from-mbert.sh": (
+        {"TEACHER": "bert-base", "KEEP": "150", "NUM_LAYERS": "2", "TASKS": "ner"},
+        MASKED,
+    ),
     "distilbert-base-multilingual-cased.sh": (
         {"TEACHER": "bert-base", "STUDENT_CONFIG": "bert.json", "EXPONENT": "0"},
         MASKED,

@@ -19,7 +19,7 @@ class Choice:
     """The entries that are kept.
 
     kept_K: their old ids, ascending; the new id is the place. curve: (entries, share of the counted
-    ids that they cover) as entries are added, from the obligatory ones on.
+    ids that they cover) as entries are added, from the obligatory ones to all that were counted.
     """
 
     kept_K: np.ndarray
@@ -107,18 +107,20 @@ def choose(
     reached = int(counted_V[list(kept)].sum())
     curve = [(len(kept), reached / total)]
     ids = np.array(sorted(pieces.piece_of), np.int64)
-    by_count = ids[np.argsort(-counted_V[ids], kind="stable")]
-    limit = len(special | set(pieces.piece_of)) if keep is None else keep
-    for number in map(int, by_count):
+    limit = keep if keep is not None else len(special | set(pieces.piece_of))
+    chosen: set[int] | None = None
+    for number in map(int, ids[np.argsort(-counted_V[ids], kind="stable")]):
         is_enough = len(kept) >= limit if keep is not None else reached >= coverage * total
-        if is_enough:
+        if chosen is None and is_enough:
+            chosen, limit = set(kept), len(counted_V)
+        if chosen is not None and not counted_V[number]:  # the curve's end
             break
         new = pieces.needed(number) - kept
         if new and len(kept) + len(new) <= limit:
             kept |= new
             reached += int(counted_V[list(new)].sum())
             curve.append((len(kept), reached / total))
-    return Choice(np.array(sorted(kept), np.int64), curve)
+    return Choice(np.array(sorted(chosen or kept), np.int64), curve)
 
 
 def _closed(pieces: Pieces, numbers: Iterable[int]) -> set[int]:
