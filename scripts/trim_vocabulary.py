@@ -1,19 +1,27 @@
 """Make a teacher of fewer vocabulary entries: those that a text needs, with their embeddings."""
 
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+
+if __name__ == "__main__":
+    from distil.system.start import begin_program
+
+    begin_program()
+
 import argparse
 import dataclasses
 import logging
 import os
-import sys
-from pathlib import Path
 
 import numpy as np
-
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
 
 from distil.data.text_flags import add_record_flags
 from distil.data.token_files import token_file_problem
 from distil.system.files import atomic_folder, file_problem, require_output, write_json
+from distil.system.json_files import read_json
+from distil.system.outputs import add_force_flag
 from distil.system.signals import exit_on_sigterm
 from utils import InputError, OneLineParser, logger, raise_problems, run_program, setup_logging
 
@@ -52,6 +60,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         action="store_true",
         help="run Python files that come with the teacher, where it needs them",
     )
+    add_force_flag(parser)
     return parser.parse_args(argv)
 
 
@@ -173,22 +182,20 @@ def trim(args: argparse.Namespace, architecture, config, tokenizer) -> None:
 
 def remap(args: argparse.Namespace, architecture, tokenizer) -> None:
     """Convert the files of --remap to the ids of --output."""
-    from distil.models.hub import read_json
     from distil.models.tokenizers import describe_tokenizer, load_tokenizer
     from distil.vocabulary.choice import pieces_of, special_numbers
     from distil.vocabulary.remap import Converter
     from distil.vocabulary.remap_files import remap_file, require_outputs
 
     name = Path(args.output).name
-    require_outputs(args.remap, name)
-    kept = read_json(os.path.join(args.output, RECORD), f"--output {args.output}").get("kept")
+    require_outputs(args.remap, name, force=args.force)
+    where, remedy = f"--output {args.output}: {RECORD}", "trim that teacher again"
+    kept = read_json(os.path.join(args.output, RECORD), where, remedy, {"kept": [int]})["kept"]
     own = load_tokenizer(architecture, args.output, "--output")
     full, trimmed = (one.backend_tokenizer for one in (tokenizer, own))
     names = {number: piece for piece, number in tokenizer.get_vocab().items()}
     own_names = {number: piece for piece, number in own.get_vocab().items()}
-    if not isinstance(kept, list) or [names.get(k) for k in kept] != [
-        own_names.get(k) for k in range(len(kept))
-    ]:
+    if [names.get(k) for k in kept] != [own_names.get(k) for k in range(len(kept))]:
         raise InputError(
             f"--output {args.output}: is not trimmed from --teacher {args.teacher} ({RECORD}); name"
             " that teacher"

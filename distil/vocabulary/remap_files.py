@@ -22,10 +22,10 @@ from distil.data.token_files import (
     files_of,
     find_token_file,
     open_token_file,
-    require_counts_output,
     writing_tokens,
 )
 from distil.system.files import require_output
+from distil.system.outputs import is_beside_card
 from distil.vocabulary.remap import Converter
 from utils import InputError, bar_options, logger
 
@@ -40,14 +40,15 @@ def output_of(path: str, name: str) -> tuple[str, str]:
     return file_format, f"{place.removesuffix(suffix)}.{name}{suffix}"
 
 
-def require_outputs(paths: list[str], name: str) -> None:
+def require_outputs(paths: list[str], name: str, *, force: bool) -> None:
     """Raise InputError where a converted file can't be written."""
+    options = {"is_own": is_beside_card, "force": force}
     for path in paths:
         file_format, output = output_of(path, name)
         *files, card = FORMATS[file_format].files(output)
         for file in files:
-            require_output(file, "--remap", files_of(path))
-        require_card_output(card, "--remap", files_of(path))
+            require_output(file, "--remap", files_of(path), **options)
+        require_card_output(card, "--remap", files_of(path), force=force)
 
 
 def remap_file(
@@ -77,7 +78,6 @@ def _remap_counts(
     path: str, output: str, converter: Converter, old: Mapping[str, Any], new: Mapping[str, Any]
 ) -> None:
     """Convert counts; refuse those that count lost ids: the pieces in their place are not known."""
-    require_counts_output(output, "--remap", [path])
     card = read_verified_card(path, "--remap")
     check_tokenizer(card, old, f"--remap {path}", old["name"])
     counts_V = np.asarray(read_pickle(path, "--remap"), np.int64)

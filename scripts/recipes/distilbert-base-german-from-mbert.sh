@@ -21,8 +21,7 @@ TASKS="${TASKS-ner}"
 OUT="${OUT:-serialization_dir/$STUDENT_NAME}"
 TEACHER="$OUT/teacher-$KEEP"
 . "$(dirname "${BASH_SOURCE[0]}")/common.sh"
-STAGES=(data student train evaluate)
-CHECKS+=(check_keep)
+CHECKS+=(check_keep check_text_of_teacher)
 WHOLE_CORPUS="$OUT/corpus.$(basename "$WHOLE_TEACHER")"
 WHOLE_COUNTS="$OUT/whole_token_counts.pickle"
 CORPUS="$WHOLE_CORPUS.teacher-$KEEP"
@@ -31,21 +30,34 @@ check_keep() {
     require_numbers KEEP NUM_LAYERS
 }
 
-stage_data() {
-    local whole=(--teacher "$WHOLE_TEACHER" --output "$TEACHER")
+check_text_of_teacher() { # stages
+    if [[ "$1" = *" student "* ]] && [[ "$1" != *" data "* ]]; then
+        check_text " data "
+    fi
+}
+
+trim() { # flags of trim_vocabulary.py
+    program scripts/trim_vocabulary.py --teacher "$WHOLE_TEACHER" --output "$TEACHER" "$@"
+}
+
+make_teacher() { # TEXT -> the entries that it needs -> TEACHER
     make_sequences
     step "$WHOLE_COUNTS" program scripts/binarized_data.py --file_path "$OUT/train.txt" --tokenizer_type auto \
         --tokenizer_name "$WHOLE_TEACHER" --dump_file "$OUT/corpus" --format store --token_counts_dump "$WHOLE_COUNTS"
-    step "$TEACHER" program scripts/trim_vocabulary.py "${whole[@]}" --token_counts "$WHOLE_COUNTS" --keep "$KEEP" \
-        --held_out "$OUT/held_out.txt"
-    step "$CORPUS.json" program scripts/trim_vocabulary.py "${whole[@]}" --remap "$WHOLE_CORPUS"
-    step "$COUNTS" program scripts/token_counts.py --data_file "$CORPUS" --vocab_size "$KEEP" --token_counts_dump "$COUNTS"
-    step "$HELD_OUT_FILE" program scripts/binarized_data.py --file_path "$OUT/held_out.txt" --tokenizer_type auto \
-        --tokenizer_name "$TEACHER" --dump_file "$OUT/held_out"
+    step "$TEACHER" trim --token_counts "$WHOLE_COUNTS" --keep "$KEEP" --held_out "$OUT/held_out.txt"
 }
 
 stage_student() {
+    make_teacher
     whole_student --student_type distilbert --num_layers "$NUM_LAYERS"
+}
+
+stage_data() {
+    make_teacher
+    step "$CORPUS.json" trim --remap "$WHOLE_CORPUS"
+    step "$COUNTS" program scripts/token_counts.py --data_file "$CORPUS" --vocab_size "$KEEP" --token_counts_dump "$COUNTS"
+    step "$HELD_OUT_FILE" program scripts/binarized_data.py --file_path "$OUT/held_out.txt" --tokenizer_type auto \
+        --tokenizer_name "$TEACHER" --dump_file "$OUT/held_out"
 }
 
 stage_train() {
