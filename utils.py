@@ -13,12 +13,10 @@ import errno
 import hashlib
 import logging
 import os
-import signal
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
-from types import FrameType
 from typing import Any, NoReturn, TextIO
 
 import numpy as np
@@ -61,10 +59,9 @@ def run_program(main: Callable[[], None], *, prints_result: bool = True) -> None
     """
     tolerate_failed_output()
     try:
-        with _interrupts():
-            status = _run(main)
-            if prints_result and status == 0:
-                status = _run(_require_written_output)
+        status = run_main(main)
+        if prints_result and status == 0:
+            status = run_main(_require_written_output)
     except Exception:
         if not _is_among_others():
             raise
@@ -77,7 +74,8 @@ def run_program(main: Callable[[], None], *, prints_result: bool = True) -> None
         sys.exit(status)
 
 
-def _run(main: Callable[[], None]) -> int:
+def run_main(main: Callable[[], None]) -> int:
+    """Run a program's `main` and return its exit status; distil.system.start knows this name."""
     try:
         main()
     except InputError as error:
@@ -100,33 +98,6 @@ def _run(main: Callable[[], None]) -> int:
         report_problems(f"a tokenizer fails ({one_line(error)}); take another one")
         return EXIT_INPUT_ERROR
     return 0
-
-
-@contextlib.contextmanager
-def _interrupts() -> Iterator[None]:
-    """Raise Ctrl-C as KeyboardInterrupt, but for imports, which can lose or convert it."""
-    handler = signal.getsignal(signal.SIGINT)
-    try:
-        if handler is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, _interrupt)
-    except ValueError:  # not the main thread
-        handler = signal.SIG_IGN
-    try:
-        yield
-    finally:
-        if handler is not signal.SIG_IGN:
-            signal.signal(signal.SIGINT, signal.SIG_DFL if handler is None else handler)
-
-
-def _interrupt(number: int, frame: FrameType | None) -> None:
-    while frame is not None:
-        if frame.f_code.co_filename.startswith("<frozen importlib"):
-            try:
-                report_problems("interrupted")
-            finally:  # within a print, another is an error
-                os._exit(EXIT_INTERRUPTED)
-        frame = frame.f_back
-    raise KeyboardInterrupt
 
 
 def is_panic(error: BaseException) -> bool:

@@ -5,12 +5,11 @@ from __future__ import annotations
 import contextlib
 import os
 import signal
-import sys
 import threading
 import time
 from collections.abc import Callable, Iterator
 
-from distil.system.start import AS_SIGTERM, heeded
+from distil.system.start import AS_SIGTERM, heeded, raise_outside_imports
 from utils import logger
 
 ENDING_SIGNALS = (signal.SIGTERM, signal.SIGINT, *AS_SIGTERM)
@@ -46,7 +45,7 @@ def holding_signals() -> Iterator[None]:
 def exit_on_sigterm() -> None:
     """Let SIGTERM and its like end the program as Ctrl-C does, cleaning up, with status 143."""
     for number in heeded([signal.SIGTERM, *AS_SIGTERM]):
-        signal.signal(number, lambda *_: sys.exit(128 + signal.SIGTERM))
+        raise_outside_imports(number, SystemExit(128 + signal.SIGTERM))
 
 
 SAME_EVENT_S = 1.0

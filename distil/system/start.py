@@ -7,12 +7,15 @@ import contextlib
 import os
 import signal
 import sys
-from collections.abc import Iterable
-from types import FrameType
+import time
+from collections.abc import Iterable, Iterator
+from types import CodeType, FrameType
+from typing import NoReturn
 
 # What schedulers and terminals send beside SIGTERM. SIGHUP: the terminal was closed; SIGXCPU: the
 # processor time is used up.
 AS_SIGTERM = (signal.SIGUSR1, signal.SIGUSR2, signal.SIGXCPU, signal.SIGHUP)
+IMPORT_S, RETRY_S = 5.0, 0.02
 
 
 def heeded(numbers: Iterable[int]) -> list[int]:
@@ -23,20 +26,53 @@ def heeded(numbers: Iterable[int]) -> list[int]:
 def begin_program() -> None:
     """End the program at Ctrl-C with one line and status 130, at SIGHUP and others as by SIGTERM.
 
-    Until utils.run_program and signals.py know better. Streams that are closed (`2>&-`) are opened,
+    Until signals.py knows better. Streams that are closed (`2>&-`) are opened,
     or files would take their numbers.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
-        signal.signal(signal.SIGINT, _end)
+        raise_outside_imports(signal.SIGINT, KeyboardInterrupt())
     for number in heeded(AS_SIGTERM):
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGTERM))
 
 
-def _end(number: int, frame: FrameType | None) -> None:
-    """End the process: an import may lose a KeyboardInterrupt, or convert it to another error."""
+def raise_outside_imports(number: int, error: BaseException) -> None:
+    """Let a signal raise an error as soon as no import is in progress; imports lose or convert it.
+
+    SIGINT ends the process where utils.run_main is not there to handle it, and after IMPORT_S.
+    """
+    deadline = None
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        nonlocal deadline
+        stack = list(_stack(frame))
+        if number == signal.SIGINT and not any(code.co_name == "run_main" for code in stack):
+            _end()
+        if not any("<frozen importlib" in code.co_filename for code in stack):
+            raise error
+        deadline = deadline or time.monotonic() + IMPORT_S
+        if time.monotonic() < deadline:
+            # By the signal itself, because another handler may hold it by then.
+            signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+            signal.setitimer(signal.ITIMER_REAL, RETRY_S)
+        elif number == signal.SIGINT:
+            _end()
+        else:
+            raise error
+
+    signal.signal(number, handle)
+
+
+def _stack(frame: FrameType | None) -> Iterator[CodeType]:
+    while frame is not None:
+        yield frame.f_code
+        frame = frame.f_back
+
+
+def _end() -> NoReturn:
+    """End the process with one line; rank 0's."""
     if os.environ.get("LOCAL_RANK", "0") == "0":
         start = "\r" if os.isatty(2) else ""  # over the terminal's `^C`
         line = f"{start}{os.path.basename(sys.argv[0])}: error: interrupted\n"

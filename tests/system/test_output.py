@@ -160,6 +160,26 @@ def test_ctrl_c_during_imports_is_a_line_though_the_import_converts_it(is_late, 
     assert process.returncode == 130 and errors == "a.py: error: interrupted\n"
 
 
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_during_a_late_import_cleans_up_behind_it(number, status, tmp_path):
+    """An import within main: a library loads a part of itself when it is first used."""
+    ready, folder = tmp_path / "ready", tmp_path / "work"
+    folder.mkdir()
+    (tmp_path / "slow.py").write_text(f"open({str(ready)!r}, 'w')\nimport time\ntime.sleep(1)\n")
+    imports = f"sys.path.insert(1, {str(tmp_path)!r})\nimport tempfile, time"
+    imports += "\nfrom distil.system.signals import exit_on_sigterm\nexit_on_sigterm()"
+    body = f"tempfile.TemporaryDirectory(dir={str(folder)!r})"
+    body = f"folder = {body}", "with folder:", "    import slow", "    time.sleep(60)"
+    process = started(program(tmp_path / "a.py", *body, imports=imports), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    errors = process.communicate(timeout=60)[1]
+    assert process.returncode == status and b"Traceback" not in errors
+    assert not list(folder.iterdir())
+
+
 @pytest.mark.parametrize("path", [ROOT / "train.py", *sorted((ROOT / "scripts").glob("*.py"))])
 def test_every_program_begins_before_its_slow_imports(path):
     code = path.read_text(encoding="utf-8").split('"""', 2)[2]
