@@ -41,9 +41,10 @@ def begin_program() -> None:
 def raise_outside_imports(number: int, error: BaseException) -> None:
     """Let a signal raise an error as soon as no import is in progress; imports lose or convert it.
 
-    SIGINT ends the process where utils.run_main is not there to handle it, and after IMPORT_S.
+    It ends the process where an import lasts longer than IMPORT_S; SIGINT also where utils.run_main
+    is not there to handle it.
     """
-    deadline = None
+    deadline: float | None = None
 
     def handle(number: int, frame: FrameType | None) -> None:
         nonlocal deadline
@@ -51,16 +52,20 @@ def raise_outside_imports(number: int, error: BaseException) -> None:
         if number == signal.SIGINT and not any(code.co_name == "run_main" for code in stack):
             _end()
         if not any("<frozen importlib" in code.co_filename for code in stack):
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, signal.SIG_IGN)  # one that is on its way
             raise error
-        deadline = deadline or time.monotonic() + IMPORT_S
-        if time.monotonic() < deadline:
-            # By the signal itself, because another handler may hold it by then.
+        now = time.monotonic()
+        if deadline is None:
+            deadline = now + IMPORT_S
+            # By the signal itself, because another handler may hold it by then; again and again,
+            # because a signal just before a blocking call is heeded only behind it.
             signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
-            signal.setitimer(signal.ITIMER_REAL, RETRY_S)
-        elif number == signal.SIGINT:
+            signal.setitimer(signal.ITIMER_REAL, RETRY_S, RETRY_S)
+        elif now > deadline and number == signal.SIGINT:
             _end()
-        else:
-            raise error
+        elif now > deadline:
+            os._exit(128 + signal.SIGTERM)
 
     signal.signal(number, handle)
 
