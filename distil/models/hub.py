@@ -20,8 +20,14 @@ MODEL_JSON_BYTES = 2**28  # of a tokenizer.json with a million entries
 
 
 def short_name(name_or_folder: str) -> str:
-    """Return the last component of a hub name or folder: 'dbmdz/bert-base/' -> 'bert-base'."""
-    return Path(os.path.abspath(name_or_folder)).name if name_or_folder else ""
+    """Return the last component of a hub name or folder: 'dbmdz/bert-base/' -> 'bert-base'.
+
+    Of a run's model/ the run's: every run has one.
+    """
+    path = Path(os.path.abspath(name_or_folder))
+    if path.name == "model" and (path.parent / "parameters.json").is_file():
+        path = path.parent
+    return path.name if name_or_folder else ""
 
 
 def model_folder(name: str) -> str:

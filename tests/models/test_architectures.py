@@ -394,6 +394,14 @@ def test_a_short_name_is_the_last_component(name):
     assert short_name(name) == "my-bert"
 
 
+def test_the_model_folder_of_a_run_has_the_run_s_name(tmp_path):
+    folder = tmp_path / "my-run" / "model"
+    folder.mkdir(parents=True)
+    assert short_name(str(folder)) == "model"
+    (tmp_path / "my-run" / "parameters.json").touch()
+    assert short_name(str(folder)) == short_name(str(tmp_path / "my-run")) == "my-run"
+
+
 REAL_VOCABULARIES = os.environ.get("DISTIL_VOCABULARIES")
 
 
