@@ -23,9 +23,10 @@ from torch.nn.parallel import DistributedDataParallel
 from distil.data.batches import MicroBatch, Selection, select_rows, to_device
 from distil.kernels.cpu import TiedGradient, faster
 from distil.kernels.head import Projection, Term, head_losses, projected_losses, rows_per_chunk
-from distil.losses import LOSSES, at_least_float32
+from distil.losses import at_least_float32
 from distil.models.forward import attend_without_masks, read_outputs
 from distil.models.heads import Head, head_parameters, prediction_head
+from distil.objectives import LOSSES
 from distil.system.prefetch import OnHost
 from distil.training.log import gradient_statistics
 from distil.training.post_mortem import NonFiniteError, check_losses

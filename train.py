@@ -9,11 +9,14 @@ if __name__ == "__main__":
 
     begin_program()
 
+    from distil.training.config import parse_config
+    from utils import read_flags_first
+
+    read_flags_first(parse_config)
+
 import contextlib
 import functools
 import itertools
-import logging
-import os
 import signal
 import sys
 import time
@@ -27,13 +30,14 @@ from distil.evaluation import HeldOut, Reader
 from distil.flops import UpdateFlops, count_update, peak_flops
 from distil.models.export import tokenizer_for
 from distil.models.language_model import LanguageModel, check_forward
-from distil.system.launch import LostRankError, Runtime, is_another_rank, start_runtime
+from distil.system.launch import LostRankError, Runtime, start_runtime
 from distil.system.prefetch import prefetched
+from distil.system.rank_zero import log_on_rank_0
 from distil.system.signals import Stopped, StopSignals, exit_status
 from distil.system.watch import EXIT_LOST_RANK, report_lost_ranks
-from distil.training import models, post_mortem, resume, unused
+from distil.training import devices, models, post_mortem, resume, unused
 from distil.training.checkpointing import Checkpoint
-from distil.training.config import TrainConfig, as_flags, check_device, folder_problem, parse_config
+from distil.training.config import TrainConfig, as_flags, folder_problem, parse_config
 from distil.training.log import parameter_statistics
 from distil.training.optimizer import describe_update, make_optimizer, make_schedule, run_length
 from distil.training.post_mortem import NonFiniteError
@@ -44,7 +48,7 @@ from distil.training.state import check_finite_state
 from distiller import DistillationModel, Distiller
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch, Update
 from lm_seqs_dataset import LmSeqsDataset, make_preparation, read_held_out
-from utils import keep_freed_memory, logger, run_program, setup_logging
+from utils import logger, run_program
 
 EXIT_NON_FINITE = 1
 MICRO_BATCHES_AHEAD = 8  # made ready while the step computes
@@ -52,7 +56,7 @@ MICRO_BATCHES_AHEAD = 8  # made ready while the step computes
 
 def set_up(config: TrainConfig, runtime: Runtime) -> "Trainer":
     """Load and check data, tokenizer, teacher and student. Raises InputError."""
-    check_device(config, runtime.device)
+    devices.check_device(config, runtime.device)
     files = resume.watch_data(config)
     student_config = models.find_student_config(config)
     architecture = models.resolve_student(config, student_config)
@@ -376,17 +380,13 @@ def fit_and_export(trainer: Trainer, stop: StopSignals) -> None:
         sys.exit(end.status)
     if folder is not None:
         folder.finish(trainer.progress.step)
-        path = trainer.config.dump_path
-        logger.info("Done: %s/model holds the student, for from_pretrained.", path)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program: read the flags, join the other processes, run."""
     config = parse_config(argv)
-    setup_logging(logging.ERROR if is_another_rank(os.environ) else logging.INFO)
+    log_on_rank_0()
     runtime = start_runtime(config.n_gpu, config.local_rank, timeout_s=config.distributed_timeout_s)
-    if runtime.device.type == "cpu":
-        keep_freed_memory()
     stop = StopSignals()
     try:
         with runtime.watching(lambda: stop.request(signal.SIGTERM)):

@@ -74,6 +74,20 @@ def run_program(main: Callable[[], None], *, prints_result: bool = True) -> None
         sys.exit(status)
 
 
+def read_flags_first(parse: Callable[[], object]) -> None:
+    """End the program where its flags are wrong or ask for help, before its slow imports."""
+    is_read = False
+
+    def read() -> None:
+        nonlocal is_read
+        parse()
+        is_read = True
+
+    run_program(read)
+    if not is_read:  # --help, --version
+        sys.exit(0)
+
+
 def run_main(main: Callable[[], None]) -> int:
     """Run a program's `main` and return its exit status; distil.system.start knows this name."""
     try:

@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from torch import nn
 
 from distil.data.batches import MicroBatch, label_of_row, prepare_clm, real_positions
+from distil.held_out_options import MASK_EVERY
 from distil.kernels.head import rows_per_chunk
 from distil.losses import IGNORED_LABEL, at_least_float32, cosine_distance
 from distil.models.forward import last_hidden_state
 from distil.models.heads import Head, prediction_head
 from distil.system.launch import Runtime
 
-MASK_EVERY = 7  # masks 14 % of the tokens in a pass, about training's 15 %
 EVALUATED_TOKENS = 2**12  # padded tokens a batch: equal everywhere, so that drawn masks are equal
 MAX_LOSS = 100.0  # of a perplexity: beyond e^100 it means nothing, and JSON has no infinity
 

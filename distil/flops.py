@@ -16,7 +16,7 @@ import torch
 from torch.utils.flop_counter import FlopCounterMode
 
 from distil.kernels import cpu
-from distil.losses import LOSSES
+from distil.objectives import LOSSES
 from utils import logger
 
 # --------------------------------------------------------------------------------------------------

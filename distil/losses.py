@@ -1,8 +1,7 @@
 """The objectives of distillation: tensors in, scalars out.
 
-Reading order: the formula of each objective; its gradient derived by hand; both row by row; and
-LOSSES, the table from which the program takes everything it knows about an objective. Its
-`--alpha_x` flag, log tag, input and rows follow from its row.
+Reading order: the formula of each objective; its gradient derived by hand; both row by row. LOSSES
+in distil/objectives.py is the table from which the program takes the rest.
 
 The formulas define the objectives and are the reference of the tests. Of an objective on logits,
 training runs the `gradient` (with --compile `by_row`) in distil/kernels/head.py, which projects
@@ -18,14 +17,10 @@ Shape suffixes: N selected positions, V vocabulary, E the entries that the teach
 by the teacher), D width, 1 a kept dimension.
 """
 
-import dataclasses
-from collections.abc import Callable
-
 import torch
 import torch.nn.functional as F
 
 IGNORED_LABEL = -100
-NORMALIZATIONS = ("micro_batches", "tokens")  # over which an update's means are taken
 WithGradient = tuple[torch.Tensor, torch.Tensor]  # loss, gradient by the student's logits (N, V)
 
 
@@ -151,103 +146,3 @@ def squared_error_rows(student_NV, teacher_NE, labels_N, temperature: float) -> 
     """Compute squared_error_gradient with one loss per row."""
     difference_NE = student_NV[:, : teacher_NE.shape[1]] - teacher_NE
     return difference_NE.square().sum(-1), _padded_to(student_NV, 2.0 * difference_NE)
-
-
-# --------------------------------------------------------------------------------------------------
-# The table
-# --------------------------------------------------------------------------------------------------
-
-
-@dataclasses.dataclass(frozen=True)
-class Loss:
-    """One objective: its formula, and the input and rows that the formula is applied to.
-
-    formula: (student, teacher, labels_N, temperature) -> sum over rows; the first two are logits
-        (N, V) and (N, E), or other outputs (N, ..); labels_N are the ids to predict, given for
-        logits at "masked" and "next" rows, else None.
-    reads: "logits", or a row of READINGS in distil/models/forward.py ("hidden": last hidden
-        states).
-    rows: "real" (every real token), "masked" (positions drawn for masked-LM), "next" (positions
-        whose next token is real), or "distilled" (as "real"; as "masked" with
-        --restrict_ce_to_mask).
-    needs_teacher: False where the objective can be computed without running the teacher.
-    default_alpha: default of its --alpha flag. title: its name for people. condition: when the flag
-        may be given.
-    gradient: the formula's sum and its gradient by the student's logits; None: by autograd.
-    by_row: the same per row, for torch.compile; None: this objective is not compiled.
-    make_module: (student, teacher) -> a module that the formula gets as its last argument; its
-        parameters are trained, saved and restored with the student's, but not exported. Not for
-        objectives that read logits.
-    """
-
-    formula: Callable[..., torch.Tensor]
-    reads: str
-    rows: str
-    needs_teacher: bool
-    default_alpha: float
-    title: str
-    gradient: Callable[..., WithGradient] | None = None
-    by_row: Callable[..., WithGradient] | None = None
-    condition: str = ""
-    make_module: Callable[[torch.nn.Module, torch.nn.Module], torch.nn.Module] | None = None
-
-    @property
-    def help(self) -> str:
-        """Describe the objective in one line for the command line."""
-        return f"{self.title}; {self.condition}" if self.condition else self.title
-
-
-# "ce" is 2019's name: the paper's L_ce, the cross-entropy with soft targets, is this KL divergence
-# plus the teacher's entropy, a constant.
-LOSSES: dict[str, Loss] = {
-    "ce": Loss(
-        kl_divergence,
-        reads="logits",
-        rows="distilled",
-        needs_teacher=True,
-        default_alpha=0.5,
-        title="KL divergence to the teacher's distribution",
-        gradient=kl_divergence_gradient,
-        by_row=kl_divergence_rows,
-    ),
-    "mlm": Loss(
-        cross_entropy,
-        reads="logits",
-        rows="masked",
-        needs_teacher=False,
-        default_alpha=0.0,
-        title="masked-language-model loss",
-        gradient=cross_entropy_gradient,
-        by_row=cross_entropy_rows,
-        condition="needs --mlm",
-    ),
-    "clm": Loss(
-        cross_entropy,
-        reads="logits",
-        rows="next",
-        needs_teacher=False,
-        default_alpha=0.5,
-        title="causal-language-model loss",
-        gradient=cross_entropy_gradient,
-        by_row=cross_entropy_rows,
-        condition="not with --mlm",
-    ),
-    "mse": Loss(
-        squared_error,
-        reads="logits",
-        rows="distilled",
-        needs_teacher=True,
-        default_alpha=0.0,
-        title="squared error of the logits",
-        gradient=squared_error_gradient,
-        by_row=squared_error_rows,
-    ),
-    "cos": Loss(
-        cosine_distance,
-        reads="hidden",
-        rows="real",
-        needs_teacher=True,
-        default_alpha=0.0,
-        title="cosine distance of the last hidden states",
-    ),
-}

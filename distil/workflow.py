@@ -22,7 +22,7 @@ from distil.data.decoding import texts_of
 from distil.data.hub_datasets import find_files
 from distil.data.text_sources import read_blocks
 from distil.models.architectures import AUTO, PAIRS, Architecture
-from distil.models.hub import short_name
+from distil.models.names import short_name
 from distil.models.tokenizers import train_word_pieces
 from distil.system.files import atomic_paths, replacing_files, write_json
 from distil.system.json_files import load_json

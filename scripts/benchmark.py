@@ -17,6 +17,11 @@ if __name__ == "__main__":
 
     begin_program()
 
+    from benchmarks.options import make_parser
+    from utils import read_flags_first
+
+    read_flags_first(lambda: make_parser().parse_args())
+
 import argparse
 import dataclasses
 import itertools
@@ -27,20 +32,18 @@ import time
 
 import torch
 
-from benchmarks.cpu_pieces import PIECES
 from benchmarks.jobs import do_job, measure_ceilings, run_rounds, start_job
+from benchmarks.options import make_parser
 from benchmarks.summary import add_shares, draw, merged, print_report
 from benchmarks.workload import PAIR_ROWS, ROOT, Job, teacher_config, write_synthetic
 from distil.data.token_files import MIN_LENGTH, token_file_problem
-from distil.flops import DTYPES
 from distil.models.architectures import ARCHITECTURES
 from distil.reporting.machine import describe_machine
 from distil.system.files import require_output, write_json
 from distil.system.launch import check_compiler
-from distil.system.outputs import add_force_flag, is_picture, json_of
+from distil.system.outputs import is_picture, json_of
 from utils import (
     InputError,
-    OneLineParser,
     git_facts,
     logger,
     raise_problems,
@@ -52,119 +55,6 @@ SWEPT_SIZES = {"cpu": [2, 5, 10], "cuda": [8, 32, 128]}  # sequences a micro-bat
 # Measured, warm-up. On a CPU the heap settles in the third update: 92,000 page faults in the
 # second, 500 from then on.
 DEFAULT_UPDATES = {"cpu": (5, 3), "cuda": (20, 5)}
-
-# --------------------------------------------------------------------------------------------------
-# The command line
-# --------------------------------------------------------------------------------------------------
-
-
-def make_parser() -> argparse.ArgumentParser:
-    """Make the command line."""
-    parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add_workload_flags(parser)
-    add_variant_flags(parser)
-    add_measuring_flags(parser)
-    parser.add_argument("--job", help=argparse.SUPPRESS)
-    return parser
-
-
-def add_workload_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of models and batches."""
-    add = parser.add_argument
-    add(
-        "--pair",
-        default="bert",
-        choices=list(PAIR_ROWS),
-        help="teacher and student (default: %(default)s)",
-    )
-    add(
-        "--size",
-        default="base",
-        choices=["base", "tiny"],
-        help="tiny: 2 layers of width 64, to try this program",
-    )
-    add("--device", choices=["cpu", "cuda"], help="(default: a GPU where there is one)")
-    add("--data_file", help="token file of the pair's vocabulary (default: synthetic sequences)")
-    add(
-        "--length",
-        type=int,
-        help="longest sequence, in ids (default: 128; with --data_file what the teacher admits)",
-    )
-    add(
-        "--mix",
-        action="store_true",
-        help="synthetic lengths spread as Wikipedia's paragraphs' are (default: all of LENGTH)",
-    )
-    add(
-        "--batch_size",
-        type=int,
-        nargs="+",
-        help="sequences a micro-batch, one figure or more (default: 5)",
-    )
-    add(
-        "--micro_batches",
-        type=int,
-        default=1,
-        help="micro-batches an update (default: %(default)s)",
-    )
-
-
-def add_variant_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that choose the variants to time."""
-    add = parser.add_argument
-    add("--precision", nargs="+", choices=list(DTYPES), help="one or more (default: fp32)")
-    add(
-        "--sweep",
-        action="store_true",
-        help="several micro-batch sizes, and all precisions of the device",
-    )
-    add(
-        "--reference",
-        action="store_true",
-        help="also time a plain step of the 2019 kind, on the same batches",
-    )
-    add(
-        "--reference_precision",
-        nargs="+",
-        choices=list(DTYPES),
-        help="of it: fp32 always, another one under torch.autocast",
-    )
-    add("--compile", action="store_true", help="also run what is ours through torch.compile")
-    add(
-        "--without",
-        nargs="+",
-        default=[],
-        choices=list(PIECES),
-        help="also time our step with one piece of distil/kernels/cpu.py off, a row a piece",
-    )
-    add(
-        "--end_to_end",
-        action="store_true",
-        help="also time train.py, as a program, on the same sequences",
-    )
-
-
-def add_measuring_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of repetitions, threads, seed and outputs."""
-    add = parser.add_argument
-    add("--updates", type=int, help="measured updates (default: 5 on a CPU, 20 on a GPU)")
-    add("--warmup", type=int, help="updates before them (default: 3 on a CPU, 5 on a GPU)")
-    add(
-        "--rounds",
-        type=int,
-        default=1,
-        help="times that every variant is run, in turn (default: %(default)s)",
-    )
-    add("--threads", type=int, help="threads of the CPU (default: torch's choice)")
-    add(
-        "--seed",
-        type=int,
-        default=56,
-        help="seed of ids, order, masks, weights and dropout (default: %(default)s)",
-    )
-    add("--json", help="write everything that was found to this file")
-    add("--plot", help="draw it into this PNG file")
-    add_force_flag(parser)
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

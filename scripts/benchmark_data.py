@@ -16,6 +16,11 @@ if __name__ == "__main__":
 
     begin_program()
 
+    from benchmarks.data_options import parse
+    from utils import read_flags_first
+
+    read_flags_first(parse)
+
 import argparse
 import logging
 import os
@@ -36,73 +41,18 @@ from benchmarks.data_figures import (
     measure_pickle,
     measure_rates,
 )
+from benchmarks.data_options import parse
 from benchmarks.data_stages import MB, STAGES
 from distil.data import builtin_corpus
 from distil.data.decoding import texts_of
 from distil.data.text_sources import find_sources, read_blocks
-from distil.models.hub import short_name
+from distil.models.names import short_name
 from distil.models.tokenizers import train_word_pieces
 from distil.system.files import require_output, write_json
-from distil.system.outputs import add_force_flag, json_of
-from utils import InputError, OneLineParser, logger, run_program, setup_logging
+from distil.system.outputs import json_of
+from utils import logger, run_program, setup_logging
 
 VOCAB_SIZE = 30_000
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add = parser.add_argument
-    add(
-        "--text", help="text to tokenize, a file or folder (default: the installed packages' prose)"
-    )
-    add(
-        "--tokenizer_type",
-        default="bert",
-        choices=["bert", "roberta", "gpt2"],
-        help="(default: %(default)s)",
-    )
-    add(
-        "--tokenizer_name",
-        help="hub name or folder (default: a WordPiece vocabulary is trained on the text)",
-    )
-    add(
-        "--languages",
-        help=("folder of texts on which the ids of cached chunks are compared with the library's"),
-    )
-    add(
-        "--small_mb",
-        type=int,
-        default=60,
-        help="text for rates and for the smaller memory figure, MB (default: %(default)s)",
-    )
-    add(
-        "--large_mb",
-        type=int,
-        default=1000,
-        help="text for the larger memory figure, MB (default: %(default)s)",
-    )
-    add(
-        "--num_sequences",
-        type=int,
-        default=10**7,
-        help="of the synthetic store (default: %(default)s)",
-    )
-    add("--folder", help="folder of the working files, several GB (default: a temporary folder)")
-    add("--json", default="benchmark_data.json", help="output (default: %(default)s)")
-    add_force_flag(parser)
-    add("--stage", help=argparse.SUPPRESS)
-    add("--arguments", nargs="*", default=[], help=argparse.SUPPRESS)
-    args = parser.parse_args(argv)
-    for name in ("small_mb", "large_mb", "num_sequences"):
-        if getattr(args, name) < 1:
-            raise InputError(f"--{name} {getattr(args, name)}: expected at least 1")
-    return args
-
-
-# --------------------------------------------------------------------------------------------------
-# Text and tokenizer
-# --------------------------------------------------------------------------------------------------
 
 
 def make_text(args: argparse.Namespace, folder: Path) -> Path:

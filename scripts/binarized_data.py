@@ -16,12 +16,18 @@ if __name__ == "__main__":
 
     begin_program()
 
+    from distil.data.binarize_options import parse
+    from utils import read_flags_first
+
+    read_flags_first(parse)
+
 import argparse
 import dataclasses
 import logging
 import os
 import time
 
+from distil.data.binarize_options import FILE_PATH, parse
 from distil.data.encoding import Encoding
 from distil.data.partial import Partial, partial_folder
 from distil.data.sharding import parse_shard, part_of
@@ -29,18 +35,14 @@ from distil.data.shuffle import Spool
 from distil.data.spooling import spool_ids
 from distil.data.tally import log_summary
 from distil.data.text_flags import (
-    TEXT_PATHS,
-    add_dataset_flags,
-    add_record_flags,
     dataset_of,
     find_text,
     flag_of,
 )
 from distil.data.text_sources import DATASET, Source
-from distil.data.token_files import FORMATS, writing_tokens
+from distil.data.token_files import writing_tokens
 from distil.data.token_outputs import (
     Outputs,
-    add_extra_flags,
     check_covers,
     check_extra_flags,
     check_no_extras,
@@ -49,8 +51,8 @@ from distil.data.token_outputs import (
     write_shuffled,
 )
 from distil.models.architectures import AUTO
-from distil.models.casing import add_casing_flags, casing_of_flags
-from distil.models.hub import short_name
+from distil.models.casing import casing_of_flags
+from distil.models.names import short_name
 from distil.models.tokenizers import (
     describe_tokenizer,
     load_tokenizer,
@@ -58,75 +60,7 @@ from distil.models.tokenizers import (
     resolve_tokenizer,
 )
 from distil.system.signals import exit_on_sigterm
-from utils import InputError, OneLineParser, logger, run_program, setup_logging
-
-FILE_PATH = "data/dump.txt"
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Parse the command line."""
-    parser = OneLineParser(description=__doc__.split("\n\n")[0], allow_abbrev=False)
-    add_text_flags(parser)
-    add_tokenizer_flags(parser)
-    add_output_flags(parser)
-    return parser.parse_args(argv)
-
-
-def add_text_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the text that is read."""
-    parser.add_argument("--file_path", help=f"{TEXT_PATHS} (default: {FILE_PATH})")
-    add_dataset_flags(parser)
-    add_record_flags(parser)
-    parser.add_argument(
-        "--shard",
-        metavar="I/N",
-        help=(
-            "tokenize part I of N of the text only, on one of N machines; scripts/join_tokens.py"
-            " joins the parts"
-        ),
-    )
-
-
-def add_tokenizer_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the tokenizer."""
-    add = parser.add_argument
-    add(
-        "--tokenizer_type",
-        default="bert",
-        choices=["bert", "roberta", "gpt2", AUTO],
-        help=(
-            "auto: the folder's tokenizer.json, else the class that its configuration names; others"
-            " give the ids of 2019, and refuse a tokenizer.json of other ids (default: %(default)s)"
-        ),
-    )
-    add(
-        "--tokenizer_name",
-        default="bert-base-uncased",
-        help="hub name or local folder (default: %(default)s)",
-    )
-    add_casing_flags(parser)
-
-
-def add_output_flags(parser: argparse.ArgumentParser) -> None:
-    """Add the flags of the files that are written, and of the work."""
-    add = parser.add_argument
-    add("--dump_file", default="data/dump", help="prefix of the output (default: %(default)s)")
-    formats = "; ".join(f"{name}: {FORMATS[name].description}" for name in sorted(FORMATS))
-    add(
-        "--format",
-        default="pickle",
-        choices=sorted(FORMATS),
-        help=f"{formats} (default: %(default)s)",
-    )
-    add("--seed", type=int, default=56, help="seed of the shuffle (default: %(default)s)")
-    add(
-        "--num_workers",
-        type=int,
-        default=None,
-        help="processes that tokenize (default: one a core)",
-    )
-    add_extra_flags(parser)
-
+from utils import InputError, logger, run_program, setup_logging
 
 # --------------------------------------------------------------------------------------------------
 # Checks and the program

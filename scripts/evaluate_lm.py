@@ -19,18 +19,21 @@ if __name__ == "__main__":
 
     begin_program()
 
+    from distil.held_out_options import parse
+    from utils import read_flags_first
+
+    read_flags_first(parse)
+
 import argparse
 import logging
 import os
-from collections.abc import Callable
 
 import numpy as np
 import torch
 
 from distil.data.encoding import Encoding
-from distil.data.text_flags import add_record_flags
 from distil.data.token_files import MIN_LENGTH, token_file_problem
-from distil.evaluation import MASK_EVERY, FixedMasks
+from distil.evaluation import FixedMasks
 from distil.held_out import (
     Measurement,
     as_metrics,
@@ -41,17 +44,17 @@ from distil.held_out import (
     masked_measurements,
     run_measurement,
 )
+from distil.held_out_options import parse
 from distil.models.architectures import Architecture
 from distil.models.checks import tokenizer_problem
 from distil.models.language_model import LanguageModel, load_language_model, resolve_by_name
 from distil.system.files import file_problem, output_problem
-from distil.system.outputs import add_force_flag, json_of
+from distil.system.outputs import json_of
 from distil.tasks.loading import require_same_vocabulary
 from distil.tasks.scores import write_scores
 from lm_seqs_dataset import LmSeqsDataset, read_token_counts
 from utils import (
     InputError,
-    OneLineParser,
     keep_freed_memory,
     logger,
     raise_problems,
@@ -66,94 +69,6 @@ RANGES = {
     "mlm_smoothing": (0, 100),
     "pseudo_perplexity": (1, 1e9),
 }
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    _add_files(parser)
-    _add_masks(parser.add_argument)
-    parser.add_argument(
-        "--trust_remote_code",
-        action="store_true",
-        help="run the Python files that a model comes with, where it needs them",
-    )
-    parser.add_argument(
-        "--device",
-        choices=["cpu", "cuda"],
-        default="cuda" if torch.cuda.is_available() else "cpu",
-        help="(default: %(default)s)",
-    )
-    return parser.parse_args(argv)
-
-
-def _add_files(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--model",
-        required=True,
-        help="model to be measured, hub name or local folder (a run's --dump_path, its best/)",
-    )
-    add(
-        "--teacher",
-        help="the model it is compared with, hub name or local folder, of the same vocabulary",
-    )
-    add(
-        "--data_file",
-        help="held-out token file made by binarized_data.py: a pickle, or a store by its prefix",
-    )
-    add(
-        "--text_file",
-        help="held-out text instead, one sequence a line, in what binarized_data.py reads",
-    )
-    add_record_flags(parser)
-    add("--output", required=True, help="JSON that receives the scores")
-    add_force_flag(parser)
-
-
-def _add_masks(add: Callable) -> None:
-    add(
-        "--max_length",
-        type=int,
-        help="longest sequence, in token ids (default: what the models admit)",
-    )
-    add(
-        "--mask_every",
-        type=int,
-        default=MASK_EVERY,
-        help="tokens from one fixed mask to the next (default: %(default)s)",
-    )
-    add(
-        "--mlm_mask_prop",
-        type=float,
-        default=0.15,
-        help="share of the tokens that is drawn (default: %(default)s)",
-    )
-    add(
-        "--token_counts",
-        help="draw by rarity, as training does, from these counts (default: uniformly)",
-    )
-    add(
-        "--mlm_smoothing",
-        type=float,
-        default=0.7,
-        help="with --token_counts: weight count ^ -MLM_SMOOTHING (default: %(default)s)",
-    )
-    add(
-        "--pseudo_perplexity",
-        type=int,
-        metavar="N",
-        help=(
-            "also mask the tokens of N sequences one by one, a pass a token; they are taken at even"
-            " distances"
-        ),
-    )
-    add(
-        "--seed",
-        type=int,
-        default=56,
-        help="seed of the masks that are drawn (default: %(default)s)",
-    )
 
 
 def check_arguments(args: argparse.Namespace) -> None:
@@ -178,6 +93,7 @@ def check_arguments(args: argparse.Namespace) -> None:
         problems.append(token_file_problem(args.data_file, "--data_file"))
     if args.token_counts is not None:
         problems.append(file_problem(args.token_counts, "--token_counts"))
+    args.device = args.device or ("cuda" if torch.cuda.is_available() else "cpu")
     if args.device == "cuda" and not torch.cuda.is_available():
         problems.append(
             "--device cuda: this machine has no GPU that torch can use; pass --device cpu"

@@ -10,15 +10,20 @@ if __name__ == "__main__":
 
     begin_program()
 
+    from distil.models.extract_options import EXTRACT, parse
+    from utils import read_flags_first
+
+    read_flags_first(lambda: parse(EXTRACT))
+
 import argparse
-import dataclasses
 import logging
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 
 from distil.models.architectures import ARCHITECTURES, PAIRS
 from distil.models.checks import tokenizer_problem
 from distil.models.export import save_folder, tokenizer_for
+from distil.models.extract_options import EXTRACT, Defaults, parse
 from distil.models.first_weights import (
     evenly_spaced_layers,
     extract_student,
@@ -35,10 +40,8 @@ from distil.models.language_model import (
     save_used_bias_twice,
 )
 from distil.system.files import atomic_folder, require_output, save_weights, write_json
-from distil.system.outputs import add_force_flag
 from utils import (
     InputError,
-    OneLineParser,
     logger,
     raise_problems,
     run_program,
@@ -46,103 +49,6 @@ from utils import (
 )
 
 DEFAULT_NUM_LAYERS = 6
-
-
-@dataclasses.dataclass(frozen=True)
-class Defaults:
-    """The differences between extract.py and extract_distilbert.py.
-
-    student_types: teacher's type -> student's.
-    """
-
-    description: str
-    student_types: Mapping[str, str]
-    model_type: str
-    model_name: str
-    dump_checkpoint: str
-
-
-DEFAULTS = Defaults(
-    description=__doc__,
-    student_types={"roberta": "roberta", "gpt2": "gpt2"},
-    model_type="roberta",
-    model_name="roberta-large",
-    dump_checkpoint="serialization_dir/tf_roberta_048131723.pth",
-)
-
-
-def make_parser(defaults: Defaults) -> argparse.ArgumentParser:
-    """Make the command line of extract.py or extract_distilbert.py."""
-    parser = OneLineParser(description=defaults.description, allow_abbrev=False)
-    _add_state_dict_flags(parser, defaults)
-    _add_student_flags(parser)
-    return parser
-
-
-def _add_state_dict_flags(parser: argparse.ArgumentParser, defaults: Defaults) -> None:
-    add = parser.add_argument
-    add(
-        "--model_type",
-        default=defaults.model_type,
-        choices=list(defaults.student_types),
-        help="(default: %(default)s)",
-    )
-    add(
-        "--model_name",
-        default=defaults.model_name,
-        help="hub name or folder (default: %(default)s)",
-    )
-    add("--dump_checkpoint", default=defaults.dump_checkpoint, help="output (default: %(default)s)")
-    add_force_flag(parser)
-    add(
-        "--vocab_transform",
-        action="store_true",
-        help="take the prediction head's dense layer and norm too",
-    )
-    add(
-        "--num_layers",
-        type=int,
-        help="layers of the student, taken evenly spaced (default: 6, at most half)",
-    )
-    add(
-        "--layers",
-        type=int,
-        nargs="+",
-        help="the teacher's layers to take, in place of --num_layers",
-    )
-    add(
-        "--fold_token_types",
-        action="store_true",
-        help="add token type 0 to every position of a DistilBERT, which makes the copy exact",
-    )
-
-
-def _add_student_flags(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument
-    add(
-        "--teacher",
-        help=(
-            "any masked or causal language model, hub name or folder: makes a whole student in"
-            " --output"
-        ),
-    )
-    add(
-        "--output",
-        help=(
-            "folder that receives the student: configuration, weights, tokenizer, for train.py"
-            " --student"
-        ),
-    )
-    add(
-        "--student_type",
-        choices=sorted({s for t, s in PAIRS if t != s}),
-        help="a student of another type than its --teacher",
-    )
-    add(
-        "--trust_remote_code",
-        action="store_true",
-        help="run Python files that come with the teacher, where it needs them",
-    )
 
 
 def choose_layers(
@@ -175,7 +81,7 @@ def choose_layers(
 
 def extract(defaults: Defaults, argv: list[str] | None = None) -> None:
     """Run either program: load the teacher, copy its layers, write the student."""
-    args = make_parser(defaults).parse_args(argv)
+    args = parse(defaults, argv)
     setup_logging(logging.INFO)
     if args.teacher is None and args.output is None:
         write_state_dict(args, defaults)
@@ -278,7 +184,7 @@ def make_student(teacher, args: argparse.Namespace, layers: Sequence[int], sourc
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program."""
-    extract(DEFAULTS, argv)
+    extract(EXTRACT, argv)
 
 
 if __name__ == "__main__":

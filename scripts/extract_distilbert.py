@@ -10,22 +10,20 @@ if __name__ == "__main__":
 
     begin_program()
 
+    from distil.models.extract_options import EXTRACT_DISTILBERT, parse
+    from utils import read_flags_first
 
-from extract import Defaults, extract
+    read_flags_first(lambda: parse(EXTRACT_DISTILBERT))
+
+
+from distil.models.extract_options import EXTRACT_DISTILBERT
+from extract import extract
 from utils import run_program
-
-DEFAULTS = Defaults(
-    description=__doc__,
-    student_types={"bert": "distilbert"},
-    model_type="bert",
-    model_name="bert-base-uncased",
-    dump_checkpoint="serialization_dir/tf_bert-base-uncased_0247911.pth",
-)
 
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program."""
-    extract(DEFAULTS, argv)
+    extract(EXTRACT_DISTILBERT, argv)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def check_arguments(args: argparse.Namespace) -> None:
     """Raise InputError with a line for each problem of the flags."""
-    from distil.models.hub import short_name
+    from distil.models.names import short_name
     from distil.reporting.latency import text_config
 
     problems = plan_problems(args)
@@ -62,7 +62,7 @@ def check_arguments(args: argparse.Namespace) -> None:
 def main(argv: list[str] | None = None) -> None:
     """Time the models, print the table, write the figures."""
     args = parse(argv)
-    from distil.models.hub import short_name
+    from distil.models.names import short_name
     from distil.reporting.latency import measure, read_sentences, table
 
     setup_logging(logging.INFO)

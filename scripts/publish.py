@@ -39,7 +39,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 
 def files_to_publish(run: str) -> tuple[Path, list[Path]]:
     """Find the model's folder and its files. Raises InputError where it is no complete model."""
-    from distil.models.hub import model_folder
+    from distil.models.names import model_folder
 
     folder = Path(model_folder(run))
     if not folder.is_dir():

@@ -17,6 +17,11 @@ if __name__ == "__main__":
 
     begin_program()
 
+    from distil.quickstart_options import parse
+    from utils import read_flags_first
+
+    read_flags_first(parse)
+
 import argparse
 import dataclasses
 import functools
@@ -46,6 +51,7 @@ from distil.models.language_model import (
     resolve_by_name,
 )
 from distil.models.tokenizers import load_tokenizer
+from distil.quickstart_options import parse
 from distil.reporting.curves import draw_curves
 from distil.reporting.tables import markdown
 from distil.system.files import atomic_path, require_output, write_json
@@ -67,7 +73,7 @@ from distil.workflow import (
 )
 from grouped_batch_sampler import GroupedBatchSampler
 from lm_seqs_dataset import LmSeqsDataset, make_preparation
-from utils import InputError, OneLineParser, run_program, setup_logging
+from utils import InputError, run_program, setup_logging
 
 # In the output folder: flags, text and finished stages, and the sign of a quickstart's folder.
 MARKER = "quickstart.json"
@@ -75,48 +81,6 @@ TRAINED = {"student after": "distilled", "without teacher": "without_teacher"}  
 MASKS_SEED = 1  # of the held-out masks: the same for every row of the table, whatever --seed
 FULL = Scale()
 SHORT = Scale(teacher_steps=200, student_steps=60, num_held_out=96)
-
-
-def parse(argv: list[str] | None = None) -> argparse.Namespace:
-    """Read the command line."""
-    parser = OneLineParser(description=__doc__.split("\n")[0], allow_abbrev=False)
-    parser.add_argument(
-        "--text",
-        help=(
-            "your own text: whatever binarized_data.py reads, one sequence a line or record"
-            " (default: the installed packages' prose)"
-        ),
-    )
-    parser.add_argument(
-        "--text_field",
-        default="text",
-        help="the text's field or column in .jsonl, .parquet, .. (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--teacher",
-        help=(
-            "your own masked or causal language model, hub name or folder (default: a BERT is"
-            " trained)"
-        ),
-    )
-    parser.add_argument(
-        "--output",
-        default="quickstart",
-        help="folder for everything that is made (default: %(default)s)",
-    )
-    parser.add_argument(
-        "--seed", type=int, default=56, help="seed of everything (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--max_length", type=int, default=64, help="longest sequence, in ids (default: %(default)s)"
-    )
-    parser.add_argument(
-        "--student_steps", type=int, help="updates of the student (default: 700, with --short 60)"
-    )
-    parser.add_argument(
-        "--short", action="store_true", help="a version of two minutes, to see that it works"
-    )
-    return parser.parse_args(argv)
 
 
 # --------------------------------------------------------------------------------------------------

@@ -11,11 +11,11 @@ from stand_ins import make_model
 
 from distil.data.batches import MlmPreparation, masking_weights, prepare_clm
 from distil.evaluation import evaluate
-from distil.losses import NORMALIZATIONS
 from distil.models.architectures import architecture_named
 from distil.models.forward import last_hidden_state, recompute_activations
 from distil.models.heads import head_of
 from distil.models.language_model import build_network, freeze_embeddings, read_student_config
+from distil.objectives import NORMALIZATIONS
 from distil.training.optimizer import split_for_weight_decay
 from distil.training.post_mortem import NonFiniteError
 from distiller import DistillationModel, Distiller

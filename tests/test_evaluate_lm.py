@@ -652,7 +652,7 @@ def held_out_points(run: Path) -> list[tuple]:
 def assert_same_weights(one: Path, two: Path) -> None:
     for name in ("pytorch_model.bin", "model_epoch_0.pth"):
         assert (one / name).read_bytes() == (two / name).read_bytes()
-    newest = checkpointing.exist(one / "checkpoints")[0].name
+    newest = checkpointing.checkpoints_in(one / "checkpoints")[0].name
     for name in ("student.safetensors", "optimizer.safetensors"):
         assert (one / "checkpoints" / newest / name).read_bytes() == (
             two / "checkpoints" / newest / name

@@ -118,7 +118,7 @@ def test_a_run_goes_on_on_a_gpu(launcher, world, tmp_path):
     assert run_process(*command).returncode == 0
     whole, (newest, *_) = (
         weights(tmp_path / "run"),
-        checkpointing.exist(tmp_path / "run" / "checkpoints"),
+        checkpointing.checkpoints_in(tmp_path / "run" / "checkpoints"),
     )
     shutil.rmtree(newest)
     done = run_process(*command, "--resume")

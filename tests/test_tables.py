@@ -10,7 +10,7 @@ from stand_ins import ROOT, logged
 from whole_runs import assert_same_run
 
 import train
-from distil import losses
+from distil import objectives
 from distil.models import forward
 from distil.reporting import model_card
 from distil.training import checkpointing
@@ -21,10 +21,10 @@ def absolute_error(student_NV, teacher_NV, labels_N, temperature: float) -> torc
 
 
 def test_an_objective_is_one_row_of_one_table(world, tmp_path, monkeypatch):
-    row = losses.Loss(
+    row = objectives.Loss(
         absolute_error, "logits", "distilled", True, 0.0, "absolute error of the logits"
     )
-    monkeypatch.setitem(losses.LOSSES, "toy", row)
+    monkeypatch.setitem(objectives.LOSSES, "toy", row)
     flags = world.flags(
         "bert", tmp_path / "run", max_steps=3, batch_size=6, alpha_toy=0.25, log_interval=2, n_gpu=0
     )
@@ -60,10 +60,10 @@ def projected_error(student_ND, teacher_ND, labels_N, temperature, module) -> to
 
 
 def test_an_objectives_parameters_are_trained_saved_and_restored(world, tmp_path, monkeypatch):
-    row = losses.Loss(
+    row = objectives.Loss(
         projected_error, "hidden", "real", True, 0.0, "projected error", make_module=Projected
     )
-    monkeypatch.setitem(losses.LOSSES, "toy", row)
+    monkeypatch.setitem(objectives.LOSSES, "toy", row)
     options = {"batch_size": 6, "alpha_toy": 0.25, "n_gpu": 0, "max_steps": 3, "log_interval": 1}
     whole, stopped = tmp_path / "whole", tmp_path / "stopped"
     train.main(world.flags("bert", whole, checkpoint_interval=2, **options))
@@ -132,8 +132,8 @@ def test_an_objective_on_other_outputs_is_a_row_of_losses_and_a_row_of_readings(
         lambda output: torch.stack(output.hidden_states, dim=2), {"output_hidden_states": True}
     )
     monkeypatch.setitem(forward.READINGS, "layers", reading)
-    row = losses.Loss(layers_error, "layers", "real", True, 0.0, "squared error of layers")
-    monkeypatch.setitem(losses.LOSSES, "toy", row)
+    row = objectives.Loss(layers_error, "layers", "real", True, 0.0, "squared error of layers")
+    monkeypatch.setitem(objectives.LOSSES, "toy", row)
     flags = world.flags("bert", tmp_path / "run", max_steps=2, batch_size=6, alpha_toy=1.0, n_gpu=0)
     trainer = train.set_up(train.parse_config(flags), train.Runtime())
     student, teacher = trainer.student.network, trainer.teacher.network

@@ -20,7 +20,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import binarized_data
 import train
 import train_teacher
-from distil.losses import LOSSES
+from distil.objectives import LOSSES
 
 KINDS = ("bert", "roberta", "gpt2")
 REQUIRED = {

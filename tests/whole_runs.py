@@ -10,8 +10,10 @@ from distil.training import checkpointing
 
 def assert_same_run(one: Path, two: Path) -> None:
     """Check that two runs have bit-equal weights, moments, counters and logs."""
-    names = [path.name for path in checkpointing.exist(one / "checkpoints")]
-    assert names and names == [path.name for path in checkpointing.exist(two / "checkpoints")]
+    names = [path.name for path in checkpointing.checkpoints_in(one / "checkpoints")]
+    assert names and names == [
+        path.name for path in checkpointing.checkpoints_in(two / "checkpoints")
+    ]
     for name in names:
         first, second = (run / "checkpoints" / name for run in (one, two))
         for file in ("student.safetensors", "optimizer.safetensors"):

@@ -15,7 +15,8 @@ import torch
 import torch.nn.functional as F
 
 from distil.kernels.cpu import wide_layer_norms
-from distil.losses import Loss, at_least_float32
+from distil.losses import at_least_float32
+from distil.objectives import Loss
 
 # Rows of logits in a chunk. On a CPU a chunk should be small in memory, and large beside the (V, D)
 # gradient that it adds to; a GPU wants large products (4096 x 30522 in float32: 0.5 GB).

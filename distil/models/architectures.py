@@ -11,8 +11,6 @@ import dataclasses
 from collections.abc import Callable, Mapping
 from typing import TYPE_CHECKING
 
-import transformers
-
 if TYPE_CHECKING:
     import torch
 
@@ -23,7 +21,9 @@ def _distilbert_transform(model, hidden_ND):
 
 def _roberta_transform(model, hidden_ND):
     head = model.lm_head
-    return head.layer_norm(transformers.activations.gelu(head.dense(hidden_ND)))
+    from transformers.activations import gelu
+
+    return head.layer_norm(gelu(head.dense(hidden_ND)))
 
 
 @dataclasses.dataclass(frozen=True)

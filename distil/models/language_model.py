@@ -20,7 +20,8 @@ from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
 from distil.models.bounds import ENTRIES, check_counts, check_memory
 from distil.models.checks import check_finite, some_of
 from distil.models.heads import Head, path_of, prediction_head
-from distil.models.hub import check_weight_files, load_config, model_folder, quiet_transformers
+from distil.models.hub import check_weight_files, load_config, quiet_transformers
+from distil.models.names import model_folder
 from distil.models.tokenizer_roles import special_ids
 from distil.models.tokenizer_rules import tokenizer_facts
 from distil.models.tokenizers import load_tokenizer

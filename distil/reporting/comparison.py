@@ -5,7 +5,7 @@ import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distil.models.hub import short_name
+from distil.models.names import short_name
 from distil.reporting.scores import KINDS_OF_LM
 from distil.reporting.tables import plain
 from distil.tasks.tasks import GLUE_TASKS, TASKS, glue_macro

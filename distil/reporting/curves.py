@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from pathlib import Path
 
-from distil.losses import LOSSES
+from distil.objectives import LOSSES
 from distil.reporting.plots import (
     LOOKS,
     add_legend,

@@ -20,7 +20,8 @@ import torch
 import transformers
 
 from distil.models.bounds import check_memory
-from distil.models.hub import check_weight_files, load_config, model_folder, quiet_transformers
+from distil.models.hub import check_weight_files, load_config, quiet_transformers
+from distil.models.names import model_folder
 from distil.reporting.machine import describe_machine
 from distil.reporting.plan import Plan
 from distil.reporting.tables import digits, markdown, plain

@@ -16,8 +16,8 @@ from pathlib import Path
 import huggingface_hub
 import transformers
 
-from distil.losses import LOSSES
-from distil.models.hub import model_folder, short_name
+from distil.models.names import model_folder, short_name
+from distil.objectives import LOSSES
 from distil.reporting.tables import code, plain
 from distil.system.files import atomic_path, output_problem
 from distil.system.json_files import load_json

@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping
 from pathlib import Path
 
-from distil.models.hub import short_name
+from distil.models.names import short_name
 from distil.reporting import latency, model_card
 from distil.reporting.comparison import FORMAT
 from distil.reporting.plan import plan_problems

@@ -11,8 +11,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from distil.losses import LOSSES
 from distil.models.architectures import AUTO
+from distil.objectives import LOSSES
 from distil.reporting.plots import (
     Look,
     add_legend,

@@ -4,7 +4,7 @@ import os
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from distil.models.hub import short_name
+from distil.models.names import short_name
 from distil.reporting.problems import collecting
 from distil.system.files import write_json
 from distil.system.json_files import read_json, type_problem

@@ -6,7 +6,8 @@ from pathlib import Path
 import torch
 import transformers
 
-from distil.models.hub import load_config, quiet_transformers, short_name, weight_files
+from distil.models.hub import load_config, quiet_transformers, weight_files
+from distil.models.names import short_name
 from distil.models.tokenizer_rules import vocabulary_fingerprint
 from distil.tasks.loading import load_any_tokenizer, longest_input
 from utils import InputError, one_line

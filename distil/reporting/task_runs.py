@@ -9,7 +9,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from distil.data.token_files import token_file_problem
-from distil.models.hub import load_config, short_name
+from distil.models.hub import load_config
+from distil.models.names import short_name
 from distil.reporting.scores import kept_scores, of_model_and_task, read_scores
 from distil.system.files import file_problem
 from distil.tasks.scores import write_scores

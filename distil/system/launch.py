@@ -18,11 +18,10 @@ import torch
 from torch import distributed
 
 from distil.system.copies import refuse_copies
+from distil.system.rank_zero import TIMEOUT_S, is_one_of_several
 from distil.system.versions import version_notice
 from distil.system.watch import Watch
-from utils import InputError, RankError, logger, one_line
-
-TIMEOUT_S = 600  # for which processes wait for each other
+from utils import InputError, RankError, keep_freed_memory, logger, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -123,16 +122,6 @@ def _is_of_collective(error: RuntimeError) -> bool:
 LAUNCHER_REMEDY = (
     "start with torchrun or python -m torch.distributed.launch, or unset it for a single process"
 )
-
-
-def is_one_of_several(environment: Mapping[str, str]) -> bool:
-    """True in a process that a launcher started: one for which RANK and LOCAL_RANK are set."""
-    return bool(environment.get("RANK") and environment.get("LOCAL_RANK"))
-
-
-def is_another_rank(environment: Mapping[str, str]) -> bool:
-    """True in a process that is one of several and not rank 0."""
-    return is_one_of_several(environment) and environment["RANK"] != "0"
 
 
 def read_launcher(
@@ -291,6 +280,8 @@ def start_runtime(
     )
     if device.type == "cuda":
         torch.cuda.set_device(device)
+    else:
+        keep_freed_memory()
     backend, watch = "nccl" if device.type == "cuda" else "gloo", None
     if launched is not None:
         store = _join_the_others(backend, rank, world_size, timeout_s)

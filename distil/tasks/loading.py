@@ -10,8 +10,9 @@ from distil.models.architectures import AUTO, architecture_named
 from distil.models.bounds import check_memory
 from distil.models.casing import Casing
 from distil.models.checks import check_finite
-from distil.models.hub import check_weight_files, load_config, model_folder, quiet_transformers
+from distil.models.hub import check_weight_files, load_config, quiet_transformers
 from distil.models.language_model import is_masked_config, resolve_architecture
+from distil.models.names import model_folder
 from distil.models.tokenizer_rules import difference
 from distil.models.tokenizers import load_tokenizer
 from utils import InputError, and_others, one_line

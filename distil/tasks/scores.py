@@ -10,7 +10,7 @@ from typing import Any
 import torch
 import transformers
 
-from distil.models.hub import short_name
+from distil.models.names import short_name
 from distil.system.files import write_json
 from utils import git_facts
 

@@ -17,7 +17,6 @@ import hashlib
 import itertools
 import json
 import os
-import re
 import shutil
 import stat
 from collections.abc import Collection, Iterable, Iterator, Mapping
@@ -29,6 +28,7 @@ import torch
 
 from distil.system.files import flush_to_disk, json_digest, link, make_folder, naming
 from distil.system.json_files import load_json, parse_json
+from distil.training.layout import STEP, checkpoints_in
 from utils import REMEDIES, InputError, logger, one_line
 
 FORMAT, VERSION = "distil-checkpoint", 1
@@ -38,7 +38,6 @@ MANIFEST_PARTS = {
     **{"format": str, "version": (int, None), "step": int, "manifest_sha256": str},
     "files": {...: {"bytes": int, "sha256": str}},
 }
-NAME = re.compile(r"step-(\d{8,})")
 UNFINISHED, DISCARDED = ".tmp", ".trash-"
 WRITE_BYTES = 2**24
 ROOM_BYTES = 2**20  # for state, manifest and headers
@@ -135,7 +134,7 @@ def _require_room(folder: Path, num_bytes: int) -> None:
 def _free_space(folder: Path) -> str:
     """Word the remedy of a full disk: there is something to resume from, or not yet."""
     try:
-        again = "continue with --resume" if exist(folder) else "start again"
+        again = "continue with --resume" if checkpoints_in(folder) else "start again"
     except OSError:
         again = "start again, with --resume auto"
     return f"; free disk space, then {again}"
@@ -215,7 +214,7 @@ def prune(folder: Path, keep: int, written: Path, own: Collection[str]) -> None:
 
     own: names of a checkpoint's files. One that holds other files stays, and so does a link.
     """
-    for path in exist(folder)[keep:]:
+    for path in checkpoints_in(folder)[keep:]:
         if path == written or path.is_symlink():
             continue
         if others := _others(path, own):
@@ -233,24 +232,13 @@ def clean(folder: str | os.PathLike) -> None:
     """Delete half-written and half-deleted folders that a killed save left."""
     for path in Path(folder).glob("*step-*"):
         name = path.name.removeprefix(DISCARDED).removesuffix(UNFINISHED)
-        if name != path.name and NAME.fullmatch(name) and not path.is_symlink():
+        if name != path.name and STEP.fullmatch(name) and not path.is_symlink():
             shutil.rmtree(path, ignore_errors=True)
 
 
 # --------------------------------------------------------------------------------------------------
 # Reading
 # --------------------------------------------------------------------------------------------------
-
-
-def exist(folder: str | os.PathLike) -> list[Path]:
-    """List a folder's checkpoints, whole or damaged, newest first."""
-    try:
-        found = [
-            path for path in Path(folder).iterdir() if NAME.fullmatch(path.name) and path.is_dir()
-        ]
-    except (FileNotFoundError, NotADirectoryError):  # other errors may hide checkpoints: raise them
-        return []
-    return sorted(found, key=lambda path: int(NAME.fullmatch(path.name)[1]), reverse=True)
 
 
 def read(path: str | os.PathLike) -> Checkpoint:
@@ -268,7 +256,7 @@ def read(path: str | os.PathLike) -> Checkpoint:
             _check_file(path / name, expected)
         content = _checked_bytes(path / STATE, manifest["files"])
         state = parse_json(content, {"step": int}, strict=False)
-        step, named = state.pop("step"), NAME.fullmatch(path.name.removesuffix(UNFINISHED))
+        step, named = state.pop("step"), STEP.fullmatch(path.name.removesuffix(UNFINISHED))
         if not named or not step == manifest["step"] == int(named[1]):
             raise DamagedError(
                 f"{path}: its {STATE} is of step {step}: the folder was renamed, or mixed from two"
@@ -339,7 +327,7 @@ def newest(folder: str | os.PathLike) -> Checkpoint | None:
     Raises InputError where all are damaged: the user decides what to lose, not the program.
     """
     problems = []
-    for path in exist(folder):
+    for path in checkpoints_in(folder):
         try:
             found = read(path)
         except DamagedError as error:

@@ -22,13 +22,11 @@ from distil.system.files import (
     output_problem,
 )
 from distil.system.locks import LOCK, is_restarted, is_signed, lock_problem, take_lock
-from distil.training import checkpointing
-from distil.training.log import EVENTS, METRICS
+from distil.training.layout import BEST, CHECKPOINTS, EVENTS, METRICS, MODEL, checkpoints_in
 from distil.training.trackers import STORE
 from utils import InputError, logger
 
 ROOT = Path(__file__).resolve().parents[2]
-CHECKPOINTS, BEST, MODEL = "checkpoints", "best", "model"
 # What a run writes: a folder with none of it is not taken for a run's.
 RUN_FILES = ("parameters.json", "checkpoint.pth", "model_epoch_*.pth", "checkpoints/step-*")
 # Present once a run has saved; before, a start has failed.
@@ -67,7 +65,7 @@ def dump_path_problem(
     where, is_free = f"--dump_path {path}", is_vacant(path)
     if problem := lock_problem(path / LOCK):
         return f"{where}: {problem}"
-    resumes = mode == "required" or (mode and checkpointing.exist(path / CHECKPOINTS))
+    resumes = mode == "required" or (mode and checkpoints_in(path / CHECKPOINTS))
     if not (is_free or resumes or force or mode):
         return (
             f"{where}: exists already; choose another, resume it with --resume, or move it aside"
@@ -114,7 +112,7 @@ def is_vacant(path: Path) -> bool:
         return True  # killed before it signed
     has_results = any(any(path.glob(name)) for name in RESULTS)
     is_logged = is_regular(path / METRICS) and os.path.getsize(path / METRICS) > 0
-    is_saved = has_results or is_logged or checkpointing.exist(path / CHECKPOINTS)
+    is_saved = has_results or is_logged or checkpoints_in(path / CHECKPOINTS)
     return is_signed(path / LOCK) and not is_saved
 
 

@@ -9,20 +9,18 @@ import functools
 import os
 import typing
 
-import torch
-
 from distil.data.token_files import MIN_LENGTH, token_file_problem
-from distil.losses import LOSSES, NORMALIZATIONS
 from distil.models.architectures import AUTO, PAIRS
+from distil.objectives import LOSSES, NORMALIZATIONS
 from distil.system.files import file_problem
-from distil.system.launch import TIMEOUT_S, check_compiler, check_precision, is_another_rank
+from distil.system.rank_zero import TIMEOUT_S, is_another_rank
 from distil.training.claim import dump_path_problem, resume_mode
 from distil.training.config_file import naming_the_file, read_config_file
 from distil.training.contradictions import contradictions
 from distil.training.options import add_options, bound_problems, missing_options, option
 from distil.training.trackers import NAMES as TRACKERS
 from distil.training.trackers import TENSORBOARD, tracker_problems
-from utils import VERSION, InputError, OneLineParser, logger, raise_problems
+from utils import VERSION, InputError, OneLineParser, raise_problems
 
 DESCRIPTION = "Distil a language model into a smaller one. See README.md."
 USAGE = """train.py --dump_path FOLDER --data_file FILE --teacher_name NAME
@@ -323,20 +321,6 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
     }
     with naming_the_file(path, from_file):
         return TrainConfig(alphas=alphas, **values)
-
-
-def check_device(config: TrainConfig, device: torch.device) -> None:
-    """Raise InputError where the device can't do what the flags ask; name flags without effect."""
-    if not config.mlm and config.restrict_ce_to_mask:
-        logger.warning("--restrict_ce_to_mask has no effect without --mlm.")
-    check_precision(device, config.bf16, config.fp16)
-    if config.compile:
-        check_compiler(device)
-    if config.fp16:
-        logger.info(
-            "--fp16: torch's own mixed precision; --fp16_opt_level %s has no effect.",
-            config.fp16_opt_level,
-        )
 
 
 def as_flags(config: TrainConfig) -> dict[str, typing.Any]:

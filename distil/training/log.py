@@ -19,11 +19,10 @@ import torch
 from torch.utils.tensorboard import SummaryWriter
 
 from distil.system.files import atomic_path, flush_to_disk, is_folder, is_regular, naming
+from distil.training.layout import EVENTS, METRICS
 from distil.training.trackers import Tracker
 from utils import logger
 
-METRICS = "metrics.jsonl"
-EVENTS = {"train": "log/train", "parameters": "log/parameters"}
 BLOCK_BYTES = 2**20
 # Scalars that metrics.jsonl leaves out: others' sums, and facts of the machine.
 LEFT_OUT = {"losses/cum_avg_loss_epoch", "global/memory_usage", "global/speed"}

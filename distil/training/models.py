@@ -6,7 +6,6 @@ import torch
 
 from distil.data import cards
 from distil.data.token_files import files_of
-from distil.losses import LOSSES
 from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
 from distil.models.checks import (
     ids_problem,
@@ -29,6 +28,7 @@ from distil.models.language_model import (
 )
 from distil.models.tokenizer_rules import difference, tokenizer_facts
 from distil.models.tokenizers import load_tokenizer
+from distil.objectives import LOSSES
 from distil.training.config import TrainConfig
 from utils import InputError, keyed_seed, logger, raise_problems
 

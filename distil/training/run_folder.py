@@ -32,15 +32,8 @@ from distil.system.files import (
 from distil.system.locks import LOCK, read_lock, sign_lock, take_lock
 from distil.system.versions import versions
 from distil.training import checkpointing
-from distil.training.claim import (
-    BEST,
-    CHECKPOINTS,
-    MODEL,
-    ROOT,
-    claim,
-    entry,
-    resume_mode,
-)
+from distil.training.claim import ROOT, claim, entry, resume_mode
+from distil.training.layout import BEST, CHECKPOINTS, MODEL
 from distil.training.log import Log, Place, cut_log, own_files, run_id_of
 from distil.training.trackers import TENSORBOARD, start_trackers
 from utils import VERSION, InputError, git_facts, logger
@@ -180,7 +173,7 @@ class RunFolder:
 
     def describe_saved(self) -> str:
         """Name the newest checkpoint on the disk."""
-        saved = checkpointing.exist(self.path / CHECKPOINTS)
+        saved = checkpointing.checkpoints_in(self.path / CHECKPOINTS)
         if saved:
             return f"The newest checkpoint is {saved[0]}."
         return f"No checkpoint was saved yet in {self.path}."
@@ -244,6 +237,7 @@ class RunFolder:
                 link(self.path / MODEL / name, self.path / name)
         self._save_plain("pytorch_model.bin", step)
         self.log.close()
+        logger.info("Done: %s holds the student, for from_pretrained.", self.path / MODEL)
 
     def _write_model(self) -> list[str]:
         """Write model/; replace the files of an earlier end of this run. Return their names."""

@@ -20,6 +20,7 @@ from benchmarks import (
     cpu_pieces,
     jobs,
     measuring,
+    options,
     reference_step,
     summary,
     training_run,
@@ -182,6 +183,12 @@ def pieces_called() -> list[str]:
         ]
     ours = torch.autograd.function.BackwardCFunction  # of an autograd.Function in Python
     return [piece for piece, result in results if isinstance(result.grad_fn, ours)]
+
+
+def test_the_flags_offer_what_the_tables_have():
+    assert list(options.PAIRS) == list(workload.PAIR_ROWS)
+    assert list(options.PRECISIONS) == list(DTYPES)
+    assert list(options.PIECES) == list(cpu_pieces.PIECES)
 
 
 @pytest.mark.parametrize("piece", cpu_pieces.PIECES)

@@ -511,7 +511,7 @@ def checkpoint(site: Site, change: Callable[[Path], None]) -> Path:
         lambda: train.main(site.world.flags("bert", run, **SHORT)), site.folder / "first-log"
     )
     assert ended.status == 0, ended
-    newest, *older = checkpointing.exist(run / "checkpoints")
+    newest, *older = checkpointing.checkpoints_in(run / "checkpoints")
     for path in older:
         shutil.rmtree(path)
     change(newest)

@@ -249,7 +249,7 @@ def stopped_run(bench, run: Path, **changes) -> list[str]:
     flags = bench.world.flags(kind, run, **TINY, eval_data_file=data, **held_out)
     must_end(in_child(training(flags), bench.folder / "log"), 0)
     (run / "pytorch_model.bin").unlink()
-    shutil.rmtree(checkpointing.exist(run / "checkpoints")[0])
+    shutil.rmtree(checkpointing.checkpoints_in(run / "checkpoints")[0])
     return flags
 
 
@@ -266,7 +266,7 @@ def resumed(bench, near: Neighbourhood) -> Callable[[], None]:
     near.back_up(run)
     for folder in ("", "log/train", "log/parameters", "checkpoints", "best", "model"):
         near.plant(run / folder)
-    for path in checkpointing.exist(run / "checkpoints"):
+    for path in checkpointing.checkpoints_in(run / "checkpoints"):
         near.plant(path)
     return training([*flags, "--resume"])
 

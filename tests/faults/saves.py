@@ -457,7 +457,7 @@ def folder_problems(scene: Scene, outcome: str, checkpoints: Path, may_leave: bo
         problems.append(
             f"{outcome}, and the newest whole checkpoint is {step}, expected one of {expected}"
         )
-    for path in checkpointing.exist(checkpoints):
+    for path in checkpointing.checkpoints_in(checkpoints):
         try:
             checkpointing.read(path)
         except InputError as error:
@@ -474,7 +474,7 @@ def folder_problems(scene: Scene, outcome: str, checkpoints: Path, may_leave: bo
 
 def again_problems(checkpoints: Path) -> list[str]:
     """List the problems after an undisturbed save."""
-    before = [path.name for path in checkpointing.exist(checkpoints)]
+    before = [path.name for path in checkpointing.checkpoints_in(checkpoints)]
     write(checkpoints, 4)
     names, expected = sorted(os.listdir(checkpoints)), sorted(["step-00000004", *before[:1]])
     problems = (
@@ -751,7 +751,7 @@ def cut_short(bench, whole: Path, run: Path) -> list[Path]:
     """Copy a run as if it had died after a checkpoint; keep three, return them newest first."""
     shutil.copytree(whole, run)
     (run / FINAL).unlink()
-    found = checkpointing.exist(run / "checkpoints")
+    found = checkpointing.checkpoints_in(run / "checkpoints")
     first = bench.rng.randrange(len(found) - 2)
     for path in [*found[:first], *found[first + 3 :]]:
         shutil.rmtree(path)
@@ -816,7 +816,7 @@ def newest_is_damaged(bench) -> None:
         done = damage(newest, bench.rng.choice(older), bench.rng)
         resume_from_the_one_before(bench, whole, flags, [newest, older[0]], done)
         return
-    others = checkpointing.exist(whole / "checkpoints")
+    others = checkpointing.checkpoints_in(whole / "checkpoints")
     done = [
         damage(path, bench.rng.choice([o for o in others if o.name != path.name]), bench.rng)
         for path in [newest, *older]
@@ -842,7 +842,7 @@ def resume_from_the_one_before(
 
 def differences(whole: Path, run: Path) -> list[str]:
     """List differences from the undisturbed run: the student, the newest checkpoint's tensors."""
-    last = checkpointing.exist(whole / "checkpoints")[0].name
+    last = checkpointing.checkpoints_in(whole / "checkpoints")[0].name
     names = [FINAL, *(f"checkpoints/{last}/{name}.safetensors" for name in TENSORS)]
     return [
         f"{name} is not the undisturbed run's"
@@ -982,7 +982,7 @@ def claim_room() -> None:
 @contextlib.contextmanager
 def no_names(folder: Path, rng: random.Random) -> Iterator[None]:
     """Leave bytes free, but few or no inodes."""
-    shutil.rmtree(checkpointing.exist(folder)[-1])
+    shutil.rmtree(checkpointing.checkpoints_in(folder)[-1])
     disk, facts = folder.parent.parent, os.statvfs(folder)
     mount("-o", f"remount,nr_inodes={facts.f_files - facts.f_ffree + rng.randrange(5)}", disk)
     try:
@@ -1014,7 +1014,7 @@ def fill_by_checkpoints(bench, place: Path) -> None:
             bench.fail(f"{name}, {size} bytes: {problem}")
         for wrong in left_by_refusal(folder, step):
             bench.fail(f"{name}, {size} bytes: {wrong}")
-    for path in checkpointing.exist(folder)[1:]:
+    for path in checkpointing.checkpoints_in(folder)[1:]:
         shutil.rmtree(path)
     checkpointing.write(folder, step + 1, tensors, {}, 100)
 
@@ -1031,12 +1031,12 @@ def write_until_refused(folder: Path, tensors: Mapping, step: int) -> tuple[str,
 
 def left_by_refusal(folder: Path, step: int) -> list[str]:
     """List the problems of a folder whose last good step is `step`."""
-    names = sorted(path.name for path in checkpointing.exist(folder))
+    names = sorted(path.name for path in checkpointing.checkpoints_in(folder))
     problems = [] if sorted(os.listdir(folder)) == names else [f"left {sorted(os.listdir(folder))}"]
     problems += (
         [] if names and names[-1] == f"step-{step:08d}" else [f"the last is not {step}: {names}"]
     )
-    for path in checkpointing.exist(folder):
+    for path in checkpointing.checkpoints_in(folder):
         try:
             checkpointing.read(path)
         except InputError as error:

@@ -204,7 +204,7 @@ def of_checkpoint(world: World, here: Path) -> Subject:
     sizes = {**held_out, "max_steps": 2, "checkpoint_interval": 1, "keep_checkpoints": 3}
     flags = world.flags("bert", run, gradient_accumulation_steps=1, **sizes)
     quietly(train.main, *flags)
-    last, step, first = checkpointing.exist(run / "checkpoints")
+    last, step, first = checkpointing.checkpoints_in(run / "checkpoints")
     shutil.rmtree(last)
     shutil.rmtree(first)
     step = step.relative_to(here)

@@ -10,9 +10,9 @@ import transformers
 from distil.data.batches import MicroBatch
 from distil.kernels import cpu
 from distil.kernels.head import Projection, Term, head_losses
-from distil.losses import LOSSES
 from distil.models import heads
 from distil.models.forward import read_outputs
+from distil.objectives import LOSSES
 from distiller import DistillationModel
 
 HALF = [torch.bfloat16, torch.float16]

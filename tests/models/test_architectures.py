@@ -18,7 +18,6 @@ from distil.models.architectures import ARCHITECTURES
 from distil.models.architectures import architecture_named as row
 from distil.models.casing import Casing
 from distil.models.first_weights import evenly_spaced_layers, extract_student, load_student_weights
-from distil.models.hub import short_name
 from distil.models.language_model import (
     build_network,
     load_language_model,
@@ -26,6 +25,7 @@ from distil.models.language_model import (
     max_input_length,
     read_student_config,
 )
+from distil.models.names import short_name
 from distil.models.tokenizer_roles import special_ids
 from distil.models.tokenizers import load_tokenizer, load_tokenizer_of_2019
 from utils import InputError

@@ -23,8 +23,8 @@ import extract_distilbert
 import token_counts
 import train
 from distil import evaluation
-from distil.losses import LOSSES
 from distil.models import checks
+from distil.objectives import LOSSES
 from utils import InputError, run_program
 
 T = 2.0

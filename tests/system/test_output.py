@@ -188,6 +188,25 @@ def test_every_program_begins_before_its_slow_imports(path):
     assert len(before) <= 3 and not any("numpy" in line or "torch" in line for line in before)
 
 
+# Runs a program where importing torch or transformers raises an error.
+WITHOUT_TORCH = """
+import runpy, sys
+sys.modules |= dict.fromkeys(["torch", "transformers", "matplotlib"])
+sys.argv = sys.argv[1:]
+sys.path[0] = {folder!r}
+runpy.run_path(sys.argv[0], run_name="__main__")
+"""
+
+
+@pytest.mark.parametrize("path", [ROOT / "train.py", *sorted((ROOT / "scripts").glob("*.py"))])
+def test_flags_are_read_before_the_slow_imports(path):
+    code = WITHOUT_TORCH.format(folder=str(path.parent))
+    for flag, status in [("--help", 0), ("--mistyped", 2)]:
+        done = run_process(sys.executable, "-c", code, str(path), flag)
+        assert done.returncode == status and "Traceback" not in done.stderr, done.stderr
+        assert status == 2 or "usage: " in done.stdout
+
+
 CONTINUED = """
 import datetime, os, sys, time
 sys.path.insert(0, {root!r})

@@ -41,7 +41,7 @@ def test_an_empty_file_of_tensors_is_read(tmp_path):
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
     for step in (0, 9, 10, 100_000_000, 11):
         write(tmp_path, step, keep=2)
-    names = [path.name for path in checkpointing.exist(tmp_path)]
+    names = [path.name for path in checkpointing.checkpoints_in(tmp_path)]
     assert names == ["step-100000000", "step-00000011"]
     assert len(list(tmp_path.iterdir())) == 2
 

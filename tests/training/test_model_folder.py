@@ -17,7 +17,7 @@ import extract
 import run_task
 import train
 from distil.models.export import save_folder, tokenizer_for
-from distil.models.hub import model_folder
+from distil.models.names import model_folder
 from distil.training import checkpointing
 
 TOKENIZER = {"tokenizer.json", "tokenizer_config.json"}
@@ -69,7 +69,7 @@ def test_the_run_folder_keeps_the_names_of_2019_and_each_content_once(finished):
 @pytest.mark.parametrize("place", ["run", "checkpoint", "model"])
 def test_each_folder_loads_with_its_tokenizer(place, finished, teachers):
     kind, run = finished
-    step = checkpointing.exist(run / "checkpoints")[0]
+    step = checkpointing.checkpoints_in(run / "checkpoints")[0]
     folder = {"run": run, "checkpoint": step, "model": run / "model"}[place]
     model = AUTO[kind].from_pretrained(folder).eval()
     final = AUTO[kind].from_pretrained(run / "model").eval()
@@ -98,7 +98,7 @@ def test_whoever_may_read_the_folder_may_read_its_files(finished, teachers, tmp_
     extract.main(["--teacher", str(teachers["bert"]), "--output", str(tmp_path / "student")])
     umask = os.umask(0)
     os.umask(umask)
-    checkpoint = checkpointing.exist(run / "checkpoints")[0]
+    checkpoint = checkpointing.checkpoints_in(run / "checkpoints")[0]
     for folder in (run, run / "model", tmp_path / "student"):
         for path in folder.iterdir():
             if path.is_file() and path.name != "run.lock":

@@ -10,7 +10,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 import train
 from distil import flops
 from distil.flops import size_of, update_flops
-from distil.losses import LOSSES
+from distil.objectives import LOSSES
 from distil.training import progress
 
 PEAK = 1e9

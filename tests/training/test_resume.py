@@ -187,7 +187,7 @@ def test_paths_and_intervals_may_change_on_resuming(world, stopped, tmp_path):
     changes |= {"checkpoint_interval": 1, "keep_checkpoints": 2}
     train.main([*world.flags("bert", run, **{**SHORT, **changes}), "--resume", "--force"])
     assert (run / "pytorch_model.bin").exists()
-    assert len(checkpointing.exist(run / "checkpoints")) == 2
+    assert len(checkpointing.checkpoints_in(run / "checkpoints")) == 2
     assert not list(tmp_path.glob("run.old-*")), "--force only applies to new runs"
 
 
@@ -297,18 +297,18 @@ def test_damaged_checkpoints_are_skipped_and_a_run_never_starts_over(
     world, stopped, tmp_path, status_and_errors, caplog
 ):
     run = copied(stopped, tmp_path)
-    newest, oldest = checkpointing.exist(run / "checkpoints")
+    newest, oldest = checkpointing.checkpoints_in(run / "checkpoints")
     (newest / "student.safetensors").write_bytes(b"x" * 300)
     flags = [*world.flags("bert", run, **SHORT), "--resume", "auto"]
     caplog.set_level("INFO", logger="distil")
     with pytest.MonkeyPatch.context() as patch:
         propagate = functools.partial(setattr, train.logger, "propagate", True)
-        patch.setattr(train, "setup_logging", lambda level: propagate())
+        patch.setattr(train, "log_on_rank_0", propagate)
         patch.setattr(train.logger, "handlers", [])
         train.main(flags)
     assert re.search("skipped the checkpoint step-00000002: .*student.safetensors", caplog.text)
     assert "Resuming from" in caplog.text and "step-00000000: 0 updates" in caplog.text
-    for path in checkpointing.exist(run / "checkpoints"):
+    for path in checkpointing.checkpoints_in(run / "checkpoints"):
         (path / "state.json").unlink()
     before = contents(run)
     status, errors = status_and_errors(train.main, flags)
@@ -340,7 +340,7 @@ def test_non_finite_weights_are_not_saved(world, tmp_path, monkeypatch, capfd):
     assert end.value.code == train.EXIT_NON_FINITE
     message = "of the student became NaN or infinite; nothing of it was saved"
     assert message in capfd.readouterr().err
-    saved = checkpointing.exist(tmp_path / "run" / "checkpoints")
+    saved = checkpointing.checkpoints_in(tmp_path / "run" / "checkpoints")
     assert [path.name for path in saved] == ["step-00000000"]
     plain = tmp_path / "run" / "checkpoint.pth"
     assert not plain.exists() or torch.load(plain)
@@ -396,7 +396,7 @@ def test_a_checkpoint_of_other_numbers_is_refused_though_its_checksums_fit(
 ):
     run = copied(stopped, tmp_path)
     change, expected = EDITED[name]
-    newest, *others = checkpointing.exist(run / "checkpoints")
+    newest, *others = checkpointing.checkpoints_in(run / "checkpoints")
     change(newest)
     settle_manifest(newest)
     flags = [*world.flags("bert", run, **SHORT), "--resume"]

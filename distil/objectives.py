@@ -1,0 +1,124 @@
+"""The table of objectives: all that the program knows about one beside its mathematics.
+
+Its `--alpha_x` flag, log tag, input and rows follow from its row. The functions are those of
+distil/losses.py, by name: KL divergence's are `kl_divergence`, `kl_divergence_gradient` and
+`kl_divergence_rows`. Imports no torch, so that train.py reads its flags at once.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+
+    from distil.losses import WithGradient
+
+NORMALIZATIONS = ("micro_batches", "tokens")  # over which an update's means are taken
+
+
+@dataclasses.dataclass(frozen=True)
+class Loss:
+    """One objective: its formula, and the input and rows that the formula is applied to.
+
+    function: the formula, or its name in distil/losses.py: (student, teacher, labels_N,
+        temperature) -> sum over rows; the first two are logits (N, V) and (N, E), or other outputs
+        (N, ..); labels_N are the ids to predict, given for logits at "masked" and "next" rows, else
+        None.
+    reads: "logits", or a row of READINGS in distil/models/forward.py ("hidden": last hidden
+        states).
+    rows: "real" (every real token), "masked" (positions drawn for masked-LM), "next" (positions
+        whose next token is real), or "distilled" (as "real"; as "masked" with
+        --restrict_ce_to_mask).
+    needs_teacher: False where the objective can be computed without running the teacher.
+    default_alpha: default of its --alpha flag. title: its name for people. condition: when the flag
+        may be given.
+    make_module: (student, teacher) -> a module that the formula gets as its last argument; its
+        parameters are trained, saved and restored with the student's, but not exported. Not for
+        objectives that read logits.
+    """
+
+    function: str | Callable[..., torch.Tensor]
+    reads: str
+    rows: str
+    needs_teacher: bool
+    default_alpha: float
+    title: str
+    condition: str = ""
+    make_module: Callable[[torch.nn.Module, torch.nn.Module], torch.nn.Module] | None = None
+
+    @property
+    def formula(self) -> Callable[..., torch.Tensor]:
+        """The formula's function."""
+        return self._function("") if isinstance(self.function, str) else self.function
+
+    @property
+    def gradient(self) -> Callable[..., WithGradient] | None:
+        """The formula's sum and its gradient by the student's logits; None: by autograd."""
+        return self._function("_gradient")
+
+    @property
+    def by_row(self) -> Callable[..., WithGradient] | None:
+        """The same per row, for torch.compile; None: this objective is not compiled."""
+        return self._function("_rows")
+
+    def _function(self, suffix: str) -> Callable[..., Any] | None:
+        if not isinstance(self.function, str):
+            return None
+        return getattr(importlib.import_module("distil.losses"), self.function + suffix, None)
+
+    @property
+    def help(self) -> str:
+        """Describe the objective in one line for the command line."""
+        return f"{self.title}; {self.condition}" if self.condition else self.title
+
+
+# "ce" is 2019's name: the paper's L_ce, the cross-entropy with soft targets, is this KL divergence
+# plus the teacher's entropy, a constant.
+LOSSES: dict[str, Loss] = {
+    "ce": Loss(
+        "kl_divergence",
+        reads="logits",
+        rows="distilled",
+        needs_teacher=True,
+        default_alpha=0.5,
+        title="KL divergence to the teacher's distribution",
+    ),
+    "mlm": Loss(
+        "cross_entropy",
+        reads="logits",
+        rows="masked",
+        needs_teacher=False,
+        default_alpha=0.0,
+        title="masked-language-model loss",
+        condition="needs --mlm",
+    ),
+    "clm": Loss(
+        "cross_entropy",
+        reads="logits",
+        rows="next",
+        needs_teacher=False,
+        default_alpha=0.5,
+        title="causal-language-model loss",
+        condition="not with --mlm",
+    ),
+    "mse": Loss(
+        "squared_error",
+        reads="logits",
+        rows="distilled",
+        needs_teacher=True,
+        default_alpha=0.0,
+        title="squared error of the logits",
+    ),
+    "cos": Loss(
+        "cosine_distance",
+        reads="hidden",
+        rows="real",
+        needs_teacher=True,
+        default_alpha=0.0,
+        title="cosine distance of the last hidden states",
+    ),
+}

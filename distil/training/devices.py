@@ -1,0 +1,21 @@
+"""Whether a device can do what a run's flags ask."""
+
+import torch
+
+from distil.system.launch import check_compiler, check_precision
+from distil.training.config import TrainConfig
+from utils import logger
+
+
+def check_device(config: TrainConfig, device: torch.device) -> None:
+    """Raise InputError where the device can't do what the flags ask; name flags without effect."""
+    if not config.mlm and config.restrict_ce_to_mask:
+        logger.warning("--restrict_ce_to_mask has no effect without --mlm.")
+    check_precision(device, config.bf16, config.fp16)
+    if config.compile:
+        check_compiler(device)
+    if config.fp16:
+        logger.info(
+            "--fp16: torch's own mixed precision; --fp16_opt_level %s has no effect.",
+            config.fp16_opt_level,
+        )
