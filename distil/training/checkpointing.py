@@ -42,7 +42,16 @@ UNFINISHED, DISCARDED = ".tmp", ".trash-"
 WRITE_BYTES = 2**24
 ROOM_BYTES = 2**20  # for state, manifest and headers
 
+# What a model and its optimizer may hold, by the names of the safetensors format, in its order.
+DTYPES = {
+    **{torch.int64: "I64", torch.float64: "F64", torch.float32: "F32", torch.int32: "I32"},
+    **{torch.bfloat16: "BF16", torch.float16: "F16", torch.int16: "I16", torch.int8: "I8"},
+    **{torch.uint8: "U8", torch.bool: "BOOL"},
+}
+OPTIMIZER = "optimizer"  # the file of AdamW's moments
+
 Tensors = Mapping[str, Mapping[str, torch.Tensor]]
+Buffer = bytes | memoryview
 
 
 class DamagedError(InputError):
@@ -62,8 +71,13 @@ class Checkpoint:
     manifest: Mapping[str, Mapping[str, Any]]
 
     def tensors(self, name: str) -> dict[str, torch.Tensor]:
-        """Load a file of tensors on the CPU from the verified bytes. Raises DamagedError."""
+        """Load a file of tensors on the CPU from the verified bytes. Raises DamagedError.
+
+        Of the optimizer before its first update: nothing.
+        """
         path = self.path / f"{name}.safetensors"
+        if self.step == 0 and name == OPTIMIZER and path.name not in self.manifest:
+            return {}
         try:
             with _raise_as_damaged(path):
                 return safetensors.torch.load(_checked_bytes(path, self.manifest))
@@ -86,7 +100,8 @@ def write(
 ) -> Path:
     """Write a checkpoint into `folder`, delete all but the newest `keep`, and return its path.
 
-    tensors: file name (without suffix) -> name -> tensor. loader_files: configuration and
+    tensors: file name (without suffix) -> name -> tensor; before the first update AdamW's are all
+    zero, and only their room on the disk is looked for. loader_files: configuration and
     tokenizer, linked into the folder so that from_pretrained loads the student. Raises InputError
     that names path and bytes where the disk is full or not writable: nothing half-written stays,
     and the previous checkpoints are unchanged.
@@ -96,6 +111,8 @@ def write(
     num_bytes = ROOM_BYTES + sum(
         tensor.nbytes for file in tensors.values() for tensor in file.values()
     )
+    if step == 0:
+        tensors = {name: content for name, content in tensors.items() if name != OPTIMIZER}
     loader_files = list(loader_files)
     own = {MANIFEST, STATE, WEIGHTS, *(f"{name}.safetensors" for name in tensors)}
     own |= {file.name for file in loader_files}
@@ -152,29 +169,56 @@ def _raise_with_size(path: Path, num_bytes: int) -> Iterator[None]:
 
 
 def _write_files(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
-    manifest = {}
-    for name, content in tensors.items():
-        on_host = {key: tensor.detach().cpu().contiguous() for key, tensor in content.items()}
-        manifest[f"{name}.safetensors"] = _write_file(
-            folder / f"{name}.safetensors", safetensors.torch.save(on_host)
-        )
+    manifest = {
+        f"{name}.safetensors": _write_file(folder / f"{name}.safetensors", as_safetensors(content))
+        for name, content in tensors.items()
+    }
     text = json.dumps({"step": step, **state}, indent=1, allow_nan=False)
-    manifest[STATE] = _write_file(folder / STATE, text.encode())
+    manifest[STATE] = _write_file(folder / STATE, [text.encode()])
     body = {"format": FORMAT, "version": VERSION, "step": step, "files": manifest}
     text = json.dumps({**body, "manifest_sha256": json_digest(body)}, indent=1)
-    _write_file(folder / MANIFEST, text.encode())
+    _write_file(folder / MANIFEST, [text.encode()])
     flush_to_disk(folder)
 
 
-def _write_file(path: Path, content: bytes) -> dict[str, Any]:
-    """Write and flush a file; return its manifest row, computed from `content`, not the file."""
+def as_safetensors(tensors: Mapping[str, torch.Tensor]) -> Iterator[Buffer]:
+    """Yield a safetensors file of tensors, one at a time: the bytes of safetensors.torch.save.
+
+    That returns them all at once, a copy of the model or of its moments.
+    """
+    kinds = list(DTYPES)
+    order = sorted(tensors, key=lambda name: (kinds.index(tensors[name].dtype), name))
+    header, end = {}, 0
+    for name in order:
+        start, end = end, end + tensors[name].nbytes
+        kind, shape = DTYPES[tensors[name].dtype], list(tensors[name].shape)
+        header[name] = {"dtype": kind, "shape": shape, "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    yield len(text).to_bytes(8, "little") + text
+    for name in order:
+        yield bytes_of(tensors[name])
+
+
+def bytes_of(tensor: torch.Tensor) -> Buffer:
+    """Return the bytes of a tensor, row by row, without a copy if it lies so on the host."""
+    tensor = tensor.detach().cpu().contiguous()
+    return tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
+
+
+def _write_file(path: Path, parts: Iterable[Buffer]) -> dict[str, Any]:
+    """Write and flush a file; return its manifest row, computed from `parts`, not the file."""
+    digest, num_bytes = hashlib.sha256(), 0
     with open(path, "xb") as file:
-        view = memoryview(content)
-        for start in range(0, len(view), WRITE_BYTES):
-            file.write(view[start : start + WRITE_BYTES])
+        for part in parts:
+            view = memoryview(part)
+            digest.update(view)
+            num_bytes += len(view)
+            for start in range(0, len(view), WRITE_BYTES):
+                file.write(view[start : start + WRITE_BYTES])
         file.flush()
         os.fsync(file.fileno())
-    return {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    return {"bytes": num_bytes, "sha256": digest.hexdigest()}
 
 
 def _discard(path: Path) -> None:
@@ -350,7 +394,6 @@ def content_digest(tensors: Mapping[str, torch.Tensor]) -> str:
     """Return the SHA-256 of the names, dtypes, shapes and bytes of tensors."""
     digest = hashlib.sha256()
     for name, tensor in sorted(tensors.items()):
-        tensor = tensor.detach().cpu().contiguous()
         digest.update(f"{name} {tensor.dtype} {list(tensor.shape)}\n".encode())
-        digest.update(tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b"")
+        digest.update(bytes_of(tensor))
     return digest.hexdigest()

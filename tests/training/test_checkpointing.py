@@ -6,6 +6,7 @@ import shutil
 from pathlib import Path
 
 import pytest
+import safetensors.torch
 import torch
 
 from distil.system.files import json_digest
@@ -34,8 +35,38 @@ def test_a_checkpoint_is_read_as_written(tmp_path):
 
 
 def test_an_empty_file_of_tensors_is_read(tmp_path):
-    path = write(tmp_path, 0, tensors={"optimizer": {}})
+    path = write(tmp_path, 1, tensors={"optimizer": {}})
     assert checkpointing.read(path).tensors("optimizer") == {}
+
+
+def test_files_of_tensors_are_the_library_s_bytes():
+    """Written one tensor at a time, which the library can't: it returns all of them at once."""
+    torch.manual_seed(0)
+    shapes = [(3, 5), (7,), (), (0, 4), (2, 1, 3)]
+    tensors = {
+        f'{name}/{kind} "quoted" ü': torch.randn(shape).mul(9).to(kind)
+        for kind in checkpointing.DTYPES
+        for name, shape in zip("bxca0", shapes, strict=True)
+    }
+    tensors["turned"] = torch.randn(4, 6).T
+    for content in ({}, tensors, {"one": torch.ones(1)}):
+        plain = {name: tensor.contiguous() for name, tensor in content.items()}
+        written = b"".join(checkpointing.as_safetensors(content))
+        assert written == safetensors.torch.save(plain)
+
+
+def test_before_the_first_update_the_moments_are_not_written(tmp_path, monkeypatch):
+    path = write(tmp_path, 0)
+    assert not (path / "optimizer.safetensors").exists()
+    found = checkpointing.read(path)
+    assert found.tensors("optimizer") == {} and set(found.tensors("student")) == {"a", "b"}
+    # Their room is looked for: the next checkpoint has them.
+    sizes = [sum(tensor.nbytes for tensor in content.values()) for content in TENSORS.values()]
+    room = checkpointing.ROOM_BYTES + sum(sizes)
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=room - 1))
+    with pytest.raises(InputError, match="the disk is full"):
+        write(tmp_path / "new", 0)
 
 
 def test_only_the_newest_checkpoints_are_kept(tmp_path):
