@@ -42,7 +42,10 @@ AGAIN = " again"  # after a row's id: its outcome in the table of --again
 
 @dataclasses.dataclass
 class Outcome:
-    """The sum of a row's results so far."""
+    """The sum of a row's results so far.
+
+    pending: numbers of calls that had not ended when later ones had; an interrupted run makes them.
+    """
 
     calls: int = 0
     trials: int = 0
@@ -51,9 +54,16 @@ class Outcome:
     elapsed_s: float = 0.0
     seed: int = 0
     date: str = ""
+    pending: list[int] = dataclasses.field(default_factory=list)
+
+    def numbers_left(self, total: int) -> list[int]:
+        """Return the numbers of the calls that are still to be made."""
+        return [*self.pending, *range(self.calls + len(self.pending), total)]
 
     def add(self, result: dict) -> None:
         """Add the result of one call."""
+        left = self.numbers_left(result["number"] + 1)
+        self.pending = [number for number in left if number != result["number"]]
         self.calls += 1
         self.trials += result["trials"]
         self.failures += result["failures"]
@@ -167,19 +177,21 @@ def run_row(
 ) -> Outcome:
     """Make the remaining calls of a row, up to `total`, recorded under a name."""
     outcome = state.outcomes.setdefault(name, Outcome(seed=seed))
-    numbers = range(outcome.calls, total)
+    numbers = outcome.numbers_left(total)
     before, started = outcome.elapsed_s, time.monotonic()
     saved = started
-    for result in results(row, numbers, seed, world, scratch):
-        outcome.add(result)
-        now = time.monotonic()
-        outcome.elapsed_s, outcome.date = before + now - started, f"{datetime.date.today()}"
-        for failure in result["failures"][:3]:
-            print(f"{row.id} FAILED {failure}", file=sys.stderr, flush=True)
-        if now - saved > 5:
-            state.save()
-            saved = now
-    state.save()
+    try:
+        for result in results(row, numbers, seed, world, scratch):
+            outcome.add(result)
+            now = time.monotonic()
+            outcome.elapsed_s, outcome.date = before + now - started, f"{datetime.date.today()}"
+            for failure in result["failures"][:3]:
+                print(f"{row.id} FAILED {failure}", file=sys.stderr, flush=True)
+            if now - saved > 5:
+                state.save()
+                saved = now
+    finally:
+        state.save()
     return outcome
 
 

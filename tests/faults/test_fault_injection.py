@@ -55,3 +55,12 @@ def test_a_row_made_again_leaves_the_full_count_and_shows_its_failures():
     assert "| 200 | 0 |" in table(outcomes) and "2026-02-02" not in table(outcomes)
     assert "| T1 | 20 | 1 | 0.05 seen | 2026-02-02, 0, 0 s |" in again_table(outcomes)
     assert "**T1 again**" in details(outcomes) and "- FAILED: call 7: lost" in details(outcomes)
+
+
+def test_an_interrupted_row_makes_the_calls_that_later_ones_had_overtaken():
+    outcome = Outcome()
+    for number in (0, 2, 4):
+        outcome.add({"number": number, "trials": 1, "failures": [], "notes": []})
+    assert outcome.numbers_left(6) == [1, 3, 5] and outcome.calls == 3
+    outcome.add({"number": 3, "trials": 1, "failures": [], "notes": []})
+    assert outcome.numbers_left(6) == [1, 5]
