@@ -246,5 +246,5 @@ def measure_pickle(args: argparse.Namespace, table: Table, folder: Path) -> None
         )
     found, _ = run_stage("collate", folder / "same-store")
     for name, microseconds in found.items():
-        way, size = name.split(", ")
-        table.add(f"collating {size} sequences: {way}", microseconds, "us", "warm")
+        way, size = name.rsplit(", ", 1)
+        table.add(f"collating {size} sequences: {way}", microseconds, "us", "warm, median")

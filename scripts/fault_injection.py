@@ -3,7 +3,8 @@
 Each row of PLAN (tests/faults/plan.py) is one kind of fault. A trial is one function call in a
 process forked from a parent that has imported everything, with a seed from its number: `--only T2
 --first 17 --trials 1` repeats trial 17 of T2 exactly. Results are saved as they come, and an
-interrupted run continues from them (`--state`).
+interrupted run continues from them (`--state`). `--again` makes a tenth of the calls on later code,
+and leaves the full counts as they are.
 """
 
 import sys
@@ -36,10 +37,15 @@ from tqdm import tqdm
 from distil.system.files import atomic_path
 from utils import InputError, OneLineParser, run_program
 
+AGAIN = " again"  # after a row's id: its outcome in the table of --again
+
 
 @dataclasses.dataclass
 class Outcome:
-    """The sum of a row's results so far."""
+    """The sum of a row's results so far.
+
+    pending: numbers of calls that had not ended when later ones had; an interrupted run makes them.
+    """
 
     calls: int = 0
     trials: int = 0
@@ -48,9 +54,16 @@ class Outcome:
     elapsed_s: float = 0.0
     seed: int = 0
     date: str = ""
+    pending: list[int] = dataclasses.field(default_factory=list)
+
+    def numbers_left(self, total: int) -> list[int]:
+        """Return the numbers of the calls that are still to be made."""
+        return [*self.pending, *range(self.calls + len(self.pending), total)]
 
     def add(self, result: dict) -> None:
         """Add the result of one call."""
+        left = self.numbers_left(result["number"] + 1)
+        self.pending = [number for number in left if number != result["number"]]
         self.calls += 1
         self.trials += result["trials"]
         self.failures += result["failures"]
@@ -92,13 +105,31 @@ def table(outcomes: dict[str, Outcome]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def again_table(outcomes: dict[str, Outcome]) -> str:
+    """Lay out the outcomes of --again, "" where there are none."""
+    lines = [
+        "Again on later code, the newest run of each row, by default a tenth of its calls:",
+        "",
+        "| id | trials | failures | failure rate (95 %) | date, seed, time |",
+        "|---|---|---|---|---|",
+    ]
+    found = [(row, outcomes[row.id + AGAIN]) for row in PLAN if row.id + AGAIN in outcomes]
+    lines += [
+        f"| {row.id} | {out.trials:,} | {len(out.failures)} | {bound(row, out)} | {out.date},"
+        f" {out.seed}, {out.elapsed_s:,.0f} s |"
+        for row, out in found
+        if out.trials
+    ]
+    return "\n".join(lines) + "\n\n" if found else ""
+
+
 def details(outcomes: dict[str, Outcome]) -> str:
     """List the notes and the failures of each row."""
     lines = []
-    for row in PLAN:
-        out = outcomes.get(row.id)
+    for name in (row.id + ending for row in PLAN for ending in ("", AGAIN)):
+        out = outcomes.get(name)
         if out and (out.notes or out.failures):
-            lines += [f"**{row.id}**", ""]
+            lines += [f"**{name}**", ""]
             lines += [
                 f"- {note}{f' ({count} calls)' if count > 1 else ''}"
                 for note, count in sorted(out.notes.items())
@@ -141,22 +172,26 @@ class State:
             temporary.write_text(json.dumps(content, indent=1), encoding="utf-8")
 
 
-def run_row(row: Row, total: int, seed: int, world: object, scratch: Path, state: State) -> Outcome:
-    """Make the remaining calls of a row, up to `total`."""
-    outcome = state.outcomes.setdefault(row.id, Outcome(seed=seed))
-    numbers = range(outcome.calls, total)
+def run_row(
+    row: Row, name: str, total: int, seed: int, world: object, scratch: Path, state: State
+) -> Outcome:
+    """Make the remaining calls of a row, up to `total`, recorded under a name."""
+    outcome = state.outcomes.setdefault(name, Outcome(seed=seed))
+    numbers = outcome.numbers_left(total)
     before, started = outcome.elapsed_s, time.monotonic()
     saved = started
-    for result in results(row, numbers, seed, world, scratch):
-        outcome.add(result)
-        now = time.monotonic()
-        outcome.elapsed_s, outcome.date = before + now - started, f"{datetime.date.today()}"
-        for failure in result["failures"][:3]:
-            print(f"{row.id} FAILED {failure}", file=sys.stderr, flush=True)
-        if now - saved > 5:
-            state.save()
-            saved = now
-    state.save()
+    try:
+        for result in results(row, numbers, seed, world, scratch):
+            outcome.add(result)
+            now = time.monotonic()
+            outcome.elapsed_s, outcome.date = before + now - started, f"{datetime.date.today()}"
+            for failure in result["failures"][:3]:
+                print(f"{row.id} FAILED {failure}", file=sys.stderr, flush=True)
+            if now - saved > 5:
+                state.save()
+                saved = now
+    finally:
+        state.save()
     return outcome
 
 
@@ -189,6 +224,11 @@ def make_parser() -> argparse.ArgumentParser:
     parser = OneLineParser(description=__doc__.splitlines()[0])
     parser.add_argument("--only", nargs="+", metavar="ID", help="rows to run (default: all)")
     parser.add_argument("--smoke", action="store_true", help="the few calls that the tests make")
+    parser.add_argument(
+        "--again",
+        action="store_true",
+        help="begin a tenth of the calls anew, in a table of their own: for later code",
+    )
     parser.add_argument(
         "--trials", type=int, metavar="N", help="calls a row, in place of the plan's"
     )
@@ -239,9 +279,12 @@ def main(argv: list[str] | None = None) -> None:
             repeat(row, arguments, world, scratch)
         return
     state = State(Path(arguments.state))
+    ending, share = (AGAIN, 10) if arguments.again else ("", 1)
     for row in rows:
-        total = arguments.trials or (row.smoke if arguments.smoke else row.full)
-        outcome = run_row(row, total, arguments.seed, world, scratch, state)
+        total = arguments.trials or (row.smoke if arguments.smoke else -(-row.full // share))
+        if arguments.again:
+            state.outcomes.pop(row.id + ending, None)
+        outcome = run_row(row, row.id + ending, total, arguments.seed, world, scratch, state)
         print(
             f"{row.id}: {outcome.trials:,} trials, {len(outcome.failures)} failures,"
             f" {outcome.elapsed_s:.0f} s",
@@ -250,7 +293,7 @@ def main(argv: list[str] | None = None) -> None:
         if arguments.output:
             write_report(Path(arguments.output), state.outcomes)
     print(table(state.outcomes))
-    if not any(state.outcomes[row.id].failures for row in rows):
+    if not any(state.outcomes[row.id + ending].failures for row in rows):
         shutil.rmtree(scratch)
     else:
         print(f"The folders of failed calls are in {scratch}.")
@@ -264,7 +307,8 @@ def write_report(path: Path, outcomes: dict[str, Outcome]) -> None:
     )
     head, rest = text.split(begin, 1)
     tail = rest.split(end, 1)[1]
-    body = f"{begin}\n\n{versions()}\n\n{table(outcomes)}\n{details(outcomes)}\n{end}"
+    tables = f"{table(outcomes)}\n{again_table(outcomes)}"
+    body = f"{begin}\n\n{versions()}\n\n{tables}{details(outcomes)}\n{end}"
     with atomic_path(path) as temporary:
         temporary.write_text(head + body + tail, encoding="utf-8")
 

@@ -3,6 +3,7 @@
 Imports little: until it has run, Ctrl-C is a traceback.
 """
 
+import atexit
 import contextlib
 import os
 import signal
@@ -32,6 +33,8 @@ def begin_program() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
+    # First, so that it runs last: an alarm behind it would end the process, without its handler.
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         raise_outside_imports(signal.SIGINT, KeyboardInterrupt())
     for number in heeded(AS_SIGTERM):

@@ -146,7 +146,7 @@ def results(
             for forked in list(running):
                 if (result := forked.finished()) is not None:
                     running.remove(forked)
-                    yield result
+                    yield result | {"number": forked.number}
             time.sleep(0.005)
     finally:
         for forked in running:

@@ -180,6 +180,22 @@ def test_a_signal_during_a_late_import_cleans_up_behind_it(number, status, tmp_p
     assert not list(folder.iterdir())
 
 
+def test_ctrl_c_during_a_last_import_does_not_end_the_interpreters_own_end(tmp_path):
+    """The alarm that repeats it must not go off behind the handlers: status -14."""
+    (tmp_path / "late.py").write_text(
+        "import os, signal, time\n"
+        "class Slow:\n"
+        "    def __del__(self, sleep=time.sleep):\n"
+        "        sleep(1.5)\n"
+        "slow = Slow()\n"
+        "os.kill(os.getpid(), signal.SIGINT)\n"
+    )
+    imports = f"sys.path.insert(1, {str(tmp_path)!r})\nfrom distil.system import start"
+    body = "start.RETRY_S = 1.0", "import late"
+    done = run_process(sys.executable, program(tmp_path / "a.py", *body, imports=imports))
+    assert (done.returncode, done.stderr) == (0, "")
+
+
 @pytest.mark.parametrize("path", [ROOT / "train.py", *sorted((ROOT / "scripts").glob("*.py"))])
 def test_every_program_begins_before_its_slow_imports(path):
     code = path.read_text(encoding="utf-8").split('"""', 2)[2]
