@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import pickle
+import shutil
 from pathlib import Path
 
 import families
@@ -281,3 +282,48 @@ def test_an_output_that_exists_is_left_alone(teachers, data, tmp_path, status_an
     command = flags_of(teachers["bert"], tmp_path / "out", token_counts=data["bert"][1], keep=150)
     status, errors = status_and_errors(trim_vocabulary.main, command)
     assert status == 2 and "exists already" in errors[0] and not list((tmp_path / "out").iterdir())
+
+
+def in_python(folder: Path) -> None:
+    """Put a tokenizer in Python in place of the teacher's."""
+    (folder / "tokenizer.json").unlink()
+    vocabulary = transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
+    text = "".join(f"{piece}\n" for piece in sorted(vocabulary, key=vocabulary.get))
+    (folder / "vocab.txt").write_text(text, encoding="utf-8")
+    content = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "basic"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+
+
+def with_model(**changes) -> object:
+    """Return a function that changes the model of the teacher's tokenizer.json."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        content["model"] |= changes
+        (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+    return change
+
+
+UNKNOWN_KINDS = {
+    "in Python": ("bert", in_python, "BertJapaneseTokenizer runs in Python only"),
+    "of a later library": (
+        "bert",
+        with_model(type="Syllables"),
+        "tokenizer.json could not be read",
+    ),
+    "at random": ("gpt2", with_model(dropout=0.1), "dropout 0.1, which draws ids at random"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_KINDS)
+def test_a_tokenizer_without_a_known_kind_is_refused(
+    name, teachers, data, tmp_path, status_and_errors
+):
+    kind, change, message = UNKNOWN_KINDS[name]
+    teacher = shutil.copytree(teachers[kind], tmp_path / "teacher")
+    change(teacher)
+    command = flags_of(teacher, tmp_path / "out", token_counts=data[kind][1], keep=300)
+    status, errors = status_and_errors(trim_vocabulary.main, command)
+    assert status == 2 and len(errors) == 1 and message in errors[0], errors
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
