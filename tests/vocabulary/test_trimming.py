@@ -327,3 +327,19 @@ def test_a_tokenizer_without_a_known_kind_is_refused(
     status, errors = status_and_errors(trim_vocabulary.main, command)
     assert status == 2 and len(errors) == 1 and message in errors[0], errors
     assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+def test_files_that_cannot_be_converted_are_refused_before_anything_is_written(
+    teachers, data, tmp_path, status_and_errors
+):
+    tokens, counts = data["bert"]
+    copy = write_pickle(tmp_path / "c.counts", pickle.loads(Path(counts).read_bytes()))
+    (tmp_path / "c.counts.out.pickle").write_bytes(b"another's")
+    for file, message in ((data["gpt2"][0], "another than that of"), (copy, "exists, and no mark")):
+        more = {"token_counts": counts, "keep": 150, "remap": [tokens, file]}
+        command = flags_of(teachers["bert"], tmp_path / "out", **more)
+        status, errors = status_and_errors(trim_vocabulary.main, command)
+        assert status == 2 and len(errors) == 1 and message in errors[0], errors
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "c.counts.out.pickle").read_bytes() == b"another's"
+    assert not list(Path(tokens).parent.glob("*.out.*"))
