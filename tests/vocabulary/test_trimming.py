@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import os
 import pickle
 import shutil
 from pathlib import Path
@@ -12,7 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import write_pickle
+from conftest import load_golden, write_pickle
 from drawn_tokenizers import MODELS, SENTENCES, draw, make_backend
 
 import binarized_data
@@ -20,9 +21,13 @@ import extract
 import token_counts
 import train
 import trim_vocabulary
+from distil.models.architectures import ARCHITECTURES
+from distil.models.tokenizers import load_tokenizer
 from distil.vocabulary.choice import Choice, choose, pieces_of, special_numbers, trimmed_tokenizer
 from distil.vocabulary.network import trim_network
 from distil.vocabulary.remap import Converter
+
+REAL_VOCABULARIES = os.environ.get("DISTIL_VOCABULARIES")
 
 
 def counted(backend: tokenizers.Tokenizer, lines: list[str]) -> np.ndarray:
@@ -52,10 +57,8 @@ def drawn(kind: str, number: int) -> tokenizers.Tokenizer:
     return make_backend(dataclasses.replace(one, is_limited=False), list(SENTENCES) * 2)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("number", range(8))
-def test_kept_text_keeps_its_pieces(kind, number):
-    backend = drawn(kind, number)
+def check_kept_text(backend: tokenizers.Tokenizer) -> None:
+    """Check that texts whose pieces are all kept, none unknown, keep them under the new ids."""
     text = words_of(list(SENTENCES))
     unknown = {backend.token_to_id(token) for token in ("[UNK]", "<unk>", "<|endoftext|>")}
     num_same = 0
@@ -71,6 +74,20 @@ def test_kept_text_keeps_its_pieces(kind, number):
                 assert found.ids == [new_of[number] for number in ids], line
                 assert trimmed.decode(found.ids) == backend.decode(ids), line
     assert num_same > len(text)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("number", range(8))
+def test_kept_text_keeps_its_pieces(kind, number):
+    check_kept_text(drawn(kind, number))
+
+
+@pytest.mark.skipif(not REAL_VOCABULARIES, reason="needs DISTIL_VOCABULARIES, a folder of them")
+@pytest.mark.parametrize("name", load_golden("tokens.json")["ids"])
+def test_kept_text_keeps_its_pieces_in_real_vocabularies(name):
+    row = ARCHITECTURES[{"roberta-base": "roberta", "gpt2": "gpt2"}.get(name, "bert")]
+    folder = f"{REAL_VOCABULARIES}/{name}/"
+    check_kept_text(load_tokenizer(row, folder, "--teacher").backend_tokenizer)
 
 
 def test_no_byte_and_no_counted_character_is_lost(teachers, lines):
