@@ -122,11 +122,12 @@ def test_texts_are_cut_into_equal_numbers_of_words():
 
 
 def test_the_table_holds_the_mean_and_the_farthest_seed():
+    others = {"loss_on_kept": 1.0, "kl": 0.5}
     runs = [
-        {"parameters": 2e6, "updates": 9, "loss": loss, "loss_on_kept": 1.0, "kl": 0.5}
+        {"parameters": 2e6, "updates": 9, "cpu_s": 2 * loss, "loss": loss, **others}
         for loss in (1.0, 1.1, 1.5)
     ]
     line = table({"whole": runs}, {"whole": 0.25}).splitlines()[-1]
     cells = re.split(r"\s*\|\s*", line.strip("| "))
-    assert cells == ["whole", "2.0", "9", "0.25", "1.2000 ± 0.3000", *cells[5:]]
-    assert cells[5:] == ["1.0000 ± 0.0000", "0.5000 ± 0.0000"]
+    assert cells == ["whole", "2.0", "9", "0.25", "2", "1.2000 ± 0.3000", *cells[6:]]
+    assert cells[6:] == ["1.0000 ± 0.0000", "0.5000 ± 0.0000"]
