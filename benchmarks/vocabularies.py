@@ -25,10 +25,17 @@ COVERAGES = (0.99, 0.999, 0.9999)
 RUN, ONE_OF = 5, 10  # lines held out together; one run of so many
 
 
+def split(lines: list[str]) -> tuple[list[str], list[str]]:
+    """Split lines into counted and held-out ones."""
+    parts: tuple[list[str], list[str]] = [], []
+    for number, line in enumerate(lines):
+        parts[number // RUN % ONE_OF == ONE_OF - 1].append(line)
+    return parts
+
+
 def measure(backend, lines: list[str], unknown: str | None) -> list[dict]:
     """Trim a tokenizer to counted lines at each coverage, and compare on the held-out ones."""
-    held_out = [line for k, line in enumerate(lines) if k // RUN % ONE_OF == ONE_OF - 1]
-    counted = [line for k, line in enumerate(lines) if k // RUN % ONE_OF != ONE_OF - 1]
+    counted, held_out = split(lines)
     counts_V = np.zeros(max(backend.get_vocab().values()) + 1, np.int64)
     for encoding in backend.encode_batch(counted, add_special_tokens=False):
         np.add.at(counts_V, encoding.ids, 1)

@@ -180,15 +180,23 @@ def trim(args: argparse.Namespace, architecture, config, tokenizer) -> None:
     logger.info("Wrote %s: a teacher for train.py --teacher_name.", args.output)
 
 
+def check_remap(args: argparse.Namespace, architecture, tokenizer) -> None:
+    """Raise InputError for files of --remap that can't be converted, before anything is written."""
+    from distil.models.tokenizers import describe_tokenizer
+    from distil.vocabulary.remap_files import require_outputs, require_tokenizer
+
+    require_outputs(args.remap, Path(args.output).name, force=args.force)
+    require_tokenizer(args.remap, describe_tokenizer(architecture, args.teacher, tokenizer))
+
+
 def remap(args: argparse.Namespace, architecture, tokenizer) -> None:
     """Convert the files of --remap to the ids of --output."""
     from distil.models.tokenizers import describe_tokenizer, load_tokenizer
     from distil.vocabulary.choice import pieces_of, special_numbers
     from distil.vocabulary.remap import Converter
-    from distil.vocabulary.remap_files import remap_file, require_outputs
+    from distil.vocabulary.remap_files import remap_file
 
     name = Path(args.output).name
-    require_outputs(args.remap, name, force=args.force)
     where, remedy = f"--output {args.output}: {RECORD}", "trim that teacher again"
     kept = read_json(os.path.join(args.output, RECORD), where, remedy, {"kept": [int]})["kept"]
     own = load_tokenizer(architecture, args.output, "--output")
@@ -219,6 +227,8 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging(logging.INFO)
     check_flags(args)
     architecture, config, tokenizer = load_teacher_parts(args)
+    if args.remap:
+        check_remap(args, architecture, tokenizer)
     if args.keep is not None or args.coverage is not None:
         trim(args, architecture, config, tokenizer)
     if args.remap:

@@ -8,8 +8,10 @@ from tqdm import tqdm
 
 from distil.data.cards import (
     check_tokenizer,
+    read_card,
     read_verified_card,
     require_card_output,
+    tokenizer_problem,
     write_token_counts,
 )
 from distil.data.encoding import EncodedBlock, Encoding
@@ -27,7 +29,7 @@ from distil.data.token_files import (
 from distil.system.files import require_output
 from distil.system.outputs import is_beside_card
 from distil.vocabulary.remap import Converter
-from utils import InputError, bar_options, logger
+from utils import InputError, bar_options, logger, raise_problems
 
 CHUNK_SEQUENCES = 4096
 KEPT_FACTS = ("errors", "text_field", "seed", "sources")
@@ -49,6 +51,16 @@ def require_outputs(paths: list[str], name: str, *, force: bool) -> None:
         for file in files:
             require_output(file, "--remap", files_of(path), **options)
         require_card_output(card, "--remap", files_of(path), force=force)
+
+
+def require_tokenizer(paths: list[str], old: Mapping[str, Any]) -> None:
+    """Raise InputError, a line for each file whose card names another tokenizer.
+
+    old: the tokenizer's part of a card.
+    """
+    cards = {path: read_card(files_of(path)[-1], "--remap") for path in paths}
+    problems = (tokenizer_problem(c, old, f"--remap {p}", old["name"]) for p, c in cards.items())
+    raise_problems(filter(None, problems))
 
 
 def remap_file(

@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import os
 import pickle
+import shutil
 from pathlib import Path
 
 import families
@@ -11,7 +13,7 @@ import pytest
 import tokenizers
 import torch
 import transformers
-from conftest import write_pickle
+from conftest import load_golden, write_pickle
 from drawn_tokenizers import MODELS, SENTENCES, draw, make_backend
 
 import binarized_data
@@ -19,9 +21,13 @@ import extract
 import token_counts
 import train
 import trim_vocabulary
+from distil.models.architectures import ARCHITECTURES
+from distil.models.tokenizers import load_tokenizer
 from distil.vocabulary.choice import Choice, choose, pieces_of, special_numbers, trimmed_tokenizer
 from distil.vocabulary.network import trim_network
 from distil.vocabulary.remap import Converter
+
+REAL_VOCABULARIES = os.environ.get("DISTIL_VOCABULARIES")
 
 
 def counted(backend: tokenizers.Tokenizer, lines: list[str]) -> np.ndarray:
@@ -51,10 +57,8 @@ def drawn(kind: str, number: int) -> tokenizers.Tokenizer:
     return make_backend(dataclasses.replace(one, is_limited=False), list(SENTENCES) * 2)
 
 
-@pytest.mark.parametrize("kind", MODELS)
-@pytest.mark.parametrize("number", range(8))
-def test_kept_text_keeps_its_pieces(kind, number):
-    backend = drawn(kind, number)
+def check_kept_text(backend: tokenizers.Tokenizer) -> None:
+    """Check that texts whose pieces are all kept, none unknown, keep them under the new ids."""
     text = words_of(list(SENTENCES))
     unknown = {backend.token_to_id(token) for token in ("[UNK]", "<unk>", "<|endoftext|>")}
     num_same = 0
@@ -70,6 +74,20 @@ def test_kept_text_keeps_its_pieces(kind, number):
                 assert found.ids == [new_of[number] for number in ids], line
                 assert trimmed.decode(found.ids) == backend.decode(ids), line
     assert num_same > len(text)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@pytest.mark.parametrize("number", range(8))
+def test_kept_text_keeps_its_pieces(kind, number):
+    check_kept_text(drawn(kind, number))
+
+
+@pytest.mark.skipif(not REAL_VOCABULARIES, reason="needs DISTIL_VOCABULARIES, a folder of them")
+@pytest.mark.parametrize("name", load_golden("tokens.json")["ids"])
+def test_kept_text_keeps_its_pieces_in_real_vocabularies(name):
+    row = ARCHITECTURES[{"roberta-base": "roberta", "gpt2": "gpt2"}.get(name, "bert")]
+    folder = f"{REAL_VOCABULARIES}/{name}/"
+    check_kept_text(load_tokenizer(row, folder, "--teacher").backend_tokenizer)
 
 
 def test_no_byte_and_no_counted_character_is_lost(teachers, lines):
@@ -281,3 +299,64 @@ def test_an_output_that_exists_is_left_alone(teachers, data, tmp_path, status_an
     command = flags_of(teachers["bert"], tmp_path / "out", token_counts=data["bert"][1], keep=150)
     status, errors = status_and_errors(trim_vocabulary.main, command)
     assert status == 2 and "exists already" in errors[0] and not list((tmp_path / "out").iterdir())
+
+
+def in_python(folder: Path) -> None:
+    """Put a tokenizer in Python in place of the teacher's."""
+    (folder / "tokenizer.json").unlink()
+    vocabulary = transformers.AutoTokenizer.from_pretrained(folder).get_vocab()
+    text = "".join(f"{piece}\n" for piece in sorted(vocabulary, key=vocabulary.get))
+    (folder / "vocab.txt").write_text(text, encoding="utf-8")
+    content = {"tokenizer_class": "BertJapaneseTokenizer", "word_tokenizer_type": "basic"}
+    (folder / "tokenizer_config.json").write_text(json.dumps(content))
+
+
+def with_model(**changes) -> object:
+    """Return a function that changes the model of the teacher's tokenizer.json."""
+
+    def change(folder: Path) -> None:
+        content = json.loads((folder / "tokenizer.json").read_text(encoding="utf-8"))
+        content["model"] |= changes
+        (folder / "tokenizer.json").write_text(json.dumps(content), encoding="utf-8")
+
+    return change
+
+
+UNKNOWN_KINDS = {
+    "in Python": ("bert", in_python, "BertJapaneseTokenizer runs in Python only"),
+    "of a later library": (
+        "bert",
+        with_model(type="Syllables"),
+        "tokenizer.json could not be read",
+    ),
+    "at random": ("gpt2", with_model(dropout=0.1), "dropout 0.1, which draws ids at random"),
+}
+
+
+@pytest.mark.parametrize("name", UNKNOWN_KINDS)
+def test_a_tokenizer_without_a_known_kind_is_refused(
+    name, teachers, data, tmp_path, status_and_errors
+):
+    kind, change, message = UNKNOWN_KINDS[name]
+    teacher = shutil.copytree(teachers[kind], tmp_path / "teacher")
+    change(teacher)
+    command = flags_of(teacher, tmp_path / "out", token_counts=data[kind][1], keep=300)
+    status, errors = status_and_errors(trim_vocabulary.main, command)
+    assert status == 2 and len(errors) == 1 and message in errors[0], errors
+    assert [path.name for path in tmp_path.iterdir()] == ["teacher"]
+
+
+def test_files_that_cannot_be_converted_are_refused_before_anything_is_written(
+    teachers, data, tmp_path, status_and_errors
+):
+    tokens, counts = data["bert"]
+    copy = write_pickle(tmp_path / "c.counts", pickle.loads(Path(counts).read_bytes()))
+    (tmp_path / "c.counts.out.pickle").write_bytes(b"another's")
+    for file, message in ((data["gpt2"][0], "another than that of"), (copy, "exists, and no mark")):
+        more = {"token_counts": counts, "keep": 150, "remap": [tokens, file]}
+        command = flags_of(teachers["bert"], tmp_path / "out", **more)
+        status, errors = status_and_errors(trim_vocabulary.main, command)
+        assert status == 2 and len(errors) == 1 and message in errors[0], errors
+        assert not (tmp_path / "out").exists()
+    assert (tmp_path / "c.counts.out.pickle").read_bytes() == b"another's"
+    assert not list(Path(tokens).parent.glob("*.out.*"))
