@@ -119,10 +119,13 @@ def sign_lock(lock: TextIO, path: Path, facts: Mapping[str, str]) -> TextIO:
         lock = take_lock(path)
     line = {"host": socket.gethostname(), "pid": os.getpid(), **launch_facts(), **facts}
     with naming(path):
-        lock.seek(0)  # not emptied first: one that is not signed is taken for another program's
-        lock.write(json.dumps(line) + "\n")
-        lock.flush()
-        lock.truncate()
+        # Not emptied first: one that is not signed is taken for another program's. Not through the
+        # file's buffer, which closing it would write again.
+        text = f"{json.dumps(line)}\n".encode()
+        os.lseek(lock.fileno(), 0, os.SEEK_SET)
+        if os.write(lock.fileno(), text) < len(text):
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        os.ftruncate(lock.fileno(), len(text))
     return lock
 
 

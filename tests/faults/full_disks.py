@@ -213,6 +213,7 @@ PROGRAMS = {
     "prepare_text": Program(
         prepare_text.main,
         lambda site, out: ["--file_path", site.path("text.txt"), "--output", out / "text"],
+        ("--force",),
     ),
     "prepare_text, shuffled": Program(
         prepare_text.main,
@@ -220,6 +221,7 @@ PROGRAMS = {
             *("--file_path", site.path("text.txt"), "--output", out / "text"),
             *("--num_lines", "3000"),
         ],
+        ("--force",),
     ),
     "join_tokens": Program(join_tokens.main, joining, prepare=place_shards),
     "extract_distilbert": Program(
@@ -228,6 +230,7 @@ PROGRAMS = {
             *("--model_type", "bert", *of_bert(site, "model_name")),
             *("--dump_checkpoint", out / "first.pth"),
         ],
+        ("--force",),
     ),
     "train": Program(train.main, distilling, None),
     "run_task": Program(run_task.main, fine_tuning, ("--overwrite_output_dir",), prepare=make_mrpc),

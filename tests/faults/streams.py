@@ -13,6 +13,7 @@ import signal
 import subprocess
 import sys
 import threading
+import time
 from pathlib import Path
 
 from faults.runs import (
@@ -174,6 +175,7 @@ sys.argv[:] = sys.argv[1:]
 runpy.run_path(sys.argv[0], run_name="__main__")
 """
 LOOKED_AT_S = 5  # from then on; of a shorter program a part
+ENDING_S = 1  # in which a program that was ending ends with its own status
 
 
 def commands(bench) -> dict[str, list]:
@@ -271,6 +273,15 @@ def end_group(process: subprocess.Popen) -> None:
     process.wait()
 
 
+def status_of(bench, program: str) -> int:
+    """Return a program's status without Ctrl-C."""
+    process = start(bench, program)
+    try:
+        return process.wait(60)
+    finally:
+        end_group(process)
+
+
 def interrupted_start(bench) -> None:
     """T32: Ctrl-C at a random moment of a program's start: one line, status 130, nothing left."""
     program = list(commands(bench))[bench.number % NUM_PROGRAMS]
@@ -278,12 +289,16 @@ def interrupted_start(bench) -> None:
     while (process := start(bench, program)) and ends_within(process, moment_s):
         moment_s, undisturbed = moment_s / 2, process.returncode
     os.killpg(process.pid, signal.SIGINT)
+    interrupted = time.monotonic()
     try:
         status = process.wait(30)
     finally:
         end_group(process)
+    took_s = time.monotonic() - interrupted
     printed = (bench.folder / "log").read_text(errors="replace")
-    what = f"{program} at {moment_s:.2f} s: status {status}: {printed[-600:]}"
+    if undisturbed is None and status not in (130, -signal.SIGINT) and took_s < ENDING_S:
+        undisturbed = status_of(bench, program)
+    what = f"{program} at {moment_s:.2f} s: status {status} {took_s:.2f} s later: {printed[-600:]}"
     expected = printed.count(f"{program}: error: interrupted\n")
     if program == "train.py" and "Stopped after update" in printed:
         expected = 1

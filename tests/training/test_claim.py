@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import resource
 import subprocess
 import sys
 import time
@@ -230,3 +232,16 @@ def test_two_starts_with_force_leave_one_run_and_the_old_one(world, tmp_path):
     assert all("Traceback" not in text for text, _ in ended)
     done = run_process(*command[:2], *flags, "--resume")
     assert done.returncode == 0, done.stderr
+
+
+def test_a_lock_without_room_for_its_words_is_named_and_closes(tmp_path):
+    """Closing a file writes its buffer again: that error has no name, and hid the first."""
+    path = tmp_path / "run.lock"
+    lock, limits = locks.take_lock(path), resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, limits[1]))
+    try:
+        with pytest.raises(OSError, match=re.escape(str(path))):
+            locks.sign_lock(lock, path, {})
+        lock.close()
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
