@@ -83,10 +83,10 @@ def read_tsv(path: Path, part: Part, task: Task, encoding: str) -> list[Example]
             long_rows.append(number)
         examples.append(_tsv_example(path, number, row, part, task))
     if num_skipped:
-        logger.warning("%s: %d rows have too few columns and were skipped.", path, num_skipped)
+        logger.warning("%s: skipped %d row(s) with too few columns.", path, num_skipped)
     if long_rows:
         logger.warning(
-            "%s: %d rows have more columns than the header, such as row %d; is a tab within a"
+            "%s: %d row(s) with more columns than the header, such as row %d; is a tab within a"
             " text?",
             path,
             len(long_rows),

@@ -59,7 +59,8 @@ def describe_update(
 ) -> str:
     """Say how large an update is: it grows with the number of processes."""
     size, unit = (batch_size, "sequences") if max_tokens is None else (max_tokens, "padded tokens")
-    of_one = f"{accumulation} micro-batches of {'up to ' * (max_tokens is not None)}{size:,} {unit}"
+    batches = f"{accumulation} micro-batch{'es' * (accumulation > 1)}"
+    of_one = f"{batches} of {'up to ' * (max_tokens is not None)}{size:,} {unit}"
     num_of_one = accumulation * size
     if world_size == 1:
         return f"An update: {of_one}, {num_of_one:,} in all."

@@ -158,6 +158,7 @@ def test_without_tensorboard_there_are_metrics_alone(world, tmp_path):
 @pytest.mark.parametrize(
     ("sizes", "expected"),
     [
+        ((1, 5, None, 1), "An update: 1 micro-batch of 5 sequences, 5 in all."),
         ((50, 5, None, 1), "An update: 50 micro-batches of 5 sequences, 250 in all."),
         (
             (50, 5, None, 4),
