@@ -1,5 +1,6 @@
 """Checkpoint files: written whole or not at all, verified byte by byte, the newest intact found."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -53,6 +54,30 @@ def test_files_of_tensors_are_the_library_s_bytes():
         plain = {name: tensor.contiguous() for name, tensor in content.items()}
         written = b"".join(checkpointing.as_safetensors(content))
         assert written == safetensors.torch.save(plain)
+
+
+HEADERS = {
+    "a list": [],
+    "of another kind": {"a": {"dtype": "F7", "shape": [1], "data_offsets": [0, 4]}},
+    "of 10^12 numbers": {"a": {"dtype": "F32", "shape": [10**12], "data_offsets": [0, 4]}},
+    "of less than nothing": {"a": {"dtype": "F32", "shape": [-1, -1], "data_offsets": [0, 4]}},
+    "of no shape": {"a": {"dtype": "F32", "shape": None, "data_offsets": [0, 4]}},
+    "without a place": {"a": {"dtype": "F32", "shape": [1]}},
+}
+
+
+@pytest.mark.parametrize("header", [*HEADERS.values(), b"{", b""], ids=[*HEADERS, "cut", "none"])
+def test_a_file_of_tensors_with_a_false_header_is_damaged(header, tmp_path):
+    """Though its checksum is right: somebody made it."""
+    text = header if isinstance(header, bytes) else json.dumps(header).encode()
+    content = len(text).to_bytes(8, "little") + text + bytes(4)
+    if header == b"":
+        content = b"\xff" * 8
+    (tmp_path / "student.safetensors").write_bytes(content)
+    row = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    checkpoint = checkpointing.Checkpoint(tmp_path, 3, {}, {"student.safetensors": row})
+    with pytest.raises(DamagedError, match="student.safetensors"):
+        checkpoint.tensors("student")
 
 
 def test_before_the_first_update_the_moments_are_not_written(tmp_path, monkeypatch):
