@@ -37,7 +37,8 @@ def reporting_on_rank_0() -> Iterator[None]:
 
     Raises InputError in tasks of srun, which have no ranks.
     """
-    log_on_rank_0()
+    is_other = os.environ.get("RANK", "0") != "0"
+    setup_logging(logging.ERROR if is_other else logging.INFO)
     if not os.environ.get("RANK"):
         refuse_srun(os.environ)
     notice = version_notice()
@@ -46,6 +47,6 @@ def reporting_on_rank_0() -> Iterator[None]:
     try:
         yield
     except InputError:
-        if is_another_rank(os.environ):
+        if is_other:
             time.sleep(RANK_0_FIRST_S)
         raise
