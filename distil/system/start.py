@@ -44,33 +44,52 @@ def begin_program() -> None:
 def raise_outside_imports(number: int, error: BaseException) -> None:
     """Let a signal raise an error as soon as no import is in progress; imports lose or convert it.
 
-    It ends the process where an import lasts longer than IMPORT_S; SIGINT also where utils.run_main
-    is not there to handle it.
+    It is raised again where it was lost all the same (in a `__del__`). It ends the process where an
+    import lasts longer than IMPORT_S; SIGINT also where utils.run_main is not there to handle it.
     """
     deadline: float | None = None
+    is_raised = False
 
     def handle(number: int, frame: FrameType | None) -> None:
-        nonlocal deadline
-        stack = list(_stack(frame))
-        if number == signal.SIGINT and not any(code.co_name == "run_main" for code in stack):
+        nonlocal deadline, is_raised
+        if number == signal.SIGINT and not _is_in_main(frame):
             _end()
-        if not any("<frozen importlib" in code.co_filename for code in stack):
-            signal.setitimer(signal.ITIMER_REAL, 0)
-            signal.signal(signal.SIGALRM, signal.SIG_IGN)  # one that is on its way
-            raise error
         now = time.monotonic()
         if deadline is None:
             deadline = now + IMPORT_S
-            # By the signal itself, because another handler may hold it by then; again and again,
-            # because a signal just before a blocking call is heeded only behind it.
-            signal.signal(signal.SIGALRM, lambda *_: signal.raise_signal(number))
+            signal.signal(signal.SIGALRM, again)
             signal.setitimer(signal.ITIMER_REAL, RETRY_S, RETRY_S)
-        elif now > deadline and number == signal.SIGINT:
+        if not any("<frozen importlib" in code.co_filename for code in _stack(frame)):
+            is_raised = True
+            raise error
+        if now > deadline and number == signal.SIGINT:
             _end()
-        elif now > deadline:
+        if now > deadline:
             os._exit(128 + signal.SIGTERM)
 
+    def again(_: int, frame: FrameType | None) -> None:
+        if not is_raised:
+            # By the signal itself, because another handler may hold it by then; again and again,
+            # because a signal just before a blocking call is heeded only behind it.
+            signal.raise_signal(number)
+        elif not _is_in_main(frame):  # it was heeded
+            signal.setitimer(signal.ITIMER_REAL, 0)
+        elif not _is_handled(error):
+            signal.raise_signal(number)
+
     signal.signal(number, handle)
+
+
+def _is_in_main(frame: FrameType | None) -> bool:
+    return any(code.co_name == "run_main" for code in _stack(frame))
+
+
+def _is_handled(error: BaseException) -> bool:
+    """True while blocks clean up behind an error."""
+    current = sys.exc_info()[1]
+    while current is not None and current is not error:
+        current = current.__context__
+    return current is error
 
 
 def _stack(frame: FrameType | None) -> Iterator[CodeType]:

@@ -196,6 +196,32 @@ def test_ctrl_c_during_a_last_import_does_not_end_the_interpreters_own_end(tmp_p
     assert (done.returncode, done.stderr) == (0, "")
 
 
+LOST = """
+class Slow:
+    def __del__(self):
+        open({ready!r}, "w").close()
+        time.sleep(1)
+"""
+
+
+@pytest.mark.parametrize("number, status", [(signal.SIGINT, 130), (signal.SIGTERM, 143)])
+def test_a_signal_whose_error_is_lost_raises_it_again(number, status, tmp_path):
+    """Python ignores what is raised in a __del__; blocks that clean up are not disturbed."""
+    ready, cleaned = tmp_path / "ready", tmp_path / "cleaned"
+    imports = "import time\nfrom distil.system.signals import exit_on_sigterm\nexit_on_sigterm()"
+    imports += LOST.format(ready=str(ready))
+    clean = f"    time.sleep(1); open({str(cleaned)!r}, 'w').close()"
+    body = "thing = Slow()", "try:", "    del thing", "    time.sleep(60)", "finally:", clean
+    process = started(program(tmp_path / "a.py", *body, imports=imports), stderr=subprocess.PIPE)
+    deadline = time.monotonic() + 60
+    while not ready.exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(number)
+    errors = process.communicate(timeout=30)[1]
+    assert process.returncode == status and cleaned.exists()
+    assert errors.count(b"a.py: error: interrupted") == (number == signal.SIGINT)
+
+
 @pytest.mark.parametrize("path", [ROOT / "train.py", *sorted((ROOT / "scripts").glob("*.py"))])
 def test_every_program_begins_before_its_slow_imports(path):
     code = path.read_text(encoding="utf-8").split('"""', 2)[2]
