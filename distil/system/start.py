@@ -33,8 +33,6 @@ def begin_program() -> None:
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
     os.close(descriptor)
-    # First, so that it runs last: an alarm behind it would end the process, without its handler.
-    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         raise_outside_imports(signal.SIGINT, KeyboardInterrupt())
     for number in heeded(AS_SIGTERM):
@@ -47,6 +45,8 @@ def raise_outside_imports(number: int, error: BaseException) -> None:
     It is raised again where it was lost all the same (in a `__del__`). It ends the process where an
     import lasts longer than IMPORT_S; SIGINT also where utils.run_main is not there to handle it.
     """
+    # Early, so that it runs late: an alarm behind it would end the process, without its handler.
+    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
     deadline: float | None = None
     is_raised = False
 
