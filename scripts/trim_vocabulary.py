@@ -215,8 +215,8 @@ def remap(args: argparse.Namespace, architecture, tokenizer) -> None:
         describe_tokenizer(architecture, path, one)
         for path, one in ((args.teacher, tokenizer), (args.output, own))
     ]
+    special = frozenset(special_numbers(full))
     for path in args.remap:
-        special = frozenset(special_numbers(full))
         converter = Converter(full, trimmed, pieces, new_V, special)
         logger.info("Wrote %s.", remap_file(path, name, converter, *facts))
 

@@ -20,9 +20,9 @@ def _distilbert_transform(model, hidden_ND):
 
 
 def _roberta_transform(model, hidden_ND):
-    head = model.lm_head
     from transformers.activations import gelu
 
+    head = model.lm_head
     return head.layer_norm(gelu(head.dense(hidden_ND)))
 
 

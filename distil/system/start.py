@@ -27,8 +27,8 @@ def heeded(numbers: Iterable[int]) -> list[int]:
 def begin_program() -> None:
     """End the program at Ctrl-C with one line and status 130, at SIGHUP and others as by SIGTERM.
 
-    Until signals.py knows better. Streams that are closed (`2>&-`) are opened,
-    or files would take their numbers.
+    Until signals.py knows better. Streams that are closed (`2>&-`) are opened, or files would take
+    their numbers.
     """
     while (descriptor := os.open(os.devnull, os.O_RDWR)) <= 2:
         os.set_inheritable(descriptor, True)
