@@ -10,8 +10,6 @@ import hashlib
 import re
 import shlex
 import shutil
-import subprocess
-import sys
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 
@@ -24,6 +22,7 @@ from distil.data.text_sources import read_blocks
 from distil.models.architectures import AUTO, PAIRS, Architecture
 from distil.models.names import short_name
 from distil.models.tokenizers import train_word_pieces
+from distil.system.children import running
 from distil.system.files import atomic_paths, replacing_files, write_json
 from distil.system.json_files import load_json
 from utils import InputError, logger
@@ -157,13 +156,8 @@ def call(program: str, flags: Mapping[str, object]) -> None:
     """
     words = [str(word) for item in flags.items() for word in item if word is not None]
     print(f"\n$ python {program} {shlex.join(words)}", flush=True)
-    with subprocess.Popen([sys.executable, str(ROOT / program), *words]) as process:
-        try:
-            status = process.wait()
-        except BaseException:  # Ctrl-C or SIGTERM: let the program save its state
-            process.terminate()
-            process.wait()
-            raise
+    with running(ROOT / program, words) as process:
+        status = process.wait()
     if status != 0:
         raise InputError(
             f"{program} ended with status {status}; read its message above; the same command"

@@ -7,10 +7,10 @@ large matrix product reaches here, and of the GPU's data sheet. Before timing, b
 the same losses and gradient. The code is in benchmarks/.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -29,6 +29,7 @@ import json
 import logging
 import tempfile
 import time
+from pathlib import Path
 
 import torch
 

@@ -6,10 +6,10 @@ processes. Linux only (/proc). By default the text is the prose of the installed
 vocabulary is trained on it.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -23,11 +23,11 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-import os
 import platform
 import tempfile
 import time
 from collections.abc import Iterable
+from pathlib import Path
 
 import psutil
 

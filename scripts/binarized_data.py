@@ -6,10 +6,10 @@ tokenized on all cores, spooled, and shuffled from the disk, in constant memory.
 tokenizer and seed give the same bytes.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -24,8 +24,8 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import logging
-import os
 import time
+from pathlib import Path
 
 from distil.data.binarize_options import FILE_PATH, parse
 from distil.data.encoding import Encoding

@@ -9,10 +9,10 @@ temperature 1, how often both rank the same token first, and the cosine of the l
 Don't compare a masked model's perplexity with a causal one's.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -26,7 +26,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-import os
+from pathlib import Path
 
 import numpy as np
 import torch

@@ -1,9 +1,9 @@
 """Make a student's first weights from layers of a RoBERTa or GPT-2, or a student of any teacher."""
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -17,8 +17,8 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-import os
 from collections.abc import Sequence
+from pathlib import Path
 
 from distil.models.architectures import ARCHITECTURES, PAIRS
 from distil.models.checks import tokenizer_problem

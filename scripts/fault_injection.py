@@ -7,11 +7,11 @@ interrupted run continues from them (`--state`). `--again` makes a tenth of the 
 and leaves the full counts as they are.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests"))
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
+sys.path.insert(1, os.path.join(sys.path[0], "tests"))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -22,13 +22,13 @@ import argparse
 import dataclasses
 import datetime
 import json
-import os
 import platform
 import shutil
 import tempfile
 import threading
 import time
 from collections.abc import Sequence
+from pathlib import Path
 
 from faults.bench import call, results, trial_of
 from faults.plan import PLAN, Row

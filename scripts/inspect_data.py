@@ -4,10 +4,10 @@ The file is read once, in constant memory. Ids are counted as they are, before t
 filters sequences.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -17,7 +17,6 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import logging
-import os
 from collections.abc import Mapping, Sequence
 from typing import Any
 

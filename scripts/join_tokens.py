@@ -4,10 +4,10 @@ The result has the bytes of one machine's run: order, card, counts. The shards a
 stay; they may be deleted afterwards.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -21,6 +21,7 @@ import logging
 import re
 import tempfile
 import time
+from pathlib import Path
 from typing import Any
 
 import numpy as np

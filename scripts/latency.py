@@ -4,10 +4,10 @@ The paper's Table 3 (Sanh et al., 2019) times a pass over STS-B's development se
 size 1. distil/reporting/latency.py says what is timed here; report.py times with it, too.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -16,7 +16,6 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-import os
 
 from distil.reporting.plan import add_plan_flags, plan_of, plan_problems
 from distil.reporting.problems import collecting

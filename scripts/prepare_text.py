@@ -6,10 +6,10 @@ language l (Conneau and Lample 2019, section 3.1; multilingual BERT: s = 0.7). T
 language after the other: binarized_data.py shuffles.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -22,6 +22,7 @@ import logging
 import random
 import tempfile
 import time
+from pathlib import Path
 from typing import TextIO
 
 from tqdm import tqdm

@@ -3,10 +3,10 @@
 Nothing else of the run is uploaded. Log in first (`hf auth login`, or HF_TOKEN in the environment).
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -15,7 +15,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-import os
+from pathlib import Path
 
 from utils import InputError, OneLineParser, logger, one_line, run_program, setup_logging
 

@@ -7,10 +7,10 @@ before and after distillation, and the same student trained for as many steps wi
 The same command continues an interrupted run.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -26,9 +26,9 @@ import argparse
 import dataclasses
 import functools
 import logging
-import os
 import statistics
 import time
+from pathlib import Path
 
 import torch
 import transformers

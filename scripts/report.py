@@ -8,10 +8,10 @@ too (measurements.json): tables are made again without a run. --write_card also 
 card of the Hugging Face hub into the student's folder (distil/reporting/model_card.py).
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-import os
+from pathlib import Path
 
 from distil.reporting.plan import add_plan_flags, plan_of
 from distil.system.files import atomic_path, write_json

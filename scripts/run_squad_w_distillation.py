@@ -12,10 +12,10 @@ loss and Trainer (all in distil/tasks/). On several processes: torchrun --nproc_
 scripts/run_squad_w_distillation.py ..; each question is scored exactly once.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -23,6 +23,7 @@ if __name__ == "__main__":
     begin_program()
 
 import argparse
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from distil.system.rank_zero import reporting_on_rank_0

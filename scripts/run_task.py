@@ -9,10 +9,10 @@ here. Settings are those of the 2019 run_*.py scripts, behind the numbers of San
 (sections 3 and 4). Every example of the scored set counts exactly once, on any number of processes.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -20,9 +20,9 @@ if __name__ == "__main__":
     begin_program()
 
 import argparse
-import os
 import statistics
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 
 from distil.system.rank_zero import reporting_on_rank_0
 from distil.tasks.metrics import score

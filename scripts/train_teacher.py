@@ -3,10 +3,10 @@
 It is the distillation loop without a teacher: the masked-LM loss alone.
 """
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -20,7 +20,7 @@ if __name__ == "__main__":
 
 import argparse
 import logging
-import os
+from pathlib import Path
 
 import torch
 import transformers

@@ -1,9 +1,9 @@
 """Make a teacher of fewer vocabulary entries: those that a text needs, with their embeddings."""
 
+import os
 import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))
+sys.path.insert(0, os.path.dirname(os.path.dirname(os.path.realpath(__file__))))
 
 if __name__ == "__main__":
     from distil.system.start import begin_program
@@ -13,7 +13,7 @@ if __name__ == "__main__":
 import argparse
 import dataclasses
 import logging
-import os
+from pathlib import Path
 
 import numpy as np
 

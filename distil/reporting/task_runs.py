@@ -12,6 +12,7 @@ from distil.data.token_files import token_file_problem
 from distil.models.hub import load_config
 from distil.models.names import short_name
 from distil.reporting.scores import kept_scores, of_model_and_task, read_scores
+from distil.system.children import running
 from distil.system.files import file_problem
 from distil.tasks.scores import write_scores
 from distil.tasks.tasks import TASKS
@@ -187,17 +188,13 @@ def call(command: Sequence[str], what: str) -> None:
     program, *flags = command
     print(f"\n$ python scripts/{program} {shlex.join(flags)}", flush=True)
     errors = []
-    words = [sys.executable, str(SCRIPTS / program), *flags]
-    with subprocess.Popen(words, stderr=subprocess.PIPE, text=True, errors="replace") as child:
-        try:
-            for line in child.stderr:
-                if line.startswith(f"{program}: error: "):  # raised once, below
-                    errors.append(f"{what}: {program}: {line.partition(': error: ')[2].strip()}")
-                else:
-                    sys.stderr.write(line)
-        except BaseException:
-            child.terminate()
-            raise
+    options = {"stderr": subprocess.PIPE, "text": True, "errors": "replace"}
+    with running(SCRIPTS / program, flags, **options) as child:
+        for line in child.stderr:
+            if line.startswith(f"{program}: error: "):  # raised once, below
+                errors.append(f"{what}: {program}: {line.partition(': error: ')[2].strip()}")
+            else:
+                sys.stderr.write(line)
     if child.returncode:
         raise InputError(
             "\n".join(errors)

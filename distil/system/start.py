@@ -35,6 +35,7 @@ def begin_program() -> None:
     os.close(descriptor)
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         raise_outside_imports(signal.SIGINT, KeyboardInterrupt())
+    signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGINT])  # see children.running
     for number in heeded(AS_SIGTERM):
         signal.signal(number, lambda *_: signal.raise_signal(signal.SIGTERM))
 

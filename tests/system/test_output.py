@@ -222,6 +222,24 @@ def test_a_signal_whose_error_is_lost_raises_it_again(number, status, tmp_path):
     assert errors.count(b"a.py: error: interrupted") == (number == signal.SIGINT)
 
 
+@pytest.mark.parametrize(
+    "module, words",
+    [("distil.workflow", "'b.py', {}"), ("distil.reporting.task_runs", "['b.py'], 'b'")],
+)
+def test_ctrl_c_before_the_first_statement_of_a_started_program_is_its_line(
+    module, words, tmp_path
+):
+    """A terminal sends it to all programs; there the interpreter itself may still be starting."""
+    path = program(tmp_path / "b.py", "time.sleep(60)", imports="import time")
+    early = "import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n"
+    path.write_text(early + path.read_text())
+    imports = f"import pathlib\nimport {module} as module\n"
+    imports += f"module.ROOT = module.SCRIPTS = pathlib.Path({str(tmp_path)!r})"
+    starter = program(tmp_path / "a.py", f"module.call({words})", imports=imports)
+    done = run_process(sys.executable, starter)
+    assert "Traceback" not in done.stderr and "interrupted" in done.stderr, done.stderr
+
+
 @pytest.mark.parametrize("path", [ROOT / "train.py", *sorted((ROOT / "scripts").glob("*.py"))])
 def test_every_program_begins_before_its_slow_imports(path):
     code = path.read_text(encoding="utf-8").split('"""', 2)[2]
