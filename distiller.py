@@ -1,13 +1,13 @@
 """The method: student, head and objectives as one module, and an update over micro-batches.
 
 Flow: micro-batches (distil/data/batches.py) -> teacher's and student's last hidden states -> the
-rows that objectives read, selected once -> losses -> one backward a micro-batch, one gradient
-all-reduce, clip, update.
+rows that objectives read, selected once -> losses -> one backward a pass (of one micro-batch, or
+of several joined), one gradient all-reduce, clip, update.
 
 Source: Sanh et al., 2019, "DistilBERT, a distilled version of BERT", sections 2 and 3.
 
 Shape suffixes: B sequences, T padded length, N selected positions, V vocabulary, D width, M
-micro-batches, K losses.
+micro-batches (of a pass, of an update), K losses.
 """
 
 import contextlib
@@ -20,9 +20,10 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
-from distil.data.batches import MicroBatch, Selection, select_rows, to_device
+from distil.data.batches import MicroBatch, Selection, select_rows, sent, to_device
 from distil.kernels.cpu import TiedGradient, faster
-from distil.kernels.head import Projection, Term, head_losses, projected_losses, rows_per_chunk
+from distil.kernels.head import apply_terms
+from distil.kernels.terms import terms_of_micro_batches
 from distil.losses import at_least_float32
 from distil.models.forward import attend_without_masks, read_outputs
 from distil.models.heads import Head, head_parameters, prediction_head
@@ -46,7 +47,7 @@ MIN_LOSS_SCALE = 2**-10  # below this scale the gradient scaler will not find on
 
 
 class DistillationModel(nn.Module):
-    """Student, prediction head and objectives; forward gives a micro-batch's loss.
+    """Student, prediction head and objectives; forward gives a pass's loss.
 
     It alone is wrapped by DDP. alphas: weight of each row of LOSSES; weight 0 costs nothing. head:
     the student's projection from hidden states to logits, found where not given. teacher: needed by
@@ -109,11 +110,12 @@ class DistillationModel(nn.Module):
         scale: float | torch.Tensor,
         counts_K: torch.Tensor | None = None,
     ):
-        """Return (scale x weighted loss, unweighted losses_K in the order of alphas).
+        """Return (scale x weighted loss, unweighted losses_MK in the order of alphas).
 
         teacher_read: the teacher's outputs by reading, (B, T, ..), where it runs. A loss is the sum
-        over its rows, divided by their number in this batch, or by counts_K where given. batch
-        None: a rank without a micro-batch joins the gradient exchange with zeros.
+        over a micro-batch's rows, divided by their number, or by counts_K where given; the weighted
+        loss adds up the pass's micro-batches. batch None: a rank without a pass joins the gradient
+        exchange with zeros.
         """
         if batch is None:
             return reaching_all(None, self.parameters()), None
@@ -121,61 +123,58 @@ class DistillationModel(nn.Module):
         own, others = ({k: x.flatten(0, 1) for k, x in d.items()} for d in (read, teacher_read))
         hidden_ND, teacher_ND = own["hidden"], others.get("hidden")
         if counts_K is None:
-            counts_K = [max(len(batch.rows[LOSSES[name].rows]), 1) for name in self.alphas]
-        counts = dict(zip(self.alphas, counts_K, strict=True))
+            kinds = [LOSSES[name].rows for name in self.alphas]
+            counts = [[max(num, 1) for num in batch.num_rows(kind)] for kind in kinds]
+        else:
+            counts = [[count] * len(batch.parts) for count in counts_K]
+        counts = dict(zip(self.alphas, counts, strict=True))
         total, means = self._logit_losses(batch, hidden_ND, teacher_ND, teacher_head, scale, counts)
         for name in (name for name in self.alphas if LOSSES[name].reads != "logits"):
-            value = self._output_loss(name, batch, own, others) / counts[name]
-            total = total + value * (self.alphas[name] * scale)
-            means[name] = value.detach()
-        return total, torch.stack([means[name] for name in self.alphas])
+            sums = self._output_sums(name, batch, own, others)
+            means[name] = [value / count for value, count in zip(sums, counts[name], strict=True)]
+            for value in means[name]:
+                total = total + value * (self.alphas[name] * scale)
+        losses = [torch.stack(means[name]).detach() for name in self.alphas]
+        return total, torch.stack(losses, dim=1)
 
-    def _output_loss(self, name: str, batch: MicroBatch, own: Mapping, others: Mapping):
-        """Sum an objective on what it reads of student and teacher over its rows."""
-        loss = LOSSES[name]
+    def _output_sums(self, name: str, batch: MicroBatch, own: Mapping, others: Mapping) -> list:
+        """Sum an objective on what it reads of both models over each micro-batch's rows."""
+        loss, sizes = LOSSES[name], batch.num_rows(LOSSES[name].rows)
         student_NX, teacher_NX = own[loss.reads], others.get(loss.reads)
         rows_N = to_device(batch.rows[loss.rows], student_NX.device)
-        teacher_NX = None if teacher_NX is None else at_least_float32(teacher_NX[rows_N])
-        given = at_least_float32(student_NX[rows_N]), teacher_NX, None, self.temperature
-        return loss.formula(*given, *([self.objectives[name]] if loss.make_module else []))
+        students = at_least_float32(student_NX[rows_N]).split(sizes)
+        teachers = [None] * len(sizes)
+        if teacher_NX is not None:
+            teachers = at_least_float32(teacher_NX[rows_N]).split(sizes)
+        more = [self.objectives[name]] if loss.make_module else []
+        pairs = zip(students, teachers, strict=True)
+        return [loss.formula(*pair, None, self.temperature, *more) for pair in pairs]
 
     def _logit_losses(
         self, batch: MicroBatch, hidden_ND, teacher_ND, teacher_head, scale, counts: Mapping
-    ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
-        """Project once the rows that any logit objective reads: (weighted total, mean by name)."""
+    ) -> tuple[torch.Tensor, dict[str, list[torch.Tensor]]]:
+        """Project once the rows that any logit objective reads: (weighted total, means by name)."""
         names = self._active("logits")
         if not names:
             return hidden_ND[:0].sum(), {}
         selection = batch.selection or self.select(batch)
-        selected_N = to_device(selection.rows_N, hidden_ND.device)
-        terms = [self._term(name, selection, scale / counts[name], selected_N) for name in names]
+        selected_N, terms = to_device(selection.rows_N, hidden_ND.device), []
+        for name in names:
+            weights = [self.alphas[name] * (scale / count) for count in counts[name]]
+            rows = batch.num_rows(LOSSES[name].rows), selection.offsets[name]
+            rows += selection.labels[name], hidden_ND.device
+            terms += terms_of_micro_batches(LOSSES[name], weights, *rows)
+        student = self.head, self.head_parameters, hidden_ND[selected_N]
         reads_teacher = any(LOSSES[name].needs_teacher for name in names)
-        student_ND = hidden_ND[selected_N]
-        teacher_ND = teacher_ND[selected_N] if reads_teacher else None
-        if self.uses_fast_head:
-            with torch.no_grad():
-                teacher = Projection.of(teacher_head, teacher_ND) if reads_teacher else None
-            student = Projection.of(self.head, student_ND)
-            total, sums_K = projected_losses(
-                student, teacher, terms, self.temperature, self.chunk_rows, self.compiles_head
-            )
-        else:
-            teacher = teacher_head if reads_teacher else None, teacher_ND
-            chunk_rows = self.chunk_rows or rows_per_chunk(hidden_ND.device.type)
-            given = self.head, self.head_parameters, student_ND, *teacher
-            total, sums_K = head_losses(*given, terms, self.temperature, chunk_rows)
-        means = (value / counts[name] for name, value in zip(names, sums_K, strict=True))
-        return total, dict(zip(names, means, strict=True))
+        teacher = (teacher_head, teacher_ND[selected_N]) if reads_teacher else (None, None)
+        way = self.chunk_rows, self.uses_fast_head, self.compiles_head
+        total, sums_K = apply_terms(*student, *teacher, terms, self.temperature, *way)
+        sums = iter(sums_K)
+        return total, {name: [next(sums) / count for count in counts[name]] for name in names}
 
     def select(self, batch: MicroBatch) -> Selection:
         """Find on the host the rows of a micro-batch that the active logit objectives read."""
         return select_rows(batch, {name: LOSSES[name].rows for name in self._active("logits")})
-
-    def _term(self, name: str, selection: Selection, scale, like: torch.Tensor) -> Term:
-        offsets, labels_N = selection.offsets[name], selection.labels[name]
-        labels_N = None if labels_N is None else to_device(labels_N, like.device)
-        rows_N = to_device(offsets, like.device)
-        return Term(LOSSES[name], rows_N, offsets, labels_N, self.alphas[name] * scale)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -188,7 +187,7 @@ class Distiller:
 
     teacher: None where no objective reads one. teacher_head: hidden states to the logits compared;
     None: all. optimizer, schedule: stepped once an update.
-    max_grad_norm: bound of the gradient's norm. seed: keys dropout by micro-batch. world_size:
+    max_grad_norm: bound of the gradient's norm. seed: keys dropout by pass. world_size:
     ranks that share an update. amp_dtype: None, or the dtype of mixed precision, to which the
     teacher is converted. normalization: "micro_batches" = the mean over each micro-batch's rows,
     then over the update's micro-batches, as in 2019; "tokens" = the mean over the update's rows.
@@ -265,9 +264,10 @@ class Distiller:
     ) -> PendingUpdate:
         """Launch one update over the micro-batches `numbers`, without waiting for the device.
 
-        batches: the num_mine of them that this rank computes. The gradient is the mean over all of
-        the update's micro-batches, on whichever rank. asks_to_stop: asked after the last one, and
-        told to all ranks with the losses. Raises NonFiniteError where the distiller waits.
+        batches: the num_mine passes over them that this rank computes. The gradient is the mean
+        over all of the update's micro-batches, on whichever rank. asks_to_stop: asked after the
+        last pass, and told to all ranks with the losses. Raises NonFiniteError where the distiller
+        waits.
         """
         self.optimizer.zero_grad(set_to_none=True)
         shared = self._accumulate(batches, numbers, num_mine, asks_to_stop)
@@ -341,13 +341,16 @@ class Distiller:
             scale = self.scaler.scale(torch.full((), share, device=self.device))
         shape = len(numbers) + 1, 1 + len(self.model.alphas)
         shared = torch.zeros(shape, dtype=torch.float64, device=self.device)
-        losses_MK = shared[:-1]
+        losses_MK, places, found = shared[:-1], [], []
         for done, batch in enumerate(batches, start=1):
             # Differs from the original: gradients travel once an update, not with each micro-batch.
             with self._without_reduction(done < num_mine):
-                means_K = self._backward(batch, scale, counts_K, done == num_mine)
-            losses_MK[batch.number - numbers[0], 1:] = means_K
-        if num_mine == 0:
+                found.append(self._backward(batch, scale, counts_K, done == num_mine))
+            places += [part.number - numbers[0] for part in batch.parts]
+        if found:
+            rows_M = sent(torch.tensor(places), self.device)
+            losses_MK[:, 1:].index_copy_(0, rows_M, torch.cat(found).double())
+        else:
             self.wrapped(None, {}, None, scale)[0].backward()
         fill_missing_gradients(self.model.parameters())
         shared[-1, 0] = float(asks_to_stop())
@@ -357,7 +360,7 @@ class Distiller:
         return shared
 
     def _backward(self, batch: MicroBatch, scale, counts_K, is_last: bool = False) -> torch.Tensor:
-        """Run teacher, student and losses of a micro-batch, then backward; return its losses_K."""
+        """Run teacher, student and losses of a pass, then backward; return its losses_MK."""
         torch.manual_seed(keyed_seed(self.seed, batch.number, "dropout"))
         weight = self.model.tied_weight if self.has_cpu_kernels else None
         tied = None if weight is None else TiedGradient(weight)
@@ -367,11 +370,11 @@ class Distiller:
                 given = batch, teacher_read, self.teacher_head, scale, counts_K
                 is_mixed = self.amp_dtype is not None
                 with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=is_mixed):
-                    loss, means_K = self.wrapped(*given)
+                    loss, losses_MK = self.wrapped(*given)
             if is_last and self.world_size > 1:  # DDP waits for a gradient of every parameter
                 loss = reaching_all(loss, self.model.parameters())
             loss.backward()
-        return means_K
+        return losses_MK
 
     @torch.no_grad()
     def _teacher_outputs(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
@@ -382,9 +385,7 @@ class Distiller:
         """Count each objective's rows in the whole update, on every rank: (K,), at least 1."""
         rows = [LOSSES[name].rows for name in self.model.alphas]
         counts = [sum(len(batch.rows[kind]) for batch in batches) for kind in rows]
-        counts_K = torch.tensor(counts, dtype=torch.float64)
-        counts_K = counts_K.pin_memory() if self.device.type == "cuda" else counts_K
-        counts_K = to_device(counts_K, self.device)
+        counts_K = sent(torch.tensor(counts, dtype=torch.float64), self.device)
         if self.world_size > 1:
             torch.distributed.all_reduce(counts_K)
         return counts_K.clamp(min=1)
@@ -418,7 +419,7 @@ class Distiller:
         Returns number -> what is not finite in its gradient. Nothing is exchanged between ranks.
         """
         alphas, found = self.model.alphas, {}
-        for batch in batches:
+        for batch in (part for joined in batches for part in joined.parts):
             batch = dataclasses.replace(batch, selection=None)  # each objective selects its own
             for name in alphas:
                 self.optimizer.zero_grad(set_to_none=True)

@@ -1,9 +1,10 @@
-"""The plan of micro-batches: which sequences form a micro-batch, in which order, on which rank.
+"""The plan of micro-batches: which sequences form one, in which order, pass and rank.
 
 The plan is a pure function of (lengths, seed, epoch): every rank computes it alone, without
 communication. A batch holds sequences of similar length, which keeps padding small, as in the
 sampler of 2019. New here: whole updates are dealt to the ranks, so that W ranks with A accumulation
-steps train on the same micro-batches as one rank with A x W.
+steps train on the same micro-batches as one rank with A x W; and a pass may join several of an
+update's micro-batches, planned before they are dealt.
 """
 
 import dataclasses
@@ -15,6 +16,10 @@ from utils import InputError, concatenate_runs, keyed_numpy_generator
 
 BIN_WIDTH = 4
 CHUNK_BATCHES = 2**16
+# Of the default on a GPU: most padded tokens of a pass, and the memory reserved for one of them,
+# of which DistilBERT's activations take about 0.4 MB in float32.
+MAX_TOKENS_PER_PASS, BYTES_PER_TOKEN = 2**16, 2**20
+PASS_TOKENS = 2**10  # tokens of padding that one pass less is worth
 
 
 def length_groups(lengths: np.ndarray, max_length: int) -> np.ndarray:
@@ -140,6 +145,35 @@ def _joined(first: Batches, second: Batches) -> Batches:
     )
 
 
+def plan_passes(nums: np.ndarray, lengths: np.ndarray, tokens_per_pass: int) -> list[list[int]]:
+    """Divide an update's micro-batches into passes: ascending indices of each, in ascending order.
+
+    nums, lengths: sequences and padded length of each micro-batch. Of all divisions of the
+    micro-batches, ordered by length, into passes of at most tokens_per_pass padded tokens (or of
+    one micro-batch) this is the one with the fewest padded tokens, where a pass counts as
+    PASS_TOKENS more. 0: a pass for each.
+    """
+    if tokens_per_pass == 0:
+        return [[k] for k in range(len(nums))]
+    order = np.argsort(-lengths, kind="stable")
+    lengths, ends = lengths[order].astype(np.int64), np.cumsum(nums[order], dtype=np.int64)
+    starts = ends - nums[order]
+    # Of the first n micro-batches: the lowest cost, and where the last pass begins.
+    costs, firsts = np.zeros(len(order) + 1, np.int64), np.zeros(len(order) + 1, np.int64)
+    for end in range(1, len(order) + 1):
+        padded = lengths[:end] * (ends[end - 1] - starts[:end])  # of a pass that begins at each
+        fits = padded <= tokens_per_pass
+        fits[-1] = True
+        found = np.where(fits, costs[:end] + padded + PASS_TOKENS, np.iinfo(np.int64).max)
+        firsts[end] = found.argmin()
+        costs[end] = found[firsts[end]]
+    passes, end = [], len(order)
+    while end:
+        passes.append(sorted(order[firsts[end] : end].tolist()))
+        end = firsts[end]
+    return sorted(passes)
+
+
 @dataclasses.dataclass(frozen=True)
 class PlannedBatch:
     """One micro-batch: its number in the run, its epoch, and its sequences."""
@@ -151,10 +185,18 @@ class PlannedBatch:
 
 @dataclasses.dataclass(frozen=True)
 class Update:
-    """One optimizer update: all its micro-batches, and those that this rank computes (or none)."""
+    """One optimizer update: all its micro-batches, and the passes that this rank computes.
+
+    A rank may have no pass. The micro-batches of a pass are in the order of their numbers.
+    """
 
     planned: list[PlannedBatch]
-    mine: list[PlannedBatch]
+    passes: list[list[PlannedBatch]]
+
+    @property
+    def mine(self) -> list[PlannedBatch]:
+        """The micro-batches that this rank computes."""
+        return [batch for one in self.passes for batch in one]
 
 
 class GroupedBatchSampler:
@@ -180,6 +222,7 @@ class GroupedBatchSampler:
         self.seed = seed
         self.groups = length_groups(self.lengths, max_length) if group_by_size else None
         self.max_tokens = max_tokens
+        self.tokens_per_pass = 0
         self._planned_epoch: tuple[int, Batches] | None = None
         self._num_batches: int | None = None
         if max_tokens is not None:
@@ -200,6 +243,32 @@ class GroupedBatchSampler:
         # Group k ends below edge 3 + 4 k; the last one is open.
         self.longest_of_group = np.arange(_num_groups(self.groups)) * BIN_WIDTH + 2
         self.longest_of_group[-1] = longest
+
+    def join(self, tokens_per_pass: int | None, accumulation: int, gpu_bytes: int | None) -> None:
+        """Let passes join an update's micro-batches, up to so many padded tokens; 0: do not.
+
+        None: the default of a new run with `accumulation` micro-batches an update on each rank. It
+        is 0 on a CPU (gpu_bytes None), which gains nothing. On a GPU it is what a rank's part of an
+        update fills evenly, at most MAX_TOKENS_PER_PASS, and less where memory is small. Raises
+        InputError below the longest sequence.
+        """
+        longest = int(self.lengths.max(initial=0))
+        if tokens_per_pass is None:
+            on_gpu = 0 if gpu_bytes is None else self._even_pass(accumulation, gpu_bytes)
+            tokens_per_pass = max(on_gpu, longest) if on_gpu else 0
+        if 0 < tokens_per_pass < longest:
+            raise InputError(
+                f"--tokens_per_pass {tokens_per_pass}: the longest sequence has {longest} ids;"
+                " raise it, set --max_length, or 0 for a pass each micro-batch"
+            )
+        self.tokens_per_pass = tokens_per_pass
+
+    def _even_pass(self, accumulation: int, gpu_bytes: int) -> int:
+        """Divide the tokens of a mean update evenly; a quarter more, for padding and spread."""
+        tokens = -(-int(self.lengths.sum(dtype=np.int64)) * accumulation // len(self))
+        limit = max(min(MAX_TOKENS_PER_PASS, gpu_bytes // BYTES_PER_TOKEN), 1)
+        num_passes = -(-tokens // limit)
+        return min(-(-tokens * 5 // (4 * num_passes * PASS_TOKENS)) * PASS_TOKENS, limit)
 
     def __len__(self) -> int:
         """Return the number of micro-batches in an epoch."""
@@ -252,16 +321,21 @@ class GroupedBatchSampler:
                 yield Update(planned, self.deal(planned, rank, world_size))
                 planned = []
 
-    def deal(self, planned: list[PlannedBatch], rank: int, world_size: int) -> list[PlannedBatch]:
-        """Select this rank's share of an update, balancing padded sizes.
+    def deal(
+        self, planned: list[PlannedBatch], rank: int, world_size: int
+    ) -> list[list[PlannedBatch]]:
+        """Select this rank's share of an update's passes, balancing padded sizes.
 
-        Micro-batches are dealt from large to small, to ranks 0 .. W-1, then W-1 .. 0, and so on, so
-        that the ranks' counts differ by at most 1.
+        Passes are dealt from large to small, to ranks 0 .. W-1, then W-1 .. 0, and so on, so that
+        the ranks' counts differ by at most 1.
         """
-        sizes = [len(b.sequences) * int(self.lengths[b.sequences].max()) for b in planned]
+        nums = np.array([len(batch.sequences) for batch in planned])
+        lengths = np.array([int(self.lengths[batch.sequences].max()) for batch in planned])
+        passes = plan_passes(nums, lengths, self.tokens_per_pass)
+        sizes = [nums[one].sum() * lengths[one].max() for one in passes]
         share = []
         for place, index in enumerate(np.argsort(np.negative(sizes), kind="stable")):
             lap, seat = divmod(place, world_size)
             if rank == (seat if lap % 2 == 0 else world_size - 1 - seat):
-                share.append(planned[index])
-        return sorted(share, key=lambda batch: batch.number)
+                share.append(passes[index])
+        return [[planned[k] for k in one] for one in sorted(share)]

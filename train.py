@@ -24,7 +24,7 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from distil.data.batches import MicroBatch
+from distil.data.batches import MicroBatch, join
 from distil.data.watched import WatchedFiles
 from distil.evaluation import HeldOut, Reader
 from distil.flops import UpdateFlops, count_update, peak_flops
@@ -39,10 +39,10 @@ from distil.training import devices, models, post_mortem, resume, unused
 from distil.training.checkpointing import Checkpoint
 from distil.training.config import TrainConfig, as_flags, folder_problem, parse_config
 from distil.training.log import parameter_statistics
-from distil.training.optimizer import describe_update, make_optimizer, make_schedule, run_length
+from distil.training.optimizer import make_optimizer, make_schedule, run_length
 from distil.training.post_mortem import NonFiniteError
 from distil.training.progress import Actions, Intervals, Progress
-from distil.training.reports import PendingUpdate, StepReport
+from distil.training.reports import PendingUpdate, StepReport, log_sizes
 from distil.training.run_folder import RunFolder
 from distil.training.state import check_finite_state
 from distiller import DistillationModel, Distiller
@@ -142,7 +142,9 @@ class Trainer:
         sizes = dataset.lengths, config.batch_size, dataset.max_length
         options = {"seed": config.seed, "max_tokens": config.max_tokens}
         self.sampler = GroupedBatchSampler(*sizes, group_by_size=config.group_by_size, **options)
-        self.per_update = config.gradient_accumulation_steps * runtime.world_size
+        room, accumulation = devices.gpu_bytes(runtime.device), config.gradient_accumulation_steps
+        self.sampler.join(config.tokens_per_pass, accumulation, room)
+        self.per_update = accumulation * runtime.world_size
         length = len(self.sampler), self.per_update, config.n_epoch, config.max_steps
         self.num_micro_batches, num_updates = run_length(*length)
         self.identity = {}
@@ -194,12 +196,12 @@ class Trainer:
             self.evaluate_if_due()  # the run was stopped before it could
             for update in items:
                 actions = progress.actions(update.planned)
-                batches = itertools.islice(items, len(update.mine))
+                batches = itertools.islice(items, len(update.passes))
                 with self._explaining(update, progress.step):
                     pending = self.distiller.launch(
-                        progress.moving_bar(batches),
+                        progress.moving_bar(batches, len(update.planned)),
                         [batch.number for batch in update.planned],
-                        len(update.mine),
+                        len(update.passes),
                         wants_statistics=actions.is_logged and runtime.is_main,
                         asks_to_stop=lambda: stop.requested is not None,
                     )
@@ -282,6 +284,7 @@ class Trainer:
             "identity": self.identity,
             "flags": as_flags(self.config),
             "per_update": self.per_update,
+            "tokens_per_pass": self.sampler.tokens_per_pass,
             "torch": torch.__version__,
         }
         keep = self.config.keep_checkpoints
@@ -296,27 +299,27 @@ class Trainer:
         with self.runtime.raise_on_all_ranks(), resume.naming_misfit(point):
             self.distiller.load(tensors, state)
             self.progress.load(step, state)
+        self.sampler.tokens_per_pass = resume.tokens_per_pass(self.config, state)
 
     # ---- batches, and what failed in them --------------------------------------------------------
 
     def _ready(self, updates: Iterable[Update]) -> Iterator[Update | MicroBatch]:
-        """Yield each update, then this rank's micro-batches of it, ready for the device."""
+        """Yield each update, then this rank's passes of it, ready for the device."""
         for update in updates:
             yield update
-            yield from self._prepared(update.mine)
+            for one in update.passes:
+                yield self.distiller.ready(join(self._prepared(one), self.dataset.special.pad))
 
     def _prepared(self, batches: Iterable[PlannedBatch]) -> Iterator[MicroBatch]:
         """Collate and prepare micro-batches, one at a time."""
         for planned in batches:
             self.files.enter(planned.epoch)
-            batch = self.prepare(planned.number, *self.dataset.collate(planned.sequences))
-            yield self.distiller.ready(batch)
+            yield self.prepare(planned.number, *self.dataset.collate(planned.sequences))
 
     @contextlib.contextmanager
     def _explaining(self, update: Update, number: int) -> Iterator[None]:
         """Raise failures of an update with its number, rank and sequences, its batches saved."""
-        lengths = (self.dataset.lengths[batch.sequences] for batch in update.mine)
-        with post_mortem.naming_out_of_memory(lengths):
+        with post_mortem.naming_out_of_memory(update.passes, self.dataset.lengths):
             try:
                 yield
             except NonFiniteError as error:
@@ -350,13 +353,8 @@ def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
         with runtime.raise_on_all_ranks():
             if runtime.is_main:
                 trainer.open_folder(point)
-        parameters, lengths = trainer.student.network.num_parameters(), trainer.dataset.lengths
-        logger.info(
-            "Training %s parameters on %d sequences (%d ids), %d micro-batches in all.",
-            *(f"{parameters:,}", len(lengths), int(lengths.sum()), trainer.num_micro_batches),
-        )
-        sizes = config.gradient_accumulation_steps, config.batch_size, config.max_tokens
-        logger.info("%s", describe_update(*sizes, runtime.world_size))
+        sizes = trainer.dataset.lengths, trainer.num_micro_batches, runtime.world_size
+        log_sizes(config, trainer.student.network, *sizes, trainer.sampler.tokens_per_pass)
         fit_and_export(trainer, stop)
     finally:
         if trainer.folder is not None:

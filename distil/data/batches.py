@@ -1,6 +1,6 @@
 """Micro-batches: padding, masks and labels, made on the host, keyed by seed and number.
 
-Flow: LmSeqsDataset.collate -> prepare_mlm / prepare_clm -> MicroBatch -> the models.
+Flow: LmSeqsDataset.collate -> prepare_mlm / prepare_clm -> MicroBatch -> join -> the models.
 
 Source: Sanh et al., 2019, section 3; masking by smoothed counts: Conneau and Lample, 2019 (XLM),
 section 3.2.
@@ -10,9 +10,10 @@ Shape suffixes: B sequences, T padded length, N selected positions, V vocabulary
 
 import dataclasses
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
+import torch.nn.functional as F
 
 from distil.losses import IGNORED_LABEL
 from utils import keyed_seed
@@ -20,8 +21,10 @@ from utils import keyed_seed
 
 @dataclasses.dataclass(frozen=True)
 class MicroBatch:
-    """Input of one forward and backward pass, made on the host.
+    """Input of one forward and backward pass, made on the host: a micro-batch, or several joined.
 
+    number: of the micro-batch; of a pass, its first one's. joined: the micro-batches of a pass, in
+    the order of their sequences and rows; none: it is one itself.
     attention_mask_BT: 1 on real tokens; None: none is made. It is passed only if a batch is padded.
     labels_BT: ids to predict, IGNORED_LABEL elsewhere; of causal models not shifted yet.
     rows: kind of rows (see losses.Loss) -> ascending positions in the flattened (B, T).
@@ -35,6 +38,16 @@ class MicroBatch:
     rows: Mapping[str, torch.Tensor]
     num_tokens: int
     selection: "Selection | None" = None
+    joined: tuple["MicroBatch", ...] = ()
+
+    @property
+    def parts(self) -> tuple["MicroBatch", ...]:
+        """The micro-batches in it."""
+        return self.joined or (self,)
+
+    def num_rows(self, kind: str) -> list[int]:
+        """Count the rows of a kind in each of its micro-batches."""
+        return [len(part.rows[kind]) for part in self.parts]
 
     @property
     def is_causal(self) -> bool:
@@ -182,8 +195,8 @@ def prepare_clm(
 ) -> MicroBatch:
     """Make a causal-LM batch: labels are the ids, IGNORED_LABEL on padding.
 
-    with_mask: add an attention mask to padded batches. GPT-2 needs none: padding comes after the
-    real tokens, and causal attention does not look ahead.
+    with_mask: add an attention mask. GPT-2 needs none: padding comes after the real tokens, and
+    causal attention does not look ahead.
     """
     real_BT = real_positions(lengths_B, token_ids_BT.shape[1])
     labels_BT = torch.where(real_BT, token_ids_BT, IGNORED_LABEL)
@@ -191,12 +204,50 @@ def prepare_clm(
     next_is_real_BT[:, :-1] = real_BT[:, 1:]
     real = _positions(real_BT)
     rows = {"real": real, "distilled": real, "next": _positions(next_is_real_BT)}
-    mask_BT = real_BT.long() if with_mask and not real_BT.all() else None
+    mask_BT = real_BT.long() if with_mask else None
     return MicroBatch(number, token_ids_BT, mask_BT, labels_BT, rows, len(real))
 
 
 def _positions(selected_BT: torch.Tensor) -> torch.Tensor:
     return selected_BT.flatten().nonzero()[:, 0]
+
+
+def join(batches: Iterable[MicroBatch], pad_id: int) -> MicroBatch:
+    """Join micro-batches to one pass, padded to its longest: their sequences, then their rows.
+
+    Nothing is drawn anew: masks and labels are those of each micro-batch.
+    """
+    batches = list(batches)
+    if len(batches) == 1:
+        return batches[0]
+    longest = max(batch.input_ids_BT.shape[1] for batch in batches)
+
+    def stacked(name: str, padding: int) -> torch.Tensor:
+        tensors = [getattr(batch, name) for batch in batches]
+        wide = [F.pad(x_BT, (0, longest - x_BT.shape[1]), value=padding) for x_BT in tensors]
+        return torch.cat(wide)
+
+    has_masks = batches[0].attention_mask_BT is not None
+    return MicroBatch(
+        number=batches[0].number,
+        input_ids_BT=stacked("input_ids_BT", pad_id),
+        attention_mask_BT=stacked("attention_mask_BT", 0) if has_masks else None,
+        labels_BT=stacked("labels_BT", IGNORED_LABEL),
+        rows={kind: _joined_rows(batches, kind, longest) for kind in batches[0].rows},
+        num_tokens=sum(batch.num_tokens for batch in batches),
+        joined=tuple(batches),
+    )
+
+
+def _joined_rows(batches: Sequence[MicroBatch], kind: str, longest: int) -> torch.Tensor:
+    """Find rows of micro-batches in their pass, padded to `longest`: ascending, as they were."""
+    rows, first = [], 0  # sequence of the pass
+    for batch in batches:
+        num, length = batch.input_ids_BT.shape
+        own_N = batch.rows[kind]
+        rows.append((own_N // length + first) * longest + own_N % length)
+        first += num
+    return torch.cat(rows)
 
 
 def label_of_row(kind: str, labels_BT: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor | None:
@@ -211,6 +262,11 @@ def label_of_row(kind: str, labels_BT: torch.Tensor, rows_N: torch.Tensor) -> to
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Copy to a device; asynchronously if the tensor is page-locked (see MicroBatch.pinned)."""
     return tensor.to(device, non_blocking=True)
+
+
+def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Copy to a device, by way of page-locked memory where that keeps the host from waiting."""
+    return to_device(tensor.pin_memory() if device.type == "cuda" else tensor, device)
 
 
 def select_rows(batch: MicroBatch, kinds: Mapping[str, str]) -> Selection:

@@ -3,8 +3,8 @@
 `head_losses` is the plain version: autograd, any head; the reference. `projected_losses` is the
 fast one: the last linear map by hand, 4 matrix products and one pass over each chunk of logits.
 
-Shape suffixes: N selected positions, C positions of a chunk, V vocabulary, D width, K active
-losses. A teacher may have logits for the first entries of the V only: see distil/losses.py.
+Shape suffixes: N selected positions, C positions of a chunk, V vocabulary, D width, K terms, L
+objectives. A teacher may have logits for the first entries of the V only: see distil/losses.py.
 """
 
 import dataclasses
@@ -15,7 +15,9 @@ import torch
 import torch.nn.functional as F
 
 from distil.kernels.cpu import wide_layer_norms
+from distil.kernels.terms import Term
 from distil.losses import at_least_float32
+from distil.models.heads import Head
 from distil.objectives import Loss
 
 # Rows of logits in a chunk. On a CPU a chunk should be small in memory, and large beside the (V, D)
@@ -26,40 +28,35 @@ BLOCK_ROWS, SLICE_ENTRIES = 32, 4096  # rows and vocabulary entries that fit a C
 PADDED_VOCABULARY = 128  # GPUs' matrix units take dimensions that are multiples of it
 
 
-@dataclasses.dataclass(frozen=True)
-class Term:
-    """One active objective of one micro-batch.
-
-    rows_N: ascending positions, on the device, in the selected rows. offsets: the same on the host,
-    so that cutting chunks never waits for the device. labels_N: one for each row, only where the
-    formula reads them. weight: of its sum in the total: alpha / count x the update's scale (a
-    number, or a scalar tensor where a gradient scaler provides it).
-    """
-
-    loss: Loss
-    rows_N: torch.Tensor
-    offsets: torch.Tensor
-    labels_N: torch.Tensor | None
-    weight: float | torch.Tensor
-
-    def within(self, first: int, last: int) -> tuple[int, int]:
-        """Return the range of its rows that lie in rows first .. last of the selection."""
-        low, high = torch.searchsorted(self.offsets, torch.tensor([first, last])).tolist()
-        return low, high
-
-    def select(self, low: int, high: int, student_CX, teacher_CX, first: int):
-        """Select its rows low .. high of rows first .. first + C: (student, teacher, labels)."""
-        labels = None if self.labels_N is None else self.labels_N[low:high]
-        if high - low < len(student_CX):  # a gather copies: only where the term skips rows
-            rows = self.rows_N[low:high] - first
-            student_CX = student_CX[rows]
-            teacher_CX = None if teacher_CX is None else teacher_CX[rows]
-        return student_CX, teacher_CX, labels
-
-
 def rows_per_chunk(device_type: str) -> int:
     """Return how many rows of logits make a chunk on a device."""
     return HEAD_CHUNK_ROWS.get(device_type, HEAD_CHUNK_ROWS["cpu"])
+
+
+def apply_terms(
+    student_head: Head,
+    head_parameters: Sequence[torch.nn.Parameter],
+    student_ND: torch.Tensor,
+    teacher_head: Head | None,
+    teacher_ND: torch.Tensor | None,
+    terms: Sequence[Term],
+    temperature: float,
+    chunk_rows: int | None,
+    is_fast: bool,
+    compiles: bool,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Project N selected hidden states and apply the terms: (weighted total, sums_K).
+
+    is_fast: by `projected_losses`, else by `head_losses`. chunk_rows None: by the device.
+    """
+    if not is_fast:
+        chunk_rows = chunk_rows or rows_per_chunk(student_ND.device.type)
+        given = student_head, head_parameters, student_ND, teacher_head, teacher_ND
+        return head_losses(*given, terms, temperature, chunk_rows)
+    with torch.no_grad():
+        teacher = None if teacher_ND is None else Projection.of(teacher_head, teacher_ND)
+    student = Projection.of(student_head, student_ND)
+    return projected_losses(student, teacher, terms, temperature, chunk_rows, compiles)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -73,10 +70,10 @@ def weighted_sums(student_CX, teacher_CX, terms: Sequence[Term], temperature: fl
     Given every row at once it is the reference of `head_losses`. A term without a row gives 0.
     """
     total = student_CX[:0].sum()  # 0 with a zero gradient, also where no term has a row
-    sums = []
+    sums, nothing = [], total.new_zeros(())
     for term in terms:
         low, high = term.within(first, first + len(student_CX))
-        value = total.new_zeros(())
+        value = nothing
         if high > low:
             rows = term.select(low, high, student_CX, teacher_CX, first)
             value = term.loss.formula(*rows, temperature)
@@ -295,10 +292,11 @@ def replace_by_gradient(
     gradient_CV: torch.Tensor | None = None
     wide = torch.promote_types(logits_CV.dtype, torch.float32)
     total, sums = logits_CV.new_zeros((), dtype=wide), []
+    nothing = total.clone()
     for term in terms:
         low, high = term.within(first, first + len(logits_CV))
         if high == low:
-            sums.append(total.new_zeros(()))
+            sums.append(nothing)
             continue
         rows = term.select(low, high, logits_CV, teacher_CV, first)
         gradient = term.loss.gradient or functools.partial(gradient_by_autograd, term.loss.formula)
@@ -311,7 +309,11 @@ def replace_by_gradient(
         gradient_CV = (
             torch.zeros_like(logits_CV, dtype=wide) if gradient_CV is None else gradient_CV
         )
-        gradient_CV.index_add_(0, term.rows_N[low:high] - first, part.mul_(term.weight))
+        places = term.places(low, high, first)
+        if isinstance(places, slice):
+            gradient_CV[places] += part.mul_(term.weight)
+        else:
+            gradient_CV.index_add_(0, places, part.mul_(term.weight))
     logits_CV.zero_() if gradient_CV is None else logits_CV.copy_(gradient_CV)
     return total, torch.stack(sums)
 
@@ -370,46 +372,70 @@ def partly_fused(terms: Sequence[Term], temperature: float, rows_ND: torch.Tenso
 def fused(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> Callable:
     """Return `replace_by_gradient` as one compiled pass over the logits of any selected rows.
 
-    Every term is applied to every row, with weight 0 where the row is not its own: reading the
-    logits costs more.
+    Every objective is applied to every row, with weight 0 where the row is not its own: reading the
+    logits costs more. Terms of one objective, of several micro-batches, share no row.
     """
-    num_rows, device = len(rows_ND), rows_ND.device
+    losses, rows = _by_objective(terms)
+    shape, device = (len(losses), len(rows_ND)), rows_ND.device
     wide = torch.promote_types(rows_ND.dtype, torch.float32)
-    weights_KN = torch.zeros(len(terms), num_rows, dtype=wide, device=device)
-    is_own_KN = torch.zeros(len(terms), num_rows, dtype=torch.bool, device=device)
-    labels_KN = torch.zeros(len(terms), num_rows, dtype=torch.int64, device=device)
-    for k, term in enumerate(terms):
+    weights_LN = torch.zeros(shape, dtype=wide, device=device)
+    owners_LN = torch.full(shape, len(terms), device=device)  # of a row: a term, or none
+    labels_LN = torch.zeros(shape, dtype=torch.int64, device=device)
+    for k, (row, term) in enumerate(zip(rows, terms, strict=True)):
         is_tensor = isinstance(term.weight, torch.Tensor)
-        weights_KN[k, term.rows_N] = term.weight.to(wide) if is_tensor else float(term.weight)
-        is_own_KN[k, term.rows_N] = True
+        weights_LN[row, term.rows_N] = term.weight.to(wide) if is_tensor else float(term.weight)
+        owners_LN[row, term.rows_N] = k
         if term.labels_N is not None:
-            labels_KN[k, term.rows_N] = term.labels_N
-    by_row = tuple(term.loss.by_row for term in terms)
+            labels_LN[row, term.rows_N] = term.labels_N
+    by_row, has_one_each = tuple(loss.by_row for loss in losses), len(losses) == len(terms)
 
     def replace(logits_CV, teacher_CV, first: int):
         chunk = slice(first, first + len(logits_CV))
-        of_chunk = labels_KN[:, chunk], weights_KN[:, chunk], is_own_KN[:, chunk]
-        sums_K = _compiled()(logits_CV, teacher_CV, *of_chunk, by_row, temperature)
-        weighted_K = [value * term.weight for value, term in zip(sums_K, terms, strict=True)]
-        return torch.stack(weighted_K).sum(), sums_K
+        owners_LC = owners_LN[:, chunk]
+        of_chunk = labels_LN[:, chunk], weights_LN[:, chunk], owners_LC < len(terms)
+        found = _compiled()(logits_CV, teacher_CV, *of_chunk, by_row, temperature, has_one_each)
+        if not has_one_each:  # the losses of each row
+            sums_K = found.new_zeros(len(terms) + 1).index_add_(
+                0, owners_LC.flatten(), found.flatten()
+            )
+            return (found * weights_LN[:, chunk]).sum(), sums_K[:-1]
+        weighted_K = [value * term.weight for value, term in zip(found, terms, strict=True)]
+        return torch.stack(weighted_K).sum(), found
 
     return replace
 
 
+def _by_objective(terms: Sequence[Term]) -> tuple[list[Loss], list[int]]:
+    """Put consecutive terms of one objective that share no row together: (objectives, places)."""
+    losses, places, end = [], [], 0
+    for term in terms:
+        start, own_end = term.bounds
+        if not losses or term.loss != losses[-1] or start < min(end, own_end):
+            losses.append(term.loss)
+            end = 0
+        end = max(end, own_end)
+        places.append(len(losses) - 1)
+    return losses, places
+
+
 def _fused_terms(
-    logits_CV, teacher_CV, labels_KC, weights_KC, is_own_KC, by_row: tuple, temperature: float
+    logits_CV, teacher_CV, labels_LC, weights_LC, is_own_LC, by_row: tuple, temperature: float, sums
 ) -> torch.Tensor:
-    """Apply each term to each row; write the total's gradient over the logits: sums_K."""
+    """Apply each objective to each row; write the total's gradient over the logits.
+
+    Returns sums_L, or the losses of each row, (L, C), where sums is False.
+    """
     student_CV = at_least_float32(logits_CV)
     teacher_CV = None if teacher_CV is None else at_least_float32(teacher_CV)
-    gradient_CV, sums = torch.zeros_like(student_CV), []
+    gradient_CV, found = torch.zeros_like(student_CV), []
     for k, function in enumerate(by_row):
-        losses_C, part_CV = function(student_CV, teacher_CV, labels_KC[k], temperature)
-        sums.append(torch.where(is_own_KC[k], losses_C, 0.0).sum())
-        weighted_CV = part_CV * weights_KC[k][:, None]
-        gradient_CV = gradient_CV + torch.where(is_own_KC[k][:, None], weighted_CV, 0.0)
+        losses_C, part_CV = function(student_CV, teacher_CV, labels_LC[k], temperature)
+        losses_C = torch.where(is_own_LC[k], losses_C, 0.0)
+        found.append(losses_C.sum() if sums else losses_C)
+        weighted_CV = part_CV * weights_LC[k][:, None]
+        gradient_CV = gradient_CV + torch.where(is_own_LC[k][:, None], weighted_CV, 0.0)
     logits_CV.copy_(gradient_CV)
-    return torch.stack(sums)
+    return torch.stack(found)
 
 
 @functools.cache

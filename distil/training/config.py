@@ -200,6 +200,13 @@ class TrainConfig:
     activation_checkpointing: bool = precision(
         "compute the student's activations twice, to keep fewer of them", False, resumable=True
     )
+    tokens_per_pass: int | None = precision(
+        "padded tokens of a forward and backward pass, which joins micro-batches of an update up to"
+        " there; nothing but dropout depends on it; 0: a pass each micro-batch (default: 0 on a"
+        " CPU; on a GPU as large as an update, at most 65536)",
+        None,
+        at_least=0,
+    )
     compile: bool = precision(
         "compile teacher and student (torch.compile): takes minutes to start, then runs faster",
         False,

@@ -7,6 +7,13 @@ from distil.training.config import TrainConfig
 from utils import logger
 
 
+def gpu_bytes(device: torch.device) -> int | None:
+    """Return the memory of a GPU; None: the device is none."""
+    if device.type != "cuda":
+        return None
+    return torch.cuda.get_device_properties(device).total_memory
+
+
 def check_device(config: TrainConfig, device: torch.device) -> None:
     """Raise InputError where the device can't do what the flags ask; name flags without effect."""
     if not config.mlm and config.restrict_ce_to_mask:
@@ -14,6 +21,8 @@ def check_device(config: TrainConfig, device: torch.device) -> None:
     check_precision(device, config.bf16, config.fp16)
     if config.compile:
         check_compiler(device)
+        if config.tokens_per_pass:
+            logger.info("--compile: passes differ in shape, and are compiled for any shape.")
     if config.fp16:
         logger.info(
             "--fp16: torch's own mixed precision; --fp16_opt_level %s has no effect.",

@@ -54,23 +54,6 @@ def run_length(
     return num_micro_batches, num_micro_batches // per_update + 1
 
 
-def describe_update(
-    accumulation: int, batch_size: int, max_tokens: int | None, world_size: int
-) -> str:
-    """Say how large an update is: it grows with the number of processes."""
-    size, unit = (batch_size, "sequences") if max_tokens is None else (max_tokens, "padded tokens")
-    batches = f"{accumulation} micro-batch{'es' * (accumulation > 1)}"
-    of_one = f"{batches} of {'up to ' * (max_tokens is not None)}{size:,} {unit}"
-    num_of_one = accumulation * size
-    if world_size == 1:
-        return f"An update: {of_one}, {num_of_one:,} in all."
-    return (
-        f"An update: {world_size} processes x {of_one}, {world_size * num_of_one:,} in all; one"
-        f" process alone: {num_of_one:,}. Divide --gradient_accumulation_steps by {world_size} to"
-        " keep that."
-    )
-
-
 def make_moments(optimizer: torch.optim.AdamW) -> None:
     """Allocate the moments before anything short-lived, so that they lie together in memory."""
     for group in optimizer.param_groups:

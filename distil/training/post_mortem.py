@@ -42,13 +42,13 @@ def check_losses(losses_MK: torch.Tensor, names: Sequence[str], numbers: Sequenc
 
 
 def culprit_lines(
-    planned: Iterable, shares: Sequence[Iterable], found: Mapping[int, str]
+    planned: Iterable, shares: Sequence[Iterable[Sequence]], found: Mapping[int, str]
 ) -> list[str]:
     """Describe the micro-batches found, number -> what is wrong: rank and sequences.
 
-    planned: the update's micro-batches; shares: those of each rank.
+    planned: the update's micro-batches; shares: the passes of each rank.
     """
-    ranks = {batch.number: rank for rank, share in enumerate(shares) for batch in share}
+    ranks = {b.number: rank for rank, share in enumerate(shares) for one in share for b in one}
     lines = []
     for batch in planned:
         if batch.number in found:
@@ -62,7 +62,7 @@ def explain(
     error: NonFiniteError,
     number: int,
     planned: Sequence,
-    shares: Sequence[Iterable],
+    shares: Sequence[Iterable[Sequence]],
     found: Mapping[int, str],
     folder: Path,
     prepare: Callable[[Iterable], Iterable[MicroBatch]],
@@ -110,10 +110,10 @@ def save_batches(
 
 
 @contextlib.contextmanager
-def naming_out_of_memory(lengths: Iterable[np.ndarray]) -> Iterator[None]:
-    """Raise RankError where an allocation fails, naming the largest micro-batch and the remedy.
+def naming_out_of_memory(passes: Iterable[Sequence], lengths: np.ndarray) -> Iterator[None]:
+    """Raise RankError where an allocation fails, naming the largest pass and the remedy.
 
-    lengths: lengths_B of this rank's micro-batches, read on failure only; a rank may have none.
+    passes: this rank's, of planned micro-batches; there may be none. lengths: of all sequences.
     """
     try:
         yield
@@ -121,10 +121,16 @@ def naming_out_of_memory(lengths: Iterable[np.ndarray]) -> Iterator[None]:
         is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
         if not is_memory and "not enough memory" not in str(error):
             raise
-        shapes = [(len(lengths_B), int(lengths_B.max())) for lengths_B in lengths]
-        num, length = max(shapes, key=lambda shape: shape[0] * shape[1], default=(0, 0))
+        shapes = []
+        for one in passes:
+            lengths_B = lengths[np.concatenate([batch.sequences for batch in one])]
+            shapes.append((len(lengths_B), int(lengths_B.max()), len(one) > 1))
+        largest = max(shapes, key=lambda shape: shape[0] * shape[1], default=(0, 0, False))
+        num, length, is_joined = largest
+        what = "pass" if is_joined else "micro-batch"
+        remedy = "--max_tokens or --batch_size (and raise --gradient_accumulation_steps)"
         raise RankError(
-            f"out of memory in a micro-batch of {num} x {length} = {num * length} padded tokens;"
-            " lower --max_tokens or --batch_size (and raise --gradient_accumulation_steps), or try"
-            " --bf16 or --activation_checkpointing"
+            f"out of memory in a {what} of {num} x {length} = {num * length} padded tokens; lower"
+            f" {'--tokens_per_pass' if is_joined else remedy}, or try --bf16 or"
+            " --activation_checkpointing"
         ) from error

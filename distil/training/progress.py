@@ -267,11 +267,15 @@ class Progress:
         with self.bar, logging_redirect_tqdm(list(loggers)):
             yield
 
-    def moving_bar(self, batches: Iterator) -> Iterator:
-        """Yield this rank's micro-batches; each one done moves the bar by one for every rank."""
+    def moving_bar(self, batches: Iterator, num_planned: int) -> Iterator:
+        """Yield this rank's passes; each one done moves the bar by its micro-batches on every rank.
+
+        num_planned: micro-batches of the update, beyond which the bar does not go.
+        """
+        end = self.micro_batches + num_planned
         for batch in batches:
             yield batch
-            self._move_bar(self.bar.n + self.world_size)
+            self._move_bar(min(self.bar.n + len(batch.parts) * self.world_size, end))
 
     def _move_bar(self, num_done: int) -> None:
         """Move the bar forward to a number of micro-batches: the next update may have moved it."""

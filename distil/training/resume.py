@@ -14,7 +14,7 @@ import torch
 from distil.data.cards import file_digest
 from distil.data.watched import WatchedFiles
 from distil.models.language_model import LanguageModel
-from distil.system.json_files import type_problem
+from distil.system.json_files import LARGEST, type_problem
 from distil.system.launch import Runtime
 from distil.training import checkpointing
 from distil.training.checkpointing import Checkpoint
@@ -36,6 +36,7 @@ STATE_PARTS = {
         "scaler": {...: float},
     },
     "schedule": {"_last_lr": ([float], None), ...: (int, float, bool, [float], None)},
+    "tokens_per_pass": (int, None),
     "identity": {"student_config": dict, ...: (str, dict, None)},
 }
 START_ANEW = "or start anew with another --dump_path"
@@ -89,6 +90,8 @@ def count_problem(found: Checkpoint) -> str | None:
     """Say which counter can't be of as many updates as a checkpoint is of, or None."""
     most = found.step * found.state["per_update"]
     ranges = {"micro_batches": (found.step, most), "log_count": (0, most)}
+    if found.state.get("tokens_per_pass") is not None:
+        ranges["tokens_per_pass"] = 0, LARGEST
     for name, (least, most) in ranges.items():
         if not least <= (value := found.state[name]) <= most:
             return f"{name} is {value}, expected {least} to {most} after update {found.step}"
@@ -179,6 +182,12 @@ def check_identity(
     if problems:
         lines = [f"{problem}; name the same, {START_ANEW}" for problem in problems]
         raise InputError("\n".join(lines))
+
+
+def tokens_per_pass(config: TrainConfig, state: Mapping[str, Any]) -> int:
+    """Return the size of a pass that a run keeps, on whichever device; older states have none."""
+    kept = state.get("tokens_per_pass")
+    return (config.tokens_per_pass or 0) if kept is None else kept
 
 
 def share_checkpoint(

@@ -4,6 +4,7 @@ Run under a launcher. Arguments: an output file, then train.py's flags. Everythi
 float64, in which two orders of one sum differ by rounding only.
 """
 
+import itertools
 import sys
 from pathlib import Path
 
@@ -16,6 +17,7 @@ import train
 import utils
 from distil.system.launch import start_runtime
 
+TOKENS_PER_PASS = 900  # of the second round, in which passes join micro-batches
 make_student, load_teacher = train.models.make_student, train.models.load_teacher
 
 
@@ -38,32 +40,27 @@ def main() -> None:
     runtime = start_runtime(config.n_gpu, config.local_rank)
     trainer = train.set_up(config, runtime)
     num_reductions = count_reductions(trainer.distiller)
-    accumulation = config.gradient_accumulation_steps
-    grads, numbers = [], []
-    for update in trainer.sampler.updates(
-        trainer.num_micro_batches, accumulation, runtime.rank, runtime.world_size
-    ):
+    facts = run_updates(trainer) | {"reductions": num_reductions[0]}
+    trainer.sampler.join(TOKENS_PER_PASS, config.gradient_accumulation_steps, None)
+    torch.save({**facts, "joined": run_updates(trainer)}, f"{output}.{runtime.rank}")
+
+
+def run_updates(trainer: train.Trainer) -> dict:
+    """Compute the gradient of every update, as the run does, without a step of the optimizer."""
+    runtime, grads, numbers, passes, losses = trainer.runtime, [], [], [], []
+    plan = trainer.num_micro_batches, trainer.config.gradient_accumulation_steps
+    items = trainer._ready(trainer.sampler.updates(*plan, runtime.rank, runtime.world_size))
+    for update in items:
         trainer.distiller.optimizer.zero_grad()
-        planned = [batch.number for batch in update.planned]
-        losses_MK = trainer.distiller.accumulate(
-            trainer._prepared(update.mine), planned, len(update.mine)
-        )
-        grads.append(
-            {
-                name: p.grad.clone()
-                for name, p in trainer.student.network.named_parameters()
-                if p.grad is not None
-            }
-        )
+        planned, num = [batch.number for batch in update.planned], len(update.passes)
+        mine = itertools.islice(items, num)
+        losses.append(trainer.distiller.accumulate(mine, planned, num))
+        named = trainer.student.network.named_parameters()
+        grads.append({name: p.grad.clone() for name, p in named if p.grad is not None})
         numbers.append([batch.number for batch in update.mine])
-    facts = {
-        "grads": grads,
-        "losses": losses_MK,
-        "mine": numbers,
-        "reductions": num_reductions[0],
-        "updates": len(grads),
-    }
-    torch.save(facts, f"{output}.{runtime.rank}")
+        passes.append(num)
+    counts = {"passes": passes, "updates": len(grads)}
+    return {"grads": grads, "losses": torch.cat(losses), "mine": numbers, **counts}
 
 
 def count_reductions(distiller) -> list[int]:

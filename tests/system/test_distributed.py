@@ -74,6 +74,38 @@ def test_gradients_are_reduced_once_an_update(world_sizes):
     assert [rank["reductions"] for rank in world_sizes[2]] == [3, 3]
 
 
+def assert_joined_alike(alone: dict, ranks: list[dict]) -> None:
+    """Check that ranks divide one rank's passes, with equal gradients and losses."""
+    passes = [sum(update) for update in zip(*(rank["passes"] for rank in ranks), strict=True)]
+    assert passes == alone["passes"]
+    assert sum(passes) < sum(map(len, alone["mine"])), "none was joined"
+    for rank in ranks:
+        torch.testing.assert_close(rank["losses"], alone["losses"], rtol=1e-12, atol=0)
+        for grads, expected in zip(rank["grads"], alone["grads"], strict=True):
+            for name, grad in expected.items():  # float64 sums in another order
+                torch.testing.assert_close(grads[name], grad, rtol=1e-9, atol=1e-12)
+
+
+def test_two_ranks_of_joined_passes_have_the_gradient_of_one(world_sizes):
+    """Dropout included: passes are planned before they are dealt."""
+    (alone,), ranks = world_sizes[1], world_sizes[2]
+    assert_joined_alike(alone["joined"], [rank["joined"] for rank in ranks])
+    assert not torch.equal(alone["joined"]["losses"], alone["losses"]), "other dropout"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_three_ranks_of_joined_passes_have_the_gradient_of_one(kind, world, tmp_path):
+    found = {}
+    for world_size, accumulation in ((1, 9), (3, 3)):
+        changes = {"gradient_accumulation_steps": accumulation, "batch_size": 10}
+        flags = world.flags(kind, tmp_path / "unused", **changes)
+        output = tmp_path / f"found-{world_size}"
+        check(run_process(*TORCHRUN, world_size, WORKER, output, *flags))
+        found[world_size] = [torch.load(f"{output}.{rank}") for rank in range(world_size)]
+    assert_joined_alike(found[1][0]["joined"], [rank["joined"] for rank in found[3]])
+
+
 @pytest.fixture(scope="module")
 def trained(world, tmp_path_factory):
     """Train three updates: one rank at 8, and two ranks at 4 by each launcher."""

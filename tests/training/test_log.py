@@ -15,7 +15,7 @@ from whole_runs import read_metrics
 import train
 import utils
 from distil.training.log import Log, Place, cut_log
-from distil.training.optimizer import describe_update
+from distil.training.reports import describe_update
 
 COUNTERS = ["update", "micro_batches", "epoch"]
 

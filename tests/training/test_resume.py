@@ -197,6 +197,10 @@ REFUSED = {
         r"--learning_rate 0\.001: .*step-00000002 was made with 0\.0005; pass that",
     ),
     "another seed": ({"seed": 57}, "--seed 57: .* was made with 56"),
+    "other passes": (
+        {"tokens_per_pass": 700},
+        "--tokens_per_pass 700: .* was made with None; pass that",
+    ),
     "other epochs": ({"n_epoch": 2}, "--n_epoch 2: .* was made with 1"),
     "another loss": ({"alpha_ce": 1.0}, r"--alpha_ce 1\.0: .* was made with 5\.0"),
     "another update": (
@@ -221,6 +225,32 @@ def test_other_flags_are_refused_with_both_values(
 
 def contents(folder: Path) -> dict[str, bytes]:
     return {str(path): path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+def test_a_resumed_run_keeps_its_passes_bit_for_bit(world, tmp_path, monkeypatch):
+    """Dropout depends on them."""
+    flags = {"batch_size": 12, "gradient_accumulation_steps": 5, "n_epoch": 2, "log_interval": 5}
+    flags |= {"tokens_per_pass": 900, "checkpoint_interval": 10}
+    train.main(world.flags("bert", tmp_path / "whole", **flags))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(SystemExit):
+            train.main(world.flags("bert", tmp_path / "stopped", **flags))
+    train.main([*world.flags("bert", tmp_path / "stopped", **flags), "--resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_run_keeps_the_passes_of_the_device_it_began_on(world, stopped, tmp_path, capfd):
+    """As if it had begun on a GPU: the flag was not given, and the state names the size."""
+    run = copied(stopped, tmp_path)
+    newest, *_ = checkpointing.checkpoints_in(run / "checkpoints")
+    assert json.loads((newest / "state.json").read_text())["tokens_per_pass"] == 0, "of a CPU"
+    with_state(newest, tokens_per_pass=700)
+    settle_manifest(newest)
+    train.main([*world.flags("bert", run, **SHORT), "--resume"])
+    assert "A pass joins micro-batches up to 700 padded tokens." in capfd.readouterr().err
+    newest, *_ = checkpointing.checkpoints_in(run / "checkpoints")
+    assert json.loads((newest / "state.json").read_text())["tokens_per_pass"] == 700
 
 
 def other_student(world, tmp_path) -> dict:
@@ -364,6 +394,10 @@ def with_nan(tensor: torch.Tensor) -> torch.Tensor:
 
 
 EDITED = {
+    "a negative size": (
+        lambda step: with_state(step, tokens_per_pass=-1),
+        "tokens_per_pass is -1, expected 0 to",
+    ),
     "a text": (lambda step: with_state(step, micro_batches="2"), "micro_batches is '2', expected"),
     "too many": (lambda step: with_state(step, micro_batches=10**9), "micro_batches is 1000000000"),
     "sums": (lambda step: with_state(step, log_sums=[1.0]), "1 log_sums of"),
