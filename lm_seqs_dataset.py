@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 import torch
 
-from distil.data.batches import mlm_preparation, prepare_clm
+from distil.data.batches import MlmPreparation, mlm_preparation, prepare_clm
 from distil.data.cards import check_tokenizer, read_verified_card
 from distil.data.safe_pickle import read_pickle
 from distil.data.token_files import (
@@ -355,11 +355,17 @@ def _facts_of_the_card(tokens: TokenFile, special: SpecialIds) -> _Known:
 
 
 def read_held_out(
-    path: str | None, teacher: LanguageModel, max_length: int | None
+    path: str | None,
+    teacher: LanguageModel,
+    max_length: int | None,
+    prepare: MlmPreparation | None = None,
 ) -> HeldOut | None:
-    """Read held-out sequences and plan how they are evaluated; None without a file."""
+    """Read held-out sequences and plan how they are evaluated; None without a file.
+
+    prepare: see HeldOut.of.
+    """
     if path is None:
         return None
     logger.info("Held out: %s.", path)
     dataset = LmSeqsDataset.from_file(path, teacher, max_length, "--eval_data_file")
-    return HeldOut.of(dataset, teacher.tokenizer, teacher.is_masked)
+    return HeldOut.of(dataset, teacher.tokenizer, teacher.is_masked, prepare)

@@ -63,11 +63,12 @@ def set_up(config: TrainConfig, runtime: Runtime) -> "Trainer":
     teacher = models.load_teacher(config)
     models.check_models(config, architecture, student_config, teacher)
     dataset = LmSeqsDataset.from_file(config.data_file, teacher, config.max_length)
-    held_out = read_held_out(config.eval_data_file, teacher, config.max_length)
     drawn = config.mlm_smoothing, config.seed, config.mlm_mask_prop
     fates = config.word_mask, config.word_keep, config.word_rand
     counts, at_masks = config.token_counts, config.restrict_ce_to_mask
     prepare = make_preparation(teacher, counts, *drawn, fates, at_masks)
+    by_rarity = prepare if config.mlm and config.mlm_smoothing * config.mlm_mask_prop else None
+    held_out = read_held_out(config.eval_data_file, teacher, config.max_length, by_rarity)
     student = models.make_student(config, architecture, student_config, teacher.tokenizer)
     files.require_unchanged(one.tokens for one in (dataset, held_out and held_out.dataset) if one)
     longest_BT, _ = dataset.collate_longest()
@@ -193,7 +194,7 @@ class Trainer:
         progress.start_clock()
         unread: list[tuple[Update, PendingUpdate, int]] = []
         with progress.showing(logger), self.files.explaining(), stream as items:
-            self.evaluate_if_due()  # the run was stopped before it could
+            self.evaluate_if_due()  # the first weights, or the run was stopped before it could
             for update in items:
                 actions = progress.actions(update.planned)
                 batches = itertools.islice(items, len(update.passes))
@@ -268,11 +269,8 @@ class Trainer:
         figures = self.held_out.figures(student, teacher, self.runtime)
         elapsed_s = time.perf_counter() - started
         is_best = progress.take_figures(figures, elapsed_s, self.identity.get("eval_data_file"))
-        if self.folder is None:
-            return
-        self.folder.log_figures(figures, progress.place, is_best)
-        if is_best:
-            self.folder.save_best(progress.best)
+        if self.folder is not None:
+            self.folder.keep_figures(figures, progress.place, progress.best if is_best else None)
 
     # ---- saving and resuming ---------------------------------------------------------------------
 
@@ -378,6 +376,7 @@ def fit_and_export(trainer: Trainer, stop: StopSignals) -> None:
         sys.exit(end.status)
     if folder is not None:
         folder.finish(trainer.progress.step)
+        trainer.progress.log_gain()
 
 
 def main(argv: list[str] | None = None) -> None:

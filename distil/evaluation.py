@@ -13,16 +13,23 @@ Shape suffixes: B sequences, T padded length, N positions, V vocabulary, D width
 """
 
 import dataclasses
+import functools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import nn
 
-from distil.data.batches import MicroBatch, label_of_row, prepare_clm, real_positions
-from distil.held_out_options import MASK_EVERY
+from distil.data.batches import (
+    MicroBatch,
+    MlmPreparation,
+    label_of_row,
+    prepare_clm,
+    real_positions,
+)
+from distil.held_out_options import DRAWN, MASK_EVERY, MASKS_SEED
 from distil.kernels.head import rows_per_chunk
 from distil.losses import IGNORED_LABEL, at_least_float32, cosine_distance
 from distil.models.forward import last_hidden_state
@@ -81,6 +88,15 @@ def next_tokens(
 ) -> list[MicroBatch]:
     """Predict every token but the first with a causal model: one pass."""
     return [prepare_clm(number, token_ids_BT, lengths_B)]
+
+
+def drawn_once(prepare: MlmPreparation) -> Passes:
+    """Predict the tokens that `prepare` draws with a masked model: one pass."""
+    return functools.partial(_drawn, prepare)
+
+
+def _drawn(prepare: MlmPreparation, number: int, token_ids_BT, lengths_B) -> list[MicroBatch]:
+    return [prepare(number, token_ids_BT, lengths_B)]
 
 
 def plan_batches(lengths: np.ndarray, max_tokens: int = EVALUATED_TOKENS) -> list[np.ndarray]:
@@ -293,36 +309,46 @@ LOGGED_FIGURES = ("loss", "accuracy", "perplexity", "kl", "agreement")
 class HeldOut:
     """Held-out data that a run is evaluated on.
 
-    dataset: an LmSeqsDataset; batches: numbers of its sequences; passes: see passes_over.
+    dataset: an LmSeqsDataset; batches: numbers of its sequences; passes: prefix of the figures'
+    names -> see passes_over.
     """
 
     dataset: object
     batches: list[np.ndarray]
-    passes: Passes
+    passes: Mapping[str, Passes]
 
     @classmethod
-    def of(cls, dataset, tokenizer, is_masked: bool) -> "HeldOut":
-        """Plan the batches of an LmSeqsDataset, the same on all ranks."""
+    def of(
+        cls, dataset, tokenizer, is_masked: bool, prepare: MlmPreparation | None = None
+    ) -> "HeldOut":
+        """Plan the batches of an LmSeqsDataset, the same on all ranks.
+
+        prepare: draws masks as the run does, where not uniformly; here the same for every seed.
+        """
         masks = FixedMasks(tokenizer.mask_token_id, tokenizer.all_special_ids)
-        passes = masks if is_masked else next_tokens
+        passes = {"": masks if is_masked else next_tokens}
+        if prepare is not None:
+            passes[DRAWN] = drawn_once(dataclasses.replace(prepare, seed=MASKS_SEED))
         return cls(dataset, plan_batches(dataset.lengths), passes)
 
     def figures(
         self, student: Reader, teacher: Reader | None, runtime: Runtime
     ) -> dict[str, float]:
         """Measure a student, and its distance from the teacher if there is one, on all ranks."""
+        ranks, sums = (runtime.rank, runtime.world_size), []
         with runtime.raise_on_all_ranks():
             self.dataset.tokens.forget()  # verified again in each evaluation
-            ranks = runtime.rank, runtime.world_size
-            sums_S = measure(
-                student,
-                teacher,
-                passes_over(self.dataset.collate, self.batches, self.passes, *ranks),
-            )
+            for passes in self.passes.values():
+                batches = passes_over(self.dataset.collate, self.batches, passes, *ranks)
+                sums.append(measure(student, teacher, batches))
+        sums_PS = torch.stack(sums)
         if runtime.world_size > 1:
-            torch.distributed.all_reduce(sums_S)
-        figures = figures_of(sums_S, teacher is not None)
-        return {name: figures[name] for name in LOGGED_FIGURES if name in figures}
+            torch.distributed.all_reduce(sums_PS)
+        figures = {}
+        for prefix, sums_S in zip(self.passes, sums_PS, strict=True):
+            found = figures_of(sums_S, teacher is not None)
+            figures |= {f"{prefix}{name}": found[name] for name in LOGGED_FIGURES if name in found}
+        return figures
 
 
 # --------------------------------------------------------------------------------------------------

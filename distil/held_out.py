@@ -4,7 +4,6 @@ Used by scripts/evaluate_lm.py; distil/evaluation.py has the figures themselves.
 """
 
 import dataclasses
-import functools
 import math
 from collections.abc import Callable, Sequence
 
@@ -12,7 +11,7 @@ import numpy as np
 import torch
 from tqdm import tqdm
 
-from distil.data.batches import MicroBatch, mlm_preparation
+from distil.data.batches import mlm_preparation
 from distil.data.decoding import texts_of
 from distil.data.encoding import Encoding, LineEncoder
 from distil.data.hub_datasets import find_files
@@ -21,6 +20,7 @@ from distil.data.token_files import TokenFile
 from distil.evaluation import (
     FixedMasks,
     Passes,
+    drawn_once,
     figures_of,
     measure,
     next_tokens,
@@ -28,6 +28,7 @@ from distil.evaluation import (
     plan_batches,
     reader_of,
 )
+from distil.held_out_options import DRAWN
 from distil.reporting.tables import markdown
 from utils import InputError, bar_options
 
@@ -78,7 +79,7 @@ def masked_measurements(
     num_alone: evenly spaced sequences for the pseudo-perplexity; None leaves it out.
     """
     batches = plan_batches(lengths)
-    found = [Measurement("", batches, fixed), Measurement("drawn_", batches, drawn)]
+    found = [Measurement("", batches, fixed), Measurement(DRAWN, batches, drawn)]
     if num_alone is not None:
         num = min(num_alone, len(lengths))
         chosen = np.unique(np.linspace(0, len(lengths) - 1, num).round().astype(np.int64))
@@ -95,12 +96,8 @@ def drawn_masks(
 
     counts_V, smoothing: weight count ^ -smoothing; share: of the tokens that is drawn.
     """
-    prepare = mlm_preparation(tokenizer, torch.from_numpy(counts_V), smoothing, seed, share)
-    return functools.partial(_once, prepare)
-
-
-def _once(prepare, number: int, token_ids_BT, lengths_B) -> list[MicroBatch]:
-    return [prepare(number, token_ids_BT, lengths_B)]
+    counts_V = torch.from_numpy(counts_V)
+    return drawn_once(mlm_preparation(tokenizer, counts_V, smoothing, seed, share))
 
 
 def run_measurement(
@@ -147,7 +144,7 @@ def figures_table(figures: dict[str, float], has_teacher: bool) -> str:
     """Lay figures out as a Markdown table, with a teacher's figures in the third column."""
     rows = [["figure", "model", "teacher"][: 2 + has_teacher]]
     for name, value in figures.items():
-        stem = next((part for part in ("drawn_", "pseudo_") if name.startswith(part)), "")
+        stem = next((part for part in (DRAWN, "pseudo_") if name.startswith(part)), "")
         if not name.startswith(f"{stem}teacher_"):
             of_teacher = figures.get(f"{stem}teacher_{name.removeprefix(stem)}")
             cells = [_cell(name, value), "" if of_teacher is None else _cell(name, of_teacher)]

@@ -11,6 +11,8 @@ DESCRIPTION = (
     "Measure how well a language model predicts held-out text, alone or against a teacher."
 )
 MASK_EVERY = 7  # masks 14 % of the tokens in a pass, about training's 15 %
+DRAWN = "drawn_"  # prefix of figures on masks drawn as in training
+MASKS_SEED = 56  # of drawn masks; train.py's, too, whatever its seed
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -95,6 +97,6 @@ def _add_masks(add: Callable) -> None:
     add(
         "--seed",
         type=int,
-        default=56,
+        default=MASKS_SEED,
         help="seed of the masks that are drawn (default: %(default)s)",
     )

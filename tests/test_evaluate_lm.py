@@ -38,10 +38,12 @@ from distil.evaluation import (
 )
 from distil.kernels.head import rows_per_chunk
 from distil.models.architectures import ARCHITECTURES, architecture_named
+from distil.models.export import save_folder
 from distil.models.tokenizer_roles import special_ids
 from distil.models.tokenizers import load_tokenizer
+from distil.reporting import model_card
 from distil.training import checkpointing
-from distil.training.progress import Intervals, Progress
+from distil.training.progress import Intervals, Progress, describe_gain
 from lm_seqs_dataset import LmSeqsDataset
 
 KINDS = ("bert", "roberta", "gpt2")
@@ -679,13 +681,99 @@ def test_evaluation_does_not_change_training(evaluated, world, tmp_path):
     assert not (tmp_path / "plain" / "best").exists()
 
 
-def test_evaluations_are_logged_every_interval_and_at_the_end(evaluated):
-    points = held_out_points(evaluated)
-    assert {tag for tag, _, _ in points} == {f"eval/{name}" for name in evaluation.LOGGED_FIGURES}
-    for name in evaluation.LOGGED_FIGURES:
-        assert [x for tag, x, _ in points if tag == f"eval/{name}"] == [
-            2 * step for step in (3, 6, 9, 10)
-        ]
+def test_the_first_weights_every_interval_and_the_end_are_evaluated_on_both_kinds_of_masks(
+    evaluated,
+):
+    points, steps = held_out_points(evaluated), (0, 3, 6, 9, 10)
+    names = [f"{masks}{name}" for masks in ("", "drawn_") for name in evaluation.LOGGED_FIGURES]
+    assert {tag for tag, _, _ in points} == {f"eval/{name}" for name in names}
+    for name in names:
+        assert [x for tag, x, _ in points if tag == f"eval/{name}"] == [2 * step for step in steps]
+    lines = [json.loads(line) for line in (evaluated / "metrics.jsonl").read_text().splitlines()]
+    assert [line["update"] for line in lines if "eval/kl" in line] == list(steps)
+
+
+def test_the_first_weights_score_what_update_0_says(evaluated, world, teachers, held_out, tmp_path):
+    """On fixed masks and on those of the run's own weights, which no seed of a run changes."""
+    flags = world.flags("bert", tmp_path / "run", **RUN, seed=56)
+    trainer = train.set_up(train.parse_config(flags), train.Runtime())
+    save_folder(trainer.student.network, trainer.student.tokenizer, tmp_path / "first")
+    score = scores_of(
+        *(tmp_path / "s.json", "--model", tmp_path / "first", "--teacher", teachers["bert"]),
+        *("--data_file", held_out["bert"], "--token_counts", world.counts("bert")),
+    )["score"]
+    line = (evaluated / "metrics.jsonl").read_text().splitlines()[0]
+    for name, value in json.loads(line).items():
+        if name.startswith("eval/"):
+            share = 100 if name.endswith(("accuracy", "agreement")) else 1
+            assert score[name[5:]] == pytest.approx(share * value, rel=1e-5), name
+
+
+def test_uniform_masks_and_causal_models_are_evaluated_in_one_way(world, held_out, tmp_path):
+    for kind, changes in (("bert", {"mlm_smoothing": 0}), ("gpt2", {})):
+        data = {"eval_data_file": held_out[kind], "max_steps": 1}
+        train.main(world.flags(kind, tmp_path / kind, **data, **changes))
+        tags = {tag for tag, _, _ in held_out_points(tmp_path / kind)}
+        assert tags == {f"eval/{name}" for name in evaluation.LOGGED_FIGURES}
+
+
+# What a run says last: name -> (learning rate, first weights from the teacher, level, words).
+ENDS = {
+    "better": (1e-3, False, "INFO", "%)."),
+    "worse": (5.0, True, "WARNING", "training made this student no better; best/ holds update 0."),
+}
+
+
+@pytest.mark.parametrize("name", ENDS)
+def test_the_end_of_a_run_says_by_how_much_it_beats_its_first_weights(
+    name, world, held_out, tmp_path, capsys
+):
+    rate, from_teacher, level, words = ENDS[name]
+    changes = {"learning_rate": rate, "max_steps": 20, "warmup_prop": 0.0}
+    if from_teacher:
+        changes["student_pretrained_weights"] = world.first_weights("bert")
+    flags = world.flags("bert", tmp_path / "run", eval_data_file=held_out["bert"], **changes)
+    train.main(flags)
+    (said,) = [line for line in capsys.readouterr().err.splitlines() if "first weights ->" in line]
+    first, last = (
+        json.loads(line)
+        for line in (tmp_path / "run" / "metrics.jsonl").read_text().splitlines()
+        if "eval/kl" in line
+    )
+    assert level in said.split() and words in said, said
+    for masks in ("", "drawn_"):
+        figures = [line[f"eval/{masks}kl"] for line in (first, last)]
+        assert "{:.4f} -> {:.4f}".format(*figures) in said
+    best = json.loads((tmp_path / "run" / "best" / "best.json").read_text())
+    assert best["step"] == (20 if name == "better" else 0)
+
+
+def test_the_card_has_the_held_out_figures_of_the_run(evaluated):
+    """Named by the run folder or by the model/ in it; a run without any has no table."""
+    lines = [json.loads(line) for line in (evaluated / "metrics.jsonl").read_text().splitlines()]
+    first, last = ([line["eval/kl"] for line in lines if "eval/kl" in line][k] for k in (0, -1))
+    for folder in (evaluated, evaluated / "model"):
+        text = "\n".join(model_card.held_out_text(str(folder)))
+        (row,) = [line for line in text.splitlines() if "held out: KL to the teacher" in line]
+        assert [float(cell) for cell in row.split("|")[2:4]] == pytest.approx(
+            [first, last], rel=1e-4
+        )
+        assert "held out (drawn): KL" in text
+        assert text in model_card.training_text(str(folder), None)
+    assert model_card.held_out_text(str(evaluated / "best")) == []
+
+
+def test_figures_that_cannot_be_compared_are_no_gain():
+    figures = {"loss": 2.0, "kl": 0.5, "accuracy": 0.1}
+    assert describe_gain(figures, {**figures, "kl": 0.4}, None) == (
+        True,
+        "Held out, first weights -> last: KL 0.5000 -> 0.4000 (-20.0%).",
+    )
+    assert describe_gain({"loss": 2.0}, {"loss": 1.0}, None)[0], "without a teacher the loss"
+    assert not describe_gain(figures, figures, None)[0]
+    assert not describe_gain({**figures, "kl": 0.0}, figures, None)[0]
+    assert not describe_gain(figures, {"loss": 1.0}, None)[0]
+    assert not describe_gain({}, figures, None)[0]
 
 
 def test_the_best_student_is_the_one_of_the_lowest_kl_and_scores_what_best_json_says(
@@ -729,7 +817,8 @@ def stop_during(monkeypatch, owner, name: str, call: int) -> None:
 STOPS = {
     "before an evaluation": (train.Distiller, "launch", 5, 5),
     "at an update to be evaluated": (train.Distiller, "launch", 6, 6),
-    "during an evaluation": (evaluation, "measure", 2, 7),
+    "during the evaluation of the first weights": (evaluation, "measure", 1, 1),
+    "during an evaluation": (evaluation, "measure", 5, 7),  # two kinds of masks each
 }
 
 
@@ -765,7 +854,12 @@ def assert_went_on(run: Path, whole: Path) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize(
     "owner, name, call",
-    [(train.RunFolder, "save_checkpoint", 4), (train.RunFolder, "save_best", 2)],
+    [
+        (train.RunFolder, "save_checkpoint", 2),
+        (train.RunFolder, "save_checkpoint", 4),
+        (train.RunFolder, "save_best", 1),
+        (train.RunFolder, "save_best", 2),
+    ],
 )
 def test_a_run_that_died_around_an_evaluation_does_it_again(
     owner, name, call, evaluated, world, held_out, tmp_path, monkeypatch

@@ -18,6 +18,7 @@ import transformers
 
 from distil.models.names import model_folder, short_name
 from distil.objectives import LOSSES
+from distil.reporting.run_comparison import METRICS, Run, held_out_table, metrics_lines
 from distil.reporting.tables import code, plain
 from distil.system.files import atomic_path, output_problem
 from distil.system.json_files import load_json
@@ -175,9 +176,7 @@ def read_run_file(student: str, name: str) -> dict:
 
     student: the run folder, or the model/ in it.
     """
-    path = Path(student, name)
-    if not path.is_file() and path.parent.name == "model":
-        path = path.parent.parent / name
+    path = run_file(student, name)
     if not path.is_file():
         return {}
     try:
@@ -202,6 +201,26 @@ RUN_FILES = {
 }
 
 
+def run_file(student: str, name: str) -> Path:
+    """Return the path of a file of the run whose folder, or the model/ in it, is given."""
+    path = Path(student, name)
+    is_in_run = not path.is_file() and path.parent.name == "model"
+    return path.parent.parent / name if is_in_run else path
+
+
+def held_out_text(student: str) -> list[str]:
+    """Lay out the held-out figures that train.py logged, in lines; none where there are none."""
+    path = run_file(student, METRICS)
+    if not path.is_file():
+        return []
+    try:
+        table = held_out_table(Run("", {}, metrics_lines(path.read_text(encoding="utf-8"))))
+    except (OSError, ValueError) as error:
+        logger.warning("%s can't be read (%s): left out of the card.", path, one_line(error))
+        return []
+    return [table, ""] if table else []
+
+
 def training_text(student: str, datasets: Sequence[str] | None) -> str:
     """Describe how the student was trained, from the files in its folder."""
     flags = read_run_file(student, "parameters.json")
@@ -221,6 +240,7 @@ def training_text(student: str, datasets: Sequence[str] | None) -> str:
         of_datasets = f", of {', '.join(datasets)}" if datasets else ""
         name = Path(flags["data_file"]).name
         lines += [f"Training data: the token file {code(name)}{of_datasets}.", ""]
+    lines += held_out_text(student)
     lines += [software_text(flags, read_run_file(student, "git_log.json")), ""]
     hidden = resumable_options(TrainConfig) - SHOWN_FLAGS
     hidden |= {name for name, other in REPLACED_BY.items() if flags.get(other) is not None}

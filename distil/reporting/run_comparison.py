@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from distil.held_out_options import DRAWN
 from distil.models.architectures import AUTO
 from distil.objectives import LOSSES
 from distil.reporting.plots import (
@@ -60,12 +61,17 @@ TITLES = {
     "eval/accuracy": ("held out: accuracy, top-1", "accuracy (share of tokens)"),
     "eval/agreement": ("held out: agreement with the teacher", "top-1 equal (share of tokens)"),
 }
+TITLES |= {  # on masks drawn by rarity, as in training
+    name.replace("/", f"/{DRAWN}"): (title.replace(":", " (drawn):"), label)
+    for name, (title, label) in TITLES.items()
+    if name.startswith("eval/")
+}
 X_LABELS = {
     "update": "updates (number)",
     "micro_batches": "micro-batches of all processes (number)",
     "epoch": "epoch (number, from 0)",
 }
-LOGARITHMIC = {"eval/perplexity"}  # it falls by orders of magnitude
+LOGARITHMIC = {"eval/perplexity", f"eval/{DRAWN}perplexity"}  # it falls by orders of magnitude
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +96,7 @@ def read_runs(paths: Sequence[str | os.PathLike]) -> list[Run]:
     for path, name in zip(paths, names, strict=True):
         try:
             flags = _read(path, PARAMETERS, lambda text: parse_json(text, FLAGS))
-            runs.append(Run(name, flags, _read(path, METRICS, _lines)))
+            runs.append(Run(name, flags, _read(path, METRICS, metrics_lines)))
         except InputError as error:
             problems.append(str(error))
     if len(set(map(os.path.realpath, paths))) < max(len(paths), 2):
@@ -117,7 +123,7 @@ def _read(path: str, name: str, parse: Callable[[str], Any]):
     return content
 
 
-def _lines(text: str) -> list[dict]:
+def metrics_lines(text: str) -> list[dict]:
     """Parse the lines of metrics.jsonl but a last one that is being written.
 
     A figure that is not finite becomes None, as train.py writes it.
@@ -162,12 +168,34 @@ def metrics_of(runs: Sequence[Run]) -> list[str]:
 
 
 def figure_table(runs: Sequence[Run]) -> str:
-    """Lay out the last value of each metric, and the update that each run has reached."""
+    """Lay out the last value of each metric, and the update that each run has reached.
+
+    Of held-out figures those of the first weights, too.
+    """
     rows = [["last update", *(str(run.lines[-1]["update"]) for run in runs)]]
     for metric in metrics_of(runs):
-        last = [run.curve(metric, "update")[1][-1:] for run in runs]
-        rows.append([plain(metric), *(f"{value[0]:.5g}" if value else "-" for value in last)])
+        curves = [run.curve(metric, "update") for run in runs]
+        rows.append([plain(metric), *(figure_cell(values[-1:]) for _, values in curves)])
+        first = [[y for x, y in zip(*curve, strict=True) if x == 0] for curve in curves]
+        if any(first):
+            rows.append([f"{plain(metric)}, first weights", *map(figure_cell, first)])
     return markdown([["last figure", *(plain(run.name) for run in runs)], *rows])
+
+
+def figure_cell(values: Sequence[float]) -> str:
+    """Write the first of some figures; - where there is none."""
+    return f"{values[0]:.5g}" if values else "-"
+
+
+def held_out_table(run: Run) -> str | None:
+    """Lay out a run's held-out figures, of its first weights and of its last; None without any."""
+    rows = []
+    for metric in metrics_of([run]):
+        steps, values = run.curve(metric, "update")
+        if metric.startswith("eval/") and values:
+            first, last = values[:1] if steps[0] == 0 else [], values[-1:]
+            rows.append([plain(TITLES.get(metric, (metric,))[0]), *map(figure_cell, (first, last))])
+    return markdown([["while training", "first weights", "last"], *rows]) if rows else None
 
 
 def facts_of(runs: Sequence[Run]) -> dict[str, list]:

@@ -129,7 +129,10 @@ class TrainConfig:
         "share of predicted tokens that become a random token", 0.1, at_least=0, at_most=1
     )
     mlm_smoothing: float = objectives(
-        "tokens are drawn for prediction with weight count ^ -MLM_SMOOTHING", 0.7, at_least=0
+        "tokens are drawn for prediction with weight count ^ -MLM_SMOOTHING; with a small corpus"
+        " frequent tokens are then hardly learned, and 0, all tokens alike, is often better",
+        0.7,
+        at_least=0,
     )
     token_counts: str | None = data(
         "token counts made by scripts/token_counts.py; needed with --mlm and MLM_SMOOTHING above 0",
@@ -243,12 +246,13 @@ class TrainConfig:
         resumable=True,
     )
     eval_data_file: str | None = data(
-        "token file of held-out text, made as DATA_FILE is: evaluated on fixed masks",
+        "token file of held-out text, made as DATA_FILE is: evaluated on fixed masks, first weights"
+        " too; with MLM_SMOOTHING above 0 on masks drawn by rarity, too",
         None,
         resumable=True,
     )
     eval_interval: int | None = run(
-        "updates between two evaluations of EVAL_DATA_FILE; default: one, at the end",
+        "updates between two evaluations of EVAL_DATA_FILE; default: first and last weights only",
         None,
         at_least=1,
         resumable=True,

@@ -17,9 +17,10 @@ import torch
 from tqdm import tqdm
 from tqdm.contrib.logging import logging_redirect_tqdm
 
+from distil.held_out_options import DRAWN
 from distil.reporting.tables import digits
 from distil.training.log import Place
-from utils import bar_options
+from utils import bar_options, logger
 
 FILE_LINE_S = 60  # between two lines of the bar in a log file
 
@@ -28,7 +29,8 @@ FILE_LINE_S = 60  # between two lines of the bar in a log file
 class Intervals:
     """When something is done. log, checkpoint: micro-batches of one process between two times.
 
-    evaluation: updates between two evaluations; None: one, at the end; has_held_out: False: none.
+    evaluation: updates between two evaluations; None: the first and the last weights only;
+    has_held_out: False: none.
     """
 
     log: int
@@ -91,7 +93,9 @@ class Progress:
         # What was done when this process began to train, and when that was:
         self.first_done, self.started_at = 0, self.logged_at
         self.epoch_sums: dict[int, tuple[float, int]] = {}
-        self.evaluated_step = 0  # the last update after which held-out data was evaluated
+        self.evaluated_step = -1  # the last update after which held-out data was evaluated
+        # Held-out figures by name, those that are finite: of the first weights, of the last ones.
+        self.held_out: dict[str, dict[str, float]] = {}
         self.best: dict[str, Any] | None = None  # what best.json holds
         self.shows_bar = shows_bar
         self.bar: tqdm | None = None
@@ -142,7 +146,7 @@ class Progress:
     def _evaluates_after(self, step: int, is_last: bool) -> bool:
         every = self.intervals.evaluation
         return self.intervals.has_held_out and (
-            is_last or (every is not None and step % every == 0)
+            is_last or step == 0 or (every is not None and step % every == 0)
         )
 
     # ---- counters and means ----------------------------------------------------------------------
@@ -156,6 +160,7 @@ class Progress:
             "epoch_sums": [[epoch, *sums] for epoch, sums in self.epoch_sums.items()],
             "evaluated_step": self.evaluated_step,
             "best": self.best,
+            "held_out": self.held_out,
         }
 
     def load(self, step: int, state: Mapping[str, Any]) -> None:
@@ -167,6 +172,7 @@ class Progress:
         self.log_count = state["log_count"]
         self.epoch_sums = {epoch: (total, count) for epoch, total, count in state["epoch_sums"]}
         self.evaluated_step, self.best = state.get("evaluated_step", 0), state.get("best")
+        self.held_out = dict(state.get("held_out", {}))
 
     def start_clock(self) -> None:
         """Measure rates from now on: a checkpoint was read or written before."""
@@ -238,6 +244,10 @@ class Progress:
         """
         self.evaluated_step = self.step
         self.logged_at += elapsed_s
+        if self.micro_batches == self.first_done:  # nothing was trained: no rate contains it
+            self.started_at += elapsed_s
+        finite = {name: value for name, value in figures.items() if math.isfinite(value)}
+        self.held_out |= {"last": finite} | ({"first": finite} if self.step == 0 else {})
         measure = "kl" if "kl" in figures else "loss"
         self.held_out_texts = [
             f"eval {MEASURES[measure]} {figures[measure]:.3f}",
@@ -251,6 +261,12 @@ class Progress:
             figures = dict(figures)
             self.best = {"step": self.step, "lowest": measure, "figures": figures, "data": data}
         return is_best
+
+    def log_gain(self) -> None:
+        """Say by how much the student beats its first weights on held-out text; warn where not."""
+        if self.evaluated_step == self.step and "first" in self.held_out:
+            beats, text = describe_gain(**self.held_out, best=self.best)
+            logger.log(logging.INFO if beats else logging.WARNING, "%s", text)
 
     # ---- the bar and the log ---------------------------------------------------------------------
 
@@ -305,6 +321,31 @@ class Progress:
         speed = ", ".join(speed_texts(rates))
         reached = f"Update {self.step} of {self.num_updates}, epoch {self.place.epoch}"
         return f"{reached}: {listed}, {speed}, {self.time_left}."
+
+
+def describe_gain(
+    first: Mapping[str, float], last: Mapping[str, float], best: Mapping[str, Any] | None
+) -> tuple[bool, str]:
+    """Compare held-out figures of the last weights with those of the first: (better, a line).
+
+    best: what best.json holds.
+    """
+    name = next((name for name in MEASURES if name in first), None)
+    if name is None or name not in last:
+        return False, "Held out: the first or the last figures are not finite: not compared."
+    parts = []
+    for prefix, measure in (("", MEASURES[name]), (DRAWN, "on masks drawn by rarity")):
+        if (measured := f"{prefix}{name}") in first.keys() & last.keys():
+            before, after = first[measured], last[measured]
+            change = f" ({after / before - 1:+.1%})" if before else ""
+            parts.append(f"{measure} {before:.4f} -> {after:.4f}{change}")
+    text = f"Held out, first weights -> last: {', '.join(parts)}"
+    if last[name] < first[name]:
+        return True, f"{text}."
+    kept = "" if best is None else f"; best/ holds update {best['step']}"
+    return False, (
+        f"{text}: training made this student no better{kept}. docs/evaluating.md says what helps."
+    )
 
 
 def speed_texts(rates: Mapping[str, float | None]) -> list[str]:

@@ -164,12 +164,19 @@ class RunFolder:
         self.log.add_figures(scalars, place)
         self.log.add_scalars(statistics, place.x, "parameters")
 
-    def log_figures(self, figures: Mapping[str, float], place: Place, is_best: bool) -> None:
-        """Log held-out figures, and show them."""
+    def keep_figures(
+        self, figures: Mapping[str, float], place: Place, best: Mapping[str, Any] | None
+    ) -> None:
+        """Log held-out figures, show them, and save the student where it is the best so far.
+
+        best: what best.json holds then, else None.
+        """
         self.log.add_figures({f"eval/{name}": value for name, value in figures.items()}, place)
         listed = ", ".join(f"{name} {value:.4f}" for name, value in figures.items())
-        best = "; the best so far" if is_best else ""
-        logger.info("Update %d, held out: %s%s.", place.update, listed, best)
+        end = "" if best is None else "; the best so far"
+        logger.info("Update %d, held out: %s%s.", place.update, listed, end)
+        if best is not None:
+            self.save_best(best)
 
     def describe_saved(self) -> str:
         """Name the newest checkpoint on the disk."""

@@ -8,7 +8,7 @@ import pytest
 
 import compare_runs
 import train
-from distil.reporting.run_comparison import draw, metrics_of, read_runs
+from distil.reporting.run_comparison import draw, held_out_table, metrics_of, read_runs
 
 
 def write_run(folder: Path, flags: dict, lines: list[dict], end: str = "") -> str:
@@ -56,6 +56,23 @@ def test_runs_of_other_versions_and_metrics_are_compared(tmp_path, capsys):
     assert metrics_of(runs) == ["loss", "grad_norm", "eval/kl"]
     assert runs[1].curve("grad_norm", "update") == ([], [])
     assert runs[1].curve("loss", "micro_batches") == ([2, 4], [3.0, 1.0])
+
+
+def test_held_out_figures_of_the_first_weights_are_compared_with_the_last(tmp_path, capsys):
+    lines = [line(0, **{"eval/kl": 2.0}), line(1, loss=2.0), line(2, **{"eval/kl": 0.5})]
+    new = write_run(tmp_path / "new", {"seed": 1}, lines)
+    old = write_run(tmp_path / "old", {"seed": 1}, [line(2, **{"eval/kl": 0.25})])
+    compare_runs.main([new, old, "--output", str(tmp_path / "c.png")])
+    rows = [
+        [cell.strip() for cell in row.strip("|").split("|")]
+        for row in capsys.readouterr().out.splitlines()
+    ]
+    assert ["eval/kl", "0.5", "0.25"] in rows and ["eval/kl, first weights", "2", "-"] in rows
+    assert not [row for row in rows if row[0] == "loss, first weights"]
+    runs = read_runs([new, old])
+    assert held_out_table(runs[0]).splitlines()[-1].split("|")[2:4] == [
+        f" {first:13} " if k == 0 else f" {first:4} " for k, first in enumerate(("2", "0.5"))
+    ]
 
 
 def test_equal_flags_are_said_to_be_equal(tmp_path, capsys):

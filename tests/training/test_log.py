@@ -49,7 +49,7 @@ def test_metrics_hold_every_term_at_each_log_and_the_held_out_figures(followed):
     assert all(list(line) == [*COUNTERS, *terms] for line in trained)
     assert [line["update"] for line in trained] == [2, 4, 6, 7]
     assert [line["micro_batches"] for line in trained] == [4, 8, 12, 14]
-    assert [line["update"] for line in evaluated] == [4, 7]
+    assert [line["update"] for line in evaluated] == [0, 4, 7]
     assert {"eval/kl", "eval/loss", "eval/accuracy"} <= set(evaluated[0])
     assert len(lines) == len(trained) + len(evaluated)
     assert [line["epoch"] for line in trained] == [0, 0, 0, 1]

@@ -186,6 +186,16 @@ def test_the_time_left_of_a_resumed_run_counts_only_what_it_did(clock):
     assert "epoch 1, update 901/1000, 16m30s left" in shown.text(None)
 
 
+def test_the_time_left_does_not_count_the_evaluation_of_the_first_weights(clock):
+    shown = progress_of(2000, 1000)
+    shown.start_clock()
+    clock[0] = 100.0
+    shown.take_figures({"loss": 1.0, "accuracy": 0.5}, 100.0, None)
+    clock[0] = 110.0
+    do_updates(shown, 1)  # 2 micro-batches in 10 s; 1,998 are left
+    assert "2h46m left" in shown.text(None)
+
+
 def test_the_bar_names_the_epoch_that_is_computed_and_counts_updates(clock):
     shown = progress_of(9, 4)
     seen = [shown.text(None)]
