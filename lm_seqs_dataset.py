@@ -359,13 +359,14 @@ def read_held_out(
     teacher: LanguageModel,
     max_length: int | None,
     prepare: MlmPreparation | None = None,
+    folder: str | None = None,
 ) -> HeldOut | None:
     """Read held-out sequences and plan how they are evaluated; None without a file.
 
-    prepare: see HeldOut.of.
+    prepare, folder: see HeldOut.of.
     """
     if path is None:
         return None
     logger.info("Held out: %s.", path)
     dataset = LmSeqsDataset.from_file(path, teacher, max_length, "--eval_data_file")
-    return HeldOut.of(dataset, teacher.tokenizer, teacher.is_masked, prepare)
+    return HeldOut.of(dataset, teacher.tokenizer, teacher.is_masked, prepare, folder)

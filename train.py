@@ -68,7 +68,8 @@ def set_up(config: TrainConfig, runtime: Runtime) -> "Trainer":
     counts, at_masks = config.token_counts, config.restrict_ce_to_mask
     prepare = make_preparation(teacher, counts, *drawn, fates, at_masks)
     by_rarity = prepare if config.mlm and config.mlm_smoothing * config.mlm_mask_prop else None
-    held_out = read_held_out(config.eval_data_file, teacher, config.max_length, by_rarity)
+    kept = config.max_length, by_rarity, config.dump_path
+    held_out = read_held_out(config.eval_data_file, teacher, *kept)
     student = models.make_student(config, architecture, student_config, teacher.tokenizer)
     files.require_unchanged(one.tokens for one in (dataset, held_out and held_out.dataset) if one)
     longest_BT, _ = dataset.collate_longest()

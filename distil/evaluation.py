@@ -12,6 +12,7 @@ Salazar et al., 2020, "Masked Language Model Scoring", section 2.
 Shape suffixes: B sequences, T padded length, N positions, V vocabulary, D width, S sums.
 """
 
+import contextlib
 import dataclasses
 import functools
 import math
@@ -30,6 +31,8 @@ from distil.data.batches import (
     real_positions,
 )
 from distil.held_out_options import DRAWN, MASK_EVERY, MASKS_SEED
+from distil.kept_rows import KeptRows
+from distil.kernels.cpu import faster_for
 from distil.kernels.head import rows_per_chunk
 from distil.losses import IGNORED_LABEL, at_least_float32, cosine_distance
 from distil.models.forward import last_hidden_state
@@ -37,6 +40,7 @@ from distil.models.heads import Head, prediction_head
 from distil.system.launch import Runtime
 
 EVALUATED_TOKENS = 2**12  # padded tokens a batch: equal everywhere, so that drawn masks are equal
+ARGMAX_BLOCK = 256  # entries among which the largest is found at once
 MAX_LOSS = 100.0  # of a perplexity: beyond e^100 it means nothing, and JSON has no infinity
 
 Passes = Callable[[int, torch.Tensor, torch.Tensor], Iterable[MicroBatch]]
@@ -155,16 +159,43 @@ class Reader:
         """Return the most likely ids (N,), and log-probabilities_NV, in float32 or wider."""
         with self._precision():
             logits_NV = at_least_float32(self.head(hidden_ND))
-        return logits_NV.argmax(-1), logits_NV.log_softmax(-1)
+        return first_largest(logits_NV), logits_NV.log_softmax(-1)
 
     def _precision(self):
         device_type = next(self.model.parameters()).device.type
         return torch.autocast(device_type, dtype=self.amp_dtype, enabled=self.amp_dtype is not None)
 
 
-def reader_of(model: nn.Module, num_entries: int | None = None) -> Reader:
+def reader_of(
+    model: nn.Module, num_entries: int | None = None, amp_dtype: torch.dtype | None = None
+) -> Reader:
     """Read a whole language model with its head."""
-    return Reader(model, prediction_head(model), num_entries=num_entries)
+    return Reader(model, prediction_head(model), amp_dtype, num_entries)
+
+
+@contextlib.contextmanager
+def computing(*readers: Reader | None) -> Iterator[None]:
+    """Compute without gradients, by the CPU's kernels where they apply.
+
+    Within this context autocast casts a weight once; outside it, at each of `Reader`'s calls.
+    """
+    models = [reader.model for reader in readers if reader is not None]
+    device_type = next(models[0].parameters()).device.type
+    with torch.no_grad(), faster_for(*models), torch.autocast(device_type, enabled=False):
+        yield
+
+
+def first_largest(values_NV: torch.Tensor) -> torch.Tensor:
+    """Compute argmax(-1), the first of equal ones: by blocks, as torch's visits single entries."""
+    size, num = ARGMAX_BLOCK, values_NV.shape[1]
+    if num < 2 * size:
+        return values_NV.argmax(-1)
+    whole_NKB = values_NV[:, : num - num % size].unflatten(1, (-1, size))
+    last_N1 = values_NV[:, -size:].amax(-1, keepdim=True)  # overlaps the block before
+    largest_NK = torch.cat([whole_NKB.amax(-1), last_N1], 1)
+    start_N1 = (largest_NK.argmax(-1, keepdim=True) * size).clamp(max=num - size)
+    block_NB = values_NV.gather(1, start_N1 + torch.arange(size, device=values_NV.device))
+    return start_N1[:, 0] + block_NB.argmax(-1)
 
 
 # The sums over labels; without a teacher the last five are 0.
@@ -180,33 +211,48 @@ SUMS = (
 )
 
 
-@torch.no_grad()
-def measure(student: Reader, teacher: Reader | None, batches: Iterable[MicroBatch]) -> torch.Tensor:
+def measure(
+    student: Reader,
+    teacher: Reader | None,
+    batches: Iterable[MicroBatch],
+    kept: KeptRows | None = None,
+    name: str = "",
+) -> torch.Tensor:
     """Sum a model's figures over the labels of `batches`: (S,), float64, as in SUMS.
 
     The sums of several ranks can be added. The model is in evaluation mode meanwhile; no random
-    number is drawn.
+    number is drawn. kept: the teacher's rows of earlier calls with the same `name` and batches,
+    which are read there, or computed and kept there.
     """
     device = next(student.model.parameters()).device
     sums_S = torch.zeros(len(SUMS), dtype=torch.float64, device=device)
     was_training = student.model.training
     student.model.eval()
     try:
-        for batch in batches:
-            sums_S += _sums_of_batch(student, teacher, batch)
+        with computing(student, teacher):
+            for number, batch in enumerate(batches):
+                sums_S += _sums_of_batch(student, teacher, batch, kept, (name, number))
     finally:
         student.model.train(was_training)
     return sums_S
 
 
-def _sums_of_batch(student: Reader, teacher: Reader | None, batch: MicroBatch) -> torch.Tensor:
+def _sums_of_batch(
+    student: Reader, teacher: Reader | None, batch: MicroBatch, kept: KeptRows | None, key
+) -> torch.Tensor:
     rows_N, labels_N = _asked(batch)
-    student_ND = student.hidden(batch)
-    teacher_ND = None if teacher is None else teacher.hidden(batch)
+    student_ND = student.hidden(batch)[rows_N]
+    given = [labels_N, student_ND]
+    if teacher is not None:
+        teacher_ND = None if kept is None else kept.recall(key)
+        if teacher_ND is None:
+            teacher_ND = teacher.hidden(batch)[rows_N]
+            if kept is not None:
+                kept.keep(key, teacher_ND)
+        given.append(teacher_ND)
     sums_S = torch.zeros(len(SUMS), dtype=torch.float64, device=student_ND.device)
-    for rows_C, labels_C in _chunks(student_ND.device, rows_N, labels_N):
-        teacher_CD = None if teacher_ND is None else teacher_ND[rows_C]
-        sums_S += _sums_of_rows(student, teacher, student_ND[rows_C], teacher_CD, labels_C)
+    for chunk in _chunks(student_ND.device, *given):
+        sums_S += _sums_of_rows(student, teacher, *chunk)
     return sums_S
 
 
@@ -225,7 +271,7 @@ def _chunks(device: torch.device, *tensors_N: torch.Tensor):
 
 
 def _sums_of_rows(
-    student: Reader, teacher: Reader | None, student_CD, teacher_CD, labels_C
+    student: Reader, teacher: Reader | None, labels_C, student_CD, teacher_CD=None
 ) -> torch.Tensor:
     own = student.predict(student_CD)
     sums = [torch.tensor(len(labels_C)), *_label_sums(own, labels_C)]
@@ -263,9 +309,9 @@ def _distance_sums(
         teacher_log_probs_CV = teacher_log_probs_CV[:, :num_entries].log_softmax(-1)
         teacher_first_C = teacher_log_probs_CV.argmax(-1)
         student_log_probs_CV = student_log_probs_CV[:, : teacher_log_probs_CV.shape[1]]
-    kl = F.kl_div(
-        student_log_probs_CV, teacher_log_probs_CV, reduction="none", log_target=True
-    ).sum(-1)
+    log_ratio_CV = teacher_log_probs_CV - student_log_probs_CV
+    teacher_probs_CV = teacher_log_probs_CV.softmax(-1)  # their exponential, in less time
+    kl = torch.linalg.vecdot(teacher_probs_CV, log_ratio_CV)
     return kl.double().sum(), (student_first_C == teacher_first_C).sum()
 
 
@@ -316,20 +362,27 @@ class HeldOut:
     dataset: object
     batches: list[np.ndarray]
     passes: Mapping[str, Passes]
+    kept: KeptRows = dataclasses.field(default_factory=KeptRows)
 
     @classmethod
     def of(
-        cls, dataset, tokenizer, is_masked: bool, prepare: MlmPreparation | None = None
+        cls,
+        dataset,
+        tokenizer,
+        is_masked: bool,
+        prepare: MlmPreparation | None = None,
+        folder: str | None = None,
     ) -> "HeldOut":
         """Plan the batches of an LmSeqsDataset, the same on all ranks.
 
         prepare: draws masks as the run does, where not uniformly; here the same for every seed.
+        folder: where the teacher's answers may be kept: see KeptRows.
         """
         masks = FixedMasks(tokenizer.mask_token_id, tokenizer.all_special_ids)
         passes = {"": masks if is_masked else next_tokens}
         if prepare is not None:
             passes[DRAWN] = drawn_once(dataclasses.replace(prepare, seed=MASKS_SEED))
-        return cls(dataset, plan_batches(dataset.lengths), passes)
+        return cls(dataset, plan_batches(dataset.lengths), passes, KeptRows(folder))
 
     def figures(
         self, student: Reader, teacher: Reader | None, runtime: Runtime
@@ -338,9 +391,9 @@ class HeldOut:
         ranks, sums = (runtime.rank, runtime.world_size), []
         with runtime.raise_on_all_ranks():
             self.dataset.tokens.forget()  # verified again in each evaluation
-            for passes in self.passes.values():
+            for prefix, passes in self.passes.items():
                 batches = passes_over(self.dataset.collate, self.batches, passes, *ranks)
-                sums.append(measure(student, teacher, batches))
+                sums.append(measure(student, teacher, batches, self.kept, prefix))
         sums_PS = torch.stack(sums)
         if runtime.world_size > 1:
             torch.distributed.all_reduce(sums_PS)
@@ -356,7 +409,6 @@ class HeldOut:
 # --------------------------------------------------------------------------------------------------
 
 
-@torch.no_grad()
 def evaluate(
     student: nn.Module,
     head: Head,
@@ -374,19 +426,20 @@ def evaluate(
     own, others = Reader(student, head), Reader(teacher, teacher_head)
     sums = dict.fromkeys(("loss", "accuracy", "kl", "agreement"), 0.0)
     num_labels = num_real = 0
-    for batch in batches:
-        hidden, teacher_hidden = own.hidden(batch), others.hidden(batch)
-        for (rows_C,) in _chunks(hidden.device, batch.rows["real"]):
-            kl, agreed = _distance_sums(
-                own.predict(hidden[rows_C]), others.predict(teacher_hidden[rows_C])
-            )
-            sums["kl"] += kl.item()
-            sums["agreement"] += agreed.item()
-        for rows_C, labels_C in _chunks(hidden.device, *_asked(batch)):
-            loss, correct = _label_sums(own.predict(hidden[rows_C]), labels_C)
-            sums["loss"] += loss.item()
-            sums["accuracy"] += correct.item()
-            num_labels += len(rows_C)
-        num_real += batch.num_tokens
+    with computing(own, others):
+        for batch in batches:
+            hidden, teacher_hidden = own.hidden(batch), others.hidden(batch)
+            for (rows_C,) in _chunks(hidden.device, batch.rows["real"]):
+                kl, agreed = _distance_sums(
+                    own.predict(hidden[rows_C]), others.predict(teacher_hidden[rows_C])
+                )
+                sums["kl"] += kl.item()
+                sums["agreement"] += agreed.item()
+            for rows_C, labels_C in _chunks(hidden.device, *_asked(batch)):
+                loss, correct = _label_sums(own.predict(hidden[rows_C]), labels_C)
+                sums["loss"] += loss.item()
+                sums["accuracy"] += correct.item()
+                num_labels += len(rows_C)
+            num_real += batch.num_tokens
     counts = {"loss": num_labels, "accuracy": num_labels, "kl": num_real, "agreement": num_real}
     return {name: value / max(counts[name], 1) for name, value in sums.items()}

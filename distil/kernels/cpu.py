@@ -408,6 +408,14 @@ def faster(tied: TiedGradient | None = None) -> contextlib.AbstractContextManage
     return _Faster(tied)
 
 
+def faster_for(*models: torch.nn.Module | None) -> contextlib.AbstractContextManager:
+    """Return `faster` where all models compute on a CPU, not compiled; else an empty context."""
+    found = [model for model in models if model is not None]
+    on_cpu = all(next(model.parameters()).device.type == "cpu" for model in found)
+    is_compiled = any(module._compiled_call_impl for model in found for module in model.modules())
+    return _Faster() if on_cpu and not is_compiled else contextlib.nullcontext()
+
+
 def wide_layer_norms() -> contextlib.AbstractContextManager:
     """Return the context of a prediction head, which may run outside `faster`: when compiled."""
     return _Faster(handled=WIDENED)
