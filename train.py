@@ -31,13 +31,14 @@ from distil.flops import UpdateFlops, count_update, peak_flops
 from distil.models.export import tokenizer_for
 from distil.models.language_model import LanguageModel, check_forward
 from distil.system.launch import LostRankError, Runtime, start_runtime
-from distil.system.prefetch import prefetched
+from distil.system.prefetch import MICRO_BATCHES_AHEAD, prefetched
 from distil.system.rank_zero import log_on_rank_0
 from distil.system.signals import Stopped, StopSignals, exit_status
 from distil.system.watch import EXIT_LOST_RANK, report_lost_ranks
 from distil.training import devices, models, post_mortem, resume, unused
 from distil.training.checkpointing import Checkpoint
 from distil.training.config import TrainConfig, as_flags, folder_problem, parse_config
+from distil.training.endings import ending_early
 from distil.training.log import parameter_statistics
 from distil.training.optimizer import make_optimizer, make_schedule, run_length
 from distil.training.post_mortem import NonFiniteError
@@ -49,9 +50,6 @@ from distiller import DistillationModel, Distiller
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch, Update
 from lm_seqs_dataset import LmSeqsDataset, make_preparation, read_held_out
 from utils import logger, run_program
-
-EXIT_NON_FINITE = 1
-MICRO_BATCHES_AHEAD = 8  # made ready while the step computes
 
 
 def set_up(config: TrainConfig, runtime: Runtime) -> "Trainer":
@@ -263,15 +261,20 @@ class Trainer:
         check_finite_state(self.distiller.tensors())
         with self.runtime.raise_on_all_ranks():
             self.files.check()
-        started, distiller, progress = time.perf_counter(), self.distiller, self.progress
-        student = Reader(self.student.network, distiller.model.head, distiller.amp_dtype)
-        has_teacher = distiller.teacher is not None
-        teacher = Reader(distiller.teacher, distiller.teacher_head) if has_teacher else None
-        figures = self.held_out.figures(student, teacher, self.runtime)
+        started, progress = time.perf_counter(), self.progress
+        figures = self.evaluate(self.held_out)
         elapsed_s = time.perf_counter() - started
         is_best = progress.take_figures(figures, elapsed_s, self.identity.get("eval_data_file"))
         if self.folder is not None:
             self.folder.keep_figures(figures, progress.place, progress.best if is_best else None)
+
+    def evaluate(self, held_out: HeldOut) -> dict[str, float]:
+        """Measure the student, and its distance from the teacher, on held-out data."""
+        distiller = self.distiller
+        student = Reader(self.student.network, distiller.model.head, distiller.amp_dtype)
+        has_teacher = distiller.teacher is not None
+        teacher = Reader(distiller.teacher, distiller.teacher_head) if has_teacher else None
+        return held_out.figures(student, teacher, self.runtime)
 
     # ---- saving and resuming ---------------------------------------------------------------------
 
@@ -362,19 +365,9 @@ def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
 
 def fit_and_export(trainer: Trainer, stop: StopSignals) -> None:
     """Run the loop, say what ends it early, and export the student."""
-    folder = trainer.folder
-    try:
-        with stop:
-            trainer.fit(stop)
-    except NonFiniteError as error:
-        if folder is not None:
-            logger.error("Stopped: %s. %s", error, folder.describe_saved())
-        sys.exit(EXIT_NON_FINITE)
-    except Stopped as end:
-        if folder is not None:
-            step, saved = trainer.progress.step, folder.describe_saved()
-            logger.info("Stopped after update %d; resume with --resume. %s", step, saved)
-        sys.exit(end.status)
+    folder, progress = trainer.folder, trainer.progress
+    with ending_early(folder and folder.describe_saved, lambda: progress.step), stop:
+        trainer.fit(stop)
     if folder is not None:
         folder.finish(trainer.progress.step)
         trainer.progress.log_gain()

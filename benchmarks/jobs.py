@@ -15,6 +15,7 @@ from benchmarks.cpu_pieces import without
 from benchmarks.measuring import run_ceilings, run_steps
 from benchmarks.training_run import run_training
 from benchmarks.workload import ROOT, Job
+from distil.system.memory import is_out_of_memory
 from utils import InputError, logger, one_line
 
 PROGRAM = ROOT / "scripts" / "benchmark.py"
@@ -25,20 +26,6 @@ JOBS = {
     "reference": run_steps,
     "train.py": run_training,
 }
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True where the GPU or the machine ran out of memory."""
-    said = str(error)
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or any(
-        words in said
-        for words in (
-            "can't allocate memory",
-            "not enough memory",
-            "out of memory",
-            "CUBLAS_STATUS_ALLOC_FAILED",
-        )
-    )
 
 
 def out_of_memory(job: Job) -> str:

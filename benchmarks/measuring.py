@@ -14,6 +14,7 @@ from benchmarks.reference_step import PlainStep
 from benchmarks.workload import STAGE_UPDATES, Job, make_distiller, make_models, make_workload
 from distil.data.batches import MicroBatch
 from distil.flops import DTYPES, best_seconds, clock_s, product_rate, size_of, update_flops
+from distil.system.memory import process_memory
 from distiller import Distiller
 from grouped_batch_sampler import PlannedBatch
 
@@ -82,12 +83,6 @@ def entrance(module: torch.nn.Module) -> str:
 # --------------------------------------------------------------------------------------------------
 # Memory
 # --------------------------------------------------------------------------------------------------
-
-
-def process_memory(field: str) -> int:
-    """Read this process's memory in bytes from Linux: VmRSS, at present; VmHWM, the peak."""
-    lines = Path("/proc/self/status").read_text().splitlines()
-    return next(int(line.split()[1]) * 1024 for line in lines if line.startswith(f"{field}:"))
 
 
 def start_watching_memory(device: str) -> int:

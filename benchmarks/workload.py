@@ -25,7 +25,7 @@ from distil.models.language_model import (
     read_student_config,
 )
 from distil.models.tokenizer_roles import special_ids
-from distil.system.prefetch import prefetched
+from distil.system.prefetch import MICRO_BATCHES_AHEAD, prefetched
 from distil.training.optimizer import make_optimizer
 from distiller import DistillationModel, Distiller
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch
@@ -35,7 +35,6 @@ from utils import keep_freed_memory, keyed_numpy_generator, keyed_seed
 ROOT = Path(__file__).resolve().parent.parent
 TEMPERATURE, LEARNING_RATE, ADAM_EPSILON, MAX_GRAD_NORM = 2.0, 5e-4, 1e-6, 5.0
 SMOOTHING, MASK_PROP, WORD_MASK, WORD_KEEP, WORD_RAND = 0.7, 0.15, 0.8, 0.1, 0.1
-MICRO_BATCHES_AHEAD = 8  # made ready while the step computes, as in training
 STAGE_UPDATES = 3  # timed stage by stage, after the measured ones
 
 # --------------------------------------------------------------------------------------------------
@@ -158,19 +157,20 @@ def student_config(pair: str, size: str):
     return shrunk(config, num_layers=1) if size == "tiny" else config
 
 
-def shrunk(config, num_layers: int):
-    """Shrink a configuration to width 64 and 500 token ids; leave its positions."""
+def shrunk(config, num_layers: int, width: int = 64, num_heads: int = 2, vocab_size: int = 500):
+    """Shrink a configuration, by default to width 64 and 500 token ids; leave its positions."""
     sizes = {
         "num_hidden_layers": num_layers,
-        "hidden_size": 64,
-        "num_attention_heads": 2,
-        "vocab_size": 500,
+        "hidden_size": width,
+        "num_attention_heads": num_heads,
+        "vocab_size": vocab_size,
     }
-    sizes |= {name: 128 for name in ("intermediate_size", "hidden_dim") if hasattr(config, name)}
+    inner = 2 * width
+    sizes |= {name: inner for name in ("intermediate_size", "hidden_dim") if hasattr(config, name)}
     sizes |= {
-        name: 499
+        name: vocab_size - 1
         for name in ("bos_token_id", "eos_token_id")
-        if (getattr(config, name, None) or 0) > 499
+        if (getattr(config, name, None) or 0) >= vocab_size
     }
     for name, value in sizes.items():
         setattr(config, name, value)
@@ -272,16 +272,22 @@ def write_synthetic(jobs: list[Job], is_mixed: bool = False) -> None:
     job = jobs[0]
     vocab_size = teacher_config(job.pair, job.size).vocab_size
     tokenizer = make_tokenizer(job.pair, vocab_size, job.length)
-    special = special_ids(ARCHITECTURES[PAIR_ROWS[job.pair].teacher_type], tokenizer)
     generator = keyed_numpy_generator(job.seed, "synthetic")
     lengths = synthetic_lengths(jobs, is_mixed, generator)
+    write_random_ids(job.data_file, job.pair, tokenizer, lengths, generator)
+
+
+def write_random_ids(path: str, pair: str, tokenizer, lengths: np.ndarray, generator) -> None:
+    """Write a store of sequences of these lengths: random ids between boundary tokens."""
+    special = special_ids(ARCHITECTURES[PAIR_ROWS[pair].teacher_type], tokenizer)
+    vocab_size = len(tokenizer)
     counts_V = synthetic_counts(vocab_size)
     counts_V[tokenizer.all_special_ids] = 0
     ids = generator.choice(vocab_size, int(lengths.sum()), p=counts_V / counts_V.sum())
     ends = np.cumsum(lengths)
     ids[ends - lengths], ids[ends - 1] = special.start, special.end
     dtype = np.dtype(np.uint16 if vocab_size <= 2**16 else np.int32)
-    with writing_tokens(job.data_file, "store", dtype) as (writer, _card):
+    with writing_tokens(path, "store", dtype) as (writer, _card):
         writer.append(ids.astype(dtype), lengths)
 
 

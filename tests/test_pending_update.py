@@ -17,6 +17,7 @@ from distil.data.batches import MlmPreparation, masking_weights, prepare_clm
 from distil.kernels import head as head_kernels
 from distil.models.forward import last_hidden_state
 from distil.training import checkpointing
+from distil.training.endings import EXIT_NON_FINITE
 from distil.training.optimizer import make_moments
 from distil.training.post_mortem import NonFiniteError
 from distiller import DistillationModel, Distiller
@@ -296,7 +297,7 @@ def test_a_run_names_the_non_finite_update_not_the_next_one(
     monkeypatch.setattr(train.Distiller.func, "launch", launch)
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run", **{**FLAGS, "checkpoint_interval": 2}))
-    assert end.value.code == train.EXIT_NON_FINITE
+    assert end.value.code == EXIT_NON_FINITE
     assert f"update {update}: the gradient norm became nan" in capfd.readouterr().err
     assert (tmp_path / "run" / f"nonfinite-step-{update}.safetensors").exists()
     assert checkpointing.newest(tmp_path / "run" / "checkpoints").step <= update

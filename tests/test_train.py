@@ -21,6 +21,7 @@ import binarized_data
 import train
 import train_teacher
 from distil.objectives import LOSSES
+from distil.training.endings import EXIT_NON_FINITE
 
 KINDS = ("bert", "roberta", "gpt2")
 REQUIRED = {
@@ -586,7 +587,7 @@ def test_a_nan_stops_the_run_and_saves_its_batches(where, world, tmp_path, monke
         monkeypatch.setattr(train.models, "make_student", make)
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run"))
-    assert end.value.code == train.EXIT_NON_FINITE != 0
+    assert end.value.code == EXIT_NON_FINITE != 0
     message = capfd.readouterr().err
     assert ("loss_ce became nan" if where == "teacher" else "gradient norm became") in message
     assert "update 0: " in message and "micro-batch 0" in message

@@ -333,19 +333,24 @@ def write_json(path: str | os.PathLike, content: Any) -> None:
 
 def save_weights(path: str | os.PathLike, state_dict: Mapping[str, torch.Tensor]) -> None:
     """Write a plain state dict (name -> CPU tensor) in torch's format, atomically."""
-    import torch
-
-    on_host: dict[tuple, torch.Tensor] = {}  # a tied tensor is copied and written once
-    plain = {}
-    for name, tensor in state_dict.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        plain[name] = on_host.setdefault(
-            key, tensor.detach().cpu() if key not in on_host else tensor
-        )
     # An open file: given a name, torch.save would store the temporary name in the archive.
     with (
         naming_library_errors(path),
         atomic_path(path) as temporary,
         open(temporary, "wb") as file,
     ):
-        torch.save(plain, file)
+        save_plain(state_dict, file)
+
+
+def save_plain(state_dict: Mapping[str, torch.Tensor], file) -> None:
+    """Write a plain state dict to an open file; tied tensors are copied and written once."""
+    import torch
+
+    on_host: dict[tuple, torch.Tensor] = {}
+    plain = {}
+    for name, tensor in state_dict.items():
+        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
+        plain[name] = on_host.setdefault(
+            key, tensor.detach().cpu() if key not in on_host else tensor
+        )
+    torch.save(plain, file)

@@ -7,6 +7,8 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
+MICRO_BATCHES_AHEAD = 8  # made ready while the step computes
+
 
 def prefetched(items: Iterable, num_ahead: int) -> Iterator:
     """Yield `items`, made by a thread up to num_ahead of them ahead; its errors are raised here."""

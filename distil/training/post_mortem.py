@@ -10,6 +10,7 @@ import torch
 
 from distil.data.batches import MicroBatch
 from distil.system.files import atomic_path
+from distil.system.memory import is_out_of_memory
 from utils import RankError, one_line
 
 
@@ -118,8 +119,7 @@ def naming_out_of_memory(passes: Iterable[Sequence], lengths: np.ndarray) -> Ite
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        is_memory = isinstance(error, torch.OutOfMemoryError | MemoryError)
-        if not is_memory and "not enough memory" not in str(error):
+        if not is_out_of_memory(error):
             raise
         shapes = []
         for one in passes:

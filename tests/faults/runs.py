@@ -26,6 +26,7 @@ from stand_ins import is_text, logged, open_port
 import train
 from distil.system import files
 from distil.training import checkpointing
+from distil.training.endings import EXIT_NON_FINITE
 
 LIMIT_S = 90
 
@@ -426,7 +427,7 @@ def not_finite(bench) -> None:
         "unchanged",
     )
     missing = [text for text in expected if text not in output]
-    if set(statuses) != {train.EXIT_NON_FINITE} or missing:
+    if set(statuses) != {EXIT_NON_FINITE} or missing:
         bench.fail(
             f"{where} {value}, update {update}, rank {rank} of {world_size}: {statuses}, lacks"
             f" {missing}: {output[-900:]}"

@@ -23,6 +23,7 @@ from distil.system import locks, signals
 from distil.system.signals import holding_signals
 from distil.system.start import AS_SIGTERM
 from distil.training import checkpointing
+from distil.training.endings import EXIT_NON_FINITE
 
 
 def stop_after(monkeypatch, num_updates: int, number: int = signal.SIGTERM):
@@ -367,7 +368,7 @@ def test_non_finite_weights_are_not_saved(world, tmp_path, monkeypatch, capfd):
     monkeypatch.setattr(train.Distiller, "launch", step)
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", tmp_path / "run", **SHORT, checkpoint_interval=1))
-    assert end.value.code == train.EXIT_NON_FINITE
+    assert end.value.code == EXIT_NON_FINITE
     message = "of the student became NaN or infinite; nothing of it was saved"
     assert message in capfd.readouterr().err
     saved = checkpointing.checkpoints_in(tmp_path / "run" / "checkpoints")
