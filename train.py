@@ -9,10 +9,10 @@ if __name__ == "__main__":
 
     begin_program()
 
-    from distil.training.config import parse_config
+    from distil.training.plan_process import read_flags
     from utils import read_flags_first
 
-    read_flags_first(parse_config)
+    read_flags_first(read_flags)
 
 import contextlib
 import functools
@@ -41,6 +41,7 @@ from distil.training.config import TrainConfig, as_flags, folder_problem, parse_
 from distil.training.endings import ending_early
 from distil.training.log import parameter_statistics
 from distil.training.optimizer import make_optimizer, make_schedule, run_length
+from distil.training.planning import tell_plan
 from distil.training.post_mortem import NonFiniteError
 from distil.training.progress import Actions, Intervals, Progress
 from distil.training.reports import PendingUpdate, StepReport, log_sizes
@@ -144,7 +145,8 @@ class Trainer:
         self.sampler = GroupedBatchSampler(*sizes, group_by_size=config.group_by_size, **options)
         room, accumulation = devices.gpu_bytes(runtime.device), config.gradient_accumulation_steps
         self.sampler.join(config.tokens_per_pass, accumulation, room)
-        self.per_update = accumulation * runtime.world_size
+        self.num_ranks = config.num_processes(runtime.world_size)
+        self.per_update = accumulation * self.num_ranks
         length = len(self.sampler), self.per_update, config.n_epoch, config.max_steps
         self.num_micro_batches, num_updates = run_length(*length)
         self.identity = {}
@@ -160,7 +162,7 @@ class Trainer:
         peak = flops and peak_flops(runtime.device, self.distiller.amp_dtype or torch.float32)
         every = config.log_interval, config.checkpoint_interval, config.eval_interval
         names = ["loss", *(f"loss_{name}" for name in self.distiller.model.alphas)]
-        sizes = self.num_micro_batches, len(self.sampler), self.per_update, runtime.world_size
+        sizes = self.num_micro_batches, len(self.sampler), self.per_update, self.num_ranks
         return Progress(
             names,
             *(*sizes, self.dataset.lengths, Intervals(*every, self.held_out is not None)),
@@ -345,12 +347,17 @@ def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
     point = None
     with runtime.raise_on_all_ranks():
         if runtime.is_main:
-            point = resume.find_resume_point(config, runtime.world_size)
+            num_ranks = config.num_processes(runtime.world_size)
+            point = resume.find_resume_point(config, num_ranks)
     resumes = runtime.from_main(point is not None)
     with runtime.raise_on_all_ranks():
         trainer = set_up(config, runtime)
     if resumes:
         trainer.restore(point)
+    if config.plan:
+        measured = trainer.distiller, trainer.sampler, trainer._ready
+        tell_plan(config, trainer.progress, *measured, trainer.held_out, trainer.evaluate)
+        return
     try:
         with runtime.raise_on_all_ranks():
             if runtime.is_main:
@@ -377,7 +384,9 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program: read the flags, join the other processes, run."""
     config = parse_config(argv)
     log_on_rank_0()
-    runtime = start_runtime(config.n_gpu, config.local_rank, timeout_s=config.distributed_timeout_s)
+    runtime = start_runtime(
+        config.gpus_here, config.local_rank, timeout_s=config.distributed_timeout_s
+    )
     stop = StopSignals()
     try:
         with runtime.watching(lambda: stop.request(signal.SIGTERM)):

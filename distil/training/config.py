@@ -13,7 +13,7 @@ from distil.data.token_files import MIN_LENGTH, token_file_problem
 from distil.models.architectures import AUTO, PAIRS
 from distil.objectives import LOSSES, NORMALIZATIONS
 from distil.system.files import file_problem
-from distil.system.rank_zero import TIMEOUT_S, is_another_rank
+from distil.system.rank_zero import TIMEOUT_S, is_another_rank, is_one_of_several
 from distil.training.claim import dump_path_problem, resume_mode
 from distil.training.config_file import naming_the_file, read_config_file
 from distil.training.contradictions import contradictions
@@ -25,13 +25,15 @@ from utils import VERSION, InputError, OneLineParser, raise_problems
 DESCRIPTION = "Distil a language model into a smaller one. See README.md."
 USAGE = """train.py --dump_path FOLDER --data_file FILE --teacher_name NAME
                 (--student FOLDER | --student_config FILE) [FLAG ..]
-       train.py --config RUN/parameters.json --dump_path FOLDER [FLAG ..]"""
+       train.py --config RUN/parameters.json --dump_path FOLDER [FLAG ..]
+       train.py --plan FLAG .."""
 HEADINGS = {
     "obligatory": "obligatory (--student or --student_config; CONFIG may give all but DUMP_PATH)",
     **{name: name for name in ("model", "data", "objectives", "optimization", "precision", "run")},
     "processes": "several processes",
+    "planning": "plan",
 }
-obligatory, model, data, objectives, optimization, precision, run, processes = (
+obligatory, model, data, objectives, optimization, precision, run, processes, planning = (
     functools.partial(option, group=group) for group in HEADINGS
 )
 STUDENT_TYPES = [*sorted({student for _, student in PAIRS}), AUTO]
@@ -258,6 +260,33 @@ class TrainConfig:
         resumable=True,
     )
 
+    plan: str | None = planning(
+        "train nothing, write nothing: tell updates, tokens, hours (a few passes are measured),"
+        " memory and disk of the run, for N_GPU processes; a run that cannot fit is refused",
+        None,
+        choices=("text", "json"),
+        bare="text",
+        resumable=True,
+    )
+    tokens_per_second: float | None = planning(
+        "rate of the run, in real tokens over all processes, in place of a measured one",
+        None,
+        above=0,
+        resumable=True,
+    )
+    price_per_hour: float | None = planning(
+        "price of an hour of all that the run uses, for its cost", None, at_least=0, resumable=True
+    )
+
+    @property
+    def gpus_here(self) -> int:
+        """N_GPU, of which a plan needs one."""
+        return self.n_gpu if self.plan is None else min(self.n_gpu, 1)
+
+    def num_processes(self, started: int) -> int:
+        """Return the processes of a run: those started, or N_GPU, for which one plans."""
+        return started if self.plan is None else max(self.n_gpu, 1)
+
     @property
     def active(self) -> list[str]:
         """The objectives that have a weight."""
@@ -276,6 +305,12 @@ def path_problems(config: TrainConfig) -> list[str]:
         for name, path in files.items()
         if path is not None
     ]
+    if config.plan is not None and is_one_of_several(os.environ):
+        num = os.environ.get("WORLD_SIZE") or "N"
+        problems.append(
+            f"--plan {config.plan}: one process tells the plan of several; start python train.py"
+            f" --plan --n_gpu {num}, with the other flags, without the launcher"
+        )
     if not is_another_rank(os.environ):  # rank 0 writes, and may have made the folder already
         problems += [folder_problem(config), *tracker_problems(config.report_to)]
     return [problem for problem in problems if problem]
@@ -335,7 +370,8 @@ def parse_config(argv: list[str] | None = None) -> TrainConfig:
 
 
 def as_flags(config: TrainConfig) -> dict[str, typing.Any]:
-    """List every flag with its value, as parameters.json records it."""
-    values = dataclasses.asdict(config)
+    """List every flag of a run with its value, as parameters.json records it."""
+    fields = dataclasses.fields(config)
+    values = {f.name: getattr(config, f.name) for f in fields if f.metadata["group"] != "planning"}
     alphas = values.pop("alphas")
     return {**values, **{f"alpha_{name}": alpha for name, alpha in alphas.items()}}

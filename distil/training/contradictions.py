@@ -1,5 +1,6 @@
 """What contradicts what among the flags of train.py, a line each, with flag, value and remedy."""
 
+import itertools
 import math
 
 from distil.models.architectures import ARCHITECTURES, AUTO, PAIRS
@@ -7,7 +8,17 @@ from distil.models.architectures import ARCHITECTURES, AUTO, PAIRS
 
 def contradictions(config) -> list[str]:
     """List what contradicts what in a TrainConfig."""
-    return [*masking_problems(config), *objective_problems(config), *type_problems(config)]
+    found = masking_problems(config), objective_problems(config), type_problems(config)
+    return [*itertools.chain(*found), *plan_problems(config)]
+
+
+def plan_problems(config) -> list[str]:
+    """Name the flags of a plan where none is asked for."""
+    return [
+        f"--{name} {getattr(config, name):g} without --plan: add it, or leave this out"
+        for name in ("tokens_per_second", "price_per_hour")
+        if config.plan is None and getattr(config, name) is not None
+    ]
 
 
 def masking_problems(config) -> list[str]:

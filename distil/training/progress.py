@@ -81,7 +81,7 @@ class Progress:
     ):
         self.names = list(loss_names)
         self.num_micro_batches, self.batches_per_epoch = num_micro_batches, batches_per_epoch
-        self.num_updates = -(-num_micro_batches // per_update)
+        self.per_update, self.num_updates = per_update, -(-num_micro_batches // per_update)
         self.world_size = world_size
         self.lengths, self.intervals = lengths, intervals
         self.batch_flops, self.peak_flops = batch_flops, peak_flops
