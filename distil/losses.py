@@ -9,13 +9,17 @@ hidden states to logits a chunk of positions at a time: no (N, V) tensor larger 
 A formula itself runs where neither form exists, and on hidden states.
 
 Sources: Sanh et al., 2019, "DistilBERT, a distilled version of BERT", section 2 (training loss);
-Hinton et al., 2015, "Distilling the Knowledge in a Neural Network", section 2 (temperature).
+Hinton et al., 2015, "Distilling the Knowledge in a Neural Network", section 2 (temperature); Gu et
+al., 2024, "MiniLLM", section 2 (reverse KL); Lin, 1991, "Divergence measures based on the Shannon
+entropy", section IV (Jensen-Shannon).
 
 Symbols: s and t are the student's and the teacher's logits, T the temperature.
 Shape suffixes: N selected positions, V vocabulary, E the entries that the teacher has logits for
 (the first of the V; the student's further rows pad its table, and are predicted with probability 0
 by the teacher), D width, 1 a kept dimension.
 """
+
+import math
 
 import torch
 import torch.nn.functional as F
@@ -47,6 +51,43 @@ def kl_divergence(student_NV, teacher_NE, labels_N, temperature: float) -> torch
         student_log_probs_NE, teacher_log_probs_NE, reduction="sum", log_target=True
     )
     return divergence * temperature**2
+
+
+def reverse_kl(student_NV, teacher_NE, labels_N, temperature: float) -> torch.Tensor:
+    """Sum T^2 KL(softmax(s / T) || softmax(t / T)) over rows, in nats.
+
+    Over the entries that the teacher has logits for: the others would make it infinite.
+    """
+    student_log_probs_NE = F.log_softmax(student_NV[:, : teacher_NE.shape[1]] / temperature, dim=-1)
+    teacher_log_probs_NE = F.log_softmax(teacher_NE / temperature, dim=-1)
+    divergence = F.kl_div(
+        teacher_log_probs_NE, student_log_probs_NE, reduction="sum", log_target=True
+    )
+    return divergence * temperature**2
+
+
+def jensen_shannon(student_NV, teacher_NE, labels_N, temperature: float) -> torch.Tensor:
+    """Sum T^2 / 2 [KL(t || m) + KL(s || m)] over rows, in nats: s and t softmaxes, m their mean."""
+    student_log_probs_NV = F.log_softmax(student_NV / temperature, dim=-1)
+    teacher_log_probs_NE = F.log_softmax(teacher_NE / temperature, dim=-1)
+    mean_log_probs_NV = _log_mean(student_log_probs_NV, teacher_log_probs_NE)
+    mean_log_probs_NE = mean_log_probs_NV[:, : teacher_NE.shape[1]]
+    divergences = (
+        F.kl_div(mean, log_probs, reduction="sum", log_target=True)
+        for mean, log_probs in (
+            (mean_log_probs_NE, teacher_log_probs_NE),
+            (mean_log_probs_NV, student_log_probs_NV),
+        )
+    )
+    return sum(divergences) * (temperature**2 / 2)
+
+
+def _log_mean(student_log_probs_NV, teacher_log_probs_NE) -> torch.Tensor:
+    """Return log((s + t) / 2), where t is 0 behind its E entries."""
+    num_entries = teacher_log_probs_NE.shape[1]
+    both_NE = torch.logaddexp(student_log_probs_NV[:, :num_entries], teacher_log_probs_NE)
+    log_sums_NV = torch.cat([both_NE, student_log_probs_NV[:, num_entries:]], dim=-1)
+    return log_sums_NV - math.log(2)
 
 
 def cross_entropy(student_NV, teacher_NE, labels_N, temperature: float) -> torch.Tensor:
@@ -93,6 +134,33 @@ def kl_divergence_gradient(student_NV, teacher_NE, labels_N, temperature: float)
     return total, gradient_NV.mul_(temperature)
 
 
+def reverse_kl_gradient(student_NV, teacher_NE, labels_N, temperature: float) -> WithGradient:
+    """Differentiate reverse_kl: T s (log(s / t) - KL of the row); s and t are softmaxes."""
+    num_entries = teacher_NE.shape[1]
+    student_NE = at_least_float32(student_NV[:, :num_entries])
+    student_log_probs_NE = F.log_softmax(student_NE / temperature, dim=-1)
+    log_ratio_NE = F.log_softmax(at_least_float32(teacher_NE) / temperature, dim=-1)
+    torch.sub(student_log_probs_NE, log_ratio_NE, out=log_ratio_NE)
+    student_probs_NE = student_log_probs_NE.exp_()
+    divergence_N1 = (student_probs_NE * log_ratio_NE).sum(-1, keepdim=True)
+    gradient_NE = log_ratio_NE.sub_(divergence_N1).mul_(student_probs_NE).mul_(temperature)
+    return divergence_N1.sum() * temperature**2, _padded_to(student_NV, gradient_NE)
+
+
+def jensen_shannon_gradient(student_NV, teacher_NE, labels_N, temperature: float) -> WithGradient:
+    """Differentiate jensen_shannon: T / 2 s (log(s / m) - KL(s || m) of the row)."""
+    student_log_probs_NV = F.log_softmax(at_least_float32(student_NV) / temperature, dim=-1)
+    teacher_log_probs_NE = F.log_softmax(at_least_float32(teacher_NE) / temperature, dim=-1)
+    mean_log_probs_NV = _log_mean(student_log_probs_NV, teacher_log_probs_NE)
+    log_ratio_NE = teacher_log_probs_NE - mean_log_probs_NV[:, : teacher_NE.shape[1]]
+    teacher_part = torch.dot(teacher_log_probs_NE.exp_().flatten(), log_ratio_NE.flatten())
+    log_ratio_NV = torch.sub(student_log_probs_NV, mean_log_probs_NV, out=mean_log_probs_NV)
+    student_probs_NV = student_log_probs_NV.exp_()
+    divergence_N1 = (student_probs_NV * log_ratio_NV).sum(-1, keepdim=True)
+    gradient_NV = log_ratio_NV.sub_(divergence_N1).mul_(student_probs_NV).mul_(temperature / 2)
+    return (teacher_part + divergence_N1.sum()) * (temperature**2 / 2), gradient_NV
+
+
 def cross_entropy_gradient(student_NV, teacher_NE, labels_N, temperature: float) -> WithGradient:
     """Differentiate cross_entropy: softmax(s) - onehot(label)."""
     log_probs_NV = F.log_softmax(at_least_float32(student_NV), dim=-1)
@@ -132,6 +200,34 @@ def kl_divergence_rows(student_NV, teacher_NE, labels_N, temperature: float) -> 
     log_ratio_NE = (teacher_NE - teacher_log_sum_N1) - (student_NE - student_log_sum_N1)
     losses_N = (teacher_probs_NE * log_ratio_NE).sum(-1) * temperature**2
     return losses_N, (student_probs_NV - _padded_to(student_NV, teacher_probs_NE)) * temperature
+
+
+def reverse_kl_rows(student_NV, teacher_NE, labels_N, temperature: float) -> WithGradient:
+    """Compute reverse_kl_gradient with one loss per row."""
+    student_NE = student_NV[:, : teacher_NE.shape[1]] / temperature
+    teacher_NE = teacher_NE / temperature
+    student_probs_NE, student_log_sum_N1 = _softmax_and_log_sum(student_NE)
+    _, teacher_log_sum_N1 = _softmax_and_log_sum(teacher_NE)
+    log_ratio_NE = (student_NE - student_log_sum_N1) - (teacher_NE - teacher_log_sum_N1)
+    divergence_N1 = (student_probs_NE * log_ratio_NE).sum(-1, keepdim=True)
+    gradient_NE = student_probs_NE * (log_ratio_NE - divergence_N1) * temperature
+    return divergence_N1[:, 0] * temperature**2, _padded_to(student_NV, gradient_NE)
+
+
+def jensen_shannon_rows(student_NV, teacher_NE, labels_N, temperature: float) -> WithGradient:
+    """Compute jensen_shannon_gradient with one loss per row."""
+    student_NV, teacher_NE = student_NV / temperature, teacher_NE / temperature
+    student_probs_NV, student_log_sum_N1 = _softmax_and_log_sum(student_NV)
+    teacher_probs_NE, teacher_log_sum_N1 = _softmax_and_log_sum(teacher_NE)
+    student_log_probs_NV = student_NV - student_log_sum_N1
+    teacher_log_probs_NE = teacher_NE - teacher_log_sum_N1
+    mean_log_probs_NV = _log_mean(student_log_probs_NV, teacher_log_probs_NE)
+    log_ratio_NE = teacher_log_probs_NE - mean_log_probs_NV[:, : teacher_NE.shape[1]]
+    log_ratio_NV = student_log_probs_NV - mean_log_probs_NV
+    student_part_N1 = (student_probs_NV * log_ratio_NV).sum(-1, keepdim=True)
+    losses_N = (teacher_probs_NE * log_ratio_NE).sum(-1) + student_part_N1[:, 0]
+    gradient_NV = student_probs_NV * (log_ratio_NV - student_part_N1) * (temperature / 2)
+    return losses_N * (temperature**2 / 2), gradient_NV
 
 
 def cross_entropy_rows(student_NV, teacher_NE, labels_N, temperature: float) -> WithGradient:

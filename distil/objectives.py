@@ -121,4 +121,20 @@ LOSSES: dict[str, Loss] = {
         default_alpha=0.0,
         title="cosine distance of the last hidden states",
     ),
+    "rkl": Loss(
+        "reverse_kl",
+        reads="logits",
+        rows="distilled",
+        needs_teacher=True,
+        default_alpha=0.0,
+        title="reverse KL divergence, from the teacher's distribution to the student's",
+    ),
+    "jsd": Loss(
+        "jensen_shannon",
+        reads="logits",
+        rows="distilled",
+        needs_teacher=True,
+        default_alpha=0.0,
+        title="Jensen-Shannon divergence to the teacher's distribution",
+    ),
 }

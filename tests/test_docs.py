@@ -109,8 +109,8 @@ def test_losses_are_added_as_printed(tmp_path, teachers):
     (script,) = python_blocks("python.md")
     printed = 'alphas = {"ce": 5.0, "mlm": 2.0, "cos": 1.0}'
     assert printed in script
-    script = script.replace(printed, 'alphas = {"reverse_kl": 1.0, "projected": 1.0}')
+    script = script.replace(printed, 'alphas = {"variation": 1.0, "projected": 1.0}')
     blocks = [*python_blocks("extending.md"), script]
     losses = run_script("\n".join(blocks), tmp_path, teachers)
     assert losses[2]["projected"] < losses[0]["projected"], "it learns"
-    assert all(update["reverse_kl"] > 0 for update in losses)
+    assert all(update["variation"] > 0 for update in losses)

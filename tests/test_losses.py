@@ -95,6 +95,34 @@ def slow_kl(student, teacher, temperature):
     return total * temperature**2
 
 
+def slow_softmaxes(student, teacher, temperature):
+    """Yield each row's two distributions; the teacher's is 0 where it has no logits."""
+    for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
+        sum_s, sum_t = (sum(math.exp(x / temperature) for x in row) for row in (s, t))
+        missing = [0.0] * (len(s) - len(t))
+        yield (
+            [math.exp(x / temperature) / sum_s for x in s],
+            [math.exp(x / temperature) / sum_t for x in t] + missing,
+        )
+
+
+def slow_divergence(left, right):
+    return sum(p * math.log(p / q) for p, q in zip(left, right, strict=True) if p > 0)
+
+
+def slow_reverse_kl(student, teacher, temperature):
+    pairs = slow_softmaxes(student[:, : teacher.shape[1]], teacher, temperature)
+    return sum(slow_divergence(s, t) for s, t in pairs) * temperature**2
+
+
+def slow_jensen_shannon(student, teacher, temperature):
+    total = 0.0
+    for s, t in slow_softmaxes(student, teacher, temperature):
+        mean = [(x + y) / 2 for x, y in zip(s, t, strict=True)]
+        total += (slow_divergence(t, mean) + slow_divergence(s, mean)) / 2
+    return total * temperature**2
+
+
 def slow_cosine(student, teacher):
     total = 0.0
     for s, t in zip(student.tolist(), teacher.tolist(), strict=True):
@@ -115,6 +143,8 @@ SLOW = {
         for x, y in zip(a, b, strict=True)
     ),
     "cos": lambda s, t, labels, _: slow_cosine(s, t),
+    "rkl": lambda s, t, labels, temperature: slow_reverse_kl(s, t, temperature),
+    "jsd": lambda s, t, labels, temperature: slow_jensen_shannon(s, t, temperature),
 }
 SLOW["clm"] = SLOW["mlm"]
 
@@ -126,6 +156,38 @@ def test_each_objective_equals_a_slow_loop(name):
     labels = torch.randint(9, (6,), generator=generator)
     fast = LOSSES[name].formula(student, teacher, labels, 3.0).item()
     assert fast == pytest.approx(SLOW[name](student, teacher, labels.tolist(), 3.0), rel=1e-10)
+
+
+@pytest.mark.parametrize("num_entries", [9, 7])
+@pytest.mark.parametrize("form", ["formula", "gradient", "by_row"])
+@pytest.mark.parametrize("name", ["ce", "rkl", "jsd"])
+def test_each_form_of_a_divergence_equals_the_slow_loop_and_its_differences(
+    name, form, num_entries
+):
+    if name == "ce" and num_entries < 9:
+        return  # its slow loop has no teacher of fewer entries; another test has
+    generator = torch.Generator().manual_seed(3)
+    student, teacher = torch.randn(2, 4, 9, generator=generator, dtype=torch.float64) * 3
+    teacher, temperature = teacher[:, :num_entries], 1.7
+    function = getattr(LOSSES[name], form)
+    if form == "formula":
+        leaf = student.clone().requires_grad_()
+        value = function(leaf, teacher, None, temperature)
+        (gradient,) = torch.autograd.grad(value, leaf)
+    else:
+        value, gradient = function(student.clone(), teacher.clone(), None, temperature)
+    expected = SLOW[name](student, teacher, None, temperature)
+    assert value.sum().item() == pytest.approx(expected, rel=1e-12)
+    step = 1e-5
+    for row in range(4):
+        for entry in range(9):
+            moved = [student.clone(), student.clone()]
+            for one, sign in zip(moved, (1, -1), strict=True):
+                one[row, entry] += sign * step
+            high, low = (SLOW[name](one, teacher, None, temperature) for one in moved)
+            difference = (high - low) / (2 * step)
+            # central differences in float64: rounding / step + step^2
+            assert gradient[row, entry].item() == pytest.approx(difference, rel=1e-6, abs=1e-8)
 
 
 def random_head_case(num_rows=11, width=6, vocab=17, seed=0, dtype=torch.float64):
@@ -246,7 +308,8 @@ def projection_case(num_rows, vocab, width=32, seed=0, spread=1.0, names=("ce", 
         labels = None
         if LOSSES[name].rows == "masked":
             labels = torch.randint(vocab, (len(rows),), generator=generator)
-        weight = {"ce": 5.0, "mlm": 2.0, "mse": 0.01}[name] / max(len(rows), 1)
+        weights = {"ce": 5.0, "mlm": 2.0, "mse": 0.01, "rkl": 3.0, "jsd": 4.0}
+        weight = weights[name] / max(len(rows), 1)
         terms.append(Term(LOSSES[name], rows, rows, labels, weight))
     return student, teacher, terms
 
@@ -291,7 +354,9 @@ FAST_WAYS = pytest.mark.parametrize("way", ["fast", "joined"])
 @FAST_WAYS
 @pytest.mark.parametrize("chunk_rows", [None, 1, 5, 40])
 @pytest.mark.parametrize("num_rows", [0, 1, 33, 70])
-@pytest.mark.parametrize("names", [("ce", "mlm", "mse"), ("mlm",), ("ce",), ("mlm", "ce")])
+@pytest.mark.parametrize(
+    "names", [("ce", "mlm", "mse"), ("mlm",), ("ce",), ("mlm", "ce"), ("rkl", "mlm", "jsd")]
+)
 def test_the_fast_head_equals_the_plain_one(num_rows, names, chunk_rows, way, uncompiled):
     case = projection_case(num_rows, 57, names=names)
     fast_results = run_head(*case, torch.float64, way, chunk_rows)
@@ -303,9 +368,10 @@ def test_the_fast_head_equals_the_plain_one(num_rows, names, chunk_rows, way, un
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # raised by torch's compiler
+@pytest.mark.parametrize("names", [("ce", "mlm", "mse"), ("rkl", "jsd")])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
-def test_the_compiled_head_equals_the_uncompiled_one(dtype):
-    case = projection_case(33, 57)
+def test_the_compiled_head_equals_the_uncompiled_one(dtype, names):
+    case = projection_case(33, 57, names=names)
     # bfloat16: a logit's gradient may be rounded the other way, by 1 in 2^8, and 57 are summed.
     bounds = FLOAT64 if dtype == torch.float64 else {"rtol": 0.02, "atol": 0.02}
     results = run_head(*case, dtype, "joined", 20), run_head(*case, dtype, "fast", 20)
@@ -367,8 +433,9 @@ def test_the_fast_heads_gradient_is_as_close_to_float64_as_the_plain_heads(
 
 @FAST_WAYS
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_extreme_logits_give_no_nan(dtype, way, uncompiled):
-    student, teacher, terms = projection_case(20, 301, spread=3e3)
+@pytest.mark.parametrize("names", [("ce", "mlm", "mse"), ("rkl", "jsd")])
+def test_extreme_logits_give_no_nan(names, dtype, way, uncompiled):
+    student, teacher, terms = projection_case(20, 301, spread=3e3, names=names)
     found = run_head(student, teacher, terms, dtype, way)
     assert max(abs((student[0] @ student[1].T).max().item()), 0) > 1e4
     assert all(torch.isfinite(tensor).all() for tensor in found)
@@ -407,9 +474,10 @@ def test_padding_the_vocabulary_changes_nothing(monkeypatch):
 
 
 @pytest.mark.parametrize("way", ["plain", "fast", "joined"])
-def test_a_teacher_of_fewer_entries_gives_the_others_probability_0(way, uncompiled):
+@pytest.mark.parametrize("names", [("ce", "mlm"), ("jsd",)])
+def test_a_teacher_of_fewer_entries_gives_the_others_probability_0(names, way, uncompiled):
     """Compare with a teacher that has their logits, too small for a probability."""
-    student, teacher, terms = projection_case(20, 57, names=("ce", "mlm"))
+    student, teacher, terms = projection_case(20, 57, names=names)
     fewer = [teacher[0], *(tensor[:50] for tensor in teacher[1:])]
     found = run_head(student, fewer, terms, torch.float64, way, 6)
     teacher[2][50:] = -1e9
@@ -419,8 +487,9 @@ def test_a_teacher_of_fewer_entries_gives_the_others_probability_0(way, uncompil
 
 
 @pytest.mark.parametrize("way", ["plain", "fast", "joined"])
-def test_squared_errors_are_over_the_entries_that_the_teacher_has(way, uncompiled):
-    student, teacher, terms = projection_case(20, 57, names=("mse",))
+@pytest.mark.parametrize("name", ["mse", "rkl"])
+def test_some_objectives_are_over_the_entries_that_the_teacher_has(name, way, uncompiled):
+    student, teacher, terms = projection_case(20, 57, names=(name,))
     fewer = [[rows, weight[:50], bias[:50]] for rows, weight, bias in (student, teacher)]
     total, sums_K, *gradients = run_head(student, fewer[1], terms, torch.float64, way, 6)
     expected = run_head(*fewer, terms, torch.float64, "plain")

@@ -45,6 +45,8 @@ DEFAULTS = {
     "alpha_clm": 0.5,
     "alpha_mse": 0.0,
     "alpha_cos": 0.0,
+    "alpha_rkl": 0.0,
+    "alpha_jsd": 0.0,
     "mlm": False,
     "mlm_mask_prop": 0.15,
     "fp16": False,

@@ -47,6 +47,8 @@ UNITS_OF_LOSSES = {
     "clm": f"cross-entropy ({NATS})",
     "mse": "squared error (logits² a token)",
     "cos": "1 - cosine (no unit)",
+    "rkl": f"KL × T² ({NATS})",
+    "jsd": f"JSD × T² ({NATS})",
 }
 TITLES = {
     "loss": ("weighted sum of the losses", "loss (no unit)"),

@@ -113,7 +113,10 @@ class TrainConfig:
     )
 
     temperature: float = objectives(
-        "softmax temperature of the KL divergence", 2.0, above=0, at_most=1_000_000
+        "softmax temperature of KL, reverse KL and Jensen-Shannon divergence",
+        2.0,
+        above=0,
+        at_most=1_000_000,
     )
     alphas: dict[str, float] = dataclasses.field(
         default_factory=lambda: {name: loss.default_alpha for name, loss in LOSSES.items()},
