@@ -14,7 +14,9 @@ import contextlib
 import dataclasses
 import functools
 import math
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -24,8 +26,7 @@ from distil.data.batches import MicroBatch, Selection, select_rows, sent, to_dev
 from distil.kernels.cpu import TiedGradient, faster
 from distil.kernels.head import apply_terms
 from distil.kernels.terms import terms_of_micro_batches
-from distil.losses import at_least_float32
-from distil.models.forward import attend_without_masks, read_outputs
+from distil.models.forward import attend_without_masks, layers_read, read_outputs, select
 from distil.models.heads import Head, head_parameters, prediction_head
 from distil.objectives import LOSSES
 from distil.system.prefetch import OnHost
@@ -50,8 +51,8 @@ class DistillationModel(nn.Module):
     """Student, prediction head and objectives; forward gives a pass's loss.
 
     It alone is wrapped by DDP. alphas: weight of each row of LOSSES; weight 0 costs nothing. head:
-    the student's projection from hidden states to logits, found where not given. teacher: needed by
-    objectives with parameters. chunk_rows: rows of logits made at once; None: by the device.
+    the student's projection from hidden states to logits, found where not given. teacher, options:
+    needed by objectives with modules. chunk_rows: rows of logits made at once; None: by the device.
     fast_head: False = the plain head, which is the reference.
     """
 
@@ -63,6 +64,7 @@ class DistillationModel(nn.Module):
         *,
         head: Head | None = None,
         teacher: nn.Module | None = None,
+        options: Mapping[str, Any] = types.MappingProxyType({}),
         chunk_rows: int | None = None,
         fast_head: bool = True,
     ):
@@ -76,9 +78,9 @@ class DistillationModel(nn.Module):
         # A head that is more than layers and one linear map is left to autograd.
         self.uses_fast_head = fast_head and hasattr(self.head, "projection")
         self.compiles_head = False
-        makers = {name: LOSSES[name].make_module for name in self.alphas}
+        makers = {name: LOSSES[name] for name in self.alphas if LOSSES[name].make_module}
         self.objectives = nn.ModuleDict(
-            {name: make(student, teacher) for name, make in makers.items() if make is not None}
+            {name: loss.module(student, teacher, options) for name, loss in makers.items()}
         )
 
     @property
@@ -90,9 +92,15 @@ class DistillationModel(nn.Module):
         return weight if weight.requires_grad else None
 
     @property
-    def readings(self) -> set[str]:
-        """Rows of READINGS that the active objectives need; logits are made of "hidden"."""
-        return {"hidden", *(LOSSES[name].reads for name in self.alphas)} - {"logits"}
+    def readings(self) -> dict[str, set[int]]:
+        """Rows of READINGS that the active objectives need, with the student's layers to read."""
+        return layers_read(self.alphas, self.objectives, side=0)
+
+    @torch.no_grad()
+    def read_teacher(self, teacher: nn.Module | None, batch: MicroBatch) -> dict[str, Any]:
+        """Run a teacher, if there is one, and return what the active objectives read of it."""
+        readings = layers_read(self.alphas, self.objectives, side=1)
+        return {} if teacher is None else read_outputs(teacher, batch, readings)
 
     @property
     def needs_teacher(self) -> bool:
@@ -105,7 +113,7 @@ class DistillationModel(nn.Module):
     def forward(
         self,
         batch: MicroBatch | None,
-        teacher_read: Mapping[str, torch.Tensor],
+        teacher_read: Mapping[str, Any],
         teacher_head: Head | None,
         scale: float | torch.Tensor,
         counts_K: torch.Tensor | None = None,
@@ -120,8 +128,8 @@ class DistillationModel(nn.Module):
         if batch is None:
             return reaching_all(None, self.parameters()), None
         read = read_outputs(self.student, batch, self.readings)
-        own, others = ({k: x.flatten(0, 1) for k, x in d.items()} for d in (read, teacher_read))
-        hidden_ND, teacher_ND = own["hidden"], others.get("hidden")
+        hidden_ND = read["hidden"].flatten(0, 1)
+        teacher_ND = teacher_read["hidden"].flatten(0, 1) if teacher_read else None
         if counts_K is None:
             kinds = [LOSSES[name].rows for name in self.alphas]
             counts = [[max(num, 1) for num in batch.num_rows(kind)] for kind in kinds]
@@ -130,7 +138,7 @@ class DistillationModel(nn.Module):
         counts = dict(zip(self.alphas, counts, strict=True))
         total, means = self._logit_losses(batch, hidden_ND, teacher_ND, teacher_head, scale, counts)
         for name in (name for name in self.alphas if LOSSES[name].reads != "logits"):
-            sums = self._output_sums(name, batch, own, others)
+            sums = self._output_sums(name, batch, read, teacher_read)
             means[name] = [value / count for value, count in zip(sums, counts[name], strict=True)]
             for value in means[name]:
                 total = total + value * (self.alphas[name] * scale)
@@ -139,16 +147,12 @@ class DistillationModel(nn.Module):
 
     def _output_sums(self, name: str, batch: MicroBatch, own: Mapping, others: Mapping) -> list:
         """Sum an objective on what it reads of both models over each micro-batch's rows."""
-        loss, sizes = LOSSES[name], batch.num_rows(LOSSES[name].rows)
-        student_NX, teacher_NX = own[loss.reads], others.get(loss.reads)
-        rows_N = to_device(batch.rows[loss.rows], student_NX.device)
-        students = at_least_float32(student_NX[rows_N]).split(sizes)
-        teachers = [None] * len(sizes)
-        if teacher_NX is not None:
-            teachers = at_least_float32(teacher_NX[rows_N]).split(sizes)
-        more = [self.objectives[name]] if loss.make_module else []
-        pairs = zip(students, teachers, strict=True)
-        return [loss.formula(*pair, None, self.temperature, *more) for pair in pairs]
+        loss = LOSSES[name]
+        pairs = zip(
+            *(select(loss.reads, read, batch, loss.rows) for read in (own, others)), strict=True
+        )
+        module = [self.objectives[name]] if name in self.objectives else []
+        return [loss.formula(*pair, None, self.temperature, *module) for pair in pairs]
 
     def _logit_losses(
         self, batch: MicroBatch, hidden_ND, teacher_ND, teacher_head, scale, counts: Mapping
@@ -366,7 +370,7 @@ class Distiller:
         tied = None if weight is None else TiedGradient(weight)
         with tied or contextlib.nullcontext():
             with faster(tied) if self.has_cpu_kernels else contextlib.nullcontext():
-                teacher_read = self._teacher_outputs(batch)
+                teacher_read = self.model.read_teacher(self.teacher, batch)
                 given = batch, teacher_read, self.teacher_head, scale, counts_K
                 is_mixed = self.amp_dtype is not None
                 with torch.autocast(self.device.type, dtype=self.amp_dtype, enabled=is_mixed):
@@ -375,11 +379,6 @@ class Distiller:
                 loss = reaching_all(loss, self.model.parameters())
             loss.backward()
         return losses_MK
-
-    @torch.no_grad()
-    def _teacher_outputs(self, batch: MicroBatch) -> dict[str, torch.Tensor]:
-        readings = self.model.readings
-        return {} if self.teacher is None else read_outputs(self.teacher, batch, readings)
 
     def _count_rows(self, batches: Sequence[MicroBatch]) -> torch.Tensor:
         """Count each objective's rows in the whole update, on every rank: (K,), at least 1."""

@@ -93,9 +93,9 @@ def make_distiller(
 
     longest: the longest sequence, which shows what gets a gradient.
     """
-    model = DistillationModel(
-        student.network, config.alphas, config.temperature, teacher=teacher.network
-    )
+    options = models.objective_options(config, student.network.config, teacher.network.config)
+    given = student.network, config.alphas, config.temperature
+    model = DistillationModel(*given, teacher=teacher.network, options=options)
     model.to(runtime.device)
     if not model.uses_fast_head:
         logger.info("The student's head is not layers and one linear map: the slower head is used.")

@@ -54,9 +54,9 @@ def make_networks(is_masked: bool, dropout: float = 0.0) -> tuple:
 def make_distiller(is_masked: bool, alphas=None, *, dropout=0.0, fast_head=True, **options):
     alphas = alphas or {name: ALONE.get(name, 1.0) for name in objectives_of(is_masked)}
     student, teacher = make_networks(is_masked, dropout)
-    model = DistillationModel(
-        student, alphas, 2.0, teacher=teacher, chunk_rows=50, fast_head=fast_head
-    )
+    layers = {"relation_heads": 4, "layer_map": [(0, 0), (1, 3)]}
+    given = {"teacher": teacher, "options": layers, "chunk_rows": 50, "fast_head": fast_head}
+    model = DistillationModel(student, alphas, 2.0, **given)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
     return Distiller(model, teacher, optimizer, None, **{"max_grad_norm": 1e9, "seed": 5} | options)
 

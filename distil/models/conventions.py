@@ -202,15 +202,15 @@ def layer_lists(model: nn.Module, source: str) -> tuple[str, ...]:
             smaller = type(model)(config_with_layers(model.config, others, source))
     except Exception:  # model classes raise anything on sizes that they do not support
         return ()
-    lengths = {path: len(module) for path, module in _outermost_lists(smaller)}
+    lengths = {path: len(module) for path, module in outermost_lists(smaller)}
     return tuple(
         path
-        for path, module in _outermost_lists(model)
+        for path, module in outermost_lists(model)
         if len(module) == num_layers and lengths.get(path) == len(others)
     )
 
 
-def _outermost_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
+def outermost_lists(model: nn.Module) -> Iterator[tuple[str, nn.ModuleList]]:
     """Yield (path, list) of the module lists that are not inside another one."""
     inside: list[str] = []
     for path, module in model.named_modules():

@@ -1,5 +1,6 @@
 """Last hidden states of each family, from batches with and without padding."""
 
+import contextlib
 import dataclasses
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -12,23 +13,81 @@ from transformers.utils import ModelOutput
 
 from distil.data.batches import MicroBatch, to_device
 from distil.kernels.cpu import checkpointing_contexts
+from distil.layer_losses import Sequences
+from distil.losses import at_least_float32
+from distil.models.layer_readings import Attention, recording_attention, recording_blocks
+from distil.objectives import LOSSES
 
 # Families whose attention takes a boolean mask (B, 1, T, T) as it is, and needs nothing else of it.
 PLAIN_ATTENTION = {"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra"}
 
 
+def rows_of(read_BTX: torch.Tensor, batch: MicroBatch, kind: str) -> list[torch.Tensor]:
+    """Select each micro-batch's rows (N, ..) of what was read (B, T, ..), at least float32."""
+    rows_N = to_device(batch.rows[kind], read_BTX.device)
+    return list(at_least_float32(read_BTX.flatten(0, 1)[rows_N]).split(batch.num_rows(kind)))
+
+
+def rows_by_layer(read: Mapping[int, torch.Tensor], batch: MicroBatch, kind: str) -> list[dict]:
+    """Select each micro-batch's rows (N, D) of each layer's hidden states."""
+    rows = {layer: rows_of(hidden_BTD, batch, kind) for layer, hidden_BTD in read.items()}
+    return [dict(zip(rows, parts, strict=True)) for parts in zip(*rows.values(), strict=True)]
+
+
+def sequences_of(read: Mapping[int, Attention], batch: MicroBatch, kind: str) -> list[Sequences]:
+    """Return each micro-batch's attention by layer, with its lengths: padding comes last."""
+    num_sequences, length = batch.input_ids_BT.shape
+    lengths_B = torch.bincount(batch.rows[kind] // length, minlength=num_sequences)
+    sizes = [len(part.input_ids_BT) for part in batch.parts]
+    return Sequences(read, lengths_B, batch.is_causal).split(sizes)
+
+
 @dataclasses.dataclass(frozen=True)
 class Reading:
-    """Something that objectives can read of a base model's output.
+    """Something that objectives can read of a base model.
 
     take: selects a tensor (B, T, ..) from the output. options: forward keywords that this needs.
+    record: in place of take, (model, layers) -> context of the forward pass that records by layer.
+    select: (what was read, pass, kind of rows) -> what a formula gets, by micro-batch.
     """
 
-    take: Callable[[ModelOutput], torch.Tensor]
+    take: Callable[[ModelOutput], Any] | None = None
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    record: Callable[..., contextlib.AbstractContextManager[dict]] | None = None
+    select: Callable[[Any, MicroBatch, str], list] = rows_of
 
 
-READINGS: dict[str, Reading] = {"hidden": Reading(lambda output: output.last_hidden_state)}
+READINGS: dict[str, Reading] = {
+    "hidden": Reading(lambda output: output.last_hidden_state),
+    "blocks": Reading(record=recording_blocks, select=rows_by_layer),
+    "attention": Reading(record=recording_attention, select=sequences_of),
+}
+
+
+def layers_read(
+    names: Iterable[str], modules: Mapping[str, nn.Module], side: int
+) -> dict[str, set[int]]:
+    """Return the rows of READINGS that objectives need, each with the layers to be recorded.
+
+    names: rows of LOSSES. modules: of those that have one. side: 0: of the student, 1: of the
+    teacher.
+    """
+    found: dict[str, set[int]] = {"hidden": set()}  # logits are made of it
+    for name in names:
+        layers = getattr(modules[name], "layers", ((), ())) if name in modules else ((), ())
+        found.setdefault(LOSSES[name].reads, set()).update(layers[side])
+    found.pop("logits", None)
+    return found
+
+
+def select(reading: str, read: Mapping[str, Any], batch: MicroBatch, kind: str) -> list:
+    """Return what a formula gets of a model's outputs for each micro-batch of a pass.
+
+    None for each where the model did not run.
+    """
+    if not read:
+        return [None] * len(batch.parts)
+    return READINGS[reading].select(read[reading], batch, kind)
 
 
 def last_hidden_state(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
@@ -36,12 +95,11 @@ def last_hidden_state(model: nn.Module, batch: MicroBatch) -> torch.Tensor:
     return read_outputs(model, batch, ["hidden"])["hidden"]
 
 
-def read_outputs(
-    model: nn.Module, batch: MicroBatch, readings: Iterable[str]
-) -> dict[str, torch.Tensor]:
+def read_outputs(model: nn.Module, batch: MicroBatch, readings: Iterable[str]) -> dict[str, Any]:
     """Run a language model without its prediction head; return rows of READINGS, (B, T, ..) each.
 
-    Token types are not passed, and no mask without padding.
+    readings: names, or a mapping from names to the layers to be recorded. Token types are not
+    passed, and no mask without padding.
     """
     device = next(model.parameters()).device
     input_ids_BT = to_device(batch.input_ids_BT, device)
@@ -52,8 +110,14 @@ def read_outputs(
     rows = {name: READINGS[name] for name in readings}
     for row in rows.values():
         options |= row.options
-    output = model.base_model(input_ids_BT, **options)
-    return {name: row.take(output) for name, row in rows.items()}
+    with contextlib.ExitStack() as stack:
+        found = {
+            name: stack.enter_context(row.record(model, readings[name]))
+            for name, row in rows.items()
+            if row.record is not None
+        }
+        output = model.base_model(input_ids_BT, **options)
+    return {name: found[name] if name in found else row.take(output) for name, row in rows.items()}
 
 
 def _attention_mask(config, mask_BT: torch.Tensor) -> torch.Tensor:

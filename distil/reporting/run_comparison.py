@@ -48,6 +48,7 @@ UNITS_OF_LOSSES = {
     "mse": "squared error (logits² a token)",
     "cos": "1 - cosine (no unit)",
     "rkl": f"KL × T² ({NATS})",
+    "rel": f"KL ({NATS}, over queries, keys and values)",
     "jsd": f"JSD × T² ({NATS})",
 }
 TITLES = {

@@ -11,7 +11,7 @@ import typing
 
 from distil.data.token_files import MIN_LENGTH, token_file_problem
 from distil.models.architectures import AUTO, PAIRS
-from distil.objectives import LOSSES, NORMALIZATIONS
+from distil.objectives import HIDDEN_DISTANCES, LOSSES, NORMALIZATIONS
 from distil.system.files import file_problem
 from distil.system.rank_zero import TIMEOUT_S, is_another_rank, is_one_of_several
 from distil.training.claim import dump_path_problem, resume_mode
@@ -121,6 +121,27 @@ class TrainConfig:
     alphas: dict[str, float] = dataclasses.field(
         default_factory=lambda: {name: loss.default_alpha for name, loss in LOSSES.items()},
         metadata={"add_to": add_alphas, "group": "objectives"},
+    )
+    relation_heads: int = objectives(
+        "heads that queries, keys and values are cut into for ALPHA_REL; divides all their widths",
+        12,
+        at_least=1,
+    )
+    relation_layer: int | None = objectives(
+        "the teacher's layer for ALPHA_REL, from 0; default: its last; of the student always the"
+        " last",
+        None,
+        at_least=0,
+    )
+    layer_map: str | None = objectives(
+        "layers for ALPHA_HID and ALPHA_ATT, STUDENT:TEACHER,.. from 0; default: those of the"
+        " student's extraction.json, else evenly spaced ones",
+        None,
+    )
+    hid_loss: str = objectives(
+        "distance of hidden states and embeddings: squared error, or 1 - cosine",
+        "mse",
+        choices=HIDDEN_DISTANCES,
     )
     mlm: bool = objectives("masked-language modelling (default: causal)", False)
     mlm_mask_prop: float = objectives(

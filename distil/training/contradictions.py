@@ -4,12 +4,13 @@ import itertools
 import math
 
 from distil.models.architectures import ARCHITECTURES, AUTO, PAIRS
+from distil.models.compared_layers import parse_layer_map
 
 
 def contradictions(config) -> list[str]:
     """List what contradicts what in a TrainConfig."""
-    found = masking_problems(config), objective_problems(config), type_problems(config)
-    return [*itertools.chain(*found), *plan_problems(config)]
+    kinds = masking_problems, objective_problems, layer_flag_problems, type_problems, plan_problems
+    return [*itertools.chain(*(problems(config) for problems in kinds))]
 
 
 def plan_problems(config) -> list[str]:
@@ -63,6 +64,26 @@ def objective_problems(config) -> list[str]:
             f"--eval_interval {config.eval_interval} without --eval_data_file: name held-out text"
             " to evaluate"
         )
+    return problems
+
+
+# Flag -> the objectives that read it.
+READ_BY = {"relation_layer": ("rel",), "layer_map": ("hid", "att")}
+
+
+def layer_flag_problems(config) -> list[str]:
+    """Say which layers are named in a wrong way, or for no objective."""
+    problems = []
+    for flag, names in READ_BY.items():
+        value = getattr(config, flag)
+        if value is not None and not any(config.alphas[name] > 0 for name in names):
+            flags = " or ".join(f"--alpha_{name}" for name in names)
+            problems.append(f"--{flag} {value} without {flags}: weigh one, or leave it out")
+    if config.layer_map is not None:
+        try:
+            parse_layer_map(config.layer_map)
+        except ValueError as error:
+            problems.append(f"--layer_map {config.layer_map}: {error}")
     return problems
 
 

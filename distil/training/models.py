@@ -1,18 +1,21 @@
 """The models of a run: the teacher; the student's configuration, first weights and frozen parts."""
 
 import os
+from typing import Any
 
 import torch
 
 from distil.data import cards
 from distil.data.token_files import files_of
+from distil.models import compared_layers
 from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
 from distil.models.checks import (
     ids_problem,
     size_mismatches,
     vocabulary_problem,
 )
-from distil.models.first_weights import load_student_weights
+from distil.models.compared_layers import extracted_layers, parse_layer_map
+from distil.models.first_weights import evenly_spaced_layers, load_student_weights
 from distil.models.forward import recompute_activations
 from distil.models.heads import FirstEntries, Head
 from distil.models.hub import load_config
@@ -96,7 +99,7 @@ def check_models(
     sizes = size_mismatches(*configs, student_source(config), architecture, needs_width, is_fixed)
     is_proven = config.student is None or has_tokenizer(config.student)
     rows = vocabulary_problem(student_config, teacher, student_source(config), is_fixed, is_proven)
-    raise_problems([rows, *sizes])
+    raise_problems([rows, *sizes, *layer_problems(config, *configs)])
     if student_config.vocab_size != teacher.vocab_size:
         logger.warning(
             "%s: has %d rows of the vocabulary, the teacher %d, their tokenizer %d entries: the"
@@ -106,6 +109,44 @@ def check_models(
             teacher.vocab_size,
             teacher.num_entries,
         )
+
+
+def layer_problems(config: TrainConfig, student_config, teacher_config) -> list[str]:
+    """Describe the layers named by flags that student or teacher lacks."""
+    if config.relation_layer is None and config.layer_map is None:
+        return []
+    counts = [num_layers_of(one) for one in (student_config, teacher_config)]
+    problems = []
+    if config.relation_layer is not None:
+        pair = [(counts[0] - 1, config.relation_layer)]
+        found = compared_layers.layer_problems(pair, *counts)
+        problems += [f"--relation_layer {config.relation_layer}: {text}" for text in found]
+    if config.layer_map is not None:
+        found = compared_layers.layer_problems(parse_layer_map(config.layer_map), *counts)
+        problems += [f"--layer_map {config.layer_map}: {text}" for text in found]
+    return problems
+
+
+def objective_options(config: TrainConfig, student_config, teacher_config) -> dict[str, Any]:
+    """Return the flags that the active objectives' modules take, the layer map resolved.
+
+    Its default: the layers that the student was made of, else evenly spaced ones.
+    """
+    names = {option for name in config.active for option in LOSSES[name].options}
+    options = {name: getattr(config, name) for name in names}
+    if config.layer_map is not None:
+        options["layer_map"] = parse_layer_map(config.layer_map)
+    elif "layer_map" in names:
+        counts = [num_layers_of(one) for one in (student_config, teacher_config)]
+        folder = config.student or os.path.dirname(config.student_pretrained_weights or "")
+        layers = extracted_layers(folder, *counts) or evenly_spaced_layers(counts[1], counts[0])
+        options["layer_map"] = list(enumerate(layers))
+    return options
+
+
+def num_layers_of(config) -> int:
+    """Return a configuration's number of layers."""
+    return config.get_text_config().num_hidden_layers
 
 
 def compared_head(student: LanguageModel, teacher: LanguageModel) -> Head:

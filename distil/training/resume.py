@@ -20,6 +20,7 @@ from distil.training import checkpointing
 from distil.training.checkpointing import Checkpoint
 from distil.training.claim import checkpoints_of, resume_mode
 from distil.training.config import TrainConfig, as_flags
+from distil.training.models import objective_options
 from distil.training.options import resumable_options
 from utils import InputError, logger, one_line, raise_problems
 
@@ -137,6 +138,7 @@ def identify(
         logger.warning(
             "--eval_data_file is what is trained on: its figures say nothing about other text."
         )
+    pairs = objective_options(config, student_config, teacher.network.config).get("layer_map")
     return {
         "student_config": json.loads(json.dumps(entries, default=str)),
         "teacher_name": checkpointing.content_digest(teacher.network.state_dict()),
@@ -145,6 +147,7 @@ def identify(
         "vocabulary": teacher.tokenizer_facts["vocabulary_sha256"],
         "tokenizer_rules": teacher.tokenizer_facts["rules_sha256"],
         "eval_data_file": held_out,
+        "layer_map": json.dumps(pairs) if pairs else None,
     }
 
 
@@ -172,6 +175,11 @@ def check_identity(
                 f"{source} {path}: its digest is {digests[0]}, {found.path} was made with"
                 f" {digests[1]}"
             )
+    if now["layer_map"] != then.get("layer_map", now["layer_map"]):
+        was = then["layer_map"]
+        problems.append(
+            f"--layer_map: layers {now['layer_map']} are compared, {found.path} was made with {was}"
+        )
     best = found.state.get("best")
     if best and now["eval_data_file"] not in (None, best["data"]):
         digests = [str(digest)[:12] for digest in (now["eval_data_file"], best["data"])]

@@ -14,7 +14,6 @@ from torch import nn
 
 from distil.data.batches import MicroBatch
 from distil.models.checks import evaluating, some_of
-from distil.models.forward import read_outputs
 from distil.models.heads import prediction_head
 from utils import InputError, logger, one_line
 
@@ -68,7 +67,7 @@ def _loss(
     if model.needs_teacher:
         head = teacher_head or prediction_head(teacher)
         with torch.no_grad():
-            read = read_outputs(teacher, batch, model.readings)
+            read = model.read_teacher(teacher, batch)
     return model(batch, read, head, 1.0)[0]
 
 
