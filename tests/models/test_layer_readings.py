@@ -173,6 +173,7 @@ def test_a_padded_batch_is_the_mean_of_its_sequences(model_type, is_masked):
         torch.testing.assert_close(mine, other.expand_as(mine), rtol=0, atol=bound)
 
 
+@pytest.mark.slow
 @EVERY_FAMILY
 def test_a_student_that_equals_its_teacher_has_nothing_to_learn(model_type, is_masked):
     names = ["hid", "emb"] if model_type in BYPASSING else ["rel", "hid", "att", "emb"]
