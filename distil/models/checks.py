@@ -75,11 +75,12 @@ def size_mismatches(
 ) -> list[str]:
     """Describe each size in which a student must equal its teacher but does not.
 
-    Students of ARCHITECTURES must equal it in all sizes listed, as in 2019; others in the width if
+    Students of ARCHITECTURES must have its number of positions, as in 2019; all its width if last
     hidden states are compared (needs_width). is_fixed: the student has weights, of these sizes.
     """
     sizes = {}
-    if student.is_named or needs_width:
+    # Differs from the original: hidden states alone need one width. 2019 refused any other.
+    if needs_width:
         sizes["hidden_size"] = "width"
     if student.is_named:
         sizes["max_position_embeddings"] = "number of positions"

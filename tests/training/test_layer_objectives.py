@@ -113,6 +113,19 @@ def test_a_projection_of_another_shape_is_not_resumed(narrow, tmp_path, status_a
     assert "project.weight: [32, 8] float32 in the checkpoint, [32, 16] float32 in" in errors[0]
 
 
+def test_without_cosines_a_student_may_be_narrower(world, tmp_path, status_and_errors):
+    sizes = {"dim": 16, "hidden_dim": 32}
+    config = student_config_of("bert", vocab_size_of(world.teachers["bert"])) | sizes
+    (tmp_path / "student.json").write_text(json.dumps(config))
+    changes = {"student_config": tmp_path / "student.json", "max_steps": 1, "n_gpu": 0}
+    changes |= {"alpha_hid": 1.0, "alpha_rel": 1.0, "relation_heads": 4}
+    flags = world.flags("bert", tmp_path / "run", **changes)
+    status, errors = status_and_errors(train.main, flags)
+    assert status == 2 and "width is 16, the teacher's is 32; they must be equal" in errors[0]
+    train.main([*flags, "--alpha_cos", "0"])
+    assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["dim"] == 16
+
+
 # --------------------------------------------------------------------------------------------------
 # Which layers
 # --------------------------------------------------------------------------------------------------
