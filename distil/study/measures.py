@@ -1,0 +1,82 @@
+"""Held-out figures of a study's students, all on the same masks."""
+
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from distil.evaluation import HeldOut, figures_of, measure, passes_over, plan_batches, reader_of
+from distil.flops import count_update
+from distil.models.language_model import LanguageModel, load_network, resolve_by_name
+from distil.study.variants import Variant
+from utils import InputError
+
+TUNING_EVERY = 4  # of the held-out sequences these choose the rate; the others are reported
+COST_SEQUENCES = 200  # of the data, whose model FLOPs show what a variant costs
+
+
+class HeldOutText:
+    """The held-out sequences, those that tune and those that are reported apart."""
+
+    def __init__(self, dataset, teacher: LanguageModel):
+        """Plan the measurement of an LmSeqsDataset. Raises InputError where it is too small."""
+        self.dataset, self.teacher = dataset, teacher
+        self.passes = HeldOut.of(dataset, teacher.tokenizer, teacher.is_masked).passes
+        numbers = np.arange(len(dataset.lengths))
+        tunes = numbers % TUNING_EVERY == 0
+        if tunes.all():
+            raise InputError(
+                f"--held_out: has {len(numbers)} sequence; expected several, for every"
+                f" {TUNING_EVERY}th is not reported"
+            )
+        self.parts = {"tuning": self._plan(numbers[tunes]), "reported": self._plan(numbers[~tunes])}
+
+    def _plan(self, numbers: np.ndarray) -> list[np.ndarray]:
+        return [numbers[batch] for batch in plan_batches(self.dataset.lengths[numbers])]
+
+    def figures(self, network, against_teacher: bool = True) -> dict[str, dict[str, float]]:
+        """Measure a network: part -> figures, see evaluation.figures_of."""
+        student = reader_of(network, self.teacher.num_entries)
+        teacher = reader_of(self.teacher.network, self.teacher.num_entries)
+        readers = student, teacher if against_teacher else None
+        same_width = network.config.hidden_size == self.teacher.network.config.hidden_size
+        return {
+            part: figures_of(
+                measure(*readers, passes_over(self.dataset.collate, batches, self.passes)),
+                against_teacher,
+                same_width,
+            )
+            for part, batches in self.parts.items()
+        }
+
+
+def load_student(folder: Path):
+    """Load a student for evaluation."""
+    path = str(folder)
+    return load_network(resolve_by_name(path, "--student"), path, "--student").eval()
+
+
+def costs(
+    variants: Mapping[str, Variant],
+    students: Mapping[str, Path],
+    teacher: LanguageModel,
+    dataset,
+    mask_prop: float,
+) -> dict[str, float] | None:
+    """Count each variant's model FLOPs of an update against the first's; None where unknown.
+
+    students: kind of first student -> its folder. dataset: an LmSeqsDataset.
+    """
+    networks = {name: load_student(folder) for name, folder in students.items()}
+    some = np.linspace(0, len(dataset.lengths) - 1, COST_SEQUENCES).astype(np.int64)
+    ids_BT, _ = dataset.collate(some[:1])
+    found = {}
+    for name, variant in variants.items():
+        network = networks.get(variant.student, networks["half"])
+        sizes = network, teacher.network, list(variant.alphas), ids_BT, mask_prop, False
+        counted = count_update(*sizes)
+        if counted is None:
+            return None
+        found[name] = counted.of_batch(dataset.lengths[some])
+    first = next(iter(found.values()))
+    return {name: value / first for name, value in found.items()}

@@ -1,0 +1,144 @@
+"""A study's variants, trainings and summary; the whole program at the smallest size (slow)."""
+
+import json
+import math
+import sys
+
+import pytest
+from conftest import run_process
+from stand_ins import ROOT
+
+from distil.study import runs
+from distil.study.options import chosen, parse
+from distil.study.runs import Job, run_jobs
+from distil.study.summary import Row, Spread, conclusion, table, verdict
+from distil.study.variants import NO_TEACHER, REFERENCE, Variant, train_flags, variants
+from distil.training.config import parse_config
+from utils import InputError
+
+NEEDED = ["--teacher", "t", "--data_file", "d", "--held_out", "h"]
+VARIANTS = [(is_masked, name) for is_masked in (True, False) for name in variants(is_masked)]
+
+
+@pytest.mark.parametrize("is_masked, name", VARIANTS)
+def test_each_variants_flags_are_flags_of_train_py(is_masked, name, world, tmp_path):
+    kind = "bert" if is_masked else "gpt2"
+    variant = variants(is_masked)[name]
+    words = runs.words_of(
+        {
+            **{"--dump_path": tmp_path / "run", "--data_file": world.data(kind)},
+            **{"--teacher_name": world.teachers[kind], "--student": world.teachers[kind]},
+            **({"--token_counts": world.counts(kind)} if is_masked else {}),
+            **train_flags(variant, is_masked),
+        }
+    )
+    config = parse_config(words)
+    assert {k: v for k, v in config.alphas.items() if v} == variant.alphas
+    assert config.mlm == is_masked
+
+
+def test_the_reference_is_the_readmes_triple_and_comes_first():
+    assert next(iter(variants(is_masked=True).items())) == (
+        REFERENCE,
+        Variant("triple loss", {"ce": 5.0, "mlm": 2.0, "cos": 1.0}),
+    )
+    args = parse([*NEEDED, "--variants", "mse_alone"])
+    assert chosen(args, is_masked=True) == [REFERENCE, NO_TEACHER, "mse_alone"]
+
+
+@pytest.mark.parametrize(
+    "flags, line",
+    [
+        (["--variants", "mse_alon"], "--variants mse_alon: expected some of triple, "),
+        (["--seeds", "1", "--max_steps", "0"], "--max_steps 0: expected at least 1"),
+        (["--learning_rates", "1e-4", "2"], "--learning_rates 2.0: expected above 0"),
+        (["--tasks", "sst2"], "--data_dir: needed with --tasks"),
+    ],
+)
+def test_bad_flags_are_one_line(flags, line):
+    with pytest.raises(InputError, match=line):
+        parse([*NEEDED, *flags])
+
+
+def test_variants_of_the_other_kind_of_model_are_refused():
+    args = parse([*NEEDED, "--variants", "smoothing_0"])
+    with pytest.raises(InputError, match="--variants smoothing_0: not for a causal teacher"):
+        chosen(args, is_masked=False)
+
+
+# --------------------------------------------------------------------------------------------------
+# Summary
+# --------------------------------------------------------------------------------------------------
+
+
+def row(name: str, *kl: float, seeds=(1, 2, 3)) -> Row:
+    """Make a row from its KL by seed."""
+    figures = ({"kl": value, "loss": 2.0, "accuracy": 0.4} for value in kl)
+    by_seed = dict(zip(seeds, figures, strict=False))
+    return Row(name, Variant(name, {}), 5e-4, by_seed, 1.0)
+
+
+def test_an_interval_is_students():
+    """1, 2, 3, 4: mean 2.5, deviation 1.2910, t(3) = 3.182."""
+    spread = Spread.of([1.0, 2.0, 3.0, 4.0])
+    assert spread.mean == 2.5
+    assert math.isclose(spread.half, 3.182 * 1.2909944 / 2, rel_tol=1e-6)
+    assert Spread.of([1.0]) == Spread(1.0, None)
+
+
+def test_differences_are_taken_seed_by_seed():
+    """Seeds that move both alike leave no spread in the difference."""
+    reference, other = row(REFERENCE, 0.1, 0.2, 0.4), row("a", 0.08, 0.16, 0.32)
+    difference = other.against(reference)
+    assert math.isclose(difference.mean, -0.2) and difference.half < 1e-12
+    only_second = row("b", 0.1, seeds=(2,))
+    assert only_second.against(reference) == Spread(-0.5, None)
+
+
+def test_the_verdict_asks_for_more_than_the_spread():
+    alone = row(NO_TEACHER, 0.50, 0.52, 0.51)
+    assert verdict(row("a", 0.10, 0.12, 0.11), alone) == "yes"
+    assert verdict(row("a", 0.40, 0.80, 0.30), alone) == "no"
+    assert verdict(row("a", 0.60, 0.62, 0.61), alone) == "no"
+    assert verdict(row("a", 0.10), alone) == "one seed"
+
+
+def test_the_table_holds_deltas_gaps_and_what_is_kept():
+    rows = [row(REFERENCE, 0.2, 0.2), row("a", 0.1, 0.1), row(NO_TEACHER, 0.4, 0.4)]
+    first, teacher = {"kl": 0.8, "loss": 3.0, "accuracy": 0.1}, {"loss": 1.5, "accuracy": 0.5}
+    lines = table(rows, first, teacher).splitlines()
+    best = [cell.strip() for cell in lines[2].split("|")[1:-1]]
+    assert best[0] == "a (`a`)" and best[4:7] == ["0.1000 ± 0.0000", "-50.0% ± 0.0%", "87.5%"]
+    assert best[9:] == ["80.0%", "yes"]
+    assert conclusion(rows).startswith("Closest to the teacher: a (`a`), its KL -50.0%")
+
+
+# --------------------------------------------------------------------------------------------------
+# Trainings
+# --------------------------------------------------------------------------------------------------
+
+
+def test_a_failed_training_is_named_with_its_line_and_the_others_end(tmp_path):
+    words = [["--mistyped"], ["--dump_path", "x"], ["--mistyped"]]
+    jobs = [Job("a", seed, 1e-3, 1, w, tmp_path / f"r{seed}") for seed, w in enumerate(words)]
+    with pytest.raises(InputError, match=r"train.py \(a/\d/0.001\) ended with status 2: train.py"):
+        run_jobs(jobs, 2, lambda job, elapsed_s: None)
+
+
+@pytest.mark.slow
+def test_the_program_compares_continues_and_adds_a_seed(world, tmp_path):
+    out, data = tmp_path / "out", world.data("bert")
+    command = [sys.executable, ROOT / "scripts/study.py", "--teacher", world.teachers["bert"]]
+    command += ["--data_file", data, "--held_out", data, "--output", out, "--max_steps", "3"]
+    command += ["--variants", "mse_alone", "--processes", "2", "--seeds"]
+    assert run_process(*command, "1").returncode == 0
+    before = json.loads((out / "study.json").read_text())
+    assert set(before["rows"]) == {f"{n}/1/0.0005" for n in (REFERENCE, NO_TEACHER, "mse_alone")}
+    done = run_process(*command, "1", "2")
+    assert done.returncode == 0, done.stderr
+    after = json.loads((out / "study.json").read_text())
+    assert len(after["rows"]) == 6 and before["rows"].items() <= after["rows"].items()
+    assert "mse_alone" in (out / "DISTILLATION.md").read_text()
+    assert (out / "out.png").stat().st_size > 1000
+    other = run_process(*command, "1", "--max_length", "20")
+    assert other.returncode == 2 and "the study in" in other.stderr
