@@ -20,6 +20,9 @@ import logging
 from collections.abc import Sequence
 from pathlib import Path
 
+from tqdm import tqdm
+
+from distil.models import layer_choice
 from distil.models.architectures import ARCHITECTURES, PAIRS
 from distil.models.checks import tokenizer_problem
 from distil.models.export import save_folder, tokenizer_for
@@ -32,6 +35,7 @@ from distil.models.first_weights import (
 )
 from distil.models.hub import load_config
 from distil.models.language_model import (
+    LanguageModel,
     is_masked_config,
     is_untied,
     load_language_model,
@@ -39,9 +43,12 @@ from distil.models.language_model import (
     resolve_architecture,
     save_used_bias_twice,
 )
+from distil.models.layer_choice import LayerChoice
 from distil.system.files import atomic_folder, require_output, save_weights, write_json
+from lm_seqs_dataset import LmSeqsDataset
 from utils import (
     InputError,
+    bar_options,
     logger,
     raise_problems,
     run_program,
@@ -83,6 +90,8 @@ def extract(defaults: Defaults, argv: list[str] | None = None) -> None:
     """Run either program: load the teacher, copy its layers, write the student."""
     args = parse(defaults, argv)
     setup_logging(logging.INFO)
+    if args.choose_layers is not None and None in (args.teacher, args.output):
+        raise InputError("--choose_layers: needs --teacher and --output; give both")
     if args.teacher is None and args.output is None:
         write_state_dict(args, defaults)
     elif args.teacher is None or args.output is None:
@@ -136,6 +145,8 @@ def write_student(args: argparse.Namespace) -> None:
     Raises InputError.
     """
     source = f"--teacher {args.teacher}"
+    if args.choose_layers is not None and (args.num_layers is None or args.layers is not None):
+        raise InputError("--choose_layers: needs --num_layers, and no --layers; give these")
     require_output(args.output, "--output", [args.teacher], is_folder=True)
     if os.path.isdir(args.output) and os.listdir(args.output):
         raise InputError(f"--output {args.output}: holds something already; name a new folder")
@@ -152,15 +163,24 @@ def write_student(args: argparse.Namespace) -> None:
     model = load_language_model(architecture, args.teacher, "--teacher")
     raise_problems([tokenizer_problem(model)])
     teacher, tokenizer = model.network, model.tokenizer
+    choice = None
+    if args.choose_layers is not None:
+        choice = measure_layers(args, model)
+        layers = choice.kept
     student = make_student(teacher, args, layers, source)
     save_used_bias_twice(student)
     with atomic_folder(args.output) as folder:
         save_folder(student, tokenizer_for(student, tokenizer), folder)
         save_weights(folder / "first_weights.pth", student.state_dict())
-        write_json(
-            folder / "extraction.json",
-            {"teacher": args.teacher, "layers": layers, "of": num_layers},
-        )
+        taken = {"teacher": args.teacher, "layers": layers, "of": num_layers}
+        if choice is not None:
+            taken["choice"] = {"file": args.choose_layers, **layer_choice.as_json(choice)}
+            text = layer_choice.as_markdown(choice)
+            (folder / "layers.md").write_text(f"{text}\n", encoding="utf-8")
+            facts = {"teacher": args.teacher, "held out": args.choose_layers}
+            layer_choice.draw(choice, folder / "layers.png", facts)
+            print(text, flush=True)
+        write_json(folder / "extraction.json", taken)
     parameters = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
     print(
         f"Took {len(layers)} of {num_layers} layers ({' '.join(map(str, layers))}):"
@@ -173,6 +193,17 @@ def write_student(args: argparse.Namespace) -> None:
         args.output,
         args.teacher,
     )
+
+
+def measure_layers(args: argparse.Namespace, model: LanguageModel) -> LayerChoice:
+    """Choose --num_layers of the teacher's layers on held-out text. Raises InputError."""
+    dataset = LmSeqsDataset.from_file(args.choose_layers, model, None, "--choose_layers")
+    batches = layer_choice.asked_batches(dataset, model.tokenizer, model.is_masked)
+    sizes = model.network.config.num_hidden_layers, args.num_layers
+    total, source = layer_choice.num_measurements(*sizes), f"--teacher {args.teacher}"
+    with tqdm(total=total, unit="measurement", **bar_options()) as bar:
+        given = model.network, args.num_layers, batches, source
+        return layer_choice.choose_by_measurement(*given, bar.update)
 
 
 def make_student(teacher, args: argparse.Namespace, layers: Sequence[int], source: str):

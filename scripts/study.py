@@ -105,11 +105,11 @@ class Study:
     def prepare(self) -> None:
         """Make first students and token counts, and measure the first weights and the teacher."""
         self.save()
-        num_layers = self.teacher.network.config.num_hidden_layers
+        num_layers, data = self.teacher.network.config.num_hidden_layers, self.args.data_file
         for kind in dict.fromkeys(["half", *(v.student for v in self.variants.values())]):
             folder = self.first(kind)
             if kind != RANDOM and not folder.exists():
-                flags = {"--teacher": self.args.teacher, **STUDENTS[kind](num_layers)}
+                flags = {"--teacher": self.args.teacher, **STUDENTS[kind](num_layers, data)}
                 run_program("scripts/extract.py", {**flags, "--output": folder}, self.log("first"))
             if kind != RANDOM and kind not in self.state["first"]:
                 self.state["first"][kind] = self.held_out.figures(load_student(folder))

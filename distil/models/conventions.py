@@ -77,12 +77,14 @@ def config_with_layers(config, layers: Sequence[int], source: str):
     content |= ENTRIES.get(config.model_type, lambda config, layers: {})(config, layers)
     content[key_of(config, NUM_LAYERS)] = len(layers)
     try:
-        return type(config).from_dict(content)
+        copied = type(config).from_dict(content)
     except Exception as error:
         raise InputError(
             f"{source}: cannot make a configuration of {len(layers)} layers from it"
             f" ({one_line(error)})"
         ) from error
+    copied._attn_implementation = config._attn_implementation
+    return copied
 
 
 # --------------------------------------------------------------------------------------------------

@@ -114,6 +114,15 @@ def _add_student_flags(parser: argparse.ArgumentParser) -> None:
         help="a student of another type than its --teacher",
     )
     add(
+        "--choose_layers",
+        metavar="TOKEN_FILE",
+        help=(
+            "choose --num_layers layers by measurement on held-out text, leaving out one at a time"
+            " the layer whose absence changes the predictions least; what each costs is written"
+            " into --output as a table and a picture"
+        ),
+    )
+    add(
         "--trust_remote_code",
         action="store_true",
         help="run Python files that come with the teacher, where it needs them",

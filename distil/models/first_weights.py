@@ -297,7 +297,6 @@ def student_of_layers(teacher: nn.Module, layers: Sequence[int], source: str) ->
             f" {num_layers - 1}"
         )
     config = config_with_layers(teacher.config, layers, source)
-    config._attn_implementation = teacher.config._attn_implementation
     try:
         student = type(teacher)(config)
     except Exception as error:
@@ -344,11 +343,7 @@ def _check_layers(
     teacher, student, lists: Sequence[str], layers: Sequence[int], source: str
 ) -> None:
     """Raise InputError unless the student's logits equal the teacher's without its other layers."""
-    cut = teacher
-    for path in lists:
-        kept = nn.ModuleList(teacher.get_submodule(path)[layer] for layer in layers)
-        cut = replaced(cut, path, kept)
-    _set_config(cut, lists, student.config)
+    cut = with_layers(teacher, lists, layers, student.config)
     ids_BT, options = some_ids(teacher, 1), without_cache(teacher)
     try:
         with evaluating(teacher, student, cut):
@@ -363,6 +358,19 @@ def _check_layers(
             " where they have other numbers; choose layers whose kinds are in the order of a model"
             " of that depth"
         )
+
+
+def with_layers(teacher: nn.Module, lists: Sequence[str], layers: Sequence[int], config):
+    """Copy a model with some of its layers; their weights are shared.
+
+    lists: see layer_lists. config: see config_with_layers.
+    """
+    cut = teacher
+    for path in lists:
+        kept = nn.ModuleList(teacher.get_submodule(path)[layer] for layer in layers)
+        cut = replaced(cut, path, kept)
+    _set_config(cut, lists, config)
+    return cut
 
 
 def _set_config(model: nn.Module, lists: Sequence[str], config) -> None:

@@ -32,12 +32,16 @@ class Variant:
     student: str = "half"
 
 
-# First students: number of the teacher's layers -> flags of extract.py.
+# First students: (number of the teacher's layers, data file) -> flags of extract.py.
 STUDENTS = {
-    "half": lambda num: {"--num_layers": max(num // 2, 1)},
-    "third": lambda num: {"--num_layers": max(num // 3, 1)},
-    "first_layers": lambda num: {"--layers": range(max(num // 2, 1))},
-    "last_layers": lambda num: {"--layers": range(num - max(num // 2, 1), num)},
+    "half": lambda num, data: {"--num_layers": max(num // 2, 1)},
+    "third": lambda num, data: {"--num_layers": max(num // 3, 1)},
+    "first_layers": lambda num, data: {"--layers": range(max(num // 2, 1))},
+    "last_layers": lambda num, data: {"--layers": range(num - max(num // 2, 1), num)},
+    "measured_layers": lambda num, data: {
+        "--num_layers": max(num // 2, 1),
+        "--choose_layers": data,
+    },
 }
 RANDOM = "random"  # half's configuration
 
