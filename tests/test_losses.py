@@ -149,7 +149,7 @@ SLOW = {
 SLOW["clm"] = SLOW["mlm"]
 
 
-@pytest.mark.parametrize("name", LOSSES)
+@pytest.mark.parametrize("name", [k for k, loss in LOSSES.items() if not loss.make_module])
 def test_each_objective_equals_a_slow_loop(name):
     generator = torch.Generator().manual_seed(3)
     student, teacher = torch.randn(2, 6, 9, generator=generator, dtype=torch.float64) * 3

@@ -16,6 +16,7 @@ from torch import nn
 
 from distil.data.batches import MicroBatch, to_device
 from distil.evaluation import SUMS, HeldOut, Reader, measure, plan_batches, reader_of
+from distil.kept_rows import KeptRows
 from distil.models.conventions import config_with_layers, layer_lists
 from distil.models.first_weights import with_layers
 from distil.models.forward import last_hidden_state
@@ -23,7 +24,7 @@ from distil.reporting.plots import LOOKS, draw_bars, name_rows, picture, set_hea
 from distil.reporting.tables import markdown
 from utils import InputError
 
-MEASURED_IDS = 2**14  # of the text: evenly spaced sequences
+MEASURED_IDS = 2**13  # of the text: evenly spaced sequences
 
 
 def asked_batches(dataset, tokenizer, is_masked: bool) -> list[MicroBatch]:
@@ -34,7 +35,7 @@ def asked_batches(dataset, tokenizer, is_masked: bool) -> list[MicroBatch]:
     wanted = max(round(MEASURED_IDS / float(np.mean(dataset.lengths))), 1)
     numbers = np.linspace(0, len(dataset.lengths) - 1, min(wanted, len(dataset.lengths)))
     chosen = np.unique(numbers.round().astype(np.int64))
-    passes, batches = HeldOut.of(dataset, tokenizer, is_masked).passes, []
+    passes, batches = HeldOut.of(dataset, tokenizer, is_masked).passes[""], []
     for number, places in enumerate(plan_batches(dataset.lengths[chosen])):
         asked = list(passes(number, *dataset.collate(chosen[places])))
         batches += itertools.islice(asked, number % len(asked), number % len(asked) + 1)
@@ -83,13 +84,13 @@ def choose_by_measurement(
         raise InputError(
             f"--choose_layers: {source} has no list of layers to choose from; leave it out"
         )
-    reader = reader_of(teacher)
+    reader, answers = reader_of(teacher), KeptRows()
     kept, removals = list(range(teacher.config.num_hidden_layers)), []
     while len(kept) > num_wanted:
         without = {}
         for layer in kept:
             others = [other for other in kept if other != layer]
-            kl = _kl_without(teacher, reader, lists, others, batches, source)
+            kl = _kl_without(teacher, reader, lists, others, batches, answers, source)
             advance()
             if kl is not None:
                 without[layer] = kl
@@ -108,14 +109,17 @@ def num_measurements(num_layers: int, num_wanted: int) -> int:
     return sum(range(num_wanted + 1, num_layers + 1))
 
 
-def _kl_without(teacher, reader: Reader, lists, others, batches, source: str) -> float | None:
+def _kl_without(
+    teacher, reader: Reader, lists, others, batches, answers, source: str
+) -> float | None:
     """Measure the KL divergence without a layer; None where a family's pattern forbids it."""
     try:
         config = config_with_layers(teacher.config, others, source)
     except InputError:
         return None
     cut = with_layers(teacher, lists, others, config)
-    sums = dict(zip(SUMS, measure(reader_of(cut), reader, batches).tolist(), strict=True))
+    sums_S = measure(reader_of(cut), reader, batches, answers)
+    sums = dict(zip(SUMS, sums_S.tolist(), strict=True))
     return sums["kl"] / sums["positions"]
 
 

@@ -7,6 +7,7 @@ import numpy as np
 
 from distil.evaluation import HeldOut, figures_of, measure, passes_over, plan_batches, reader_of
 from distil.flops import count_update
+from distil.kept_rows import KeptRows
 from distil.models.language_model import LanguageModel, load_network, resolve_by_name
 from distil.study.variants import Variant
 from utils import InputError
@@ -21,7 +22,8 @@ class HeldOutText:
     def __init__(self, dataset, teacher: LanguageModel):
         """Plan the measurement of an LmSeqsDataset. Raises InputError where it is too small."""
         self.dataset, self.teacher = dataset, teacher
-        self.passes = HeldOut.of(dataset, teacher.tokenizer, teacher.is_masked).passes
+        self.passes = HeldOut.of(dataset, teacher.tokenizer, teacher.is_masked).passes[""]
+        self.kept = KeptRows()  # the teacher answers once
         numbers = np.arange(len(dataset.lengths))
         tunes = numbers % TUNING_EVERY == 0
         if tunes.all():
@@ -34,6 +36,9 @@ class HeldOutText:
     def _plan(self, numbers: np.ndarray) -> list[np.ndarray]:
         return [numbers[batch] for batch in plan_batches(self.dataset.lengths[numbers])]
 
+    def _passes(self, batches: list[np.ndarray]):
+        return passes_over(self.dataset.collate, batches, self.passes)
+
     def figures(self, network, against_teacher: bool = True) -> dict[str, dict[str, float]]:
         """Measure a network: part -> figures, see evaluation.figures_of."""
         student = reader_of(network, self.teacher.num_entries)
@@ -42,7 +47,7 @@ class HeldOutText:
         same_width = network.config.hidden_size == self.teacher.network.config.hidden_size
         return {
             part: figures_of(
-                measure(*readers, passes_over(self.dataset.collate, batches, self.passes)),
+                measure(*readers, self._passes(batches), self.kept, part),
                 against_teacher,
                 same_width,
             )
