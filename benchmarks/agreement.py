@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from benchmarks.reference_step import PlainStep
 from benchmarks.workload import Job, Workload, make_distiller, make_models, make_workload
-from distil.data.batches import MicroBatch
+from distil.data.batches import MicroBatch, join
 from utils import InputError
 
 CHECKED_LENGTH = 32
@@ -21,17 +21,19 @@ AGREEMENT = {"fp32": (1e-4, 1e-3), "bf16": (5e-2, 1e-1), "fp16": (1e-2, 3e-2)}
 def run_check(job: Job) -> dict:
     """Compare losses and gradient of our step in a precision with the reference's in fp32.
 
-    On two short micro-batches, with the same weights and no dropout. Raises InputError where they
-    differ by more than AGREEMENT.
+    On two short micro-batches, in one pass where the job joins any, with the same weights and no
+    dropout. Raises InputError where they differ by more than AGREEMENT.
     """
-    batches = checked_batches(make_workload(job))
+    workload = make_workload(job)
+    batches = checked_batches(workload)
+    passes = [join(batches, workload.dataset.special.pad)] if job.tokens_per_pass else batches
     numbers = list(range(len(batches)))
     teacher, student = make_models(job, has_dropout=False)
     move_apart(student)
     # A Distiller converts and compiles the models that it is given.
     untouched = copy.deepcopy(teacher), copy.deepcopy(student)
     ours = make_distiller(job, teacher, student)
-    losses_MK = ours.accumulate(batches, numbers, len(batches))[:, 1:]
+    losses_MK = ours.accumulate(passes, numbers, len(passes))[:, 1:]
     grads = flat_gradient(student) / ours.scaler.get_scale()
     reference = PlainStep(dataclasses.replace(job, kind="reference", precision="fp32"), *untouched)
     reference_MK = torch.tensor(

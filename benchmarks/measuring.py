@@ -16,7 +16,7 @@ from distil.data.batches import MicroBatch
 from distil.flops import DTYPES, best_seconds, clock_s, product_rate, size_of, update_flops
 from distil.system.memory import process_memory
 from distiller import Distiller
-from grouped_batch_sampler import PlannedBatch
+from grouped_batch_sampler import Update
 
 STAGES = ("data", "teacher", "student forward", "head and losses", "backward", "optimizer")
 # Of the ceilings: rows of square matrices that are multiplied, bytes that are copied.
@@ -113,7 +113,7 @@ def run_steps(job: Job) -> dict:
     sizes = size_of(teacher), size_of(student)
     step = (make_distiller if job.kind == "distiller" else PlainStep)(job, teacher, student)
     num_timed, num_staged = job.warmup + job.updates, min(job.updates, STAGE_UPDATES)
-    updates = workload.planned(job, num_timed + num_staged)
+    updates = workload.updates(job, num_timed + num_staged)
     baseline = start_watching_memory(job.device) - moment_bytes(step.optimizer)
     with contextlib.closing(workload.batches(updates, step.ready)) as batches:
         timed = time_updates(job, step, updates[:num_timed], batches)[job.warmup :]
@@ -126,8 +126,8 @@ def run_steps(job: Job) -> dict:
     return {
         "step_s": [seconds for seconds, _ in timed],
         "skipped_updates": sum(not np.isfinite(norm) for _, norm in timed),
-        "tokens": [int(workload.lengths(update).sum()) for update in measured],
-        "flops": [update_flops(*sizes, workload.lengths(update)) for update in measured],
+        "tokens": [int(workload.lengths(update.planned).sum()) for update in measured],
+        "flops": [update_flops(*sizes, workload.lengths(update.planned)) for update in measured],
         "stages_s": {stage: watch.seconds.get(stage, 0.0) / num_staged for stage in STAGES},
         # The kernel's counters lag by a few pages a thread.
         "memory": {"models": baseline, "peak": max(peak, baseline), "state": state_bytes(student)},
@@ -135,7 +135,7 @@ def run_steps(job: Job) -> dict:
 
 
 def time_updates(
-    job: Job, step, updates: list[list[PlannedBatch]], batches: Iterator[MicroBatch]
+    job: Job, step, updates: list[Update], batches: Iterator[MicroBatch]
 ) -> list[tuple[float, float]]:
     """Do updates as training does between two logs: (seconds, gradient norm) of each.
 
@@ -143,8 +143,8 @@ def time_updates(
     """
     marks, begun = [mark(job.device)], []
     for update in updates:
-        numbers = [planned.number for planned in update]
-        begun.append(step.launch(itertools.islice(batches, len(numbers)), numbers, len(numbers)))
+        numbers, num = [planned.number for planned in update.planned], len(update.passes)
+        begun.append(step.launch(itertools.islice(batches, num), numbers, num))
         marks.append(mark(job.device))
         for earlier in begun[-2:-1]:
             earlier.read()

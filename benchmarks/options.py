@@ -94,6 +94,14 @@ def add_variant_flags(parser: argparse.ArgumentParser) -> None:
         help="also time our step with one piece of distil/kernels/cpu.py off, a row a piece",
     )
     add(
+        "--tokens_per_pass",
+        type=int,
+        nargs="+",
+        default=[0],
+        help="padded tokens up to which a pass of our step joins micro-batches, one figure or more"
+        " (default: 0, none are joined)",
+    )
+    add(
         "--end_to_end",
         action="store_true",
         help="also time train.py, as a program, on the same sequences",

@@ -54,9 +54,11 @@ def run_training(job: Job) -> dict:
         size_of(build_network(ARCHITECTURES[row_type], config))
         for row_type, config in configurations(job)
     ]
-    updates = workload.planned(job, every * (num_windows + 1))
+    updates = workload.updates(job, every * (num_windows + 1))
     windows = [
-        workload.lengths(itertools.chain(*updates[k * every : (k + 1) * every]))
+        workload.lengths(
+            itertools.chain(*(one.planned for one in updates[k * every : (k + 1) * every]))
+        )
         for k in range(1, num_windows + 1)
     ]
     return {
@@ -105,6 +107,7 @@ def training_command(job: Job, folder: Path, max_steps: int, log_interval: int) 
         "batch_size": job.batch_size,
         "max_steps": max_steps,
         "gradient_accumulation_steps": job.micro_batches,
+        "tokens_per_pass": job.tokens_per_pass,
         "log_interval": log_interval,
         "seed": job.seed,
         "learning_rate": LEARNING_RATE,

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 import transformers
 
-from distil.data.batches import MicroBatch, mlm_preparation, prepare_clm
+from distil.data.batches import MicroBatch, join, mlm_preparation, prepare_clm
 from distil.data.token_files import MIN_LENGTH, writing_tokens
 from distil.flops import DTYPES
 from distil.models.architectures import ARCHITECTURES
@@ -28,7 +28,7 @@ from distil.models.tokenizer_roles import special_ids
 from distil.system.prefetch import MICRO_BATCHES_AHEAD, prefetched
 from distil.training.optimizer import make_optimizer
 from distiller import DistillationModel, Distiller
-from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch
+from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch, Update
 from lm_seqs_dataset import LmSeqsDataset
 from utils import keep_freed_memory, keyed_numpy_generator, keyed_seed
 
@@ -96,6 +96,7 @@ class Job:
 
     kind: a key of jobs.JOBS. length: the longest sequence, in ids. compiles: run our step through
     torch.compile. without: a piece of distil/kernels/cpu.py to switch off (cpu_pieces.PIECES).
+    tokens_per_pass: padded tokens up to which a pass joins micro-batches; 0: it joins none.
     """
 
     kind: str
@@ -113,6 +114,7 @@ class Job:
     seed: int
     compiles: bool = False
     without: str | None = None
+    tokens_per_pass: int = 0
 
     @property
     def name(self) -> str:
@@ -126,6 +128,8 @@ class Job:
         """Say how the step runs where it runs otherwise than by default; "" by default."""
         if self.is_autocast_reference:
             return "in autocast"
+        if self.tokens_per_pass:
+            return f"joined to {self.tokens_per_pass}{', compiled' * self.compiles}"
         return "compiled" if self.compiles else f"without {self.without}" if self.without else ""
 
     @property
@@ -299,10 +303,10 @@ class Workload:
     sampler: GroupedBatchSampler
     prepare: Callable
 
-    def planned(self, job: Job, num_updates: int) -> list[list[PlannedBatch]]:
-        """List the micro-batches of each update."""
-        numbers = self.sampler.micro_batches(num_updates * job.micro_batches)
-        return [list(itertools.islice(numbers, job.micro_batches)) for _ in range(num_updates)]
+    def updates(self, job: Job, num_updates: int) -> list[Update]:
+        """List the first updates, with their passes."""
+        plan = num_updates * job.micro_batches, job.micro_batches
+        return list(self.sampler.updates(*plan, rank=0, world_size=1))
 
     def lengths(self, update: Iterable[PlannedBatch]) -> np.ndarray:
         """Return the lengths of an update's sequences, in ids."""
@@ -311,13 +315,16 @@ class Workload:
         ].astype(np.int64)
 
     def batches(
-        self, updates: Iterable[list[PlannedBatch]], ready: Callable[[MicroBatch], MicroBatch]
+        self, updates: Iterable[Update], ready: Callable[[MicroBatch], MicroBatch]
     ) -> Iterator[MicroBatch]:
-        """Yield the updates' micro-batches, collated and prepared a few ahead."""
+        """Yield the updates' passes, collated and prepared a few ahead."""
+
+        def prepared(planned: PlannedBatch) -> MicroBatch:
+            return self.prepare(planned.number, *self.dataset.collate(planned.sequences))
 
         def make() -> Iterator[MicroBatch]:
-            for planned in itertools.chain.from_iterable(updates):
-                yield ready(self.prepare(planned.number, *self.dataset.collate(planned.sequences)))
+            for one in itertools.chain.from_iterable(update.passes for update in updates):
+                yield ready(join(map(prepared, one), self.dataset.special.pad))
 
         return prefetched(make(), MICRO_BATCHES_AHEAD)
 
@@ -335,6 +342,7 @@ def make_workload(job: Job) -> Workload:
     sampler = GroupedBatchSampler(
         dataset.lengths, job.batch_size, dataset.max_length, group_by_size=True, seed=job.seed
     )
+    sampler.join(job.tokens_per_pass, job.micro_batches, None)
     prepare = prepare_clm
     if architecture.is_masked:
         counts_V = torch.from_numpy(synthetic_counts(config.vocab_size))

@@ -99,6 +99,11 @@ def number_problems(args: argparse.Namespace, longest: int) -> list[str]:
         for value in (getattr(args, name) if name == "batch_size" else [getattr(args, name)])
         if value is not None and value < 1
     ]
+    problems += [
+        f"--tokens_per_pass {limit}: expected 0, or {args.length}, the longest sequence, or more"
+        for limit in args.tokens_per_pass
+        if limit != 0 and limit < args.length
+    ]
     if args.warmup < 0:
         problems.append(f"--warmup {args.warmup}: expected 0 or more")
     if not MIN_LENGTH < args.length <= longest:
@@ -169,12 +174,13 @@ def make_jobs(args: argparse.Namespace, data_file: str) -> list[Job]:
 
 
 def ways(args: argparse.Namespace) -> list[dict]:
-    """List the ways to run our step: as it is, compiled, with one piece of the CPU's kernels off.
+    """List the ways to run our step: its passes, compiled, with one piece of the CPU's kernels off.
 
     Each is a change of Job's defaults.
     """
-    compiled = [{"compiles": True}] if args.compile else []
-    return [{}, *compiled, *({"without": piece} for piece in dict.fromkeys(args.without))]
+    joined = [{"tokens_per_pass": limit} for limit in dict.fromkeys(args.tokens_per_pass)]
+    compiled = [{"compiles": True, **one} for one in joined] if args.compile else []
+    return [*joined, *compiled, *({"without": piece} for piece in dict.fromkeys(args.without))]
 
 
 def make_checks(args: argparse.Namespace, job: Job) -> dict[str, Job]:

@@ -47,6 +47,7 @@ fi
 if [ "$device" = cpu ]; then
     tiny=(--device cpu --size tiny --updates 2 --warmup 1)
     benchmark bert "${tiny[@]}" --length 32 "${reference[@]}" "${compile[@]}" --sweep --batch_size 2 --precision fp32 bf16
+    benchmark bert-as-typed "${tiny[@]}" --length 32 --mix --batch_size 5 --micro_batches 6 --tokens_per_pass 0 400
     benchmark bert-end-to-end "${tiny[@]}" --length 32 "${compile[@]}" --end_to_end
 else
     for pair in bert mbert gpt2 roberta; do
@@ -56,6 +57,8 @@ else
         fi
         benchmark "$pair" --device cuda --pair "$pair" --length "$length" "${reference[@]}" "${compile[@]}" --sweep
     done
+    benchmark bert-as-typed --device cuda --length 512 --mix --batch_size 5 --micro_batches 50 --precision fp32 bf16 \
+        --tokens_per_pass 0 8192 16384 32768 65536 "${compile[@]}"
     benchmark bert-mix --device cuda --length 512 --mix --batch_size 64 --precision fp32 bf16 "${reference[@]}" "${compile[@]}"
     benchmark bert-end-to-end --device cuda --length 256 --batch_size 128 --precision fp32 bf16 "${compile[@]}" --end_to_end
 fi

@@ -66,6 +66,22 @@ def test_both_steps_compute_the_same(pair, tmp_path):
     )
 
 
+@pytest.mark.parametrize("pair", ["bert", "gpt2"])
+def test_joined_passes_compute_the_same_and_are_a_variant(pair, tmp_path):
+    flags = ["--pair", pair, "--mix", "--length", "40", "--micro_batches", "6"]
+    args = benchmark.parse([*FLAGS, *flags, "--tokens_per_pass", "0", "400"])
+    jobs = benchmark.make_jobs(args, str(tmp_path / "store"))
+    assert [job.tokens_per_pass for job in jobs] == [0, 400]
+    assert list(benchmark.make_checks(args, jobs[0])) == ["fp32", "fp32 (joined to 400)"]
+    workload.write_synthetic(jobs, args.mix)
+    found = agreement.run_check(dataclasses.replace(jobs[1], kind="check"))
+    assert found["gradient_cosine"] > 0.9999 and found["gradients_differ_by"] < 1e-4
+    apart, joined = (workload.make_workload(job).updates(job, 2) for job in jobs)
+    assert [len(update.passes) for update in apart] == [6, 6]
+    assert all(len(update.passes) < 6 for update in joined)
+    assert measuring.run_steps(jobs[0])["tokens"] == measuring.run_steps(jobs[1])["tokens"]
+
+
 def test_half_precision_computes_nearly_the_same(tmp_path):
     found = agreement.run_check(make_job(tmp_path, precision="bf16"))
     assert 1e-5 < found["gradients_differ_by"] < 0.1 and found["gradient_cosine"] > 0.99
@@ -369,6 +385,10 @@ BAD_FLAGS = {
     ),
     "short length": (["--length", "11"], "--length 11: expected 12 to 512"),
     "batch size": (["--batch_size", "4", "0"], "--batch_size 0: expected at least 1"),
+    "passes": (
+        ["--length", "64", "--tokens_per_pass", "0", "63"],
+        "--tokens_per_pass 63: expected 0, or 64, the longest sequence, or more",
+    ),
     "rounds": (["--rounds", "0"], "--rounds 0: expected at least 1"),
     "updates": (["--updates", "-1"], "--updates -1: expected at least 1"),
     "warm-up": (["--warmup", "-1"], "--warmup -1: expected 0 or more"),
