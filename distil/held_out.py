@@ -107,14 +107,16 @@ def run_measurement(
     collate: Callable,
     source: str,
     num_entries: int | None = None,
+    amp_dtype: torch.dtype | None = None,
 ) -> dict[str, float]:
     """Measure a model, against its teacher if there is one; return figures by prefixed name.
 
     collate: see passes_over. source: the model's flag and name. num_entries: of the tokenizer.
+    amp_dtype: dtype of mixed precision.
     Raises InputError for a figure that is not finite.
     """
     networks = network, teacher
-    readers = [None if one is None else reader_of(one, num_entries) for one in networks]
+    readers = [None if one is None else reader_of(one, num_entries, amp_dtype) for one in networks]
     title = f"{measurement.prefix}loss"
     with tqdm(total=len(measurement.batches), unit="batch", desc=title, **bar_options()) as bar:
 

@@ -26,6 +26,11 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="run the Python files that a model comes with, where it needs them",
     )
     parser.add_argument(
+        "--bf16",
+        action="store_true",
+        help="compute in bfloat16 (mixed precision), as a run with --bf16 evaluates",
+    )
+    parser.add_argument(
         "--device",
         choices=["cpu", "cuda"],
         help="(default: a GPU where there is one)",

@@ -237,11 +237,11 @@ def main(argv: list[str] | None = None) -> None:
     dataset = read_sequences(args, model, min(longest, args.max_length or longest))
     figures: dict[str, float] = {}
     teacher_network = None if teacher is None else teacher.network
+    amp_dtype = torch.bfloat16 if args.bf16 else None
     for measurement in measurements(args, model, dataset.lengths):
         networks = model.network, teacher_network
-        figures |= run_measurement(
-            measurement, *networks, dataset.collate, model.source, model.num_entries
-        )
+        given = dataset.collate, model.source, model.num_entries, amp_dtype
+        figures |= run_measurement(measurement, *networks, *given)
     num_examples = {"sequences": len(dataset), "ids": int(dataset.lengths.sum())}
     runs = [{"seed": args.seed, "metrics": as_metrics(figures), "num_examples": num_examples}]
     task = "masked lm" if model.is_masked else "causal lm"

@@ -42,6 +42,7 @@ from lm_seqs_dataset import LmSeqsDataset, make_preparation
 from utils import (
     InputError,
     bar_options,
+    keep_freed_memory,
     keyed_seed,
     logger,
     raise_problems,
@@ -101,6 +102,7 @@ def main(argv: list[str] | None = None) -> None:
             f"{source}: vocab_size is {config.vocab_size}, the tokenizer has ids up to"
             f" {largest_id}; set vocab_size {largest_id + 1} or more"
         )
+    keep_freed_memory()  # as train.py does on a CPU
     torch.manual_seed(keyed_seed(args.seed, "teacher"))
     model = build_network(architecture, config, source)
     teacher = LanguageModel(architecture, model, tokenizer, source)

@@ -633,6 +633,18 @@ def test_bad_input_is_a_line_a_problem_and_nothing_is_overwritten(
     ] == before
 
 
+@pytest.mark.parametrize("kind", ["bert", "gpt2"])
+def test_bf16_scores_are_close_to_those_of_float32(kind, teachers, held_out, tmp_path):
+    flags = "--model", teachers[kind], "--teacher", teachers[kind], "--data_file", held_out[kind]
+    wide = scores_of(tmp_path / "wide.json", *flags)
+    half = scores_of(tmp_path / "half.json", *flags, "--bf16")
+    assert half["flags"]["bf16"] and not wide["flags"]["bf16"]
+    assert half["score"]["loss"] != wide["score"]["loss"]
+    # 8 bits in each product, over a mean of many.
+    assert half["score"]["loss"] == pytest.approx(wide["score"]["loss"], rel=0.01)
+    assert half["score"]["kl"] == 0
+
+
 # --------------------------------------------------------------------------------------------------
 # On the way of a run
 # --------------------------------------------------------------------------------------------------

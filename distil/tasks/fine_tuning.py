@@ -7,7 +7,8 @@ teacher that was fine-tuned for it before:
     loss = alpha_task x the task's own loss + alpha_ce x DISTANCES[head](student, teacher, T)
 
 The loop is the transformers Trainer's; the optimizer is that of the 2019 scripts (AdamW, linear
-decay to 0, no warm-up, clip at 1, no weight decay of biases and layer norms).
+decay to 0, no warm-up, clip at 1, no weight decay of biases and layer norms). On a CPU every
+forward and backward runs in the kernels of distil/kernels/cpu.py.
 
 Shape suffixes: B examples, T padded length, C classes or vocabulary, N selected positions.
 """
@@ -25,10 +26,11 @@ import torch
 import transformers
 from transformers.trainer_utils import PREFIX_CHECKPOINT_DIR
 
+from distil.kernels.cpu import faster_for
 from distil.losses import at_least_float32, kl_divergence, squared_error
 from distil.models.export import complete_folder
 from distil.system.files import naming_library_errors, replacing_files
-from utils import InputError
+from utils import InputError, keep_freed_memory
 
 IGNORED_LABEL = -100
 
@@ -125,6 +127,10 @@ class Trainer(transformers.Trainer):
 
     def compute_loss(self, model, inputs, return_outputs: bool = False, num_items_in_batch=None):
         """Return the second step's loss; in evaluation the task's loss alone."""
+        with faster_for(model, self.teacher):
+            return self._compute_loss(model, inputs, return_outputs)
+
+    def _compute_loss(self, model, inputs, return_outputs: bool):
         plain = self.accelerator.unwrap_model(model)
         student = model(**inputs_of(plain, inputs))
         loss = student.loss
@@ -144,7 +150,8 @@ class Trainer(transformers.Trainer):
     def prediction_step(self, model, inputs, prediction_loss_only, ignore_keys=None):
         """Select the inputs that the model's forward knows; the library's Trainer passes all."""
         kept = inputs_of(self.accelerator.unwrap_model(model), inputs)
-        return super().prediction_step(model, kept, prediction_loss_only, ignore_keys)
+        with faster_for(model):
+            return super().prediction_step(model, kept, prediction_loss_only, ignore_keys)
 
     def _save(self, output_dir=None, state_dict=None) -> None:
         """Save the model's files as every program does, once all are complete."""
@@ -218,6 +225,8 @@ def training_arguments(
     fp16, use_cpu.
     """
     on_cpu = changes.get("use_cpu", False) or not torch.cuda.is_available()
+    if on_cpu:
+        keep_freed_memory()  # as train.py does
     options = {
         "learning_rate": 5e-5,
         "num_train_epochs": 3,

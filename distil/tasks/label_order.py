@@ -12,6 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from distil.kernels.cpu import faster_for
 from distil.tasks.agreement import falls, find_better_order, is_beyond_luck
 from distil.tasks.features import Feature, collator
 from distil.tasks.fine_tuning import IGNORED_LABEL, inputs_of
@@ -137,7 +138,8 @@ def outputs_of_teacher(plan: Plan, features: Sequence[Feature]) -> list[np.ndarr
         batch = collate(features[first : first + size])
         labels = batch.pop("labels")
         given = {name: tensor.to(device) for name, tensor in batch.items()}
-        logits = teacher(**inputs_of(teacher, given)).logits
+        with faster_for(teacher):
+            logits = teacher(**inputs_of(teacher, given)).logits
         rows.extend(HEADS[plan.task.head].reduce(logits, labels).cpu().numpy())
     return rows
 

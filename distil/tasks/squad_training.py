@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 import transformers
 
+from distil.kernels.cpu import faster_for
 from distil.models.architectures import ARCHITECTURES
 from distil.models.casing import casing_of_flags
 from distil.models.export import MODEL_FILES, tokenizer_for
@@ -204,7 +205,8 @@ def spans_of_teacher(
         batch = dict(trainer.data_collator(items[first : first + size]))
         truth.append(torch.stack([batch.pop(f"{end}_positions") for end in ("start", "end")], 1))
         batch = {key: tensor.to(trainer.args.device) for key, tensor in batch.items()}
-        output = trainer.teacher(**inputs_of(trainer.teacher, batch))
+        with faster_for(trainer.teacher):
+            output = trainer.teacher(**inputs_of(trainer.teacher, batch))
         best = [logits.argmax(-1).cpu() for logits in (output.start_logits, output.end_logits)]
         found.append(torch.stack(best, 1))
     return torch.cat(found), torch.cat(truth)
