@@ -172,7 +172,7 @@ class Progress:
         self.log_count = state["log_count"]
         self.epoch_sums = {epoch: (total, count) for epoch, total, count in state["epoch_sums"]}
         self.evaluated_step, self.best = state.get("evaluated_step", 0), state.get("best")
-        self.held_out = dict(state.get("held_out", {}))
+        self.held_out = dict(state.get("held_out") or {})
 
     def start_clock(self) -> None:
         """Measure rates from now on: a checkpoint was read or written before."""
@@ -265,7 +265,8 @@ class Progress:
     def log_gain(self) -> None:
         """Say by how much the student beats its first weights on held-out text; warn where not."""
         if self.evaluated_step == self.step and "first" in self.held_out:
-            beats, text = describe_gain(**self.held_out, best=self.best)
+            compared = self.held_out["first"], self.held_out.get("last", {})
+            beats, text = describe_gain(*compared, self.best)
             logger.log(logging.INFO if beats else logging.WARNING, "%s", text)
 
     # ---- the bar and the log ---------------------------------------------------------------------

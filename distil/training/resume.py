@@ -36,6 +36,7 @@ STATE_PARTS = {
         "trackers": ({...: TEXT}, None),
         "scaler": {...: float},
     },
+    "held_out": ({...: {...: float}}, None),
     "schedule": {"_last_lr": ([float], None), ...: (int, float, bool, [float], None)},
     "tokens_per_pass": (int, None),
     "identity": {"student_config": dict, ...: (str, dict, None)},

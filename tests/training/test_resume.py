@@ -402,6 +402,10 @@ EDITED = {
     "a text": (lambda step: with_state(step, micro_batches="2"), "micro_batches is '2', expected"),
     "too many": (lambda step: with_state(step, micro_batches=10**9), "micro_batches is 1000000000"),
     "sums": (lambda step: with_state(step, log_sums=[1.0]), "1 log_sums of"),
+    "held-out figures": (
+        lambda step: with_state(step, held_out={"first": {"kl": "x"}}),
+        "held_out.first.kl is 'x', expected",
+    ),
     "a method": (
         lambda step: with_state(step, schedule={"get_lr": "x"}),
         "schedule.get_lr is 'x', expected",
