@@ -41,7 +41,7 @@ from distil.training.config import TrainConfig, as_flags, folder_problem, parse_
 from distil.training.endings import ending_early
 from distil.training.log import parameter_statistics
 from distil.training.optimizer import make_optimizer, make_schedule, run_length
-from distil.training.planning import tell_plan
+from distil.training.planning import naming_limits, tell_plan
 from distil.training.post_mortem import NonFiniteError
 from distil.training.progress import Actions, Intervals, Progress
 from distil.training.reports import PendingUpdate, StepReport, log_sizes
@@ -389,7 +389,7 @@ def main(argv: list[str] | None = None) -> None:
     )
     stop = StopSignals()
     try:
-        with runtime.watching(lambda: stop.request(signal.SIGTERM)):
+        with runtime.watching(lambda: stop.request(signal.SIGTERM)), naming_limits(config):
             run(config, runtime, stop)
     except LostRankError as error:
         report_lost_ranks(str(error), runtime.rank)

@@ -205,6 +205,18 @@ def test_the_second_step_runs_from_a_student_to_a_report(run_of, site):
     assert (out / "teacher" / "scores.json").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
+def test_a_recipe_tells_its_plan_in_place_of_training(site):
+    settings = {"PLAN": "1", "PRICE": "2", "GPUS": "2", "OUT": "planned"}
+    done = run_recipe("distilgpt2.sh", site, **settings)
+    assert done.returncode == 0, done.stderr
+    rows = dict(re.findall(r"^(\w+) {2,}(.*)$", done.stdout, flags=re.M))
+    assert rows["run"].startswith("2 processes") and rows["cost"].endswith("at 2 an hour")
+    assert rows["updates"].startswith("3 of 6 micro-batches")
+    names = {path.name for path in (site / "planned").iterdir()}
+    assert "first_weights.pth" in names and not names & {"distilgpt2", "report"}
+
+
 def test_every_recipe_is_tested():
     assert {*SETTINGS, "squad-second-step.sh"} == set(PROGRAMS)
 

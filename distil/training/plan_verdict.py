@@ -53,6 +53,7 @@ def memory_problem(
     needs: None where the measured pass failed, as `ended` says.
     """
     if needs is None:
+        limits = [limit for limit in limits if limit.field != RESIDENT] or limits
         named = " and ".join(f"{limit.name}, {size(limit.num_bytes)}" for limit in limits)
         return f"--plan: out of memory ({ended}) within {named}; {memory_remedy(config)}"
     for limit in limits:

@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
+import torch
 
 from distil.reporting.tables import digits
-from distil.system.memory import is_out_of_memory, memory_limits
+from distil.system.memory import RESIDENT, Limit, is_out_of_memory, memory_limits
 from distil.training.config import TrainConfig
 from distil.training.plan_verdict import (
     DiskUse,
@@ -300,8 +301,7 @@ def tell_plan(
     )
     counts = count_run(sampler, progress)
     logger.info("Measuring: a few micro-batches are computed, nothing is written.")
-    with naming_limits(config):
-        measured = rehearse(parts, config.tokens_per_second is None)
+    measured = rehearse(parts, config.tokens_per_second is None)
     plan = make_plan(config, counts, measured)
     as_json = json.dumps(dataclasses.asdict(plan), indent=2)
     print(as_json if config.plan == "json" else "\n".join(lines_of(plan, config)))
@@ -309,11 +309,14 @@ def tell_plan(
 
 @contextlib.contextmanager
 def naming_limits(config: TrainConfig) -> Iterator[None]:
-    """Raise InputError that names limits and a flag to lower where there is no memory left."""
+    """Raise InputError that names limits and a flag to lower where a plan runs out of memory."""
     try:
         yield
-    except (MemoryError, RuntimeError) as error:
-        if not is_out_of_memory(error):
+    except (MemoryError, RuntimeError, OSError) as error:
+        if config.plan is None or not is_out_of_memory(error):
             raise
         limits = memory_limits()
+        if "CUDA" in str(error):
+            whole = torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory
+            limits = [Limit("the GPU's memory", whole, RESIDENT)]
         raise InputError(memory_problem(config, limits, None, one_line(error, 80))) from error

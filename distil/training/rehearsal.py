@@ -22,8 +22,10 @@ from distil.training.log import gradient_statistics, parameter_statistics
 from distil.training.plan_verdict import FileSizes
 from distil.training.state import check_finite_state
 
-NUM_LAUNCHES = 6  # of micro-batches from the smallest to the largest
-LAUNCH_S, LEAST_S = 3.0, 12.0  # a launch takes up to about so long; all that are timed at least
+NUM_LAUNCHES = 6  # a round, of micro-batches from the smallest to the largest
+LAUNCH_S, LEAST_S = 3.0, 10.0  # a launch takes up to about so long; all that are timed at least
+LEAST_ROUNDS = 2
+GOLDEN = (5**0.5 - 1) / 2  # whose multiples, but for whole numbers, lie evenly from 0 to 1
 COPIES = 2  # a checkpoint is written, and read back
 
 Costs = np.ndarray  # (wall, processor) seconds
@@ -154,22 +156,25 @@ class Clock:
 # --------------------------------------------------------------------------------------------------
 
 
-def choose_launches(batch_sizes: np.ndarray, num_each: int, accumulation: int) -> list[list[int]]:
+def choose_launches(
+    batch_sizes: np.ndarray, num_each: int, accumulation: int, turn: int = 0
+) -> list[list[int]]:
     """Choose micro-batches, by place in the epoch, that stand for all of it: some launches of them.
 
     Whole updates from all over the epoch where num_each, what a launch may take, reaches one's
-    micro-batches; else micro-batches of like size, launches from the small to the large.
+    micro-batches; else micro-batches of like size, launches from the small to the large. turn:
+    number of the round: each takes others, for memory depends on how many shapes there were.
     """
-    num = len(batch_sizes)
+    num, shift = len(batch_sizes), (0.5 + turn * GOLDEN) % 1
     if num_each >= min(accumulation, num):
         firsts = np.arange(0, num, accumulation)
-        chosen = firsts[np.linspace(0, len(firsts) - 1, NUM_LAUNCHES).round().astype(int)]
-        starts = np.unique(chosen).tolist()
+        shares = (np.arange(NUM_LAUNCHES) + shift) / NUM_LAUNCHES
+        starts = np.unique(firsts[(shares * len(firsts)).astype(int)]).tolist()
         return [list(range(start, min(start + accumulation, num))) for start in starts]
     padded_N = batch_sizes[:, 0] * batch_sizes[:, 1]
     order_N = np.argsort(padded_N, kind="stable")
     shares_N = np.cumsum(padded_N[order_N]) / padded_N.sum()
-    middles = np.searchsorted(shares_N, (np.arange(NUM_LAUNCHES) + 0.5) / NUM_LAUNCHES)
+    middles = np.searchsorted(shares_N, (np.arange(NUM_LAUNCHES) + shift) / NUM_LAUNCHES)
     starts = np.clip(middles - num_each // 2, 0, num - num_each)
     return [order_N[start : start + num_each].tolist() for start in starts.tolist()]
 
@@ -227,10 +232,12 @@ def measure_passes(launches: Launches, parts: Rehearsed) -> tuple[Costs, np.ndar
     largest = largest_places(sizes, min(2, parts.accumulation))
     (first,), (again,) = launches.run([largest]), launches.run([largest])
     update = np.mean([launches.run_without_passes() for _ in range(3)], axis=0)
-    num_each = int(np.clip(LAUNCH_S * len(largest) / again[0], 1, parts.accumulation))
-    chosen = choose_launches(sizes, min(num_each, len(sizes)), parts.accumulation)
-    rows, costs, spent_s, num_passes = [], [], 0.0, 0
-    while not rows or (spent_s < LEAST_S and num_passes < parts.left):
+    most = min(parts.accumulation, len(sizes))
+    num_each = int(np.clip(LAUNCH_S * len(largest) / again[0], 1, most))
+    rows, costs, spent_s, num_passes, turn = [], [], 0.0, 0, 0
+    while not turn or (num_passes < parts.left and (turn < LEAST_ROUNDS or spent_s < LEAST_S)):
+        chosen = choose_launches(sizes, num_each, parts.accumulation, turn)
+        turn += 1
         found = launches.run(chosen)
         rows += [features(sizes[places, :2]).sum(0) for places in chosen]
         costs += [np.maximum(cost - update, 0) for cost in found]

@@ -16,6 +16,8 @@
 #   EVAL_INTERVAL  updates between two evaluations while training (default: 500)
 #   PSEUDO         sequences for the pseudo-perplexity of a masked model, a pass a token (default: 200)
 #   TASK_DATA      folder of the tasks' data, a folder a task (default: data/tasks); TASKS= to do without; SEEDS of each task
+#   PLAN           1: stop before training, and tell its updates, hours (a few micro-batches are measured), memory, disk and
+#                  cost; PRICE: of an hour of all that it uses
 #   PREPARE_FLAGS, TRAIN_FLAGS, TASK_FLAGS, REPORT_FLAGS   more flags for prepare_text.py, train.py, run_task.py, report.py
 #   PYTHON         interpreter (default: of VENV, a virtual environment that is made if need be; default: .venv in the checkout)
 #
@@ -28,7 +30,7 @@
 #   disk           the text once more (twice while it is split), 0.9 bytes of scratch files and 0.55 of token files a byte of
 #                  text (1.0 at 4 bytes an id); 64 bytes a parameter of the student for the run (3 checkpoints, 3 epochs); for
 #                  each of TASKS 4 bytes a parameter of teacher and student, for the fine-tuned models
-#   training       not measured on a GPU. At R tokens/s over all GPUs: hours = ids x EPOCHS / R / 3600. Two CPU cores made
+#   training       PLAN=1 tells it, measured on the device at hand. Not measured on a GPU by us. At R tokens/s over all GPUs: hours = ids x EPOCHS / R / 3600. Two CPU cores made
 #                  797 tokens/s for BERT -> DistilBERT (bf16), which is for trials. The paper: about 90 hours on 8 V100 of
 #                  16 GB for DistilBERT. Main memory: 35 bytes a sequence for each process, beside the models
 
@@ -45,6 +47,8 @@ MASTER="${MASTER:-}"
 HELD_OUT="${HELD_OUT:-10000}"
 EVAL_INTERVAL="${EVAL_INTERVAL:-500}"
 PSEUDO="${PSEUDO:-200}"
+PLAN="${PLAN:-}"
+PRICE="${PRICE:-}"
 TASK_DATA="${TASK_DATA:-data/tasks}"
 SEEDS="${SEEDS:-42 43 44 45 46}"
 MAX_CHARS="${MAX_CHARS:-1000}"
@@ -118,6 +122,9 @@ check_numbers() {
     require_numbers EPOCHS MAX_TOKENS MICRO_BATCHES HELD_OUT EVAL_INTERVAL PSEUDO MAX_CHARS
     if [ -n "$STEPS" ]; then
         require_numbers STEPS
+    fi
+    if [ -n "$PLAN" ] && [ "$PLAN" != 1 ]; then
+        problem "PLAN=$PLAN: expected 1, to tell the plan of the training, or nothing, to train"
     fi
     if [ "$HELD_OUT" = 1 ]; then
         problem "HELD_OUT=1: would hold out everything; expected one sequence of at least 2"
@@ -229,10 +236,15 @@ train() { # flags of train.py that tell student and objective
     if [ "$PRECISION" = fp32 ]; then
         precision=()
     fi
-    step "$STUDENT/pytorch_model.bin" launch "$ROOT/train.py" --resume auto "$@" --teacher_name "$TEACHER" \
+    set -- "$ROOT/train.py" --resume auto "$@" --teacher_name "$TEACHER" \
         --data_file "$CORPUS" --dump_path "$STUDENT" "${duration[@]}" ${precision[@]+"${precision[@]}"} \
         --max_tokens "$MAX_TOKENS" --gradient_accumulation_steps $((MICRO_BATCHES / (GPUS * NODES))) \
         --eval_data_file "$HELD_OUT_FILE" --eval_interval "$EVAL_INTERVAL" ${TRAIN_FLAGS[@]+"${TRAIN_FLAGS[@]}"}
+    if [ -n "$PLAN" ]; then
+        run "$PYTHON" "$@" --plan --n_gpu $((GPUS * NODES)) ${PRICE:+--price_per_hour "$PRICE"}
+        exit
+    fi
+    step "$STUDENT/pytorch_model.bin" launch "$@"
 }
 
 train_first_weights() { # student's type, teacher's type, flags of train.py: with first_weights and STUDENT_CONFIG

@@ -10,7 +10,7 @@
 #   hours   data 0.02 to 0.04 G on two cores; training 191,000 G / R at R tokens/s over all GPUs (not measured; German was
 #           measured with the multilingual vocabulary only, 0.23 ids a byte); NER: not measured
 #   memory  data 225 MB; training 35 bytes a sequence for each process, and the models. On the GPU: not measured
-# common.sh explains all settings, and what these figures are made of.
+# PLAN=1 tells hours, memory and disk of the training, measured here. common.sh explains all settings, and these figures.
 set -euo pipefail
 STUDENT_NAME="${STUDENT_NAME:-distilbert-base-german-cased}"
 TEACHER="${TEACHER:-bert-base-german-dbmdz-cased}"

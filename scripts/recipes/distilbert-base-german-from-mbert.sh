@@ -10,7 +10,7 @@
 #           of the whole vocabulary, 2 of the trimmed one); 0.4 GB of the trimmed teacher, 4.3 GB of the run (66 M parameters)
 #   hours   data 0.03 to 0.05 G on two cores; training 191,000 G / R at R tokens/s over all GPUs (not measured); NER: not measured
 #   memory  data 225 MB; training 35 bytes a sequence for each process, and the models. On the GPU: not measured
-# common.sh explains all settings, and what these figures are made of.
+# PLAN=1 tells hours, memory and disk of the training, measured here. common.sh explains all settings, and these figures.
 set -euo pipefail
 STUDENT_NAME="${STUDENT_NAME:-distilbert-base-german-from-mbert}"
 WHOLE_TEACHER="${TEACHER:-bert-base-multilingual-cased}"

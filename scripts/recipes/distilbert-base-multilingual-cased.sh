@@ -10,7 +10,7 @@
 #   hours   data 0.04 G on two cores (tokenizing 10 MB/s; sampling not measured); training 185,000 G / R at R tokens/s over all
 #           GPUs (not measured; 0.22 ids a byte over 18 languages); XNLI: not measured
 #   memory  data 300 MB; training 35 bytes a sequence for each process, and the models. On the GPU: not measured
-# common.sh explains all settings, and what these figures are made of.
+# PLAN=1 tells hours, memory and disk of the training, measured here. common.sh explains all settings, and these figures.
 set -euo pipefail
 STUDENT_NAME="${STUDENT_NAME:-distilbert-base-multilingual-cased}"
 TEACHER="${TEACHER:-bert-base-multilingual-cased}"

@@ -10,7 +10,7 @@
 #           about 90 hours on 8 V100 of 16 GB); GLUE: not measured
 #   memory  data 225 MB; training 0.7 to 3.5 GB a process for the plan (20 to 100 M sequences), and the models. On the GPU: not
 #           measured
-# common.sh explains all settings, and what these figures are made of.
+# PLAN=1 tells hours, memory and disk of the training, measured here. common.sh explains all settings, and these figures.
 set -euo pipefail
 STUDENT_NAME="${STUDENT_NAME:-distilbert-base-uncased}"
 TEACHER="${TEACHER:-bert-base-uncased}"

@@ -9,7 +9,7 @@
 #   hours   data 0.03 to 0.05 G on two cores (tokenizing 22 to 8 MB/s, measured with GPT-2's vocabulary, whose rules are the
 #           same); training 186,000 G / R at R tokens/s over all GPUs (not measured); GLUE: not measured
 #   memory  data 225 MB; training 35 bytes a sequence for each process, and the models. On the GPU: not measured
-# common.sh explains all settings, and what these figures are made of.
+# PLAN=1 tells hours, memory and disk of the training, measured here. common.sh explains all settings, and these figures.
 set -euo pipefail
 STUDENT_NAME="${STUDENT_NAME:-distilroberta-base}"
 TEACHER="${TEACHER:-roberta-base}"

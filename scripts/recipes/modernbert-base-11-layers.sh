@@ -10,7 +10,7 @@
 #   hours   data 0.03 to 0.05 G on two cores, where tokenizing goes as for GPT-2 (its own vocabulary was not measured); training
 #           ids x 3 / R / 3600 at R tokens/s over all GPUs (not measured); GLUE: not measured
 #   memory  data 225 MB; training 35 bytes a sequence for each process, and the models. On the GPU: not measured
-# common.sh explains all settings, and what these figures are made of.
+# PLAN=1 tells hours, memory and disk of the training, measured here. common.sh explains all settings, and these figures.
 set -euo pipefail
 STUDENT_NAME="${STUDENT_NAME:-modernbert-base-11-layers}"
 TEACHER="${TEACHER:-answerdotai/ModernBERT-base}"

@@ -11,7 +11,7 @@
 #           ids x 3 / R / 3600 at R tokens/s over all GPUs (not measured); WikiText: not measured
 #   memory  data 225 MB; training 35 bytes a sequence for each process, and the models. On the GPU: not measured; weights,
 #           gradients and moments alone take 8.4 GB in float32 (teacher 2.4, student 6.0)
-# common.sh explains all settings, and what these figures are made of.
+# PLAN=1 tells hours, memory and disk of the training, measured here. common.sh explains all settings, and these figures.
 set -euo pipefail
 STUDENT_NAME="${STUDENT_NAME:-qwen3-0.6b-14-layers}"
 TEACHER="${TEACHER:-Qwen/Qwen3-0.6B-Base}"

@@ -285,6 +285,7 @@ def test_launches_stand_for_small_and_large_micro_batches():
     padded = [int(sizes[places].prod(axis=1).sum()) for places in groups]
     assert len(groups) == 6 and padded == sorted(padded) and padded[-1] > 2 * padded[0]
     assert all(len(places) == 3 for places in groups)
+    assert groups != rehearsal.choose_launches(sizes, 3, 50, turn=1)
     updates = rehearsal.choose_launches(sizes, 50, 50)
     assert [places[0] % 50 for places in updates] == [0] * 6
     assert all(places == list(range(places[0], places[0] + 50)) for places in updates)

@@ -1,0 +1,36 @@
+"""Memory does not grow with the number of shapes that a process has met."""
+
+import sys
+
+from conftest import run_process
+from stand_ins import ROOT
+
+from distil.system.memory import KERNEL_CACHES
+
+# Linear maps of 240 row counts, as the heads of 240 micro-batches: prints the growth in MB.
+PROGRAM = f"""
+import sys
+sys.path.insert(0, {str(ROOT)!r})
+import torch
+from distil.kernels import cpu
+from distil.system.launch import start_runtime
+from distil.system.memory import process_memory
+start_runtime(0, -1)
+weight = torch.zeros(256, 128)
+cpu.linear(torch.zeros(1000, 128), weight)
+before = process_memory("VmRSS")
+for rows in range(100, 340):
+    cpu.linear(torch.zeros(rows, 128), weight)
+print((process_memory("VmRSS") - before) / 1e6)
+"""
+
+
+def growth_mb(**environment: str) -> float:
+    done = run_process(sys.executable, "-c", PROGRAM, **environment)
+    assert done.returncode == 0, done.stderr
+    return float(done.stdout)
+
+
+def test_a_process_keeps_few_of_the_kernels_that_it_has_used():
+    many = growth_mb(**dict.fromkeys(KERNEL_CACHES, "1024"))  # the libraries' own number
+    assert growth_mb() < 0.7 * many, many
