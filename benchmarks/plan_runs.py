@@ -67,9 +67,9 @@ EVERY = "--log_interval 20 --checkpoint_interval 100"
 RUNS = {
     "as typed": Run("bert", BERT, (50, 128), 350, "--batch_size 5"),
     "bf16, token budget": Run(
-        "bert", BERT, (50, 128), 900, "--bf16 --max_tokens 4096 --gradient_accumulation_steps 2"
+        "bert", BERT, (50, 128), 600, "--bf16 --max_tokens 4096 --gradient_accumulation_steps 2"
     ),
-    "GPT-2": Run("gpt2", (4, 2, 256, 4, 50257), (90, 256), 160, "--batch_size 4"),
+    "GPT-2": Run("gpt2", (4, 2, 256, 4, 50257), (90, 256), 100, "--batch_size 4"),
     "GPT-2, bf16, evaluated": Run(
         *("gpt2", (6, 3, 384, 6, 50257), (90, 256), 140),
         "--bf16 --batch_size 4 --gradient_accumulation_steps 4 --eval_interval 5",
@@ -85,7 +85,7 @@ RUNS = {
         evaluated=24,
     ),
     "small, many updates": Run(
-        *("bert", (2, 1, 128, 2, 5000), (40, 64), 4000),
+        *("bert", (2, 1, 128, 2, 5000), (40, 64), 3000),
         f"--batch_size 32 --gradient_accumulation_steps 1 {EVERY}",
     ),
     "base": Run("bert", BASE, (80, 128), 120, "--bf16 --batch_size 5"),

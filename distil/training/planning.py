@@ -19,6 +19,7 @@ import torch
 from distil.reporting.tables import digits
 from distil.system.memory import RESIDENT, Limit, is_out_of_memory, memory_limits
 from distil.training.config import TrainConfig
+from distil.training.layout import EVENTS
 from distil.training.plan_verdict import (
     DiskUse,
     FileSizes,
@@ -30,6 +31,7 @@ from distil.training.plan_verdict import (
 )
 from distil.training.progress import Progress, duration
 from distil.training.rehearsal import Measured, Rehearsed, rehearse
+from distil.training.trackers import TENSORBOARD
 from utils import InputError, logger, one_line, raise_problems
 
 # --------------------------------------------------------------------------------------------------
@@ -298,6 +300,7 @@ def tell_plan(
         accumulation=config.gradient_accumulation_steps,
         first=first,
         left=progress.num_micro_batches - first,
+        num_threads=1 + len(EVENTS) * (TENSORBOARD in config.report_to),  # one waits for git
     )
     counts = count_run(sampler, progress)
     logger.info("Measuring: a few micro-batches are computed, nothing is written.")

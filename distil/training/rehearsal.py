@@ -7,8 +7,9 @@ import contextlib
 import dataclasses
 import hashlib
 import itertools
+import threading
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 
 import numpy as np
 import psutil
@@ -26,6 +27,7 @@ NUM_LAUNCHES = 6  # a round, of micro-batches from the smallest to the largest
 LAUNCH_S, LEAST_S = 3.0, 10.0  # a launch takes up to about so long; all that are timed at least
 LEAST_ROUNDS = 2
 GOLDEN = (5**0.5 - 1) / 2  # whose multiples, but for whole numbers, lie evenly from 0 to 1
+THREAD_BYTES = 2**16  # so many come from a heap
 COPIES = 2  # a checkpoint is written, and read back
 
 Costs = np.ndarray  # (wall, processor) seconds
@@ -39,7 +41,7 @@ class Rehearsed:
     them. batch_sizes: (sequences, padded length, ..) of the micro-batches of an epoch. held_out,
     evaluate: data to evaluate, or None, and what evaluates some of it. accumulation: micro-batches
     of an update on one process. first: number of the first micro-batch that is left; left: how
-    many are.
+    many are. num_threads: that a log keeps.
     """
 
     distiller: object
@@ -51,6 +53,7 @@ class Rehearsed:
     accumulation: int
     first: int
     left: int
+    num_threads: int
 
 
 @dataclasses.dataclass
@@ -162,8 +165,8 @@ def choose_launches(
     """Choose micro-batches, by place in the epoch, that stand for all of it: some launches of them.
 
     Whole updates from all over the epoch where num_each, what a launch may take, reaches one's
-    micro-batches; else micro-batches of like size, launches from the small to the large. turn:
-    number of the round: each takes others, for memory depends on how many shapes there were.
+    micro-batches; else launches from small micro-batches to large ones. turn: number of the round:
+    each takes others, for memory depends on how many shapes there were.
     """
     num, shift = len(batch_sizes), (0.5 + turn * GOLDEN) % 1
     if num_each >= min(accumulation, num):
@@ -174,9 +177,10 @@ def choose_launches(
     padded_N = batch_sizes[:, 0] * batch_sizes[:, 1]
     order_N = np.argsort(padded_N, kind="stable")
     shares_N = np.cumsum(padded_N[order_N]) / padded_N.sum()
-    middles = np.searchsorted(shares_N, (np.arange(NUM_LAUNCHES) + shift) / NUM_LAUNCHES)
-    starts = np.clip(middles - num_each // 2, 0, num - num_each)
-    return [order_N[start : start + num_each].tolist() for start in starts.tolist()]
+    # Spread over their sixth of the cost, not side by side: kernels are made for each new shape.
+    targets = (np.arange(num_each) + shift) / num_each
+    chosen = [np.searchsorted(shares_N, (k + targets) / NUM_LAUNCHES) for k in range(NUM_LAUNCHES)]
+    return [order_N[np.unique(places)].tolist() for places in chosen]
 
 
 def largest_places(batch_sizes: np.ndarray, num: int) -> list[int]:
@@ -322,8 +326,35 @@ def measure_evaluations(parts: Rehearsed, clock: Clock) -> tuple[Costs, Costs]:
     return first, first * np.minimum(again / costs[-1], 1)
 
 
+@contextlib.contextmanager
+def waiting_threads(num: int) -> Iterator[None]:
+    """Keep threads within the block: each takes a stack and a heap, of addresses at least.
+
+    TensorBoard's writers have one each.
+    """
+    is_over = threading.Event()
+
+    def wait() -> None:
+        own = bytearray(THREAD_BYTES)
+        is_over.wait()
+        del own
+
+    threads = [threading.Thread(target=wait, daemon=True) for _ in range(num)]
+    try:
+        for thread in threads:
+            thread.start()
+        yield
+    finally:
+        is_over.set()
+
+
 def rehearse(parts: Rehearsed, is_timed: bool) -> Measured:
     """Rehearse a run. is_timed: False: only what shows how much memory it takes."""
+    with waiting_threads(parts.num_threads):
+        return _rehearse(parts, is_timed)
+
+
+def _rehearse(parts: Rehearsed, is_timed: bool) -> Measured:
     distiller, clock = parts.distiller, Clock(parts.distiller.device)
     network, nothing = distiller.model.student, np.zeros(2)
     age_s = time.time() - psutil.Process().create_time()
@@ -335,7 +366,9 @@ def rehearse(parts: Rehearsed, is_timed: bool) -> Measured:
         extra, fit, update, num_passes = measure_passes(launches, parts)
         start += extra
     else:
-        launches.run([largest_places(parts.batch_sizes, min(2, parts.accumulation))])
+        num_each = min(2, parts.accumulation, len(parts.batch_sizes))
+        launches.run([largest_places(parts.batch_sizes, num_each)])
+        launches.run(choose_launches(parts.batch_sizes, num_each, parts.accumulation))
     log = clock.time(lambda: (gradient_statistics(network), parameter_statistics(network)))
     evaluations = measure_evaluations(parts, clock)
     tensors, sink = distiller.tensors(), Sink()
