@@ -98,13 +98,8 @@ def recording_attention(model: nn.Module, layers: Iterable[int]) -> Iterator[Fou
     calls it. The name in the configuration stays: masks are made by it.
     """
     found: Found = {}
-    wanted = set(layers)
-    layer_of = {
-        id(module): layer
-        for layer, block in enumerate(blocks_of(model))
-        for module in block.modules()
-        if layer in wanted
-    }
+    blocks = blocks_of(model)
+    layer_of = {id(module): layer for layer in layers for module in blocks[layer].modules()}
     name = model.config._attn_implementation
     plain = ALL_ATTENTION_FUNCTIONS.get(name)  # None: each family's own
 

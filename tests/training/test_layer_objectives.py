@@ -14,11 +14,14 @@ from whole_runs import as_words, assert_same_run, masked_flags, read_metrics
 import binarized_data
 import extract
 import train
+from distil.data.batches import MicroBatch
 from distil.models.compared_layers import EXTRACTION
 from distil.objectives import LOSSES
 from distil.training import checkpointing, models
+from distil.training.post_mortem import NonFiniteError
+from distiller import DistillationModel, Distiller
 
-TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node", "2"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node"]
 ALL = {"alpha_rel": 1.0, "alpha_hid": 1.0, "alpha_att": 0.1, "alpha_emb": 0.5, "relation_heads": 4}
 
 
@@ -82,20 +85,23 @@ def test_projections_are_trained_saved_and_resumed_but_not_exported(narrow, tmp_
 
 
 @pytest.mark.slow
-def test_two_ranks_train_relations_and_projections_as_one_does(narrow, tmp_path):
-    flags = narrow[0]
-    train.main(as_words(flags | {"dump_path": tmp_path / "one"}))
-    two = flags | {"dump_path": tmp_path / "two", "gradient_accumulation_steps": 1}
-    done = run_process(*TORCHRUN, ROOT / "train.py", *as_words(two))
+@pytest.mark.parametrize("num_ranks", [2, 3])
+def test_ranks_train_relations_and_projections_as_one_does(num_ranks, narrow, tmp_path):
+    one, several = (
+        narrow[0] | {"dump_path": tmp_path / name, "gradient_accumulation_steps": 6 // ranks}
+        for name, ranks in (("one", 1), ("several", num_ranks))
+    )
+    train.main(as_words(one))
+    done = run_process(*TORCHRUN, num_ranks, ROOT / "train.py", *as_words(several))
     assert done.returncode == 0, done.stderr[-3000:]
     for file in ("student", "objectives"):
-        one, two = (
+        expected, found = (
             checkpointing.newest(tmp_path / run / "checkpoints").tensors(file)
-            for run in ("one", "two")
+            for run in ("one", "several")
         )
-        for name, tensor in one.items():
+        for name, tensor in expected.items():
             # float32 sums in another order, then Adam, which divides by the gradient's own size
-            torch.testing.assert_close(tensor, two[name], rtol=0, atol=2e-5)
+            torch.testing.assert_close(tensor, found[name], rtol=0, atol=2e-5)
 
 
 def test_a_projection_of_another_shape_is_not_resumed(narrow, tmp_path, status_and_errors):
@@ -124,6 +130,22 @@ def test_without_cosines_a_student_may_be_narrower(world, tmp_path, status_and_e
     assert status == 2 and "width is 16, the teacher's is 32; they must be equal" in errors[0]
     train.main([*flags, "--alpha_cos", "0"])
     assert json.loads((tmp_path / "run" / "model" / "config.json").read_text())["dim"] == 16
+
+
+def test_a_loss_that_is_not_finite_is_named():
+    teacher, student = (families.tiny_model("bert", True, seed=seed) for seed in (0, 1))
+    teacher.requires_grad_(False)
+    alphas, options = {"hid": 1.0, "rel": 1.0}, {"relation_heads": 4, "layer_map": [(0, 0)]}
+    model = DistillationModel(student, alphas, 2.0, teacher=teacher, options=options)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller = Distiller(model, teacher, optimizer, None, max_grad_norm=1.0, seed=0)
+    with torch.no_grad():
+        student.bert.encoder.layer[3].attention.self.query.weight[0, 0] = torch.nan
+    ids_BT = torch.arange(5, 29).reshape(2, 12)
+    rows = {"real": torch.arange(24)}
+    batch = MicroBatch(7, ids_BT, torch.ones_like(ids_BT), ids_BT, rows, 24)
+    with pytest.raises(NonFiniteError, match="loss_rel became nan in micro-batch 7"):
+        distiller.step([batch], [7], 1)
 
 
 # --------------------------------------------------------------------------------------------------
