@@ -2,12 +2,15 @@
 
 import math
 
+import families
 import pytest
 import torch
 
 from distil import layer_losses
+from distil.data.batches import MicroBatch, prepare_clm
 from distil.layer_losses import ComparedLayers, Projected, Relations, Sequences
 from distil.models.layer_readings import PARTS, Attention
+from distiller import DistillationModel, Distiller
 
 LENGTHS = [4, 2, 1, 4]
 FLOAT64 = {"rtol": 1e-11, "atol": 1e-11}
@@ -237,3 +240,82 @@ def test_no_sequence_and_no_token_give_zero():
         value = formula(given, given, None, 1.0, module)
         value.backward()
         assert value.item() == 0
+
+
+# --------------------------------------------------------------------------------------------------
+# The step
+# --------------------------------------------------------------------------------------------------
+
+ALPHAS = {"ce": 5.0, "rel": 1.5, "hid": 0.7, "att": 0.3, "emb": 0.2}
+OPTIONS = {"relation_heads": 2, "relation_layer": 2, "layer_map": [(0, 1), (3, 3)]}
+
+
+def bert_by_definition(model, batch, layer: int):
+    """Return a BERT's queries, keys and values of a layer from its states and weights."""
+    given = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT}
+    states = model(**given, output_hidden_states=True).hidden_states
+    own = model.bert.encoder.layer[layer].attention.self
+    return states, [project(states[layer]) for project in (own.query, own.key, own.value)]
+
+
+def step_by_definition(student, teacher, batch) -> torch.Tensor:
+    """Compute the weighted loss of a micro-batch, a sequence at a time, from whole matrices."""
+    given = {"input_ids": batch.input_ids_BT, "attention_mask": batch.attention_mask_BT}
+    real = batch.attention_mask_BT.bool()
+    log_p, log_q = ((m(**given).logits[real] / 2).log_softmax(-1) for m in (teacher, student))
+    total = ALPHAS["ce"] * 4 * (log_p.exp() * (log_p - log_q)).sum()
+    states, _ = bert_by_definition(student, batch, 3)
+    others, _ = bert_by_definition(teacher, batch, 2)
+    pairs = [(states[1], others[2]), (states[4], others[4])]
+    total = total + ALPHAS["hid"] * sum((s - t)[real].square().sum() / 32 for s, t in pairs) / 2
+    total = total + ALPHAS["emb"] * (states[0] - others[0])[real].square().sum() / 32
+    lengths = real.sum(1).tolist()
+    parts = bert_by_definition(student, batch, 3)[1], bert_by_definition(teacher, batch, 2)[1]
+    for part in zip(*parts, strict=True):
+        for row, length in enumerate(lengths):
+            s, t = (x[row, :length].unflatten(-1, (2, 16)).transpose(0, 1) for x in part)
+            s, t = ((x @ x.transpose(1, 2) / 4).log_softmax(-1) for x in (s, t))
+            total = total + ALPHAS["rel"] * (t.exp() * (t - s)).sum() / 2
+    for ours, theirs in OPTIONS["layer_map"]:
+        models = (student, ours), (teacher, theirs)
+        both = [bert_by_definition(one, batch, layer)[1] for one, layer in models]
+        for row, length in enumerate(lengths):
+            scores = []
+            for query, key, _ in both:
+                q, k = (x[row, :length].unflatten(-1, (4, 8)).transpose(0, 1) for x in (query, key))
+                scores.append(q @ k.transpose(1, 2) / math.sqrt(8))
+            error = (scores[0] - scores[1]).square()
+            total = total + ALPHAS["att"] * error.sum() / length / 4 / 2
+    return total / sum(lengths)
+
+
+def test_the_step_computes_objectives_on_layers_by_definition():
+    """A step with the CPU's kernels, whose embedding is tied to the head, in float64."""
+    teacher, student = (families.tiny_model("bert", True, seed=k).double() for k in (0, 1))
+    teacher.requires_grad_(False)
+    for module in student.modules():
+        if isinstance(module, torch.nn.Dropout):
+            module.p = 0.0
+    model = DistillationModel(student, ALPHAS, 2.0, teacher=teacher, options=OPTIONS)
+    optimizer = torch.optim.SGD(student.parameters(), lr=0.1)
+    distiller = Distiller(model, teacher, optimizer, None, max_grad_norm=1e9, seed=0)
+    generator = torch.Generator().manual_seed(0)
+    batches = []
+    for number, lengths in enumerate(([9, 12], [7], [11, 5, 8])):
+        ids_BT = torch.randint(5, 99, (len(lengths), max(lengths)), generator=generator)
+        causal = prepare_clm(number, ids_BT, torch.tensor(lengths), with_mask=True)
+        mask_BT = causal.attention_mask_BT
+        mask_BT = torch.ones_like(ids_BT) if mask_BT is None else mask_BT
+        rows = {kind: causal.rows["real"] for kind in ("real", "distilled", "masked")}
+        batches.append(MicroBatch(number, ids_BT, mask_BT, ids_BT, rows, sum(lengths)))
+    losses_MK = distiller.accumulate(batches, [0, 1, 2], 3)
+    found = {name: p.grad.clone() for name, p in student.named_parameters() if p.grad is not None}
+    student.zero_grad()
+    for number, batch in enumerate(batches):
+        total = step_by_definition(student, teacher, batch)
+        (total / 3).backward()
+        assert losses_MK[number, 0].item() == pytest.approx(total.item(), rel=1e-9)
+    for name, gradient in found.items():
+        expected = student.get_parameter(name).grad
+        # another order of sums, in float64
+        torch.testing.assert_close(gradient, expected, rtol=1e-8, atol=1e-9)
