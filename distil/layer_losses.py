@@ -51,11 +51,11 @@ class Sequences:
     is_causal: bool
 
     def split(self, sizes: Sequence[int]) -> list["Sequences"]:
-        """Divide into consecutive sequences: one for each of `sizes`, their numbers."""
-        layers = {layer: found.split(sizes) for layer, found in self.layers.items()}
+        """Cut into ranges of `sizes` sequences."""
+        parts = {layer: found.split(sizes) for layer, found in self.layers.items()}
         return [
-            Sequences({k: parts[n] for k, parts in layers.items()}, lengths_B, self.is_causal)
-            for n, lengths_B in enumerate(self.lengths_B.split(sizes))
+            Sequences({layer: own[k] for layer, own in parts.items()}, lengths, self.is_causal)
+            for k, lengths in enumerate(self.lengths_B.split(list(sizes)))
         ]
 
 

@@ -130,9 +130,13 @@ def test_attention_objectives_are_sums_over_ranges_of_sequences(case, is_causal)
     given = sequences(student, is_causal), sequences(teacher, is_causal, 1)
     whole = formula(*given, None, 2.0, module)
     for sizes in ([1, 3], [2, 1, 1], [0, 4]):
-        pairs = zip(*(one.split(sizes) for one in given), strict=True)
-        parts = [formula(*pair, None, 2.0, module) for pair in pairs]
-        torch.testing.assert_close(sum(parts), whole, **FLOAT64)
+        parts = zip(*(sequences.split(sizes) for sequences in given), strict=True)
+        total = sum(formula(*part, None, 2.0, module) for part in parts)
+        torch.testing.assert_close(total, whole, **FLOAT64)
+        found, expected = (gradients(value, student) for value in (total, whole))
+        for mine, other in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, other, **FLOAT64)
+        whole = formula(*given, None, 2.0, module)  # its graph was used
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -40,11 +40,9 @@ class Attention:
     scale: float
 
     def split(self, sizes: Sequence[int]) -> list["Attention"]:
-        """Divide into consecutive sequences: one for each of `sizes`, their numbers."""
-        tensors = zip(*(getattr(self, part).split(sizes) for part in PARTS), strict=True)
-        return [
-            dataclasses.replace(self, **dict(zip(PARTS, parts, strict=True))) for parts in tensors
-        ]
+        """Cut into ranges of `sizes` sequences; backward joins their gradients once."""
+        parts = zip(*(getattr(self, part).split(list(sizes)) for part in PARTS), strict=True)
+        return [dataclasses.replace(self, **dict(zip(PARTS, own, strict=True))) for own in parts]
 
 
 Found = dict[int, "torch.Tensor | Attention | None"]  # by layer
