@@ -88,6 +88,7 @@ DEFAULTS = {
     "max_steps": None,
     "max_length": None,
     "max_tokens": None,
+    "tokens_per_pass": None,
     "loss_normalization": "micro_batches",
     "bf16": False,
     "activation_checkpointing": False,

@@ -15,6 +15,7 @@ import numpy as np
 import psutil
 import torch
 
+from distil.kept_rows import KeptRows
 from distil.system.files import save_plain
 from distil.system.memory import ADDRESSES, DATA, RESIDENT, process_memory
 from distil.system.prefetch import MICRO_BATCHES_AHEAD, prefetched
@@ -204,7 +205,8 @@ class Launches:
         chosen = (next(self.parts.sampler.micro_batches(n + 1, first=n)) for n in numbers)
         # An update's micro-batches have numbers in a row.
         planned = [dataclasses.replace(one, number=k) for k, one in enumerate(chosen, self.offset)]
-        return dataclasses.replace(self.example, planned=planned, mine=planned)
+        passes = self.parts.sampler.deal(planned, 0, 1)
+        return dataclasses.replace(self.example, planned=planned, passes=passes)
 
     def run(self, chosen: Sequence[Sequence[int]]) -> list[Costs]:
         """Launch an update of each list of micro-batches, given by place in the epoch."""
@@ -213,10 +215,10 @@ class Launches:
         stream = prefetched(self.parts.ready(updates), MICRO_BATCHES_AHEAD)
         with contextlib.closing(stream) as items:
             for update in items:
-                batches = itertools.islice(items, len(update.mine))
+                passes = itertools.islice(items, len(update.passes))
                 numbers = [batch.number for batch in update.planned]
                 started = self.clock.now()
-                distiller.launch(batches, numbers, len(numbers)).read()
+                distiller.launch(passes, numbers, len(update.passes)).read()
                 found.append(self.clock.now() - started)
         return found
 
@@ -318,7 +320,9 @@ def measure_evaluations(parts: Rehearsed, clock: Clock) -> tuple[Costs, Costs]:
     lengths, batches = parts.held_out.dataset.lengths, parts.held_out.batches
     shapes = np.array([(len(batch), lengths[batch].max()) for batch in batches])
     places = sorted({0, len(batches) // 2, len(batches) - 1})
-    one_each = [dataclasses.replace(parts.held_out, batches=[batches[k]]) for k in places]
+    one_each = [
+        dataclasses.replace(parts.held_out, batches=[batches[k]], kept=KeptRows()) for k in places
+    ]
     costs = [clock.time(lambda one=one: parts.evaluate(one)) for one in one_each]
     again = clock.time(lambda: parts.evaluate(one_each[-1]))
     fit = fit_both(features(shapes[places]), np.stack(costs))

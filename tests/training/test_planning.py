@@ -20,6 +20,7 @@ from distil.training import plan_verdict, post_mortem, rehearsal
 from distil.training.plan_process import watch_child
 from distil.training.plan_verdict import FileSizes, Needs, disk_problem, disk_use, memory_problem
 from distil.training.planning import naming_limits
+from grouped_batch_sampler import PlannedBatch
 from utils import InputError
 
 EVERY = {"checkpoint_interval": 7, "log_interval": 5, "gradient_accumulation_steps": 3}
@@ -225,9 +226,10 @@ def test_a_measuring_process_that_is_killed_is_reported(world, tmp_path, capsys)
 
 
 def test_out_of_memory_on_a_cpu_names_the_micro_batch():
+    passes = [[PlannedBatch(0, 0, np.array([0, 2]))]]
     with (
         pytest.raises(InputError, match="out of memory in a micro-batch of 2 x 9 = 18"),
-        post_mortem.naming_out_of_memory([np.array([3, 9])]),
+        post_mortem.naming_out_of_memory(passes, np.array([3, 5, 9])),
     ):
         torch.empty(2**60, dtype=torch.int8)
     assert not is_out_of_memory(RuntimeError("shapes differ"))
