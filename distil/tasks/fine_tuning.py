@@ -235,7 +235,7 @@ def training_arguments(
         "max_grad_norm": 1.0,
         "warmup_steps": 0,
         "lr_scheduler_type": "linear",
-        "optim": "adamw_torch",
+        "optim": "adamw_torch_fused" if on_cpu else "adamw_torch",  # the same, in less time
         "save_strategy": "no",
         "logging_steps": 50,
         **changes,
