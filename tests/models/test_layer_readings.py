@@ -200,3 +200,22 @@ def test_recomputed_activations_give_the_same_gradients(model_type):
     found = losses_and_gradients(model, teacher, *given)
     for mine, other in zip([found[0], *found[1]], [expected[0], *expected[1]], strict=True):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # raised by torch's compiler
+def test_compiled_models_are_read_like_others_also_after_an_evaluation():
+    """An evaluation, in which nothing is read, compiles the teacher first."""
+    given = torch.arange(5, 29).reshape(2, 12), torch.tensor([12, 6])
+    found = []
+    for is_compiled in (False, True):
+        model, teacher = make_pair("bert", True, ["rel", "hid", "att", "emb"])
+        if is_compiled:
+            for network in (model.student, teacher):
+                network.base_model.compile(dynamic=True)
+            with torch.no_grad():
+                teacher.base_model(given[0])
+        losses_K, grads = losses_and_gradients(model, teacher, *given)
+        found.append([losses_K, *grads])
+    for mine, other in zip(*found, strict=True):
+        torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-10)
