@@ -384,6 +384,10 @@ class HeldOut:
             passes[DRAWN] = drawn_once(dataclasses.replace(prepare, seed=MASKS_SEED))
         return cls(dataset, plan_batches(dataset.lengths), passes, KeptRows(folder))
 
+    def only(self, batches: list[np.ndarray]) -> "HeldOut":
+        """Return held-out data of some batches, without the answers that were kept."""
+        return dataclasses.replace(self, batches=batches, kept=KeptRows())
+
     def figures(
         self, student: Reader, teacher: Reader | None, runtime: Runtime
     ) -> dict[str, float]:

@@ -15,7 +15,6 @@ import numpy as np
 import psutil
 import torch
 
-from distil.kept_rows import KeptRows
 from distil.system.files import save_plain
 from distil.system.memory import ADDRESSES, DATA, RESIDENT, process_memory
 from distil.system.prefetch import MICRO_BATCHES_AHEAD, prefetched
@@ -149,6 +148,10 @@ class Clock:
         peak = torch.cuda.max_memory_allocated(self.device)
         return torch.cuda.get_device_name(self.device), {"of the GPU's memory": peak}
 
+    def spent_s(self, costs: Costs) -> float:
+        """Return wall seconds; on a CPU, which others may use too, no more than its own seconds."""
+        return float(costs.min() if self.device.type == "cpu" else costs[0])
+
     def peaks(self) -> dict[str, int]:
         """Return the most memory that this process has had, by field of /proc/self/status."""
         self.now()
@@ -200,7 +203,8 @@ class Launches:
         end = parts.first + parts.accumulation
         self.example = next(parts.sampler.updates(end, parts.accumulation, 0, 1, parts.first))
 
-    def _update(self, places: Sequence[int]):
+    def _update(self, places: Sequence[int]) -> tuple[object, list]:
+        """Return an update of these micro-batches, and the share of it that is computed: all."""
         numbers = [self.offset + place for place in places]
         chosen = (next(self.parts.sampler.micro_batches(n + 1, first=n)) for n in numbers)
         # An update's micro-batches have numbers in a row.
@@ -239,7 +243,9 @@ def measure_passes(launches: Launches, parts: Rehearsed) -> tuple[Costs, np.ndar
     (first,), (again,) = launches.run([largest]), launches.run([largest])
     update = np.mean([launches.run_without_passes() for _ in range(3)], axis=0)
     most = min(parts.accumulation, len(sizes))
-    num_each = int(np.clip(LAUNCH_S * len(largest) / again[0], 1, most))
+    num_each = int(np.clip(LAUNCH_S * len(largest) / launches.clock.spent_s(again), 1, most))
+    if num_each == most:  # a pass may join several
+        launches.run([largest_places(sizes, most)])
     rows, costs, spent_s, num_passes, turn = [], [], 0.0, 0, 0
     while not turn or (num_passes < parts.left and (turn < LEAST_ROUNDS or spent_s < LEAST_S)):
         chosen = choose_launches(sizes, num_each, parts.accumulation, turn)
@@ -247,7 +253,7 @@ def measure_passes(launches: Launches, parts: Rehearsed) -> tuple[Costs, np.ndar
         found = launches.run(chosen)
         rows += [features(sizes[places, :2]).sum(0) for places in chosen]
         costs += [np.maximum(cost - update, 0) for cost in found]
-        spent_s += sum(cost[0] for cost in found)
+        spent_s += sum(map(launches.clock.spent_s, found))
         num_passes += sum(map(len, chosen))
     fit = fit_both(np.stack(rows), np.stack(costs))
     return np.maximum(first - again, 0), fit, update, num_passes
@@ -320,9 +326,7 @@ def measure_evaluations(parts: Rehearsed, clock: Clock) -> tuple[Costs, Costs]:
     lengths, batches = parts.held_out.dataset.lengths, parts.held_out.batches
     shapes = np.array([(len(batch), lengths[batch].max()) for batch in batches])
     places = sorted({0, len(batches) // 2, len(batches) - 1})
-    one_each = [
-        dataclasses.replace(parts.held_out, batches=[batches[k]], kept=KeptRows()) for k in places
-    ]
+    one_each = [parts.held_out.only([batches[k]]) for k in places]
     costs = [clock.time(lambda one=one: parts.evaluate(one)) for one in one_each]
     again = clock.time(lambda: parts.evaluate(one_each[-1]))
     fit = fit_both(features(shapes[places]), np.stack(costs))
