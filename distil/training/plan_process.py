@@ -11,7 +11,9 @@ import signal
 import subprocess
 import sys
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 
+from distil.system.children import running
 from distil.system.memory import RESIDENT, Limit, memory_limits, process_memory
 from distil.system.start import AS_SIGTERM, heeded
 from distil.training.config import TrainConfig, parse_config
@@ -30,20 +32,20 @@ def read_flags() -> None:
     """
     config = parse_config()
     if config.plan is not None and not os.environ.get(CHILD):
-        command = [sys.executable, *sys.orig_argv[1:]]
-        raise SystemExit(watch_child(config, command, memory_limits()))
+        raise SystemExit(watch_child(config, Path(sys.argv[0]), sys.argv[1:], memory_limits()))
 
 
-def watch_child(config: TrainConfig, command: Sequence[str], limits: Sequence[Limit]) -> int:
-    """Run a command; return its status, that of a bad input where memory ended it.
+def watch_child(
+    config: TrainConfig, program: Path, flags: Sequence[str], limits: Sequence[Limit]
+) -> int:
+    """Run a program; return its status, that of a bad input where memory ended it.
 
     It is ended before it takes more memory than there is: Linux would choose what to kill, among
-    all programs. The other limits (ulimit) the command is told itself.
+    all programs. Of the other limits (ulimit) its own allocations tell.
     """
     resident = [limit for limit in limits if limit.field == RESIDENT]
-    child = subprocess.Popen(command, env={**os.environ, CHILD: "1"}, process_group=0)
-    problem = None
-    with _forwarding_signals(child):
+    problem, options = None, {"env": {**os.environ, CHILD: "1"}, "process_group": 0}
+    with running(program, flags, **options) as child, _forwarding_signals(child):
         for used in _watched(child):
             problem = problem or memory_problem(config, resident, Needs({RESIDENT: used}))
             if problem:

@@ -205,9 +205,10 @@ def test_a_failed_allocation_becomes_the_verdict(world, tmp_path):
 def test_a_measuring_process_is_ended_before_memory_is(world, tmp_path, capsys):
     config = config_of(world, tmp_path)
     limit = Limit("the control group", 150 * 2**20, RESIDENT)
-    grows = "import time; kept = [b'x' * 2**24 for _ in range(64)]; time.sleep(60)"
+    program = tmp_path / "grows.py"
+    program.write_text("import time; kept = [b'x' * 2**24 for _ in range(64)]; time.sleep(60)")
     started = time.monotonic()
-    assert watch_child(config, [sys.executable, "-c", grows], [limit]) == 2
+    assert watch_child(config, program, [], [limit]) == 2
     assert time.monotonic() - started < 30
     (line,) = capsys.readouterr().err.splitlines()
     assert "the control group is 157 MB; lower --batch_size" in line
@@ -216,13 +217,14 @@ def test_a_measuring_process_is_ended_before_memory_is(world, tmp_path, capsys):
 def test_a_measuring_process_that_is_killed_is_reported(world, tmp_path, capsys):
     config = config_of(world, tmp_path)
     limit = Limit("the limit of addresses (ulimit -v)", 10**9, ADDRESSES)
-    killed = "import os; os.kill(os.getpid(), 9)"
-    assert watch_child(config, [sys.executable, "-c", killed], [limit]) == 2
+    program = tmp_path / "killed.py"
+    program.write_text("import os, sys; sys.argv[1:] or os.kill(os.getpid(), 9); sys.exit(7)")
+    assert watch_child(config, program, [], [limit]) == 2
     (line,) = capsys.readouterr().err.splitlines()
     assert (
         "out of memory (ended by signal 9) within the limit of addresses (ulimit -v), 1 GB" in line
     )
-    assert watch_child(config, [sys.executable, "-c", "raise SystemExit(7)"], [limit]) == 7
+    assert watch_child(config, program, ["more"], [limit]) == 7
 
 
 def test_out_of_memory_on_a_cpu_names_the_micro_batch():
