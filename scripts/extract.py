@@ -16,13 +16,14 @@ if __name__ == "__main__":
     read_flags_first(lambda: parse(EXTRACT))
 
 import argparse
+import dataclasses
 import logging
 from collections.abc import Sequence
 from pathlib import Path
 
 from tqdm import tqdm
 
-from distil.models import layer_choice
+from distil.models import layer_choice, narrowing
 from distil.models.architectures import ARCHITECTURES, PAIRS
 from distil.models.checks import tokenizer_problem
 from distil.models.export import save_folder, tokenizer_for
@@ -44,6 +45,7 @@ from distil.models.language_model import (
     save_used_bias_twice,
 )
 from distil.models.layer_choice import LayerChoice
+from distil.models.narrowing import Importance, Sizes
 from distil.system.files import atomic_folder, require_output, save_weights, write_json
 from lm_seqs_dataset import LmSeqsDataset
 from utils import (
@@ -160,6 +162,7 @@ def write_student(args: argparse.Namespace) -> None:
         if isinstance(num_layers, int)
         else []
     )
+    sizes = student_sizes(args, config, source)
     model = load_language_model(architecture, args.teacher, "--teacher")
     raise_problems([tokenizer_problem(model)])
     teacher, tokenizer = model.network, model.tokenizer
@@ -168,18 +171,19 @@ def write_student(args: argparse.Namespace) -> None:
         choice = measure_layers(args, model)
         layers = choice.kept
     student = make_student(teacher, args, layers, source)
+    if sizes is not None:
+        student = narrowing.narrowed(
+            student, sizes, measure_importance(args, model, student), source
+        )
     save_used_bias_twice(student)
     with atomic_folder(args.output) as folder:
         save_folder(student, tokenizer_for(student, tokenizer), folder)
         save_weights(folder / "first_weights.pth", student.state_dict())
         taken = {"teacher": args.teacher, "layers": layers, "of": num_layers}
+        if sizes is not None:
+            taken["sizes"] = dataclasses.asdict(sizes)
         if choice is not None:
-            taken["choice"] = {"file": args.choose_layers, **layer_choice.as_json(choice)}
-            text = layer_choice.as_markdown(choice)
-            (folder / "layers.md").write_text(f"{text}\n", encoding="utf-8")
-            facts = {"teacher": args.teacher, "held out": args.choose_layers}
-            layer_choice.draw(choice, folder / "layers.png", facts)
-            print(text, flush=True)
+            taken["choice"] = report_choice(choice, args, folder)
         write_json(folder / "extraction.json", taken)
     parameters = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
     print(
@@ -193,6 +197,43 @@ def write_student(args: argparse.Namespace) -> None:
         args.output,
         args.teacher,
     )
+
+
+def report_choice(choice: LayerChoice, args: argparse.Namespace, folder: Path) -> dict:
+    """Print and draw what each layer costs; return the choice for extraction.json."""
+    text = layer_choice.as_markdown(choice)
+    (folder / "layers.md").write_text(f"{text}\n", encoding="utf-8")
+    facts = {"teacher": args.teacher, "held out": args.choose_layers}
+    layer_choice.draw(choice, folder / "layers.png", facts)
+    print(text, flush=True)
+    return {"file": args.choose_layers, **layer_choice.as_json(choice)}
+
+
+def student_sizes(args: argparse.Namespace, config, source: str) -> Sizes | None:
+    """Return a narrower student's sizes; None where no flag asks for one. Raises InputError."""
+    given = args.hidden_size, args.intermediate_size, args.num_heads
+    if given == (None, None, None):
+        if args.importance_file is not None:
+            raise InputError(
+                "--importance_file: needs --hidden_size, --intermediate_size or --num_heads"
+            )
+        return None
+    if args.student_type is not None:
+        raise InputError(
+            f"--student_type {args.student_type}: has its teacher's sizes; leave it out, or"
+            " --hidden_size, --intermediate_size and --num_heads"
+        )
+    return narrowing.wanted_sizes(config, *given, source)
+
+
+def measure_importance(args: argparse.Namespace, model: LanguageModel, student) -> Importance:
+    """Score what a narrower student may keep, on a text if there is one."""
+    flag = "importance_file" if args.importance_file else "choose_layers"
+    if getattr(args, flag) is None:
+        return narrowing.importance_by_weights(student)
+    dataset = LmSeqsDataset.from_file(getattr(args, flag), model, None, f"--{flag}")
+    batches = layer_choice.asked_batches(dataset, model.tokenizer, model.is_masked)
+    return narrowing.importance_by_activations(student, batches)
 
 
 def measure_layers(args: argparse.Namespace, model: LanguageModel) -> LayerChoice:

@@ -122,6 +122,20 @@ def _add_student_flags(parser: argparse.ArgumentParser) -> None:
             " into --output as a table and a picture"
         ),
     )
+    for flag, what in (
+        ("--hidden_size", "width"),
+        ("--intermediate_size", "neurons of a feed-forward layer"),
+        ("--num_heads", "attention heads of a layer, which keep their width"),
+    ):
+        add(flag, type=int, metavar="N", help=f"{what}, the most important ones of the teacher's")
+    add(
+        "--importance_file",
+        metavar="TOKEN_FILE",
+        help=(
+            "text on which importance is measured by activations (default: --choose_layers'; else"
+            " by the weights' norms)"
+        ),
+    )
     add(
         "--trust_remote_code",
         action="store_true",
