@@ -19,7 +19,7 @@ CHUNK_BATCHES = 2**16
 # Of the default on a GPU: most padded tokens of a pass, and the memory reserved for one of them,
 # of which DistilBERT's activations take about 0.4 MB in float32.
 MAX_TOKENS_PER_PASS, BYTES_PER_TOKEN = 2**16, 2**20
-PASS_TOKENS = 2**10  # tokens of padding that one pass less is worth
+PASS_TOKENS = 2**9  # tokens of padding that one pass less is worth
 
 
 def length_groups(lengths: np.ndarray, max_length: int) -> np.ndarray:

@@ -35,6 +35,7 @@ from utils import keep_freed_memory, keyed_numpy_generator, keyed_seed
 ROOT = Path(__file__).resolve().parent.parent
 TEMPERATURE, LEARNING_RATE, ADAM_EPSILON, MAX_GRAD_NORM = 2.0, 5e-4, 1e-6, 5.0
 SMOOTHING, MASK_PROP, WORD_MASK, WORD_KEEP, WORD_RAND = 0.7, 0.15, 0.8, 0.1, 0.1
+SMALL_DEPTHS = {"tiny": (2, 1), "narrow": (12, 6)}  # layers of teacher and student, width 64
 STAGE_UPDATES = 3  # timed stage by stage, after the measured ones
 
 # --------------------------------------------------------------------------------------------------
@@ -149,7 +150,7 @@ def teacher_config(pair: str, size: str):
     config = getattr(transformers, ARCHITECTURES[row.teacher_type].config_class)(
         **row.teacher_sizes
     )
-    return shrunk(config, num_layers=2) if size == "tiny" else config
+    return shrunk(config, SMALL_DEPTHS[size][0]) if size in SMALL_DEPTHS else config
 
 
 def student_config(pair: str, size: str):
@@ -158,7 +159,7 @@ def student_config(pair: str, size: str):
     config = read_student_config(
         row.student_type, str(ROOT / "training_configs" / f"{row.student_config}.json")
     )
-    return shrunk(config, num_layers=1) if size == "tiny" else config
+    return shrunk(config, SMALL_DEPTHS[size][1]) if size in SMALL_DEPTHS else config
 
 
 def shrunk(config, num_layers: int, width: int = 64, num_heads: int = 2, vocab_size: int = 500):

@@ -14,6 +14,7 @@ import safetensors.torch
 import torch
 from stand_ins import make_model
 from test_distiller import VOCAB, make_preparation
+from test_pending_update import RefuseWaiting
 from whole_runs import read_metrics
 
 import train
@@ -174,6 +175,24 @@ def test_every_head_joins_passes_exactly(is_masked, head, monkeypatch):
         distiller.model.compiles_head = head == "fused"
         found.append(results(distiller, *next(data.updates(limit, 20, 1))))
     assert largest_difference(*found) < EXACT
+
+
+@MASKED
+@pytest.mark.parametrize("normalization", NORMALIZATIONS)
+@pytest.mark.parametrize("head", ["eager", "fused"])
+def test_the_host_does_not_wait_during_an_update_of_joined_passes(
+    is_masked, normalization, head, monkeypatch
+):
+    """Without the CPU's kernels, as on a GPU."""
+    monkeypatch.setattr(head_kernels, "_compiled", lambda: head_kernels._fused_terms)
+    distiller = make_distiller(is_masked, normalization=normalization)
+    distiller.has_cpu_kernels, distiller.model.compiles_head = False, head == "fused"
+    numbers, passes = next(Data(is_masked, num=40).updates(600, 20, 1))
+    ready = [distiller.ready(one) for one in passes]
+    assert any(one.joined for one in ready)
+    results(distiller, numbers, ready)
+    with RefuseWaiting():
+        distiller._accumulate(ready, numbers, len(ready), lambda: False)
 
 
 def test_two_objectives_of_one_row_are_told_apart_in_a_fused_pass(monkeypatch):

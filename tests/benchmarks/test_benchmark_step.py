@@ -19,6 +19,7 @@ from benchmarks import (
     agreement,
     cpu_pieces,
     jobs,
+    launches,
     measuring,
     options,
     reference_step,
@@ -80,6 +81,18 @@ def test_joined_passes_compute_the_same_and_are_a_variant(pair, tmp_path):
     assert [len(update.passes) for update in apart] == [6, 6]
     assert all(len(update.passes) < 6 for update in joined)
     assert measuring.run_steps(jobs[0])["tokens"] == measuring.run_steps(jobs[1])["tokens"]
+
+
+def test_a_joined_update_launches_fewer_kernels(tmp_path):
+    """Of small tensors: a pass costs the launches of its models once, of the objectives again."""
+    job = make_job(tmp_path, "--mix", "--length", "40", "--micro_batches", "8")
+    apart, joined = launches.count(job, 0), launches.count(job, 800)
+    assert apart["passes"] == 8 and joined["passes"] <= 3
+    assert joined["launches"] < 0.7 * apart["launches"]
+    assert launches.count(job, 0) == apart
+    with launches.LaunchCounter() as counter:
+        torch.ones(2, 3).t() + torch.ones(3, 2)  # two fills, a view, a sum
+    assert counter.num == 3
 
 
 def test_half_precision_computes_nearly_the_same(tmp_path):
