@@ -248,7 +248,7 @@ class GroupedBatchSampler:
         """Let passes join an update's micro-batches, up to so many padded tokens; 0: do not.
 
         None: the default of a new run with `accumulation` micro-batches an update on each rank. It
-        is 0 on a CPU (gpu_bytes None), which gains nothing. On a GPU it is what a rank's part of an
+        is 0 on a CPU (gpu_bytes None), which gains little. On a GPU it is what a rank's part of an
         update fills evenly, at most MAX_TOKENS_PER_PASS, and less where memory is small. Raises
         InputError below the longest sequence.
         """
