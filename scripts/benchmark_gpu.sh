@@ -2,17 +2,25 @@
 # Everything about speed on a GPU in one command: the GPU's tests; the step of each pair, over micro-batch sizes and
 # precisions, as it is and compiled, next to the 2019 step in fp32 and under autocast; train.py end to end next to the
 # bare step. Writes JSON, PNG and the printed tables.
-#   scripts/benchmark_gpu.sh [--cpu] [FOLDER]      FOLDER: default benchmarks/gpu-DATE; --cpu: tiny sizes, to try the script
+#   scripts/benchmark_gpu.sh [--cpu] [--stage N] [FOLDER]
+#       FOLDER: default benchmarks/gpu-DATE; --cpu: tiny sizes, to try the script
+#       --stage N: that part alone, meant to take minutes: 1 tests and README's command, as typed against larger passes;
+#       2 to 5 the pairs bert, mbert, gpt2, roberta; 6 texts of all lengths; 7 train.py end to end
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
 
 device=cuda
+stage=
 if [ "${1:-}" = --cpu ]; then
     device=cpu
     shift
 fi
+if [[ "${1:-}" = --stage && "${2:-}" = [1-7] ]]; then
+    stage="$2"
+    shift 2
+fi
 if [ $# -gt 1 ] || [[ "${1:-}" = -* ]]; then
-    echo "error: expected [--cpu] [FOLDER], got: $*" >&2
+    echo "error: expected [--cpu] [--stage 1..7] [FOLDER], got: $*" >&2
     exit 2
 fi
 folder="$(realpath -m "${1:-$ROOT/benchmarks/$([ "$device" = cpu ] && echo cpu || echo gpu)-$(date +%Y-%m-%d)}")"
@@ -25,6 +33,10 @@ if [ "$device" = cuda ] && ! "$PYTHON" -c 'import sys, torch; sys.exit(not torch
 fi
 mkdir -p "$folder"
 
+is_wanted() { # number of a stage
+    [ -z "$stage" ] || [ "$stage" = "$1" ]
+}
+
 benchmark() { # name, flags of scripts/benchmark.py
     local name="$1"
     shift
@@ -34,7 +46,9 @@ benchmark() { # name, flags of scripts/benchmark.py
 
 # What fails does not keep the other figures back; the status says so at the end.
 status=0
-"$PYTHON" -m pytest -m gpu -q 2>&1 | tee "$folder/tests.txt" || status=$?
+if is_wanted 1; then
+    "$PYTHON" -m pytest -m gpu -q 2>&1 | tee "$folder/tests.txt" || status=$?
+fi
 
 reference=(--reference --reference_precision fp32 bf16)
 compile=(--compile)
@@ -44,23 +58,35 @@ if ! said="$("$PYTHON" -c 'import sys, torch; from distil.system.launch import c
     status=2
 fi
 
+lengths=(bert 256 mbert 256 gpt2 512 roberta 256)
 if [ "$device" = cpu ]; then
-    tiny=(--device cpu --size tiny --updates 2 --warmup 1)
-    benchmark bert "${tiny[@]}" --length 32 "${reference[@]}" "${compile[@]}" --sweep --batch_size 2 --precision fp32 bf16
-    benchmark bert-as-typed "${tiny[@]}" --length 32 --mix --batch_size 5 --micro_batches 6 --tokens_per_pass 0 400
-    benchmark bert-end-to-end "${tiny[@]}" --length 32 "${compile[@]}" --end_to_end
+    sizes=(--device cpu --size tiny --updates 2 --warmup 1)
+    lengths=(bert 32)
+    typed=(--length 32 --mix --batch_size 5 --micro_batches 6 --tokens_per_pass 0 400)
+    sweep=(--sweep --batch_size 2 --precision fp32 bf16)
+    end_to_end=(--length 32)
 else
-    for pair in bert mbert gpt2 roberta; do
-        length=256
-        if [ "$pair" = gpt2 ]; then
-            length=512
-        fi
-        benchmark "$pair" --device cuda --pair "$pair" --length "$length" "${reference[@]}" "${compile[@]}" --sweep
-    done
-    benchmark bert-as-typed --device cuda --length 512 --mix --batch_size 5 --micro_batches 50 --precision fp32 bf16 \
-        --tokens_per_pass 0 8192 16384 32768 65536 "${compile[@]}"
-    benchmark bert-mix --device cuda --length 512 --mix --batch_size 64 --precision fp32 bf16 "${reference[@]}" "${compile[@]}"
-    benchmark bert-end-to-end --device cuda --length 256 --batch_size 128 --precision fp32 bf16 "${compile[@]}" --end_to_end
+    sizes=(--device cuda)
+    typed=(--length 512 --mix --batch_size 5 --micro_batches 50 --precision fp32 bf16)
+    typed+=(--tokens_per_pass 0 8192 16384 32768 65536 131072 "${compile[@]}")
+    sweep=(--sweep)
+    end_to_end=(--length 256 --batch_size 128 --precision fp32 bf16)
+fi
+if is_wanted 1; then
+    benchmark bert-as-typed "${sizes[@]}" "${typed[@]}"
+fi
+for ((k = 0; k < ${#lengths[@]}; k += 2)); do
+    if is_wanted $((2 + k / 2)); then
+        pair=("${sizes[@]}" --pair "${lengths[k]}" --length "${lengths[k + 1]}")
+        benchmark "${lengths[k]}" "${pair[@]}" "${reference[@]}" "${compile[@]}" "${sweep[@]}"
+    fi
+done
+if is_wanted 6 && [ "$device" = cuda ]; then
+    mix=("${sizes[@]}" --length 512 --mix --batch_size 64 --precision fp32 bf16)
+    benchmark bert-mix "${mix[@]}" "${reference[@]}" "${compile[@]}"
+fi
+if is_wanted 7; then
+    benchmark bert-end-to-end "${sizes[@]}" "${end_to_end[@]}" "${compile[@]}" --end_to_end
 fi
 echo "Wrote $folder."
 exit "$status"

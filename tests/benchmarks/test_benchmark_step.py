@@ -451,6 +451,7 @@ def test_a_machine_that_cannot_compile_is_one_line(status_and_errors, monkeypatc
     )
 
 
+PAIRS = ["bert", "mbert", "gpt2", "roberta"]
 NOTING = """#!/usr/bin/env bash
 case "$*" in
     *check_compiler*) exit "$CAN_NOT_COMPILE" ;;
@@ -460,8 +461,17 @@ esac
 
 
 @pytest.mark.parametrize("can_compile", [True, False])
-@pytest.mark.parametrize("device", ["cpu", "cuda"])
-def test_the_command_lines_of_the_gpu_script_are_right(device, can_compile, tmp_path):
+@pytest.mark.parametrize(
+    "device, stage, names",
+    [
+        ("cpu", None, ["bert-as-typed", "bert", "bert-end-to-end"]),
+        ("cuda", None, ["bert-as-typed", *PAIRS, "bert-mix", "bert-end-to-end"]),
+        ("cuda", 1, ["bert-as-typed"]),
+        ("cuda", 4, ["gpt2"]),
+        ("cuda", 6, ["bert-mix"]),
+    ],
+)
+def test_the_command_lines_of_the_gpu_script_are_right(device, stage, names, can_compile, tmp_path):
     """A stub of the interpreter writes the command lines down; the benchmark parses them."""
     for name in (
         "scripts/benchmark_gpu.sh",
@@ -476,6 +486,7 @@ def test_the_command_lines_of_the_gpu_script_are_right(device, can_compile, tmp_
     python.write_text(NOTING)
     python.chmod(0o755)
     flags = ["--cpu"] if device == "cpu" else []
+    flags += [] if stage is None else ["--stage", str(stage)]
     done = run_process(
         "bash",
         tmp_path / "scripts" / "benchmark_gpu.sh",
@@ -487,11 +498,13 @@ def test_the_command_lines_of_the_gpu_script_are_right(device, can_compile, tmp_
     )
     assert done.returncode == (0 if can_compile else 2), done.stderr
     lines = [line.split()[1:] for line in (tmp_path / "noted").read_text().splitlines()]
-    assert len(lines) == (2 if device == "cpu" else 6)
-    for line in lines:
+    assert [Path(line[line.index("--json") + 1]).stem for line in lines] == names
+    for name, line in zip(names, lines, strict=True):
         assert line[line.index("--device") + 1] == device
         args = benchmark.parse([*line, "--device", "cpu"])  # the last one counts
-        assert args.compile == can_compile and args.reference != args.end_to_end
+        is_compiled = can_compile and not (device == "cpu" and name == "bert-as-typed")
+        assert args.compile == is_compiled and args.end_to_end == (name == "bert-end-to-end")
+        assert args.reference == (name in (*PAIRS, "bert-mix"))
         assert args.reference_precision == (["fp32", "bf16"] if args.reference else ["fp32"])
 
 
