@@ -440,6 +440,7 @@ def test_a_run_of_joined_passes_trains_as_one_of_passes_apart(kind, world, tmp_p
     [
         (30, r"--tokens_per_pass 30: the longest sequence has \d+ ids; raise it, set --max_length"),
         (-1, "--tokens_per_pass -1: expected at least 0"),
+        (10**20, "--tokens_per_pass 1\\d+: expected at least 0, at most 1e\\+09"),
         ("many", "argument --tokens_per_pass: invalid int value: 'many'"),
     ],
 )

@@ -235,6 +235,7 @@ class TrainConfig:
         " CPU; on a GPU as large as an update, at most 65536)",
         None,
         at_least=0,
+        at_most=1_000_000_000,
     )
     compile: bool = precision(
         "compile teacher and student (torch.compile): takes minutes to start, then runs faster",
