@@ -257,7 +257,7 @@ def table_of_runs(rows: list[dict]) -> str:
     lines = [[*head, "run"]]
     for row in rows:
         plan, run = row["plan"], row["run"]
-        cpu_s, memory = sum(plan["cpu_s"].values()), plan["memory"]["memory"]
+        cpu_s, memory = sum(plan["cpu_s"].values()), plan["memory"]["main"]
         peak, disk = run["peaks"][RESIDENT], plan["disk"]["final"]
         lines.append([row["name"], f"{cpu_s:.1f}", f"{run['cpu_s']:.1f}", off(cpu_s, run["cpu_s"])])
         lines[-1] += [f"{memory / 1e6:,.0f}", f"{peak / 1e6:,.0f}", off(memory, peak)]

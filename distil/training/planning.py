@@ -30,7 +30,7 @@ from distil.training.plan_verdict import (
     size,
 )
 from distil.training.progress import Progress, duration
-from distil.training.rehearsal import Measured, Rehearsed, rehearse
+from distil.training.rehearsal import Measured, Rehearsed, file_sizes, rehearse
 from distil.training.trackers import TENSORBOARD
 from utils import InputError, logger, one_line, raise_problems
 
@@ -215,13 +215,11 @@ def disk_problem_of(config: TrainConfig, counts: Counts, sizes: FileSizes, free:
     return disk_problem(config, free, with_fewer(), lowered)
 
 
-def make_plan(config: TrainConfig, counts: Counts, measured: Measured) -> Plan:
-    """Put together what was counted and measured. Raises InputError where the run cannot fit."""
+def make_plan(
+    config: TrainConfig, counts: Counts, measured: Measured, sizes: FileSizes, free: int
+) -> Plan:
+    """Put together what was counted and measured. free: bytes on the disk."""
     num, is_given = config.num_processes(1), config.tokens_per_second is not None
-    free = free_bytes(config, counts.is_resumed)
-    needs = Needs(measured.peaks, measured.fixed)
-    of_memory = memory_problem(config, memory_limits(), needs)
-    raise_problems([of_memory, disk_problem_of(config, counts, measured.sizes, free)])
     parts = time_parts(counts, measured, num)
     if is_given:
         parts = {"training": np.array([counts.real_tokens / config.tokens_per_second, 0.0])}
@@ -242,10 +240,13 @@ def make_plan(config: TrainConfig, counts: Counts, measured: Measured) -> Plan:
         cost=None if config.price_per_hour is None else hours * config.price_per_hour,
         memory=measured.memory,
         checkpoints=len(counts.saves) - counts.is_resumed,
-        checkpoint_bytes=measured.sizes.checkpoint,
-        disk=disk_use(measured.sizes, counts.saves, counts.epochs, config),
+        checkpoint_bytes=sizes.checkpoint,
+        disk=disk_use(sizes, counts.saves, counts.epochs, config),
         disk_free=free,
     )
+
+
+MEMORIES = {"main": "of main memory", "gpu": "of the GPU's"}
 
 
 def lines_of(plan: Plan, config: TrainConfig) -> list[str]:
@@ -260,7 +261,7 @@ def lines_of(plan: Plan, config: TrainConfig) -> list[str]:
         spent = f"{whole}: {', '.join(f'{name} {text}' for name, text in times.items())}"
     processes = f"{plan.num_processes} process{'es' * (plan.num_processes > 1)}"
     padding = 1 - plan.real_tokens / max(plan.padded_tokens, 1)
-    memory = ", ".join(f"{size(num)} {kind}" for kind, num in plan.memory.items())
+    memory = ", ".join(f"{size(num)} {MEMORIES[kind]}" for kind, num in plan.memory.items())
     rows = {
         "run": f"{processes}, each on {plan.device}",
         "updates": f"{plan.updates:,} of {plan.micro_batches:,} micro-batches in all",
@@ -302,10 +303,14 @@ def tell_plan(
         left=progress.num_micro_batches - first,
         num_threads=1 + len(EVENTS) * (TENSORBOARD in config.report_to),  # one waits for git
     )
-    counts = count_run(sampler, progress)
+    counts, files = count_run(sampler, progress), file_sizes(distiller)
+    free = free_bytes(config, counts.is_resumed)
+    raise_problems([disk_problem_of(config, counts, files, free)])
     logger.info("Measuring: a few micro-batches are computed, nothing is written.")
     measured = rehearse(parts, config.tokens_per_second is None)
-    plan = make_plan(config, counts, measured)
+    needs = Needs(measured.peaks, measured.fixed)
+    raise_problems([memory_problem(config, memory_limits(), needs)])
+    plan = make_plan(config, counts, measured, files, free)
     as_json = json.dumps(dataclasses.asdict(plan), indent=2)
     print(as_json if config.plan == "json" else "\n".join(lines_of(plan, config)))
 

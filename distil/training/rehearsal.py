@@ -72,14 +72,13 @@ class Measured:
     num_passes: int
     peaks: Mapping[str, int]
     fixed: int
-    sizes: FileSizes
     device: str
     on_gpu: Mapping[str, int]
 
     @property
     def memory(self) -> dict[str, int]:
         """Return the most memory that a process takes, in bytes, by kind."""
-        return {"memory": self.peaks[RESIDENT], **self.on_gpu}
+        return {"main": self.peaks[RESIDENT], **self.on_gpu}
 
     def pass_costs(self, shapes: np.ndarray) -> Costs:
         """Return what micro-batches take, by rows of (sequences, padded length, how many)."""
@@ -146,7 +145,7 @@ class Clock:
         if self.device.type != "cuda":
             return f"{torch.get_num_threads()} threads of the CPU", {}
         peak = torch.cuda.max_memory_allocated(self.device)
-        return torch.cuda.get_device_name(self.device), {"of the GPU's memory": peak}
+        return torch.cuda.get_device_name(self.device), {"gpu": peak}
 
     def spent_s(self, costs: Costs) -> float:
         """Return wall seconds; on a CPU, which others may use too, no more than its own seconds."""
@@ -301,14 +300,16 @@ def rehearse_export(network: torch.nn.Module) -> None:
     del copies
 
 
-def file_sizes(tensors: Mapping[str, Mapping[str, torch.Tensor]], plain: int) -> FileSizes:
-    """Return the sizes of a run's files, from their headers. plain: of a plain state dict."""
+def file_sizes(distiller) -> FileSizes:
+    """Return the sizes of a run's files, from their headers, and of a plain state dict."""
+    tensors, sink = distiller.tensors(), Sink()
+    save_plain(distiller.model.student.state_dict(), sink)
     sizes = {
         name: len(next(as_safetensors(content))) + sum(t.nbytes for t in content.values())
         for name, content in tensors.items()
     }
     whole = sum(sizes.values())
-    return FileSizes(whole - sizes[OPTIMIZER], whole, plain, sizes["student"])
+    return FileSizes(whole - sizes[OPTIMIZER], whole, sink.num_bytes, sizes["student"])
 
 
 # --------------------------------------------------------------------------------------------------
@@ -379,10 +380,9 @@ def _rehearse(parts: Rehearsed, is_timed: bool) -> Measured:
         launches.run(choose_launches(parts.batch_sizes, num_each, parts.accumulation))
     log = clock.time(lambda: (gradient_statistics(network), parameter_statistics(network)))
     evaluations = measure_evaluations(parts, clock)
-    tensors, sink = distiller.tensors(), Sink()
+    tensors = distiller.tensors()
     save = clock.time(lambda: rehearse_checkpoint(tensors))
-    plain = clock.time(lambda: save_plain(network.state_dict(), sink))
+    plain = clock.time(lambda: save_plain(network.state_dict(), Sink()))
     end = clock.time(lambda: rehearse_export(network))
-    sizes = file_sizes(tensors, sink.num_bytes)
     costs = start, fit, update, log, save, plain, *evaluations, end
-    return Measured(*costs, num_passes, clock.peaks(), fixed, sizes, *clock.describe())
+    return Measured(*costs, num_passes, clock.peaks(), fixed, *clock.describe())

@@ -101,7 +101,7 @@ def test_a_measured_plan_has_all_parts_and_leaves_no_trace(world, tmp_path, caps
         assert all(times[name] > 0 for name in parts), times
     assert plan["hours"] * 3600 == pytest.approx(sum(plan["time_s"].values()))
     assert plan["cost"] == pytest.approx(2 * plan["hours"])
-    assert plan["memory"]["memory"] > 1e8
+    assert plan["memory"]["main"] > 1e8
     assert listing(tmp_path, world.folder) == before
 
 
