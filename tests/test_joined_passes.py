@@ -151,7 +151,7 @@ GRADIENT_CASES = [
 ]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.parametrize("world_size", [1, 2, 3])
 @pytest.mark.parametrize("accumulation", [1, 7, 50])
 @pytest.mark.parametrize("normalization", NORMALIZATIONS)
