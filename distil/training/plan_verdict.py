@@ -34,7 +34,9 @@ UNITS = ((1e12, "TB"), (1e9, "GB"), (1e6, "MB"), (1e3, "kB"), (1, "B"))
 
 def memory_remedy(config: TrainConfig) -> str:
     """Name the flag to lower where a micro-batch takes too much memory."""
-    if config.max_tokens is not None:
+    if config.tokens_per_pass:
+        remedy = f"lower --tokens_per_pass ({config.tokens_per_pass})"
+    elif config.max_tokens is not None:
         remedy = f"lower --max_tokens ({config.max_tokens})"
     elif config.batch_size > 1:
         remedy = f"lower --batch_size ({config.batch_size})"

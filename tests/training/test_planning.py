@@ -174,6 +174,10 @@ def config_of(world, tmp_path, **changes) -> train.TrainConfig:
 @pytest.mark.parametrize(
     ("changes", "flag"),
     [
+        (
+            {"max_tokens": 500, "tokens_per_pass": 900, "activation_checkpointing": True},
+            "lower --tokens_per_pass (900)",
+        ),
         ({"max_tokens": 500}, "lower --max_tokens (500), or add --activation_checkpointing"),
         ({"batch_size": 7}, "lower --batch_size (7), or add --activation_checkpointing"),
         ({"batch_size": 1, "max_length": 40}, "lower --max_length (40), or add"),
