@@ -37,7 +37,8 @@ def rows_by_layer(read: Mapping[int, torch.Tensor], batch: MicroBatch, kind: str
 def sequences_of(read: Mapping[int, Attention], batch: MicroBatch, kind: str) -> list[Sequences]:
     """Return each micro-batch's attention by layer, with its lengths: padding comes last."""
     num_sequences, length = batch.input_ids_BT.shape
-    lengths_B = torch.bincount(batch.rows[kind] // length, minlength=num_sequences)
+    sequences_N, lengths_B = batch.rows[kind] // length, torch.zeros(num_sequences).long()
+    lengths_B.index_add_(0, sequences_N, torch.ones_like(sequences_N))  # on the host
     sizes = [len(part.input_ids_BT) for part in batch.parts]
     return Sequences(read, lengths_B, batch.is_causal).split(sizes)
 
