@@ -91,6 +91,14 @@ def read_flags_first(parse: Callable[[], object]) -> None:
 def run_main(main: Callable[[], None]) -> int:
     """Run a program's `main` and return its exit status; distil.system.start knows this name."""
     try:
+        return _status_of(main)
+    except KeyboardInterrupt:  # in main, or while its error was reported
+        report_problems("interrupted")
+        return EXIT_INTERRUPTED
+
+
+def _status_of(main: Callable[[], None]) -> int:
+    try:
         main()
     except InputError as error:
         report_problems(str(error), from_any_rank=isinstance(error, RankError))
@@ -101,9 +109,6 @@ def run_main(main: Callable[[], None]) -> int:
     except MemoryError:
         report_problems("out of memory; end other programs, or use a machine with more memory")
         return EXIT_INPUT_ERROR
-    except KeyboardInterrupt:
-        report_problems("interrupted")
-        return EXIT_INTERRUPTED
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:

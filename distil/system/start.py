@@ -46,8 +46,8 @@ def raise_outside_imports(number: int, error: BaseException) -> None:
     It is raised again where it was lost all the same (in a `__del__`). It ends the process where an
     import lasts longer than IMPORT_S; SIGINT also where utils.run_main is not there to handle it.
     """
-    # Early, so that it runs late: an alarm behind it would end the process, without its handler.
-    atexit.register(signal.setitimer, signal.ITIMER_REAL, 0)
+    # Early, so that it runs late: a signal behind it would find no handler.
+    atexit.register(_leave_signals)
     deadline: float | None = None
     is_raised = False
 
@@ -60,13 +60,24 @@ def raise_outside_imports(number: int, error: BaseException) -> None:
             deadline = now + IMPORT_S
             signal.signal(signal.SIGALRM, again)
             signal.setitimer(signal.ITIMER_REAL, RETRY_S, RETRY_S)
-        if not any("<frozen importlib" in code.co_filename for code in _stack(frame)):
+        if not any(_is_of_imports(code) for code in _stack(frame)):
             is_raised = True
             raise error
+        sys.setprofile(at_end_of_imports)
         if now > deadline and number == signal.SIGINT:
             _end()
         if now > deadline:
             os._exit(128 + signal.SIGTERM)
+
+    def at_end_of_imports(frame: FrameType, event: str, _: object) -> None:
+        """Raise the error when the outermost import returns: main may end before the next alarm."""
+        nonlocal is_raised
+        if event != "return" or not _is_of_imports(frame.f_code):
+            return
+        if not any(_is_of_imports(code) for code in _stack(frame.f_back)):
+            sys.setprofile(None)
+            is_raised = True
+            raise error
 
     def again(_: int, frame: FrameType | None) -> None:
         if not is_raised:
@@ -79,6 +90,16 @@ def raise_outside_imports(number: int, error: BaseException) -> None:
             signal.raise_signal(number)
 
     signal.signal(number, handle)
+
+
+def _leave_signals() -> None:
+    """Let the interpreter end undisturbed, with the status that is settled."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.setitimer(signal.ITIMER_REAL, 0)
+
+
+def _is_of_imports(code: CodeType) -> bool:
+    return "<frozen importlib" in code.co_filename
 
 
 def _is_in_main(frame: FrameType | None) -> bool:

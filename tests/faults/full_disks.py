@@ -34,6 +34,7 @@ import run_task
 import token_counts
 import train
 import train_teacher
+import trim_vocabulary
 from distil.system.signals import exit_on_sigterm
 from distil.tasks.scores import write_scores
 
@@ -254,6 +255,15 @@ PROGRAMS = {
             *("--models", site.world.teachers["bert"], site.path("student"), "--passes", 3),
             *("--batch_sizes", 1, "--num_sentences", 2, "--json", out / "latency.json"),
         ],
+    ),
+    "trim_vocabulary": Program(
+        trim_vocabulary.main,
+        lambda site, out: [
+            *of_bert(site, "teacher"),
+            *("--data_file", site.path("store.tiny-bert"), "--keep", 100),
+            *("--output", out / "trimmed"),
+        ],
+        None,
     ),
 }
 

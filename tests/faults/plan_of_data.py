@@ -22,7 +22,7 @@ ROWS_OF_DATA = [
         "elsewhere": "tracebacks, and files of 0 bytes under final names",
         "trial": "faults.full_disks:disk_full",
         "smoke": 2,
-        "full": 36,
+        "full": 38,
         "limit_s": 900,
         "is_sampled": False,
     },

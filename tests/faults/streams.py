@@ -211,15 +211,19 @@ def commands(bench) -> dict[str, list]:
         "report.py": [*pair, "--output_dir", folder / "out"],
         "run_squad_w_distillation.py": ["--model_type", "bert", *task, *squad_files(folder)],
         "run_task.py": ["--task", "sst2", *task, *task_files(folder)],
+        "study.py": ["--teacher", teacher, "--data_file", data, "--held_out", data]
+        + ["--output", folder / "out", "--seeds", 1, "--max_steps", 2, "--variants", "mse_alone"],
         "token_counts.py": ["--data_file", data, "--token_counts_dump", folder / "out.pickle"],
         "train_teacher.py": [
             *("--config", world.config("bert"), "--tokenizer_name", teacher, "--data_file", data),
             *("--output_dir", folder / "out", "--num_steps", 2),
         ],
+        "trim_vocabulary.py": ["--teacher", teacher, "--data_file", data, "--keep", 100]
+        + ["--output", folder / "out"],
     }
 
 
-NUM_PROGRAMS = 20
+NUM_PROGRAMS = 22
 
 
 def task_files(folder: Path) -> list:
@@ -296,8 +300,8 @@ def interrupted_start(bench) -> None:
         end_group(process)
     took_s = time.monotonic() - interrupted
     printed = (bench.folder / "log").read_text(errors="replace")
-    if undisturbed is None and status not in (130, -signal.SIGINT) and took_s < ENDING_S:
-        undisturbed = status_of(bench, program)
+    if status not in (130, -signal.SIGINT, undisturbed) and took_s < ENDING_S:
+        undisturbed = status_of(bench, program)  # also where an earlier start left its output
     what = f"{program} at {moment_s:.2f} s: status {status} {took_s:.2f} s later: {printed[-600:]}"
     expected = printed.count(f"{program}: error: interrupted\n")
     if program == "train.py" and "Stopped after update" in printed:

@@ -193,7 +193,42 @@ def test_ctrl_c_during_a_last_import_does_not_end_the_interpreters_own_end(tmp_p
     imports = f"sys.path.insert(1, {str(tmp_path)!r})\nfrom distil.system import start"
     body = "start.RETRY_S = 1.0", "import late"
     done = run_process(sys.executable, program(tmp_path / "a.py", *body, imports=imports))
-    assert (done.returncode, done.stderr) == (0, "")
+    assert (done.returncode, done.stderr) == (130, "a.py: error: interrupted\n")
+
+
+def test_ctrl_c_at_the_end_of_an_import_is_heeded_before_main_goes_on(tmp_path):
+    (tmp_path / "late.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGINT)\n")
+    imports = f"sys.path.insert(1, {str(tmp_path)!r})"
+    path = program(tmp_path / "a.py", "import late", "raise InputError('x')", imports=imports)
+    done = run_process(sys.executable, path)
+    assert (done.returncode, done.stderr) == (130, "a.py: error: interrupted\n")
+
+
+KILLING = """
+import os, signal
+
+class Killing:
+    is_first = True
+
+    def write(self, text):
+        if "error: x" in text and self.is_first:
+            self.is_first = False
+            os.kill(os.getpid(), signal.SIGINT)
+        return os.write(2, text.encode())
+
+    def __getattr__(self, name):
+        return getattr(sys.__stderr__, name)
+
+sys.stderr = Killing()
+"""
+
+
+def test_ctrl_c_while_an_error_is_printed_is_a_line(tmp_path):
+    done = run_process(
+        sys.executable, program(tmp_path / "a.py", "raise InputError('x')", imports=KILLING)
+    )
+    assert done.returncode == 130 and "Traceback" not in done.stderr
+    assert done.stderr.endswith("a.py: error: interrupted\n")
 
 
 LOST = """
