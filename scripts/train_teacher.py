@@ -1,6 +1,6 @@
-"""Train a small BERT from scratch on a token file, as a teacher for experiments and the quickstart.
+"""Train a teacher on a token file: a small BERT from scratch, or any model from given weights.
 
-It is the distillation loop without a teacher: the masked-LM loss alone.
+It is the distillation loop without a teacher: the language-modelling loss alone.
 """
 
 import os
@@ -29,10 +29,20 @@ from tqdm import tqdm
 from distil.data.batches import MlmPreparation
 from distil.data.token_files import MIN_LENGTH
 from distil.models.architectures import ARCHITECTURES
+from distil.models.checks import tokenizer_problem
 from distil.models.export import save_folder, tokenizer_for
-from distil.models.language_model import LanguageModel, build_network, read_student_config
+from distil.models.heads import train_head_alone
+from distil.models.language_model import (
+    LanguageModel,
+    build_network,
+    load_network,
+    read_student_config,
+    resolve_by_name,
+    save_used_bias_twice,
+)
 from distil.models.tokenizers import load_tokenizer
 from distil.system.files import output_problem, write_json
+from distil.system.launch import check_precision
 from distil.training.optimizer import ADAM_BETAS, split_for_weight_decay
 from distil.training.post_mortem import NonFiniteError
 from distil.training.teacher_options import parse
@@ -77,22 +87,8 @@ def check_arguments(args: argparse.Namespace) -> None:
     raise_problems(problems)
 
 
-def make_distiller(args: argparse.Namespace, model) -> Distiller:
-    """Make the distiller, with loss, optimizer and schedule, without a teacher."""
-    objective = DistillationModel(model, {"mlm": 1.0}, temperature=1.0)
-    optimizer = torch.optim.AdamW(
-        split_for_weight_decay(model, 0.01), lr=args.learning_rate, betas=ADAM_BETAS
-    )
-    num_warmup = int(args.warmup_prop * args.num_steps)
-    schedule = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup, args.num_steps)
-    return Distiller(objective, None, optimizer, schedule, max_grad_norm=1.0, seed=args.seed)
-
-
-def main(argv: list[str] | None = None) -> None:
-    """Run the program: load, train, save the model's folder."""
-    args = parse(argv)
-    setup_logging(logging.INFO)
-    check_arguments(args)
+def build_model(args: argparse.Namespace) -> LanguageModel:
+    """Build a BERT of --config with random weights. Raises InputError."""
     config = read_student_config("bert", args.config, flag="--config")
     source, architecture = f"--config {args.config}", ARCHITECTURES["bert"]
     tokenizer = load_tokenizer(architecture, args.tokenizer_name, "--tokenizer_name")
@@ -102,15 +98,63 @@ def main(argv: list[str] | None = None) -> None:
             f"{source}: vocab_size is {config.vocab_size}, the tokenizer has ids up to"
             f" {largest_id}; set vocab_size {largest_id + 1} or more"
         )
-    keep_freed_memory()  # as train.py does on a CPU
     torch.manual_seed(keyed_seed(args.seed, "teacher"))
-    model = build_network(architecture, config, source)
-    teacher = LanguageModel(architecture, model, tokenizer, source)
+    network = build_network(architecture, config, source)
+    return LanguageModel(architecture, network, tokenizer, source)
+
+
+def load_model(args: argparse.Namespace) -> LanguageModel:
+    """Load --weights; what the folder lacks of a head is random. Raises InputError."""
+    name, flag = args.weights, "--weights"
+    architecture = resolve_by_name(name, flag)
+    if args.tokenizer_name is None:
+        tokenizer = load_tokenizer(architecture, name, flag)
+    else:
+        tokenizer = load_tokenizer(architecture, args.tokenizer_name, "--tokenizer_name")
+    torch.manual_seed(keyed_seed(args.seed, "teacher"))
+    network = load_network(architecture, name, flag, may_lack_head=True)
+    model = LanguageModel(architecture, network, tokenizer, f"{flag} {name}")
+    raise_problems([tokenizer_problem(model)])
+    if args.train_head_only:
+        train_head_alone(network, model.source)
+    return model
+
+
+def make_distiller(args: argparse.Namespace, model: LanguageModel) -> Distiller:
+    """Make the distiller, with loss, optimizer and schedule, without a teacher."""
+    network, alphas = model.network, {"mlm" if model.is_masked else "clm": 1.0}
+    objective = DistillationModel(network, alphas, temperature=1.0)
+    optimizer = torch.optim.AdamW(
+        split_for_weight_decay(network, 0.01), lr=args.learning_rate, betas=ADAM_BETAS
+    )
+    num_warmup = int(args.warmup_prop * args.num_steps)
+    schedule = transformers.get_linear_schedule_with_warmup(optimizer, num_warmup, args.num_steps)
+    return Distiller(
+        objective,
+        None,
+        optimizer,
+        schedule,
+        max_grad_norm=1.0,
+        seed=args.seed,
+        amp_dtype=torch.bfloat16 if args.bf16 else None,
+    )
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Run the program: load, train, save the model's folder."""
+    args = parse(argv)
+    setup_logging(logging.INFO)
+    check_arguments(args)
+    check_precision(torch.device("cpu"), args.bf16, fp16=False)
+    keep_freed_memory()  # as train.py does on a CPU
+    teacher = build_model(args) if args.weights is None else load_model(args)
+    model, tokenizer = teacher.network, teacher.tokenizer
+    save_used_bias_twice(model)
     dataset = LmSeqsDataset.from_file(args.data_file, teacher, args.max_length)
     # Smoothing 0: a teacher learns every token's prediction, frequent ones too, as BERT did.
     prepare = make_preparation(teacher, args.token_counts, 0.0, args.seed, args.mlm_mask_prop)
     try:
-        curve = train(make_distiller(args, model), dataset, prepare, args)
+        curve = train(make_distiller(args, teacher), dataset, prepare, args)
     except NonFiniteError as error:
         logger.error("Stopped: %s. Nothing was saved.", error)
         sys.exit(1)

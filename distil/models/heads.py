@@ -83,6 +83,29 @@ def head_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     return own + [parameter for parameter in output if id(parameter) in of_base]
 
 
+def own_head_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """Return the parameters outside the base model, by each of their names; no shared table."""
+    of_base = {id(parameter) for parameter in model.base_model.parameters()}
+    named = model.named_parameters(remove_duplicate=False)
+    return {name: parameter for name, parameter in named if id(parameter) not in of_base}
+
+
+def train_head_alone(model: nn.Module, source: str) -> None:
+    """Freeze all but the prediction head's own parameters; tied embeddings are frozen, too.
+
+    Raises InputError naming `source` where the head has none.
+    """
+    own = own_head_parameters(model).values()
+    if not own:
+        raise InputError(
+            f"{source}: the head of a {type(model).__name__} is its table of embeddings, with no"
+            " parameters beside it to train alone; leave out --train_head_only"
+        )
+    model.requires_grad_(False)
+    for parameter in own:
+        parameter.requires_grad_(True)
+
+
 def replaced(model: nn.Module, path: str, part: nn.Module) -> nn.Module:
     """Copy a model with another part at `path`; all other parameters are shared."""
     name, _, rest = path.partition(".")

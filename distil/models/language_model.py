@@ -19,7 +19,7 @@ from distil.models import conventions
 from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
 from distil.models.bounds import ENTRIES, check_counts, check_memory
 from distil.models.checks import check_finite, some_of
-from distil.models.heads import Head, path_of, prediction_head
+from distil.models.heads import Head, own_head_parameters, path_of, prediction_head
 from distil.models.hub import check_weight_files, load_config, quiet_transformers
 from distil.models.names import model_folder
 from distil.models.tokenizer_roles import special_ids
@@ -144,10 +144,13 @@ def max_input_length(architecture: Architecture, tokenizer, config) -> int:
     return int(min(tokenizer.model_max_length, positions - reserved))
 
 
-def load_network(architecture: Architecture, name: str, flag: str) -> torch.nn.Module:
+def load_network(
+    architecture: Architecture, name: str, flag: str, *, may_lack_head: bool = False
+) -> torch.nn.Module:
     """Load a complete language model in float32. Raises InputError if weights do not fit it.
 
-    Checks the conventions by which an architecture without a row was resolved.
+    may_lack_head: parameters of the prediction head that the folder lacks begin at random, and are
+    logged. Checks the conventions by which an architecture without a row was resolved.
     """
     row = architecture
     config = load_config(
@@ -187,17 +190,30 @@ def load_network(architecture: Architecture, name: str, flag: str) -> torch.nn.M
     for name, value in biases.items():
         state[name].copy_(value)
     absent -= set(biases)
-    missing = sorted(absent - set(row.aliases) - _tied_names(model, absent))
-    if missing:
-        raise InputError(
-            f"{flag} {name}: has no weights for {some_of(missing)}; a whole {row.model_class} is"
-            " expected, with its head"
-        )
+    absent -= set(row.aliases) | _tied_names(model, absent)
+    _check_absent(model, row, sorted(absent), f"{flag} {name}", may_lack_head)
     check_finite(model.state_dict(), f"{flag} {name}")
     _declare_untied(model, f"{flag} {name}")
     if not row.is_named:
         conventions.check_conventions(model, row.is_masked, f"{flag} {name}")
     return model
+
+
+def _check_absent(
+    model: torch.nn.Module, row: Architecture, absent: list[str], source: str, may_lack_head: bool
+) -> None:
+    """Log the head's absent parameters where it may lack them; raise InputError for others."""
+    new = set(absent) & own_head_parameters(model).keys() if may_lack_head else set()
+    missing = [name for name in absent if name not in new]
+    if missing:
+        head = "; only those of its head may be absent" if may_lack_head else ", with its head"
+        raise InputError(
+            f"{source}: has no weights for {some_of(missing)}; a whole {row.model_class} is"
+            f" expected{head}"
+        )
+    if new:
+        text = "%s: lacks parameters of the prediction head, which begin at random: %s."
+        logger.info(text, source, ", ".join(sorted(new)))
 
 
 def _loader(row: Architecture):

@@ -5,16 +5,15 @@ import argparse
 from utils import OneLineParser
 
 DESCRIPTION = (
-    "Train a small BERT from scratch on a token file, as a teacher for experiments and the"
-    " quickstart."
+    "Train a teacher on a token file: a small BERT from scratch, for experiments and the"
+    " quickstart, or any model from given weights."
 )
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     """Read the command line."""
     parser = OneLineParser(description=DESCRIPTION, allow_abbrev=False)
-    parser.add_argument("--config", required=True, help="BERT configuration, JSON")
-    parser.add_argument("--tokenizer_name", required=True, help="hub name or local folder")
+    _add_start(parser)
     parser.add_argument("--data_file", required=True, help="token file made by binarized_data.py")
     parser.add_argument(
         "--token_counts",
@@ -38,10 +37,44 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         default=0.3,
         help="share of predicted tokens (default: %(default)s)",
     )
-    parser.add_argument("--learning_rate", type=float, default=7e-4, help="(default: %(default)s)")
+    parser.add_argument(
+        "--learning_rate",
+        type=float,
+        default=7e-4,
+        help="high enough for random weights; trained ones take about a tenth (default:"
+        " %(default)s)",
+    )
     parser.add_argument("--warmup_prop", type=float, default=0.1, help="(default: %(default)s)")
     parser.add_argument(
         "--force", action="store_true", help="replace a model that output_dir holds"
     )
+    parser.add_argument(
+        "--bf16", action="store_true", help="mixed precision in bfloat16, as of train.py"
+    )
     parser.add_argument("--seed", type=int, default=56, help="(default: %(default)s)")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    if args.train_head_only and args.weights is None:
+        parser.error("--train_head_only: expected with --weights, which has an encoder to keep")
+    if args.tokenizer_name is None and args.weights is None:
+        parser.error("--tokenizer_name: expected with --config, which names no tokenizer")
+    return args
+
+
+def _add_start(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that say what is trained, from which weights."""
+    start = parser.add_mutually_exclusive_group(required=True)
+    start.add_argument("--config", help="BERT configuration, JSON: trained from random weights")
+    start.add_argument(
+        "--weights",
+        help="hub name or folder of a masked or causal language model, whose training is"
+        " continued, or of an encoder, which gets a new prediction head",
+    )
+    parser.add_argument(
+        "--train_head_only",
+        action="store_true",
+        help="freeze all but the prediction head, to fit one to the encoder of --weights; a table"
+        " that it shares with the embeddings is frozen, too",
+    )
+    parser.add_argument(
+        "--tokenizer_name", help="hub name or local folder (default: that of --weights)"
+    )
