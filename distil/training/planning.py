@@ -263,7 +263,7 @@ def lines_of(plan: Plan, config: TrainConfig) -> list[str]:
     padding = 1 - plan.real_tokens / max(plan.padded_tokens, 1)
     memory = ", ".join(f"{size(num)} {MEMORIES[kind]}" for kind, num in plan.memory.items())
     rows = {
-        "run": f"{processes}, each on {plan.device}",
+        "run": f"{processes}, {'each ' * (plan.num_processes > 1)}on {plan.device}",
         "updates": f"{plan.updates:,} of {plan.micro_batches:,} micro-batches in all",
         "tokens": f"{plan.real_tokens:,}, {plan.padded_tokens:,} with padding ({padding:.1%})",
         "rate": f"{digits(plan.tokens_per_second)} real tokens/s ({source})",

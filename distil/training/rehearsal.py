@@ -143,7 +143,8 @@ class Clock:
     def describe(self) -> tuple[str, dict[str, int]]:
         """Name the device; return the most of its memory that tensors have had, if it is a GPU."""
         if self.device.type != "cuda":
-            return f"{torch.get_num_threads()} threads of the CPU", {}
+            num = torch.get_num_threads()
+            return f"{num} thread{'s' * (num > 1)} of the CPU", {}
         peak = torch.cuda.max_memory_allocated(self.device)
         return torch.cuda.get_device_name(self.device), {"gpu": peak}
 
