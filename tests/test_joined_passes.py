@@ -22,6 +22,7 @@ from distil.data.batches import join, prepare_clm
 from distil.kernels import head as head_kernels
 from distil.models.forward import last_hidden_state
 from distil.objectives import LOSSES, NORMALIZATIONS
+from distil.training.endings import EXIT_NON_FINITE
 from distil.training.post_mortem import NonFiniteError
 from distiller import DistillationModel, Distiller
 from grouped_batch_sampler import (
@@ -480,7 +481,7 @@ def test_a_joined_run_names_the_micro_batch_that_became_nan(world, tmp_path, mon
     run = tmp_path / "run"
     with pytest.raises(SystemExit) as end:
         train.main(world.flags("bert", run, tokens_per_pass=2000, batch_size=6))
-    assert end.value.code == train.EXIT_NON_FINITE
+    assert end.value.code == EXIT_NON_FINITE
     said = capfd.readouterr().err
     assert "update 0: the gradient norm became nan in micro-batches 0 to 1" in said
     for number in (0, 1):
