@@ -564,7 +564,7 @@ def record_micro_batches(path: Path) -> None:
     kept = train.Distiller._backward
 
     def backward(distiller, batch, *arguments):
-        means_K = kept(distiller, batch, *arguments)
+        (means_K,) = losses_MK = kept(distiller, batch, *arguments)
         tensors = {"input": batch.input_ids_BT, "labels": batch.labels_BT}
         line = [
             batch.number,
@@ -574,7 +574,7 @@ def record_micro_batches(path: Path) -> None:
         ]
         with open(path, "a", encoding="utf-8") as file:
             file.write(json.dumps(line) + "\n")
-        return means_K
+        return losses_MK
 
     train.Distiller._backward = backward
 
