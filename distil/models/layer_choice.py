@@ -14,12 +14,13 @@ import numpy as np
 import torch
 from torch import nn
 
-from distil.data.batches import MicroBatch, to_device
+from distil.data.batches import MicroBatch
 from distil.evaluation import SUMS, HeldOut, Reader, measure, plan_batches, reader_of
 from distil.kept_rows import KeptRows
 from distil.models.conventions import config_with_layers, layer_lists
 from distil.models.first_weights import with_layers
-from distil.models.forward import last_hidden_state
+from distil.models.forward import read_outputs, rows_of
+from distil.models.layer_readings import EMBEDDINGS, blocks_of
 from distil.reporting.plots import LOOKS, draw_bars, name_rows, picture, set_heading
 from distil.reporting.tables import markdown
 from utils import InputError
@@ -101,7 +102,7 @@ def choose_by_measurement(
             )
         removals.append(Removal(min(without, key=without.__getitem__), without))
         kept.remove(removals[-1].layer)
-    return LayerChoice(kept, removals, block_influence(teacher, lists, batches))
+    return LayerChoice(kept, removals, block_influence(teacher, batches))
 
 
 def num_measurements(num_layers: int, num_wanted: int) -> int:
@@ -124,40 +125,23 @@ def _kl_without(
 
 
 @torch.no_grad()
-def block_influence(
-    teacher: nn.Module, lists: Sequence[str], batches: Sequence[MicroBatch]
-) -> dict[int, float]:
+def block_influence(teacher: nn.Module, batches: Sequence[MicroBatch]) -> dict[int, float]:
     """Return 1 - the mean cosine of each layer's input and output over real tokens.
 
-    Layers that do not map hidden states (B, T, D) to such are left out.
+    {} for models whose layers cannot be told apart.
     """
-    sums: dict[int, torch.Tensor] = {}
-    rows_N = torch.zeros(0)
-
-    def add(layer: int):
-        def hook(module, positional, named, output):
-            before = positional[0] if positional else named.get("hidden_states")
-            after = output[0] if isinstance(output, tuple) else output
-            if not isinstance(before, torch.Tensor) or before.shape != after.shape:
-                return
-            pair = (one.flatten(0, -2)[rows_N].double() for one in (before, after))
-            cosine = torch.cosine_similarity(*pair, dim=-1).sum()
-            sums[layer] = sums.get(layer, 0) + cosine
-
-        return hook
-
-    layers = enumerate(teacher.get_submodule(lists[0]))
-    handles = [m.register_forward_hook(add(k), with_kwargs=True) for k, m in layers]
-    device = next(teacher.parameters()).device
-    try:
-        for batch in batches:
-            rows_N = to_device(batch.rows["real"], device)
-            last_hidden_state(teacher, batch)
-    finally:
-        for handle in handles:
-            handle.remove()
+    blocks = blocks_of(teacher)
+    if blocks is None:
+        return {}
+    layers, sums = range(len(blocks)), torch.zeros(len(blocks), dtype=torch.float64)
+    for batch in batches:
+        found = read_outputs(teacher, batch, {"blocks": {EMBEDDINGS, *layers}})["blocks"]
+        rows = {layer: rows_of(states, batch, "real")[0] for layer, states in found.items()}
+        for layer in layers:  # its input is the output before it, or the embeddings
+            before, after = (rows[k].double() for k in (layer - 1, layer))
+            sums[layer] += torch.cosine_similarity(before, after, dim=-1).sum().cpu()
     num_rows = sum(len(batch.rows["real"]) for batch in batches)
-    return {layer: 1 - (total / num_rows).item() for layer, total in sums.items()}
+    return {layer: 1 - total / num_rows for layer, total in enumerate(sums.tolist())}
 
 
 # --------------------------------------------------------------------------------------------------

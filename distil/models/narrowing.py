@@ -23,6 +23,7 @@ from distil.data.batches import MicroBatch, to_device
 from distil.models.checks import evaluating, is_close, some_ids, without_cache
 from distil.models.conventions import key_of, layer_lists
 from distil.models.forward import last_hidden_state
+from distil.models.layer_readings import blocks_of
 from utils import InputError, one_line
 
 
@@ -185,7 +186,7 @@ class _Norms:
 def importance_by_activations(model: nn.Module, batches: Iterable[MicroBatch]) -> Importance:
     """Score by what the parts of a model put out on a text: see the module's docstring."""
     sizes, parts, norms, handles = Sizes.of(model.config), parts_of(model), _Norms(), []
-    layers = layers_of(model)
+    layers = blocks_of(model)
     for number, layer in enumerate(layers):
         places = {"neurons": parts.down, "heads": parts.out}
         places |= {"attention": parts.qkv[0], "feed-forward": parts.up[0]}
@@ -214,7 +215,7 @@ def importance_by_weights(model: nn.Module) -> Importance:
     """Score by the L2 norm of the weights that an entry is multiplied with."""
     sizes, parts = Sizes.of(model.config), parts_of(model)
     neurons, heads, squares_D = [], [], torch.zeros(sizes.hidden, dtype=torch.float64)
-    for layer in layers_of(model):
+    for layer in blocks_of(model):
         neurons.append(_norm_of_inputs(layer.get_submodule(parts.down)))
         of_out = _norm_of_inputs(layer.get_submodule(parts.out))
         heads.append(of_out.unflatten(0, (sizes.heads, -1)).norm(dim=1))
@@ -232,12 +233,6 @@ def _norm_of_inputs(linear: nn.Module) -> torch.Tensor:
 def parts_of(model: nn.Module) -> Parts:
     """Return the names of a family's parts."""
     return FAMILIES[model.config.model_type]
-
-
-def layers_of(model: nn.Module) -> nn.ModuleList:
-    """Return the model's layers."""
-    (path,) = layer_lists(model, "the model")
-    return model.get_submodule(path)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -373,7 +368,7 @@ def _equals_silenced(model: nn.Module, student: nn.Module, kept: Kept, own: Size
         mask[index] = 1
         return lambda module, inputs: (inputs[0] * mask.to(inputs[0].device), *inputs[1:])
 
-    for number, layer in enumerate(layers_of(model)):
+    for number, layer in enumerate(blocks_of(model)):
         rows = _of_heads(kept.heads[number], own.head_width)
         places = {
             parts.down: silencing(kept.neurons[number], own.intermediate),

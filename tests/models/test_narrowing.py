@@ -11,6 +11,7 @@ import transformers
 import extract
 from distil.data.batches import MicroBatch, prepare_clm
 from distil.evaluation import FixedMasks
+from distil.models.layer_readings import blocks_of
 from distil.models.narrowing import (
     FAMILIES,
     Importance,
@@ -18,7 +19,6 @@ from distil.models.narrowing import (
     choose,
     importance_by_activations,
     importance_by_weights,
-    layers_of,
     narrowed,
     parts_of,
     wanted_sizes,
@@ -86,7 +86,7 @@ def test_what_matters_is_kept():
     """Neurons, heads and width are ranked by activations, against a slow loop."""
     model, batches = model_of("bert"), batches_of(True)
     found = importance_by_activations(model, batches)
-    layer, inputs = layers_of(model)[1], []
+    layer, inputs = blocks_of(model)[1], []
     down = layer.get_submodule(parts_of(model).down)
     handle = down.register_forward_pre_hook(lambda module, given: inputs.append(given[0]))
     squares = torch.zeros(12, down.in_features, dtype=torch.float64)
