@@ -307,7 +307,7 @@ def _distance_sums(
     teacher_first_C, teacher_log_probs_CV = teacher
     if student_log_probs_CV.shape != teacher_log_probs_CV.shape:
         teacher_log_probs_CV = teacher_log_probs_CV[:, :num_entries].log_softmax(-1)
-        teacher_first_C = teacher_log_probs_CV.argmax(-1)
+        teacher_first_C = first_largest(teacher_log_probs_CV)
         student_log_probs_CV = student_log_probs_CV[:, : teacher_log_probs_CV.shape[1]]
     log_ratio_CV = teacher_log_probs_CV - student_log_probs_CV
     teacher_probs_CV = teacher_log_probs_CV.softmax(-1)  # their exponential, in less time

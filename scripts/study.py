@@ -34,7 +34,7 @@ from distil.reporting.scores import read_all_scores
 from distil.reporting.task_runs import RunSettings, run_missing, run_problems
 from distil.study.measures import HeldOutText, costs, load_student
 from distil.study.options import chosen, parse
-from distil.study.runs import Job, run_jobs, run_program, words_of
+from distil.study.runs import Job, run_jobs, run_to_end, words_of
 from distil.study.summary import Row, conclusion, draw, table
 from distil.study.variants import RANDOM, STUDENTS, train_flags, variants
 from distil.system.files import atomic_path, require_output, write_json
@@ -42,8 +42,7 @@ from distil.system.json_files import load_json
 from distil.system.signals import exit_on_sigterm
 from distil.tasks.tasks import TASKS
 from lm_seqs_dataset import LmSeqsDataset
-from utils import InputError, bar_options, logger, raise_problems, setup_logging
-from utils import run_program as run_main_program
+from utils import InputError, bar_options, logger, raise_problems, run_program, setup_logging
 
 MARKER = "study.json"
 MASK_PROP = 0.15
@@ -110,7 +109,7 @@ class Study:
             folder = self.first(kind)
             if kind != RANDOM and not folder.exists():
                 flags = {"--teacher": self.args.teacher, **STUDENTS[kind](num_layers, data)}
-                run_program("scripts/extract.py", {**flags, "--output": folder}, self.log("first"))
+                run_to_end("scripts/extract.py", {**flags, "--output": folder}, self.log("first"))
             if kind != RANDOM and kind not in self.state["first"]:
                 self.state["first"][kind] = self.held_out.figures(load_student(folder))
                 self.save()
@@ -121,7 +120,7 @@ class Study:
         if self.is_masked and self.args.token_counts is None and not self.counts.exists():
             flags = {"--data_file": self.args.data_file, "--token_counts_dump": self.counts}
             flags["--vocab_size"] = self.teacher.vocab_size
-            run_program("scripts/token_counts.py", flags, self.log("counts"))
+            run_to_end("scripts/token_counts.py", flags, self.log("counts"))
         students = {kind: self.first(kind) for kind in self.state["first"]}
         given = self.variants, students, self.teacher, self.dataset, MASK_PROP
         self.costs = costs(*given)
@@ -282,4 +281,4 @@ def main(argv: list[str] | None = None) -> None:
 
 if __name__ == "__main__":
     exit_on_sigterm()
-    run_main_program(main)
+    run_program(main)

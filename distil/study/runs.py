@@ -42,7 +42,7 @@ def words_of(flags: Mapping[str, object]) -> list[str]:
     return words
 
 
-def run_program(program: str, flags: Mapping[str, object], log: Path) -> None:
+def run_to_end(program: str, flags: Mapping[str, object], log: Path) -> None:
     """Run one of the project's programs to its end. Raises InputError with its last line."""
     with _started(program, words_of(flags), log, 1) as child:
         status = child.wait()

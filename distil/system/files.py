@@ -172,7 +172,7 @@ def _wrapped_errno(error: Exception, path: str | os.PathLike) -> int | None:
     raised_in = traceback.extract_tb(error.__traceback__)[-1].filename
     if not raised_in.endswith(os.path.join("torch", "serialization.py")):
         return None
-    folder = next(place for place in (Path(path), *Path(path).parents) if place.is_dir())
+    folder = existing_parent(path)
     return errno.ENOSPC if shutil.disk_usage(folder).free < FULL_BYTES else errno.EIO
 
 
@@ -309,6 +309,12 @@ def link(source: str | os.PathLike, target: str | os.PathLike) -> None:
             os.link(source, temporary)
         except OSError:  # a file system without hard links, or of another owner
             shutil.copyfile(source, temporary)
+
+
+def existing_parent(path: str | os.PathLike) -> Path:
+    """Return the nearest folder that exists: on its volume a path will lie."""
+    path = Path(path).absolute()
+    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def make_folder(path: str | os.PathLike) -> None:

@@ -7,16 +7,15 @@ costs are measured by distil/training/rehearsal.py, on this device, or follow fr
 import contextlib
 import dataclasses
 import json
-import os
 import shutil
 from collections.abc import Callable, Iterator, Sequence
-from pathlib import Path
 from typing import NamedTuple
 
 import numpy as np
 import torch
 
 from distil.reporting.tables import digits
+from distil.system.files import existing_parent
 from distil.system.memory import RESIDENT, Limit, is_out_of_memory, memory_limits
 from distil.training.config import TrainConfig
 from distil.training.layout import EVENTS
@@ -181,12 +180,6 @@ class Plan:
     checkpoint_bytes: int
     disk: DiskUse
     disk_free: int
-
-
-def existing_parent(path: str | os.PathLike) -> Path:
-    """Return the nearest folder that exists: on its volume a path will lie."""
-    path = Path(path).absolute()
-    return next(folder for folder in (path, *path.parents) if folder.is_dir())
 
 
 def free_bytes(config: TrainConfig, is_resumed: bool) -> int:
