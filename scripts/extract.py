@@ -26,6 +26,7 @@ from tqdm import tqdm
 from distil.models import layer_choice, narrowing
 from distil.models.architectures import ARCHITECTURES, PAIRS
 from distil.models.checks import tokenizer_problem
+from distil.models.compared_layers import EXTRACTION
 from distil.models.export import save_folder, tokenizer_for
 from distil.models.extract_options import EXTRACT, Defaults, parse
 from distil.models.first_weights import (
@@ -184,7 +185,7 @@ def write_student(args: argparse.Namespace) -> None:
             taken["sizes"] = dataclasses.asdict(sizes)
         if choice is not None:
             taken["choice"] = report_choice(choice, args, folder)
-        write_json(folder / "extraction.json", taken)
+        write_json(folder / EXTRACTION, taken)
     parameters = [sum(p.numel() for p in model.parameters()) for model in (student, teacher)]
     print(
         f"Took {len(layers)} of {num_layers} layers ({' '.join(map(str, layers))}):"
