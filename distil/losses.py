@@ -4,9 +4,9 @@ Reading order: the formula of each objective; its gradient derived by hand; both
 in distil/objectives.py is the table from which the program takes the rest.
 
 The formulas define the objectives and are the reference of the tests. Of an objective on logits,
-training runs the `gradient` (with --compile `by_row`) in distil/kernels/head.py, which projects
-hidden states to logits a chunk of positions at a time: no (N, V) tensor larger than a chunk exists.
-A formula itself runs where neither form exists, and on hidden states.
+training runs the `gradient` (where it is compiled, `by_row`) in distil/kernels/logit_gradients.py,
+on a chunk of positions at a time: no (N, V) tensor larger than a chunk exists. A formula itself
+runs where neither form exists, and on hidden states.
 
 Sources: Sanh et al., 2019, "DistilBERT, a distilled version of BERT", section 2 (training loss);
 Hinton et al., 2015, "Distilling the Knowledge in a Neural Network", section 2 (temperature); Gu et

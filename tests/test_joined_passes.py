@@ -19,7 +19,7 @@ from whole_runs import read_metrics
 
 import train
 from distil.data.batches import join, prepare_clm
-from distil.kernels import head as head_kernels
+from distil.kernels import logit_gradients
 from distil.models.forward import last_hidden_state
 from distil.objectives import LOSSES, NORMALIZATIONS
 from distil.training.endings import EXIT_NON_FINITE
@@ -169,7 +169,7 @@ def test_gradients_are_independent_of_passes(
 @pytest.mark.parametrize("head", ["plain", "fused"])
 def test_every_head_joins_passes_exactly(is_masked, head, monkeypatch):
     """The head for any projection, and the code that would be compiled."""
-    monkeypatch.setattr(head_kernels, "_compiled", lambda: head_kernels._fused_terms)
+    monkeypatch.setattr(logit_gradients, "_compiled", lambda: logit_gradients._fused_terms)
     data, found = Data(is_masked, num=40), []
     for limit in (0, 400):
         distiller = make_distiller(is_masked, fast_head=head == "fused")
@@ -185,7 +185,7 @@ def test_the_host_does_not_wait_during_an_update_of_joined_passes(
     is_masked, normalization, head, monkeypatch
 ):
     """Without the CPU's kernels, as on a GPU."""
-    monkeypatch.setattr(head_kernels, "_compiled", lambda: head_kernels._fused_terms)
+    monkeypatch.setattr(logit_gradients, "_compiled", lambda: logit_gradients._fused_terms)
     distiller = make_distiller(is_masked, normalization=normalization)
     distiller.has_cpu_kernels, distiller.model.compiles_head = False, head == "fused"
     numbers, passes = next(Data(is_masked, num=40).updates(600, 20, 1))
@@ -198,7 +198,7 @@ def test_the_host_does_not_wait_during_an_update_of_joined_passes(
 
 def test_two_objectives_of_one_row_are_told_apart_in_a_fused_pass(monkeypatch):
     """They share their rows, which those of two micro-batches never do."""
-    monkeypatch.setattr(head_kernels, "_compiled", lambda: head_kernels._fused_terms)
+    monkeypatch.setattr(logit_gradients, "_compiled", lambda: logit_gradients._fused_terms)
     monkeypatch.setitem(LOSSES, "again", LOSSES["ce"])
     found = []
     for alphas in ({"ce": 5.0, "again": 2.0}, {"ce": 7.0}):

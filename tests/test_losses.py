@@ -8,7 +8,7 @@ import torch
 from conftest import load_golden
 
 from distil import losses
-from distil.kernels import head
+from distil.kernels import logit_gradients
 from distil.kernels.head import Projection, Term, head_losses, projected_losses, weighted_sums
 from distil.objectives import LOSSES
 
@@ -342,9 +342,9 @@ def uncompiled(monkeypatch):
 
     def run(*arguments):
         calls.append(1)
-        return head._fused_terms(*arguments)
+        return logit_gradients._fused_terms(*arguments)
 
-    monkeypatch.setattr(head, "_compiled", lambda: run)
+    monkeypatch.setattr(logit_gradients, "_compiled", lambda: run)
     return calls
 
 

@@ -14,7 +14,7 @@ from whole_runs import assert_same_run
 
 import train
 from distil.data.batches import MlmPreparation, masking_weights, prepare_clm
-from distil.kernels import head as head_kernels
+from distil.kernels import logit_gradients
 from distil.models.forward import last_hidden_state
 from distil.training import checkpointing
 from distil.training.endings import EXIT_NON_FINITE
@@ -179,7 +179,7 @@ def test_operations_that_wait_are_detected(name):
 def test_the_host_does_not_wait_during_an_update(kind, normalization, head, monkeypatch):
     """Without the CPU's kernels, as on a GPU; with padded and unpadded batches."""
     # The code that would be compiled:
-    monkeypatch.setattr(head_kernels, "_compiled", lambda: head_kernels._fused_terms)
+    monkeypatch.setattr(logit_gradients, "_compiled", lambda: logit_gradients._fused_terms)
     distiller = make_distiller(kind, waits=False, normalization=normalization)
     distiller.has_cpu_kernels, distiller.model.compiles_head = False, head == "joined"
     batches = [distiller.ready(batch) for batch in make_batches(kind)]

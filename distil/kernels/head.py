@@ -8,17 +8,16 @@ objectives. A teacher may have logits for the first entries of the V only: see d
 """
 
 import dataclasses
-import functools
 from collections.abc import Callable, Sequence
 
 import torch
 import torch.nn.functional as F
 
 from distil.kernels.cpu import wide_layer_norms
+from distil.kernels.logit_gradients import partly_fused, replacing
 from distil.kernels.terms import Term
 from distil.losses import at_least_float32
 from distil.models.heads import Head
-from distil.objectives import Loss
 
 # Rows of logits in a chunk. On a CPU a chunk should be small in memory, and large beside the (V, D)
 # gradient that it adds to; a GPU wants large products (4096 x 30522 in float32: 0.5 GB).
@@ -236,7 +235,7 @@ class _FastHead(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             student = Projection(rows_ND, weight_VD, bias_V).prepared(dtype)
             teacher = None if teacher is None else teacher.prepared(dtype)
-            replace = (partly_fused if compiles else _replacing)(terms, temperature, rows_ND)
+            replace = (partly_fused if compiles else replacing)(terms, temperature, rows_ND)
             for first in range(0, num_rows, chunk_rows):
                 last = min(first + chunk_rows, num_rows)
                 logits_CV = student.logits(first, last)
@@ -278,55 +277,6 @@ def _add_product(grad_weight_VD: torch.Tensor, logits_CV, rows_CD, is_first: boo
         target.copy_(part) if is_first else target.add_(part)
 
 
-def _replacing(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> Callable:
-    return functools.partial(replace_by_gradient, terms=terms, temperature=temperature)
-
-
-def replace_by_gradient(
-    logits_CV, teacher_CV, first: int, terms: Sequence[Term], temperature: float
-):
-    """Apply the terms to a block of logits and write the total's gradient over them.
-
-    Returns (weighted total, sums_K).
-    """
-    gradient_CV: torch.Tensor | None = None
-    wide = torch.promote_types(logits_CV.dtype, torch.float32)
-    total, sums = logits_CV.new_zeros((), dtype=wide), []
-    nothing = total.clone()
-    for term in terms:
-        low, high = term.within(first, first + len(logits_CV))
-        if high == low:
-            sums.append(nothing)
-            continue
-        rows = term.select(low, high, logits_CV, teacher_CV, first)
-        gradient = term.loss.gradient or functools.partial(gradient_by_autograd, term.loss.formula)
-        value, part = gradient(*rows, temperature)
-        total = total + value * term.weight
-        sums.append(value)
-        if high - low == len(logits_CV) and gradient_CV is None:
-            gradient_CV = part.mul_(term.weight)
-            continue
-        gradient_CV = (
-            torch.zeros_like(logits_CV, dtype=wide) if gradient_CV is None else gradient_CV
-        )
-        places = term.places(low, high, first)
-        if isinstance(places, slice):
-            gradient_CV[places] += part.mul_(term.weight)
-        else:
-            gradient_CV.index_add_(0, places, part.mul_(term.weight))
-    logits_CV.zero_() if gradient_CV is None else logits_CV.copy_(gradient_CV)
-    return total, torch.stack(sums)
-
-
-def gradient_by_autograd(formula: Callable, student_CV, teacher_CV, labels_C, temperature: float):
-    """Return (sum, gradient by the student's logits) of an objective that has no form for it."""
-    teacher_CV = None if teacher_CV is None else at_least_float32(teacher_CV)
-    with torch.enable_grad():
-        leaf_CV = at_least_float32(student_CV.detach()).requires_grad_()
-        value = formula(leaf_CV, teacher_CV, labels_C, temperature)
-    return value.detach(), torch.autograd.grad(value, leaf_CV)[0]
-
-
 def even_chunk_rows(num_rows: int, vocab_size: int, device_type: str) -> int:
     """Return the rows of a chunk of the fast head: as few chunks as the limit admits, alike."""
     limit = rows_per_chunk(device_type)
@@ -334,110 +284,3 @@ def even_chunk_rows(num_rows: int, vocab_size: int, device_type: str) -> int:
         limit = max(CHUNK_LOGITS // vocab_size, 1)
     num_chunks = max(-(-num_rows // limit), 1)
     return max(-(-num_rows // num_chunks), 1)
-
-
-# --------------------------------------------------------------------------------------------------
-# Objectives fused by a compiler
-# --------------------------------------------------------------------------------------------------
-
-
-def partly_fused(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> Callable:
-    """Return `replace_by_gradient` with the terms that have a form for it in one compiled pass.
-
-    Terms without that form cost a copy of the chunk's logits, and leave the others compiled.
-    """
-    has_form = [term.loss.by_row is not None for term in terms]
-    plain = _replacing(
-        [t for t, has in zip(terms, has_form, strict=True) if not has], temperature, rows_ND
-    )
-    if not any(has_form):
-        return plain
-    compiled = fused(
-        [t for t, has in zip(terms, has_form, strict=True) if has], temperature, rows_ND
-    )
-    if all(has_form):
-        return compiled
-    order = torch.tensor(has_form).logical_not().sort(stable=True).indices.argsort().tolist()
-
-    def replace(logits_CV, teacher_CV, first: int):
-        gradient_CV = logits_CV.clone()
-        plain_total, plain_sums_K = plain(gradient_CV, teacher_CV, first=first)
-        total, sums_K = compiled(logits_CV, teacher_CV, first)
-        logits_CV.add_(gradient_CV)
-        return total + plain_total, torch.stack([*sums_K, *plain_sums_K])[order]
-
-    return replace
-
-
-def fused(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> Callable:
-    """Return `replace_by_gradient` as one compiled pass over the logits of any selected rows.
-
-    Every objective is applied to every row, with weight 0 where the row is not its own: reading the
-    logits costs more. Terms of one objective, of several micro-batches, share no row.
-    """
-    losses, rows = _by_objective(terms)
-    shape, device = (len(losses), len(rows_ND)), rows_ND.device
-    wide = torch.promote_types(rows_ND.dtype, torch.float32)
-    weights_LN = torch.zeros(shape, dtype=wide, device=device)
-    owners_LN = torch.full(shape, len(terms), device=device)  # of a row: a term, or none
-    labels_LN = torch.zeros(shape, dtype=torch.int64, device=device)
-    for k, (row, term) in enumerate(zip(rows, terms, strict=True)):
-        is_tensor = isinstance(term.weight, torch.Tensor)
-        weights_LN[row, term.rows_N] = term.weight.to(wide) if is_tensor else float(term.weight)
-        owners_LN[row, term.rows_N] = k
-        if term.labels_N is not None:
-            labels_LN[row, term.rows_N] = term.labels_N
-    by_row, has_one_each = tuple(loss.by_row for loss in losses), len(losses) == len(terms)
-
-    def replace(logits_CV, teacher_CV, first: int):
-        chunk = slice(first, first + len(logits_CV))
-        owners_LC = owners_LN[:, chunk]
-        of_chunk = labels_LN[:, chunk], weights_LN[:, chunk], owners_LC < len(terms)
-        found = _compiled()(logits_CV, teacher_CV, *of_chunk, by_row, temperature, has_one_each)
-        if not has_one_each:  # the losses of each row
-            sums_K = found.new_zeros(len(terms) + 1).index_add_(
-                0, owners_LC.flatten(), found.flatten()
-            )
-            return (found * weights_LN[:, chunk]).sum(), sums_K[:-1]
-        weighted_K = [value * term.weight for value, term in zip(found, terms, strict=True)]
-        return torch.stack(weighted_K).sum(), found
-
-    return replace
-
-
-def _by_objective(terms: Sequence[Term]) -> tuple[list[Loss], list[int]]:
-    """Put consecutive terms of one objective that share no row together: (objectives, places)."""
-    losses, places, end = [], [], 0
-    for term in terms:
-        start, own_end = term.bounds
-        if not losses or term.loss != losses[-1] or start < min(end, own_end):
-            losses.append(term.loss)
-            end = 0
-        end = max(end, own_end)
-        places.append(len(losses) - 1)
-    return losses, places
-
-
-def _fused_terms(
-    logits_CV, teacher_CV, labels_LC, weights_LC, is_own_LC, by_row: tuple, temperature: float, sums
-) -> torch.Tensor:
-    """Apply each objective to each row; write the total's gradient over the logits.
-
-    Returns sums_L, or the losses of each row, (L, C), where sums is False.
-    """
-    student_CV = at_least_float32(logits_CV)
-    teacher_CV = None if teacher_CV is None else at_least_float32(teacher_CV)
-    gradient_CV, found = torch.zeros_like(student_CV), []
-    for k, function in enumerate(by_row):
-        losses_C, part_CV = function(student_CV, teacher_CV, labels_LC[k], temperature)
-        losses_C = torch.where(is_own_LC[k], losses_C, 0.0)
-        found.append(losses_C.sum() if sums else losses_C)
-        weighted_CV = part_CV * weights_LC[k][:, None]
-        gradient_CV = gradient_CV + torch.where(is_own_LC[k][:, None], weighted_CV, 0.0)
-    logits_CV.copy_(gradient_CV)
-    return torch.stack(found)
-
-
-@functools.cache
-def _compiled() -> Callable:
-    return torch.compile(_fused_terms)
