@@ -32,15 +32,17 @@ from distil.system.files import (
 from distil.system.locks import LOCK, read_lock, sign_lock, take_lock
 from distil.system.versions import versions
 from distil.training import checkpointing
+from distil.training.behind import Behind, copied_to_host, is_on_gpu
 from distil.training.claim import ROOT, claim, entry, resume_mode
 from distil.training.layout import BEST, CHECKPOINTS, MODEL
 from distil.training.log import Log, Place, cut_log, own_files, run_id_of
 from distil.training.trackers import TENSORBOARD, start_trackers
-from utils import VERSION, InputError, git_facts, logger
+from utils import VERSION, InputError, git_facts, logger, one_line
 
 # Files and folders that this module and atomic_path make, and remove unless they are killed.
 TEMPORARY_FILE = re.compile(r"\..+\.[a-z0-9_]{8}\.tmp")
 TEMPORARY_FOLDER = re.compile(rf"\.export-([a-z0-9_]{{8}}|old)|\.{MODEL}\.\d+\.tmp")
+PLAIN = "plain"  # names the student's state dict beside the files of a checkpoint
 
 
 def facts_of_start() -> dict[str, Any]:
@@ -73,6 +75,7 @@ class RunFolder:
         self.keep_epochs = flags.get("keep_epochs")
         self.loader_files: list[Path] = []  # what from_pretrained reads beside the weights
         self.plain: tuple[int, Path] | None = None  # the newest plain state dict, and its step
+        self.behind = Behind()
         if problem:
             raise InputError(problem)
         resumes = state is not None
@@ -125,6 +128,8 @@ class RunFolder:
 
     def close(self) -> None:
         """Unlock the folder for other processes."""
+        if error := self.behind.close():
+            logger.error("The last checkpoint was not written: %s", one_line(error, limit=None))
         if self.lock is not None:
             self.lock.close()
         if self.log is not None:
@@ -133,23 +138,41 @@ class RunFolder:
     def save_checkpoint(
         self, tensors: checkpointing.Tensors, state: Mapping[str, Any], step: int, keep: int
     ) -> None:
-        """Write a whole checkpoint, then checkpoint.pth: the student's plain state dict."""
-        of_log = {"log_bytes": self.log.flushed_sizes(), "trackers": self.tracker_ids}
-        folder, files = self.path / CHECKPOINTS, self.loader_files
-        checkpointing.write(folder, step, tensors, {**state, **of_log}, keep, files)
-        self._save_plain("checkpoint.pth", step)
+        """Write a whole checkpoint, then checkpoint.pth: the student's plain state dict.
 
-    def _save_plain(self, name: str, step: int) -> None:
-        """Write the student's plain state dict; link it where it was written after this update."""
+        Of a student on a GPU a thread writes a copy, while training goes on; what fails then is
+        raised at the next write. The first one tells at once whether the disk has room.
+        """
+        of_log = {"log_bytes": self.log.flushed_sizes(), "trackers": self.tracker_ids}
+        given, weights = {**state, **of_log}, self.student.state_dict()
+        self.behind.wait()
+        if step == 0 or not is_on_gpu(weights.values()):
+            self._write_checkpoint(tensors, given, step, keep, weights)
+            return
+        copied = copied_to_host({**tensors, PLAIN: weights})
+        plain = copied.pop(PLAIN)
+        self.behind.start(lambda: self._write_checkpoint(copied, given, step, keep, plain))
+
+    def _write_checkpoint(self, tensors, state, step: int, keep: int, weights) -> None:
+        folder, files = self.path / CHECKPOINTS, self.loader_files
+        checkpointing.write(folder, step, tensors, state, keep, files)
+        self._save_plain("checkpoint.pth", step, weights)
+
+    def _save_plain(self, name: str, step: int, weights=None) -> None:
+        """Write the student's plain state dict; link it where it was written after this update.
+
+        weights: the state dict, where it is a copy.
+        """
         target = self.path / name
         if self.plain is not None and self.plain[0] == step and is_regular(self.plain[1]):
             link(self.plain[1], target)
         else:
-            save_weights(target, self.student.state_dict())
+            save_weights(target, self.student.state_dict() if weights is None else weights)
         self.plain = step, target
 
     def save_epoch(self, epoch: int, mean_loss: float, step: int) -> None:
         """Write model_epoch_{epoch}.pth and log the epoch's mean loss."""
+        self.behind.wait()
         self._save_plain(f"model_epoch_{epoch}.pth", step)
         for old in range(epoch + 1 - self.keep_epochs if self.keep_epochs else 0):
             if is_regular(path := self.path / f"model_epoch_{old}.pth"):
@@ -180,6 +203,7 @@ class RunFolder:
 
     def describe_saved(self) -> str:
         """Name the newest checkpoint on the disk."""
+        self.behind.wait()
         saved = checkpointing.checkpoints_in(self.path / CHECKPOINTS)
         if saved:
             return f"The newest checkpoint is {saved[0]}."
@@ -187,6 +211,7 @@ class RunFolder:
 
     def save_best(self, record: Mapping[str, Any]) -> None:
         """Write the student as the best so far to best/, then best.json, which describes it."""
+        self.behind.wait()
         target = self.path / BEST
         with (
             self._exported() as files,
@@ -239,6 +264,7 @@ class RunFolder:
 
         The files of model/ but its weights have a second name in the run folder, as in 2019.
         """
+        self.behind.wait()
         for name in self._write_model():
             if name != "model.safetensors":
                 link(self.path / MODEL / name, self.path / name)
