@@ -29,6 +29,7 @@ from distil.kernels.terms import terms_of_micro_batches
 from distil.models.forward import attend_without_masks, layers_read, read_outputs, select
 from distil.models.heads import Head, head_parameters, prediction_head
 from distil.objectives import LOSSES
+from distil.system.compiler import compiles_on_gpu
 from distil.system.prefetch import OnHost
 from distil.training.log import gradient_statistics
 from distil.training.post_mortem import NonFiniteError, check_losses
@@ -195,7 +196,7 @@ class Distiller:
     ranks that share an update. amp_dtype: None, or the dtype of mixed precision, to which the
     teacher is converted. normalization: "micro_batches" = the mean over each micro-batch's rows,
     then over the update's micro-batches, as in 2019; "tokens" = the mean over the update's rows.
-    compiles: run teacher, student and the head's element-wise part through torch.compile.
+    compiles: run teacher and student through torch.compile; on a GPU the objectives always are.
 
     waits: read each update before the optimizer is stepped. False: the device skips an update that
     is not finite, and all after it, and the host reads later. None: False on a GPU, but for
@@ -231,8 +232,8 @@ class Distiller:
             attend_without_masks(module)
             if compiles:
                 module.base_model.compile(dynamic=True)  # in place: parameters keep their names
-        model.compiles_head = compiles
         self.device = next(model.parameters()).device
+        model.compiles_head = compiles or compiles_on_gpu(self.device)
         self.has_cpu_kernels = self.device.type == "cpu" and not compiles
         self.scaler = torch.amp.GradScaler(self.device.type, enabled=amp_dtype == torch.float16)
         can_skip = (

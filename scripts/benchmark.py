@@ -40,8 +40,8 @@ from benchmarks.workload import PAIR_ROWS, ROOT, Job, teacher_config, write_synt
 from distil.data.token_files import MIN_LENGTH, token_file_problem
 from distil.models.architectures import ARCHITECTURES
 from distil.reporting.machine import describe_machine
+from distil.system.compiler import check_compiler
 from distil.system.files import require_output, write_json
-from distil.system.launch import check_compiler
 from distil.system.outputs import is_picture, json_of
 from utils import (
     InputError,

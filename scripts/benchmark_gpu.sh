@@ -52,7 +52,7 @@ fi
 
 reference=(--reference --reference_precision fp32 bf16)
 compile=(--compile)
-if ! said="$("$PYTHON" -c 'import sys, torch; from distil.system.launch import check_compiler; check_compiler(torch.device(sys.argv[1]))' "$device" 2>&1)"; then
+if ! said="$("$PYTHON" -c 'import sys, torch; from distil.system.compiler import check_compiler; check_compiler(torch.device(sys.argv[1]))' "$device" 2>&1)"; then
     tail -n 1 <<< "$said" >&2
     compile=()
     status=2

@@ -76,6 +76,17 @@ def test_an_update_waits_for_nothing(kind, amp_dtype):
     assert begun.read().grad_norm > 0
 
 
+def test_objectives_are_compiled_without_being_asked():
+    from test_pending_update import make_batches, make_distiller
+
+    distiller = make_distiller("bert", None, "cuda")
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    batches = [distiller.ready(batch) for batch in make_batches("bert")]
+    distiller.step(batches, [0, 1, 2], 3)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] == 1
+
+
 def test_an_update_that_is_not_finite_is_left_out_on_the_gpu():
     from test_pending_update import assert_equal, make_batches, make_distiller, state
 

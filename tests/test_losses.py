@@ -9,7 +9,16 @@ from conftest import load_golden
 
 from distil import losses
 from distil.kernels import logit_gradients
-from distil.kernels.head import Projection, Term, head_losses, projected_losses, weighted_sums
+from distil.kernels.head import (
+    EAGER_BYTES,
+    Projection,
+    Term,
+    even_chunk_rows,
+    gpu_chunk_limit,
+    head_losses,
+    projected_losses,
+    weighted_sums,
+)
 from distil.objectives import LOSSES
 
 GOLDEN = load_golden("parity.json")["losses"]
@@ -348,6 +357,19 @@ def uncompiled(monkeypatch):
     return calls
 
 
+@pytest.mark.parametrize("compiles", [False, True])
+@pytest.mark.parametrize("vocab_size", [30522, 119547])
+def test_a_chunk_on_a_gpu_takes_what_memory_allows(vocab_size, compiles):
+    """In bfloat16, of a GPU with 80 GB: 1/16 of it, more than 8,192 rows where compiled."""
+    limit = gpu_chunk_limit(vocab_size, 2, compiles, 80 * 10**9)
+    logit_bytes = 4 if compiles else 4 + EAGER_BYTES
+    assert limit % 64 == 0 and limit * vocab_size * logit_bytes <= 5 * 10**9
+    assert (limit >= 8192) == compiles
+    rows = even_chunk_rows(3 * limit + 1, limit, 64)
+    assert rows % 64 == 0 and 3 * rows < 3 * limit + 1 <= 4 * rows
+    assert gpu_chunk_limit(vocab_size, 2, compiles, 10**6) == 64
+
+
 FAST_WAYS = pytest.mark.parametrize("way", ["fast", "joined"])
 
 
@@ -377,6 +399,17 @@ def test_the_compiled_head_equals_the_uncompiled_one(dtype, names):
     results = run_head(*case, dtype, "joined", 20), run_head(*case, dtype, "fast", 20)
     for compiled, expected in zip(*results, strict=True):
         torch.testing.assert_close(compiled, expected, **bounds)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # raised by torch's compiler
+def test_chunks_of_all_sizes_share_a_compiled_kernel():
+    torch._dynamo.reset()
+    torch._dynamo.utils.counters.clear()
+    for num_rows, chunk_rows in ((40, 20), (33, 13), (7, 7)):
+        run_head(*projection_case(num_rows, 57), torch.float32, "joined", chunk_rows)
+    compiled = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    assert compiled == 1
 
 
 @pytest.mark.parametrize("plain", [0, 1, 2])

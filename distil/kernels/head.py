@@ -19,10 +19,13 @@ from distil.kernels.terms import Term
 from distil.losses import at_least_float32
 from distil.models.heads import Head
 
-# Rows of logits in a chunk. On a CPU a chunk should be small in memory, and large beside the (V, D)
-# gradient that it adds to; a GPU wants large products (4096 x 30522 in float32: 0.5 GB).
+# Rows of logits in a chunk: of the plain head, and on a CPU of the fast one. There it should be
+# small in memory, and large beside the (V, D) gradient that it adds to.
 HEAD_CHUNK_ROWS = {"cpu": 320, "cuda": 4096}
-CHUNK_LOGITS = 2**25  # logits in a chunk of the fast head on a GPU: a matrix of 64 or 128 MB
+# On a GPU a chunk of the fast head takes what memory allows: each reads and writes the (V, D)
+# gradient, and large products are faster. Eager objectives make float32 copies of the logits.
+MEMORY_SHARE, ROWS_MULTIPLE = 1 / 16, 64
+EAGER_BYTES = 24  # a logit, beside those of student and teacher
 BLOCK_ROWS, SLICE_ENTRIES = 32, 4096  # rows and vocabulary entries that fit a CPU's cache
 PADDED_VOCABULARY = 128  # GPUs' matrix units take dimensions that are multiples of it
 
@@ -229,7 +232,8 @@ class _FastHead(torch.autograd.Function):
         grad_weight_VD = empty(weight_VD) if ctx.needs_input_grad[6] else None
         wants_bias = bias_V is not None and ctx.needs_input_grad[7]
         grad_bias_V = torch.zeros_like(bias_V) if wants_bias else None
-        chunk_rows = chunk_rows or even_chunk_rows(num_rows, vocab_size, kind)
+        given = num_rows, vocab_size, dtype, rows_ND.device, compiles
+        chunk_rows = chunk_rows or _chunk_rows(*given)
         block_rows = BLOCK_ROWS if kind == "cpu" else chunk_rows
         teacher_size = 0 if teacher is None else len(teacher.weight_VD)
         with torch.autocast(kind, enabled=False):
@@ -277,10 +281,26 @@ def _add_product(grad_weight_VD: torch.Tensor, logits_CV, rows_CD, is_first: boo
         target.copy_(part) if is_first else target.add_(part)
 
 
-def even_chunk_rows(num_rows: int, vocab_size: int, device_type: str) -> int:
-    """Return the rows of a chunk of the fast head: as few chunks as the limit admits, alike."""
-    limit = rows_per_chunk(device_type)
-    if device_type == "cuda":
-        limit = max(CHUNK_LOGITS // vocab_size, 1)
+def even_chunk_rows(num_rows: int, limit: int, multiple: int = 1) -> int:
+    """Return the rows of a chunk: as few chunks as the limit admits, alike, rounded up."""
     num_chunks = max(-(-num_rows // limit), 1)
-    return max(-(-num_rows // num_chunks), 1)
+    return max(-(-num_rows // (num_chunks * multiple)) * multiple, 1)
+
+
+def gpu_chunk_limit(vocab_size: int, itemsize: int, compiles: bool, gpu_bytes: int) -> int:
+    """Return the most rows of a chunk of the fast head on a GPU with that memory.
+
+    itemsize: bytes of a logit of the products.
+    """
+    bytes_a_row = vocab_size * (2 * itemsize + (0 if compiles else EAGER_BYTES))
+    rows = int(gpu_bytes * MEMORY_SHARE) // bytes_a_row
+    return max(rows // ROWS_MULTIPLE, 1) * ROWS_MULTIPLE
+
+
+def _chunk_rows(num_rows: int, vocab_size: int, dtype: torch.dtype, device, compiles: bool) -> int:
+    """Choose the rows of a chunk of the fast head."""
+    if device.type != "cuda":
+        return even_chunk_rows(num_rows, rows_per_chunk(device.type))
+    gpu_bytes = torch.cuda.get_device_properties(device).total_memory
+    limit = gpu_chunk_limit(vocab_size, dtype.itemsize, compiles, gpu_bytes)
+    return even_chunk_rows(num_rows, limit, ROWS_MULTIPLE)

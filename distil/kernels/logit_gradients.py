@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 
 import torch
 
+from distil.data.batches import sent
 from distil.kernels.terms import Term
 from distil.losses import at_least_float32
 from distil.objectives import Loss
@@ -105,34 +106,60 @@ def fused(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> C
     Every objective is applied to every row, with weight 0 where the row is not its own: reading the
     logits costs more. Terms of one objective, of several micro-batches, share no row.
     """
-    losses, rows = _by_objective(terms)
-    shape, device = (len(losses), len(rows_ND)), rows_ND.device
-    wide = torch.promote_types(rows_ND.dtype, torch.float32)
-    weights_LN = torch.zeros(shape, dtype=wide, device=device)
-    owners_LN = torch.full(shape, len(terms), device=device)  # of a row: a term, or none
-    labels_LN = torch.zeros(shape, dtype=torch.int64, device=device)
-    for k, (row, term) in enumerate(zip(rows, terms, strict=True)):
-        is_tensor = isinstance(term.weight, torch.Tensor)
-        weights_LN[row, term.rows_N] = term.weight.to(wide) if is_tensor else float(term.weight)
-        owners_LN[row, term.rows_N] = k
-        if term.labels_N is not None:
-            labels_LN[row, term.rows_N] = term.labels_N
+    losses, weights_LN, owners_LN, labels_LN = _by_row(terms, rows_ND)
     by_row, has_one_each = tuple(loss.by_row for loss in losses), len(losses) == len(terms)
 
     def replace(logits_CV, teacher_CV, first: int):
         chunk = slice(first, first + len(logits_CV))
-        owners_LC = owners_LN[:, chunk]
-        of_chunk = labels_LN[:, chunk], weights_LN[:, chunk], owners_LC < len(terms)
-        found = _compiled()(logits_CV, teacher_CV, *of_chunk, by_row, temperature, has_one_each)
+        owners_LC = owners_LN[:, chunk].contiguous()
+        given = labels_LN[:, chunk].contiguous(), weights_LN[:, chunk].contiguous()
+        given += (owners_LC < len(terms),)
+        # One kernel serves chunks of all sizes, from the first on.
+        for tensor, dim in [(logits_CV, 0), (teacher_CV, 0), *((found, 1) for found in given)]:
+            if tensor is not None:
+                torch._dynamo.maybe_mark_dynamic(tensor, dim)
+        found = _compiled()(logits_CV, teacher_CV, *given, by_row, temperature, has_one_each)
         if not has_one_each:  # the losses of each row
             sums_K = found.new_zeros(len(terms) + 1).index_add_(
                 0, owners_LC.flatten(), found.flatten()
             )
-            return (found * weights_LN[:, chunk]).sum(), sums_K[:-1]
+            return (found * given[1]).sum(), sums_K[:-1]
         weighted_K = [value * term.weight for value, term in zip(found, terms, strict=True)]
         return torch.stack(weighted_K).sum(), found
 
     return replace
+
+
+def _by_row(terms: Sequence[Term], rows_ND: torch.Tensor):
+    """Lay the terms out by objective and row: (losses, weights_LN, owners_LN, labels_LN).
+
+    An owner is a term's number, their number where the row is none's. In a few launches, however
+    many the terms.
+    """
+    losses, places = _by_objective(terms)
+    device, shape = rows_ND.device, (len(losses), len(rows_ND))
+    sizes = [len(term.offsets) for term in terms]
+    sizes_K, places_K = sent(torch.tensor([sizes, places]), device)
+    total = sum(sizes)
+    owners = torch.arange(len(terms), device=device)
+    owners = owners.repeat_interleave(sizes_K, output_size=total)
+    cells = places_K[owners] * len(rows_ND) + torch.cat([term.rows_N for term in terms])
+    wide = torch.promote_types(rows_ND.dtype, torch.float32)
+    weights = [term.weight for term in terms]
+    if isinstance(weights[0], torch.Tensor):
+        weights_K = torch.stack(weights).to(wide)
+    else:
+        weights_K = sent(torch.tensor(weights, dtype=wide), device)
+    labeled = zip(cells.split(sizes), (term.labels_N for term in terms), strict=True)
+    labeled = [pair for pair in labeled if pair[1] is not None]
+    weights_LN = torch.zeros(shape, dtype=wide, device=device)
+    owners_LN = torch.full(shape, len(terms), device=device)
+    labels_LN = torch.zeros(shape, dtype=torch.int64, device=device)
+    weights_LN.view(-1).index_copy_(0, cells, weights_K[owners])
+    owners_LN.view(-1).index_copy_(0, cells, owners)
+    if labeled:
+        labels_LN.view(-1).index_copy_(0, *map(torch.cat, zip(*labeled, strict=True)))
+    return losses, weights_LN, owners_LN, labels_LN
 
 
 def _by_objective(terms: Sequence[Term]) -> tuple[list[Loss], list[int]]:

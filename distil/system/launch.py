@@ -401,17 +401,6 @@ def choose_device(
     return torch.device("cuda", local_rank)
 
 
-def check_compiler(device: torch.device) -> None:
-    """Raise InputError where torch.compile fails on this machine, before folders are moved."""
-    try:
-        torch.compile(lambda x: (x * 2).sin())(torch.ones(8, device=device))
-    except Exception as error:
-        raise InputError(
-            f"--compile: torch.compile fails on this machine ({one_line(error)}); install a C++"
-            " compiler (for a GPU Triton, too), or leave it out"
-        ) from error
-
-
 def check_precision(device: torch.device, bf16: bool, fp16: bool) -> None:
     """Raise InputError where a device lacks the precision asked for; warn where it is slow."""
     can_bf16 = device.type != "cuda" or torch.cuda.is_bf16_supported(including_emulation=False)

@@ -2,7 +2,8 @@
 
 import torch
 
-from distil.system.launch import check_compiler, check_precision
+from distil.system.compiler import check_compiler
+from distil.system.launch import check_precision
 from distil.training.config import TrainConfig
 from utils import logger
 
