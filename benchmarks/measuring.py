@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 
-from benchmarks.reference_step import PlainStep
+from benchmarks.reference_step import PlainStep, TunedStep
 from benchmarks.workload import STAGE_UPDATES, Job, make_distiller, make_models, make_workload
 from distil.data.batches import MicroBatch
 from distil.flops import DTYPES, best_seconds, clock_s, product_rate, size_of, update_flops
@@ -106,12 +106,15 @@ def peak_memory(device: str) -> int:
 # --------------------------------------------------------------------------------------------------
 
 
+STEPS = {"distiller": make_distiller, "reference": PlainStep, "tuned": TunedStep}
+
+
 def run_steps(job: Job) -> dict:
     """Time whole updates undisturbed, then a few more stage by stage."""
     workload = make_workload(job)
     teacher, student = make_models(job)
     sizes = size_of(teacher), size_of(student)
-    step = (make_distiller if job.kind == "distiller" else PlainStep)(job, teacher, student)
+    step = STEPS[job.kind](job, teacher, student)
     num_timed, num_staged = job.warmup + job.updates, min(job.updates, STAGE_UPDATES)
     updates = workload.updates(job, num_timed + num_staged)
     baseline = start_watching_memory(job.device) - moment_bytes(step.optimizer)

@@ -85,6 +85,11 @@ def add_variant_flags(parser: argparse.ArgumentParser) -> None:
         choices=PRECISIONS,
         help="of it: fp32 always, another one under torch.autocast",
     )
+    add(
+        "--tuned",
+        action="store_true",
+        help="also time a loop of today by somebody who knows torch, in each precision",
+    )
     add("--compile", action="store_true", help="also run what is ours through torch.compile")
     add(
         "--without",

@@ -1,7 +1,8 @@
-"""The 2019-like reference: the update written plainly, in the same formulas, for comparison."""
+"""Others' updates, in the same formulas, for comparison: a plain one of 2019, and a tuned one."""
 
 import functools
-from collections.abc import Iterable, Sequence
+import types
+from collections.abc import Iterable, Mapping, Sequence
 
 import torch
 import torch.nn.functional as F
@@ -29,14 +30,15 @@ class PlainStep:
     copied; a wait for the device at every loss; an optimizer that loops over parameters.
     """
 
+    OPTIMIZER: Mapping[str, bool] = types.MappingProxyType({"foreach": False, "fused": False})
+
     def __init__(self, job: Job, teacher: torch.nn.Module, student: torch.nn.Module):
         self.teacher, self.student = teacher, student
         self.alphas = PAIR_ROWS[job.pair].alphas
-        for model in (teacher, student):
-            model.set_attn_implementation("eager")
+        self._choose_kernels(job)
         groups = split_for_weight_decay(student, 0.0)
         self.optimizer = torch.optim.AdamW(
-            groups, lr=LEARNING_RATE, betas=ADAM_BETAS, eps=ADAM_EPSILON, foreach=False, fused=False
+            groups, lr=LEARNING_RATE, betas=ADAM_BETAS, eps=ADAM_EPSILON, **self.OPTIMIZER
         )
         self.schedule = transformers.get_constant_schedule(self.optimizer)
         self.precision = functools.partial(
@@ -48,6 +50,10 @@ class PlainStep:
         self.scaler = torch.amp.GradScaler(
             job.device, enabled=job.is_autocast_reference and job.precision == "fp16"
         )
+
+    def _choose_kernels(self, job: Job) -> None:
+        for model in (self.teacher, self.student):
+            model.set_attn_implementation("eager")
 
     def ready(self, batch: MicroBatch) -> MicroBatch:
         """Pin a batch for a GPU."""
@@ -132,3 +138,48 @@ class PlainStep:
         return torch.nn.CosineEmbeddingLoss()(
             student_ND, teacher_ND, student_ND.new_ones(len(student_ND))
         )
+
+
+class TunedStep(PlainStep):
+    """Update a student as somebody does today who knows torch, with a loop like a Trainer's.
+
+    Mixed precision, the teacher converted to it; scaled-dot-product attention; rows selected by
+    index; a fused optimizer; losses that are not read. The C library keeps freed memory (MALLOC
+    in jobs.py).
+    """
+
+    OPTIMIZER = types.MappingProxyType({"fused": True})
+
+    def _choose_kernels(self, job: Job) -> None:
+        if job.precision != "fp32":
+            self.teacher.to(DTYPES[job.precision])
+
+    def accumulate(
+        self, batches: Iterable[MicroBatch], numbers: Sequence[int], num_mine: int
+    ) -> list[list[float]]:
+        """Accumulate the micro-batches' gradients; the losses stay on the device."""
+        self.student.train()
+        for batch in batches:
+            with self.precision():
+                losses, _outputs = self.losses(batch)
+            total = sum(self.alphas[name] * loss for name, loss in losses.items())
+            self.scaler.scale(total / len(numbers)).backward()
+        return []
+
+    def _divergence(self, student_BTV, teacher_BTV, real_BT) -> torch.Tensor:
+        student_NV, teacher_NV = student_BTV[real_BT], teacher_BTV[real_BT]
+        log_probs_NV = F.log_softmax(student_NV / TEMPERATURE, -1)
+        divergence = F.kl_div(
+            log_probs_NV, F.softmax(teacher_NV / TEMPERATURE, -1), reduction="batchmean"
+        )
+        return divergence * TEMPERATURE**2
+
+    def _prediction(self, student_BTV, labels_BT, is_causal: bool) -> dict[str, torch.Tensor]:
+        if is_causal:
+            student_BTV, labels_BT = student_BTV[:, :-1], labels_BT[:, 1:]
+        asked_BT = labels_BT != IGNORED_LABEL
+        loss = F.cross_entropy(student_BTV[asked_BT], labels_BT[asked_BT])
+        return {"clm" if is_causal else "mlm": loss}
+
+    def _cosine(self, student_BTD, teacher_BTD, real_BT) -> torch.Tensor:
+        return 1 - F.cosine_similarity(student_BTD[real_BT], teacher_BTD[real_BT], dim=-1).mean()

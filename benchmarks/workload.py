@@ -120,7 +120,8 @@ class Job:
     @property
     def name(self) -> str:
         """Name the variant in the tables."""
-        what = {"distiller": "Distiller.step", "reference": "2019 step"}.get(self.kind, self.kind)
+        names = {"distiller": "Distiller.step", "reference": "2019 step", "tuned": "tuned step"}
+        what = names.get(self.kind, self.kind)
         size = f"{self.micro_batches} x {self.batch_size} x {self.length}"
         return f"{what}{' ' * bool(self.way)}{self.way}, {self.precision}, {size}"
 
@@ -135,8 +136,8 @@ class Job:
 
     @property
     def is_autocast_reference(self) -> bool:
-        """True for the 2019 step in half precision: its weights stay in float32."""
-        return self.kind == "reference" and self.precision != "fp32"
+        """True for others' steps in half precision: the student's weights stay in float32."""
+        return self.kind in ("reference", "tuned") and self.precision != "fp32"
 
 
 # --------------------------------------------------------------------------------------------------

@@ -160,16 +160,17 @@ def make_jobs(args: argparse.Namespace, data_file: str) -> list[Job]:
     ]
     variants = [
         *({"kind": "reference", "precision": p} for p in args.reference_precision),
+        *({"kind": "tuned", "precision": p} for p in args.precision),
         *({"kind": "distiller", **variant} for variant in ours),
         *({"kind": "train.py", **variant} for variant in ours if "without" not in variant),
     ]
-    wanted = {"reference": args.reference, "distiller": True, "train.py": args.end_to_end}
+    wanted = {"reference": args.reference, "tuned": args.tuned, "train.py": args.end_to_end}
     shared = {name: getattr(args, name) for name in SHARED}
     return [
         Job(data_file=data_file, batch_size=batch_size, **variant, **shared)
         for batch_size in args.batch_size
         for variant in variants
-        if wanted[variant["kind"]]
+        if wanted.get(variant["kind"], True)
     ]
 
 

@@ -68,6 +68,20 @@ def test_both_steps_compute_the_same(pair, tmp_path):
 
 
 @pytest.mark.parametrize("pair", ["bert", "gpt2"])
+def test_the_tuned_step_computes_what_the_plain_one_does(pair, tmp_path):
+    job = make_job(tmp_path, "--pair", pair, "--mix", "--length", "40", "--tuned")
+    assert [job.kind, job.name.split(",")[0]] == ["tuned", "tuned step"]
+    batches, found = agreement.checked_batches(workload.make_workload(job)), []
+    for step in (reference_step.PlainStep, reference_step.TunedStep):
+        teacher, student = workload.make_models(job, has_dropout=False)
+        agreement.move_apart(student)
+        step(job, teacher, student).accumulate(batches, [0, 1], 2)
+        found.append(agreement.flat_gradient(student))
+    assert (found[1] - found[0]).norm() < 1e-4 * found[0].norm()
+    assert measuring.run_steps(job)["stages_s"]["teacher"] > 0
+
+
+@pytest.mark.parametrize("pair", ["bert", "gpt2"])
 def test_joined_passes_compute_the_same_and_are_a_variant(pair, tmp_path):
     flags = ["--pair", pair, "--mix", "--length", "40", "--micro_batches", "6"]
     args = benchmark.parse([*FLAGS, *flags, "--tokens_per_pass", "0", "400"])
