@@ -39,9 +39,10 @@ from benchmarks.vocabulary_losses import (
 from distil.models.hub import quiet_transformers
 from distil.models.tokenizers import train_word_pieces
 from distil.reporting.tables import markdown
+from distil.study.variants import NO_TEACHER, REFERENCE, train_flags, variants
 from distil.system.files import write_json
 from distil.vocabulary.choice import Choice
-from distil.workflow import ALONE_ALPHAS, README_ALPHAS, Stages, call
+from distil.workflow import Stages, call
 from utils import InputError, run_program, setup_logging
 
 KINDS = {"masked": "mlm", "causal": "clm"}
@@ -183,12 +184,18 @@ def cpu_seconds() -> float:
     return used.ru_utime + used.ru_stime
 
 
+def flags_of(variant: str, kind: str) -> dict[str, object]:
+    """Return the flags of train.py of a study's variant."""
+    is_masked = kind == "masked"
+    return train_flags(variants(is_masked)[variant], is_masked)
+
+
 def train_teacher(args: argparse.Namespace, folder: Path, kind: str) -> None:
     """Train the teacher on all languages."""
     place = folder / kind
     binarize(folder, "all.txt", place / "random", place / "all")
     models = {"--student": place / "random", "--teacher_name": place / "random"}
-    models |= ALONE_ALPHAS[KINDS[kind]]
+    models |= flags_of(NO_TEACHER, kind)
     if kind == "masked":
         models |= {"--mlm_smoothing": 0, "--mlm_mask_prop": 0.3}
     updates = args.teacher_updates[list(KINDS).index(kind)]
@@ -220,7 +227,7 @@ def train_student(
     args: argparse.Namespace, place: Path, vocabulary: str, output: str, updates: int, seed: int
 ) -> float:
     """Train a student of one of the teachers; return its CPU seconds."""
-    alphas = README_ALPHAS[KINDS[place.name]]
+    alphas = flags_of(REFERENCE, place.name)
     if "--mlm" in alphas:
         alphas = {**alphas, "--mlm_smoothing": 0}
     models = {"--student": place / f"{vocabulary}_first", "--teacher_name": place / vocabulary}

@@ -1,8 +1,8 @@
 """Figures of a language model on held-out text, alone and against a teacher.
 
-Called by train.py during training, by scripts/evaluate_lm.py and scripts/quickstart.py. Every
-figure is a sum over positions that is divided once, at the end: it depends neither on the division
-of the text into batches nor on the division of batches among ranks.
+Called by train.py during training, by scripts/evaluate_lm.py and scripts/study.py. Every figure is
+a sum over positions that is divided once, at the end: it depends neither on the division of the
+text into batches nor on the division of batches among ranks.
 
 A causal model predicts each next token. A masked model predicts every token once (FixedMasks):
 every k-th token is masked, in k passes, so that two models, or one model at two times, predict the
@@ -114,6 +114,11 @@ def plan_batches(lengths: np.ndarray, max_tokens: int = EVALUATED_TOKENS) -> lis
         batches.append(order[first : first + size])
         first += size
     return batches
+
+
+def evenly_spaced(total: int, num: int) -> np.ndarray:
+    """Return at most num of the numbers below total, from the first to the last."""
+    return np.unique(np.linspace(0, total - 1, min(num, total)).round().astype(np.int64))
 
 
 def passes_over(
@@ -406,44 +411,3 @@ class HeldOut:
             found = figures_of(sums_S, teacher is not None)
             figures |= {f"{prefix}{name}": found[name] for name in LOGGED_FIGURES if name in found}
         return figures
-
-
-# --------------------------------------------------------------------------------------------------
-# Comparison at every real token, for the quickstart's table
-# --------------------------------------------------------------------------------------------------
-
-
-def evaluate(
-    student: nn.Module,
-    head: Head,
-    teacher: nn.Module,
-    teacher_head: Head,
-    batches: Iterable[MicroBatch],
-) -> dict:
-    """Compare a student with its teacher on held-out batches.
-
-    Returns means in natural log: loss and accuracy (top-1) over the labels; over every real token,
-    kl (teacher || student, T = 1) and agreement (share of positions where both rank the same
-    token first). With the teacher as student, loss and accuracy are the teacher's.
-    """
-    student.eval()
-    own, others = Reader(student, head), Reader(teacher, teacher_head)
-    sums = dict.fromkeys(("loss", "accuracy", "kl", "agreement"), 0.0)
-    num_labels = num_real = 0
-    with computing(own, others):
-        for batch in batches:
-            hidden, teacher_hidden = own.hidden(batch), others.hidden(batch)
-            for (rows_C,) in _chunks(hidden.device, batch.rows["real"]):
-                kl, agreed = _distance_sums(
-                    own.predict(hidden[rows_C]), others.predict(teacher_hidden[rows_C])
-                )
-                sums["kl"] += kl.item()
-                sums["agreement"] += agreed.item()
-            for rows_C, labels_C in _chunks(hidden.device, *_asked(batch)):
-                loss, correct = _label_sums(own.predict(hidden[rows_C]), labels_C)
-                sums["loss"] += loss.item()
-                sums["accuracy"] += correct.item()
-                num_labels += len(rows_C)
-            num_real += batch.num_tokens
-    counts = {"loss": num_labels, "accuracy": num_labels, "kl": num_real, "agreement": num_real}
-    return {name: value / max(counts[name], 1) for name, value in sums.items()}

@@ -21,6 +21,7 @@ from distil.evaluation import (
     FixedMasks,
     Passes,
     drawn_once,
+    evenly_spaced,
     figures_of,
     measure,
     next_tokens,
@@ -81,8 +82,7 @@ def masked_measurements(
     batches = plan_batches(lengths)
     found = [Measurement("", batches, fixed), Measurement(DRAWN, batches, drawn)]
     if num_alone is not None:
-        num = min(num_alone, len(lengths))
-        chosen = np.unique(np.linspace(0, len(lengths) - 1, num).round().astype(np.int64))
+        chosen = evenly_spaced(len(lengths), num_alone)
         one_by_one = dataclasses.replace(fixed, every=int(lengths.max()))
         plan = [chosen[batch] for batch in plan_batches(lengths[chosen])]
         found.append(Measurement("pseudo_", plan, one_by_one))

@@ -19,9 +19,11 @@ from distil.data import builtin_corpus
 from distil.data.decoding import texts_of
 from distil.data.hub_datasets import find_files
 from distil.data.text_sources import read_blocks
-from distil.models.architectures import AUTO, PAIRS, Architecture
+from distil.models.architectures import AUTO, Architecture
 from distil.models.names import short_name
 from distil.models.tokenizers import train_word_pieces
+from distil.study.runs import run_folder, words_of
+from distil.study.variants import REFERENCE
 from distil.system.children import running
 from distil.system.files import atomic_paths, replacing_files, write_json
 from distil.system.json_files import load_json
@@ -42,20 +44,7 @@ TEACHER = {
     "initializer_range": 0.05,
 }
 HELD_OUT_EVERY = 40  # one document in so many is held out
-README_ALPHAS = {
-    "mlm": {
-        "--alpha_ce": 5.0,
-        "--alpha_mlm": 2.0,
-        "--alpha_cos": 1.0,
-        "--alpha_clm": 0.0,
-        "--mlm": None,
-    },
-    "clm": {"--alpha_ce": 5.0, "--alpha_clm": 0.5, "--alpha_cos": 1.0},
-}
-ALONE_ALPHAS = {
-    "mlm": {"--alpha_ce": 0, "--alpha_mlm": 1.0, "--alpha_clm": 0, "--mlm": None},
-    "clm": {"--alpha_ce": 0, "--alpha_clm": 1.0},
-}
+STUDENT_RATE = 5e-4
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,8 +61,7 @@ class Scale:
 class Plan:
     """Paths, architecture and size of a run.
 
-    architecture: the teacher's. is_embedded: the teacher is trained by the run. resumes: an
-    interrupted run is continued.
+    architecture: the teacher's. is_embedded: the teacher is trained by the run.
     """
 
     folder: Path
@@ -83,19 +71,6 @@ class Plan:
     scale: Scale
     seed: int
     max_length: int
-    resumes: bool = False
-
-    @property
-    def objective(self) -> str:
-        """The language-model objective of the pair: mlm or clm."""
-        return "mlm" if self.architecture.is_masked else "clm"
-
-    @property
-    def student_type(self) -> str | None:
-        """The student's type, where PAIRS has one for the teacher's; else its own, None."""
-        teacher = self.architecture
-        found = (student for known, student in PAIRS if known == teacher.name)
-        return next(found, None)
 
     def token_file(self, part: str) -> Path:
         """Return the path of a part's token ids, made by binarized_data.py."""
@@ -107,14 +82,13 @@ class Plan:
         return self.folder / "token_counts.pickle"
 
     @property
-    def student_config(self) -> Path:
-        """Return the path of the student's configuration, if it has a type of PAIRS."""
-        return self.folder / "student.json"
+    def study(self) -> Path:
+        """Return the folder of students, runs and figures, made by study.py."""
+        return self.folder / "study"
 
-    @property
-    def first_student(self) -> Path:
-        """Return the folder of the student before training, if it has no type of PAIRS."""
-        return self.folder / "first_student"
+    def run(self, variant: str) -> Path:
+        """Return the run folder of the student of a variant of the study."""
+        return run_folder(self.study, variant, self.seed, STUDENT_RATE)
 
 
 class Stages:
@@ -154,7 +128,7 @@ def call(program: str, flags: Mapping[str, object]) -> None:
 
     flags: flag -> value, None for a flag without a value.
     """
-    words = [str(word) for item in flags.items() for word in item if word is not None]
+    words = words_of(flags)
     print(f"\n$ python {program} {shlex.join(words)}", flush=True)
     with running(ROOT / program, words) as process:
         status = process.wait()
@@ -166,7 +140,11 @@ def call(program: str, flags: Mapping[str, object]) -> None:
 
 
 def make_text(plan: Plan, text: str | None, text_field: str) -> None:
-    """Write train.txt and held_out.txt; a document is in one of them, whole."""
+    """Write train.txt and held_out.txt; a document is in one of them, whole.
+
+    Removes an earlier run's study, whose rows are of other text or another teacher.
+    """
+    shutil.rmtree(plan.study, ignore_errors=True)
     documents: Iterable[list[str]] = (
         ([line] for line in user_lines(text, text_field))
         if text
@@ -255,97 +233,34 @@ def train_teacher(plan: Plan, vocab_size: int) -> None:
     call("scripts/train_teacher.py", flags)
 
 
-def write_student_config(plan: Plan, teacher_config, num_layers: int) -> None:
-    """Write the configuration of a student of num_layers layers, otherwise as the teacher's."""
-    if plan.student_type == "distilbert":
-        content = {
-            "model_type": "distilbert",
-            "vocab_size": teacher_config.vocab_size,
-            "dim": teacher_config.hidden_size,
-            "n_layers": num_layers,
-            "n_heads": teacher_config.num_attention_heads,
-            "hidden_dim": teacher_config.intermediate_size,
-            "activation": teacher_config.hidden_act,
-            "max_position_embeddings": teacher_config.max_position_embeddings,
-            "sinusoidal_pos_embds": True,
-        }
-    else:
-        content = {
-            k: v
-            for k, v in teacher_config.to_diff_dict().items()
-            if k not in ("transformers_version", "dtype")
-        }
-        content["n_layer" if plan.student_type == "gpt2" else "num_hidden_layers"] = num_layers
-    write_json(plan.student_config, content)
-
-
-def extract_first_weights(plan: Plan, num_layers: int) -> None:
-    """Copy num_layers evenly spaced layers of the teacher into the student's first weights."""
-    if plan.student_type is None:
-        shutil.rmtree(plan.first_student, ignore_errors=True)
-        flags = {
-            "--teacher": plan.teacher,
-            "--num_layers": num_layers,
-            "--output": plan.first_student,
-        }
-        call("scripts/extract.py", flags)
-        return
+def compare(plan: Plan) -> None:
+    """Distil a student, train its twin without the teacher, and measure all on held-out text."""
     is_bert = plan.architecture.name == "bert"
-    flags = {
-        "--model_type": plan.architecture.name,
-        "--model_name": plan.teacher,
-        "--dump_checkpoint": plan.folder / "first_weights.pth",
-        "--num_layers": num_layers,
-        "--force": None,  # a stage that was interrupted is run again
-    }
-    flags |= {"--vocab_transform": None} if plan.objective == "mlm" else {}
-    flags |= {"--fold_token_types": None} if is_bert else {}
-    call("scripts/extract_distilbert.py" if is_bert else "scripts/extract.py", flags)
-
-
-def train_student(plan: Plan, name: str, alphas: Mapping[str, object]) -> None:
-    """Train a student from the first weights, with the teacher or without it."""
-    # Smoothing 0: the table's tokens are drawn uniformly from the text. Minutes on a few MB are too
-    # few for 2019's emphasis on rare tokens (0.7), which moves a small student away from its
-    # teacher at the frequent ones.
-    masking = {"--token_counts": plan.counts, "--mlm_smoothing": 0}
-    if plan.student_type is None:
-        models = {"--student": plan.first_student, "--teacher_name": plan.teacher}
-    else:
-        models = {
-            "--student_type": plan.student_type,
-            "--student_config": plan.student_config,
-            "--teacher_type": plan.architecture.name,
-            "--teacher_name": plan.teacher,
-        }
-    first = {
-        "--freeze_pos_embs": None,
-        "--student_pretrained_weights": plan.folder / "first_weights.pth",
-    }
-    flags = {
-        **models,
-        **alphas,
-        **(first if plan.student_type is not None else {}),
-        "--data_file": plan.token_file("train"),
-        **(masking if plan.objective == "mlm" else {}),
-        "--dump_path": plan.folder / name,
-        **({"--resume": "auto"} if _is_begun(plan, name) else {"--force": None}),
-        "--max_steps": plan.scale.student_steps,
+    # Smoothing 0: the figures' tokens are those of the text. Minutes on a few MB are too few for
+    # 2019's emphasis on rare tokens (0.7), which moves a small student away from its teacher at the
+    # frequent ones.
+    of_training = {
         "--batch_size": plan.scale.batch_size,
         "--gradient_accumulation_steps": 1,
-        "--max_length": plan.max_length,
         "--log_interval": 10,
         "--checkpoint_interval": max(plan.scale.student_steps // 5, 50),
-        "--seed": plan.seed,
+        **({"--mlm_smoothing": 0} if plan.architecture.is_masked else {}),
+        **({"--freeze_pos_embs": None} if is_bert else {}),
     }
-    call("train.py", flags)
-
-
-def _is_begun(plan: Plan, name: str) -> bool:
-    """True if the interrupted run that is continued, not one before it, began this training."""
-    checkpoints = plan.folder / name / "checkpoints"
-    return (
-        plan.resumes
-        and checkpoints.is_dir()
-        and checkpoints.stat().st_mtime_ns >= (plan.folder / "train.txt").stat().st_mtime_ns
-    )
+    flags = {
+        "--teacher": plan.teacher,
+        **({"--extract_flags": "--student_type distilbert --fold_token_types"} if is_bert else {}),
+        "--data_file": plan.token_file("train"),
+        "--held_out": plan.token_file("held_out"),
+        "--num_held_out": plan.scale.num_held_out,
+        **({"--token_counts": plan.counts} if plan.architecture.is_masked else {}),
+        "--max_length": plan.max_length,
+        "--variants": REFERENCE,
+        "--seeds": plan.seed,
+        "--max_steps": plan.scale.student_steps,
+        "--learning_rates": STUDENT_RATE,
+        "--train_flags": shlex.join(words_of(of_training)),
+        "--processes": 2 if plan.is_embedded else 1,
+        "--output": plan.study,
+    }
+    call("scripts/study.py", flags)

@@ -34,7 +34,7 @@ from distil.reporting.scores import read_all_scores
 from distil.reporting.task_runs import RunSettings, run_missing, run_problems
 from distil.study.measures import HeldOutText, costs, load_student
 from distil.study.options import chosen, parse
-from distil.study.runs import Job, run_jobs, run_to_end, words_of
+from distil.study.runs import Job, run_folder, run_jobs, run_to_end, words_of
 from distil.study.summary import Row, conclusion, draw, table
 from distil.study.variants import RANDOM, STUDENTS, train_flags, variants
 from distil.system.files import atomic_path, require_output, write_json
@@ -48,7 +48,10 @@ MARKER = "study.json"
 MASK_PROP = 0.15
 # Flags that make figures incomparable: a study goes on only with the same.
 PARTS = ("first", "teacher", "rows", "tasks")  # of study.json
-IDENTITY = ("teacher", "data_file", "held_out", "max_steps", "equal", "max_length", "train_flags")
+IDENTITY = (
+    *("teacher", "data_file", "held_out", "num_held_out", "max_steps", "equal", "max_length"),
+    *("train_flags", "extract_flags"),
+)
 
 
 class Study:
@@ -66,7 +69,7 @@ class Study:
         self.variants = {name: known[name] for name in self.names}
         given = self.teacher, args.max_length
         held_out = LmSeqsDataset.from_file(args.held_out, *given, "--held_out")
-        self.held_out = HeldOutText(held_out, self.teacher)
+        self.held_out = HeldOutText(held_out, self.teacher, args.num_held_out)
         self.dataset = LmSeqsDataset.from_file(args.data_file, *given)
         self.costs: dict[str, float] | None = None
 
@@ -109,7 +112,9 @@ class Study:
             folder = self.first(kind)
             if kind != RANDOM and not folder.exists():
                 flags = {"--teacher": self.args.teacher, **STUDENTS[kind](num_layers, data)}
-                run_to_end("scripts/extract.py", {**flags, "--output": folder}, self.log("first"))
+                words = shlex.split(self.args.extract_flags or "")
+                words += words_of({**flags, "--output": folder})
+                run_to_end("scripts/extract.py", words, self.log("first"))
             if kind != RANDOM and kind not in self.state["first"]:
                 self.state["first"][kind] = self.held_out.figures(load_student(folder))
                 self.save()
@@ -120,7 +125,7 @@ class Study:
         if self.is_masked and self.args.token_counts is None and not self.counts.exists():
             flags = {"--data_file": self.args.data_file, "--token_counts_dump": self.counts}
             flags["--vocab_size"] = self.teacher.vocab_size
-            run_to_end("scripts/token_counts.py", flags, self.log("counts"))
+            run_to_end("scripts/token_counts.py", words_of(flags), self.log("counts"))
         students = {kind: self.first(kind) for kind in self.state["first"]}
         given = self.variants, students, self.teacher, self.dataset, MASK_PROP
         self.costs = costs(*given)
@@ -147,7 +152,7 @@ class Study:
         args, variant = self.args, self.variants[name]
         cost = self.costs[name] if args.equal == "flops" else 1.0
         updates = max(round(args.max_steps / cost), 1)
-        folder = self.folder / "runs" / f"{name}-{seed}-{rate:g}"
+        folder = run_folder(self.folder, name, seed, rate)
         if variant.student == RANDOM:
             student = {"--student_config": self.first("half") / "config.json"}
         else:
@@ -240,7 +245,7 @@ class Study:
             " was tuned on. Intervals: 95 %, over seeds; differences seed by seed. Cost: model"
             " FLOPs of an update against the triple's.",
             table(rows, first, teacher, args.tasks),
-            conclusion(rows),
+            conclusion(rows, teacher),
             f"![KL by variant]({self.folder.name}.png)",
         ]
         with atomic_path(self.folder / "DISTILLATION.md") as temporary:

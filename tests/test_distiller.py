@@ -1,7 +1,6 @@
 """Statistics of masking, scaling of an update, frozen parameters, and evaluation."""
 
 import dataclasses
-import functools
 import json
 import math
 
@@ -10,10 +9,10 @@ import torch
 from stand_ins import make_model
 
 from distil.data.batches import MlmPreparation, masking_weights, prepare_clm
-from distil.evaluation import evaluate
+from distil.evaluation import figures_of, measure, reader_of
 from distil.models.architectures import architecture_named
 from distil.models.forward import last_hidden_state, recompute_activations
-from distil.models.heads import head_of
+from distil.models.heads import prediction_head
 from distil.models.language_model import build_network, freeze_embeddings, read_student_config
 from distil.objectives import NORMALIZATIONS
 from distil.training.optimizer import split_for_weight_decay
@@ -506,14 +505,13 @@ def test_the_head_on_hidden_states_gives_the_models_own_logits(kind):
     token_ids_BT, lengths_B = make_batch([12, 9])
     batch = (prepare_clm if kind == "gpt2" else make_preparation())(0, token_ids_BT, lengths_B)
     logits = model(batch.input_ids_BT, attention_mask=batch.attention_mask_BT).logits
-    assert torch.equal(head_of(model, last_hidden_state(model, batch)), logits)
+    assert torch.equal(prediction_head(model)(last_hidden_state(model, batch)), logits)
 
 
 def test_a_teacher_evaluated_against_itself_has_no_divergence():
     teacher = make_model("bert", VOCAB).eval()
-    head = functools.partial(head_of, teacher)
     batches = [make_preparation()(g, *make_batch([20, 14], seed=g)) for g in (0, 1)]
-    found = evaluate(teacher, head, teacher, head, batches)
+    found = figures_of(measure(reader_of(teacher), reader_of(teacher), batches), True)
     assert found["kl"] == pytest.approx(0, abs=1e-6) and found["agreement"] == 1.0
     total = 0.0
     for batch in batches:

@@ -37,21 +37,27 @@ def own_records(own_text):
 
 @pytest.mark.parametrize("kind", ["bert", "gpt2", "qwen3"])
 def test_own_text_and_teacher_give_the_table(
-    kind, own_text, teachers, tmp_path, capsys, monkeypatch
+    kind, own_text, teachers, tmp_path, capfd, monkeypatch
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     teacher = teachers.get(kind) or make_teacher(tmp_path / "teacher", kind, False, teachers)
     quickstart.main(arguments_for(own_text, teacher, tmp_path / "out"))
-    rows = json.loads((tmp_path / "out" / "results.json").read_text())["rows"]
-    assert list(rows) == ["teacher", "student before", "student after", "without teacher"]
-    assert (
-        rows["teacher"]["kl"] == pytest.approx(0, abs=1e-5) and rows["teacher"]["agreement"] == 1.0
+    study = tmp_path / "out" / "study"
+    state = json.loads((study / "study.json").read_text())
+    first = state["first"]["half"]["reported"]
+    distilled, alone = (
+        state["rows"][f"{variant}/56/0.0005"]["reported"] for variant in ("triple", "no_teacher")
     )
-    assert rows["student after"]["kl"] < rows["student before"]["kl"]
-    assert rows["student after"]["parameters"] < rows["teacher"]["parameters"]
-    assert all(row["latency_ms"] > 0 for row in rows.values())
+    assert distilled["kl"] < first["kl"] and "kl" not in state["teacher"]["reported"]
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    assert "is closer to the teacher" in capsys.readouterr().out
+    printed = capfd.readouterr().out
+    table = (study / "DISTILLATION.md").read_text()
+    for row in (first, distilled, alone):
+        assert f" {row['kl']:.4f} " in table and f" {row['kl']:.4f} " in printed
+        assert f" {row['agreement']:.2%} " in table
+    assert f"against {alone['loss']:.4f}" in printed and "student without teacher: " in printed
+    config = json.loads((study / "runs/triple-56-0.0005/model/config.json").read_text())
+    assert config["model_type"] == ("distilbert" if kind == "bert" else kind)
     held_out = set((tmp_path / "out" / "held_out.txt").read_text().splitlines())
     assert held_out and not held_out & set(
         (tmp_path / "out" / "train.txt").read_text().splitlines()
@@ -88,7 +94,7 @@ def test_only_an_interrupted_run_of_the_same_flags_is_continued(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_run_continues_to_the_same_student(
-    own_records, teachers, tmp_path, monkeypatch, capsys
+    own_records, teachers, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
     whole, cut = (
@@ -99,20 +105,19 @@ def test_an_interrupted_run_continues_to_the_same_student(
     program = [sys.executable, str(ROOT / "scripts" / "quickstart.py"), *cut]
     process = subprocess.Popen(program, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 120
-    while not list((tmp_path / "cut").glob("distilled/checkpoints/step-*")):
+    while not list((tmp_path / "cut").glob("study/runs/triple-*/checkpoints/step-*")):
         assert time.monotonic() < end and process.poll() is None
         time.sleep(0.01)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 143
-    capsys.readouterr()
+    capfd.readouterr()
     quickstart.main(cut)
-    printed = capsys.readouterr()
-    assert "after: text, tokens, first student" in printed.err and "--resume auto" in printed.out
-    assert "binarized_data.py" not in printed.out
-    for name in ("distilled", "without_teacher"):
-        one, other = (
-            tmp_path / run / name / "model" / "model.safetensors" for run in ("whole", "cut")
-        )
+    printed = capfd.readouterr()
+    assert "after: text, tokens" in printed.err and "--resume auto" in printed.err
+    assert "binarized_data.py" not in printed.out and "extract.py" not in printed.err
+    for name in ("triple", "no_teacher"):
+        place = Path("study", "runs", f"{name}-56-0.0005", "model", "model.safetensors")
+        one, other = (tmp_path / run / place for run in ("whole", "cut"))
         assert one.read_bytes() == other.read_bytes()
 
 

@@ -70,11 +70,6 @@ def prediction_head(model: torch.nn.Module) -> Callable[[torch.Tensor], torch.Te
     return PredictionHead(transform, model.get_submodule(row.projection))
 
 
-def head_of(model: torch.nn.Module, hidden_ND: torch.Tensor) -> torch.Tensor:
-    """Project last hidden states to logits_NV with the model's prediction head."""
-    return prediction_head(model)(hidden_ND)
-
-
 def head_parameters(model: torch.nn.Module) -> list[torch.nn.Parameter]:
     """List the parameters that the prediction head reads, including a shared embedding table."""
     of_base = {id(parameter) for parameter in model.base_model.parameters()}

@@ -16,10 +16,10 @@ from distil.reporting.plots import (
 )
 from distil.reporting.run_comparison import TITLES, X_LABELS, facts_of, read_runs
 
-# Row of the quickstart's table -> what LOOKS calls it.
+# The quickstart's students -> what LOOKS calls them.
 ROLES = {
-    "student before": "first weights",
-    "student after": "student",
+    "first weights": "first weights",
+    "distilled": "student",
     "without teacher": "baseline",
 }
 

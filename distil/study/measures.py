@@ -5,7 +5,15 @@ from pathlib import Path
 
 import numpy as np
 
-from distil.evaluation import HeldOut, figures_of, measure, passes_over, plan_batches, reader_of
+from distil.evaluation import (
+    HeldOut,
+    evenly_spaced,
+    figures_of,
+    measure,
+    passes_over,
+    plan_batches,
+    reader_of,
+)
 from distil.flops import count_update
 from distil.kept_rows import KeptRows
 from distil.models.language_model import LanguageModel, load_network, resolve_by_name
@@ -19,13 +27,17 @@ COST_SEQUENCES = 200  # of the data, whose model FLOPs show what a variant costs
 class HeldOutText:
     """The held-out sequences, those that tune and those that are reported apart."""
 
-    def __init__(self, dataset, teacher: LanguageModel):
-        """Plan the measurement of an LmSeqsDataset. Raises InputError where it is too small."""
+    def __init__(self, dataset, teacher: LanguageModel, num: int | None = None):
+        """Plan the measurement of an LmSeqsDataset. Raises InputError where it is too small.
+
+        num: of its sequences, evenly spaced; None: all.
+        """
         self.dataset, self.teacher = dataset, teacher
         self.passes = HeldOut.of(dataset, teacher.tokenizer, teacher.is_masked).passes[""]
         self.kept = KeptRows()  # the teacher answers once
-        numbers = np.arange(len(dataset.lengths))
-        tunes = numbers % TUNING_EVERY == 0
+        total = len(dataset.lengths)
+        numbers = evenly_spaced(total, total if num is None else num)
+        tunes = np.arange(len(numbers)) % TUNING_EVERY == 0
         if tunes.all():
             raise InputError(
                 f"--held_out: has {len(numbers)} sequence; expected several, for every"

@@ -1,6 +1,7 @@
 """The flags of study.py. Imports no torch: a mistyped flag is found at once."""
 
 import argparse
+import shlex
 
 from distil.study.variants import REFERENCE, variants
 from utils import InputError, OneLineParser
@@ -35,6 +36,12 @@ def _add_inputs(add) -> None:
         metavar="FOLDER",
         help="receives runs, study.json, DISTILLATION.md and .png; the same command continues"
         " there (default: %(default)s)",
+    )
+    add(
+        "--num_held_out",
+        type=int,
+        metavar="N",
+        help="measure on so many of the held-out sequences, evenly spaced (default: all)",
     )
     add("--title", help="the study's name in its page (default: the teacher's)")
 
@@ -72,6 +79,11 @@ def _add_plan(add) -> None:
         help="further flags of train.py for all runs, in one argument; a variant's win (default:"
         " %(default)r)",
     )
+    add(
+        "--extract_flags",
+        help="further flags of extract.py for all first students, in one argument, such as"
+        " '--student_type distilbert'; a variant's win",
+    )
     add("--processes", type=int, default=1, help="runs at once (default: %(default)s)")
 
 
@@ -89,9 +101,16 @@ def _problem(args: argparse.Namespace) -> str | None:
     for flag in ("max_steps", "processes"):
         if getattr(args, flag) < 1:
             return f"--{flag} {getattr(args, flag)}: expected at least 1"
+    if args.num_held_out is not None and args.num_held_out < 2:
+        return f"--num_held_out {args.num_held_out}: expected at least 2"
     rates = [rate for rate in args.learning_rates if not 0 < rate < 1]
     if rates:
         return f"--learning_rates {rates[0]}: expected above 0, below 1"
+    for flag in ("train_flags", "extract_flags", "task_flags"):
+        try:
+            shlex.split(getattr(args, flag) or "")
+        except ValueError as error:
+            return f"--{flag} {getattr(args, flag)}: {error}; close the quotation mark"
     if args.tasks and not args.data_dir:
         return "--data_dir: needed with --tasks; name the folder of the tasks' folders"
     return None

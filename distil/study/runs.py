@@ -3,13 +3,14 @@
 import contextlib
 import dataclasses
 import os
+import shlex
 import subprocess
 import time
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 from distil.system.children import running
-from utils import InputError
+from utils import InputError, logger
 
 ROOT = Path(__file__).resolve().parents[2]
 POLL_S = 0.2
@@ -42,9 +43,14 @@ def words_of(flags: Mapping[str, object]) -> list[str]:
     return words
 
 
-def run_to_end(program: str, flags: Mapping[str, object], log: Path) -> None:
+def run_folder(study: Path, variant: str, seed: int, rate: float) -> Path:
+    """Name the folder of a training in a study's folder."""
+    return study / "runs" / f"{variant}-{seed}-{rate:g}"
+
+
+def run_to_end(program: str, words: Sequence[str], log: Path) -> None:
     """Run one of the project's programs to its end. Raises InputError with its last line."""
-    with _started(program, words_of(flags), log, 1) as child:
+    with _started(program, words, log, 1) as child:
         status = child.wait()
     _require_success(program, status, log)
 
@@ -77,6 +83,7 @@ def log_of(job: Job) -> Path:
 
 @contextlib.contextmanager
 def _started(program: str, words: Sequence[str], log: Path, num: int):
+    logger.info("$ python %s %s >> %s", program, shlex.join(words), shlex.quote(str(log)))
     threads = os.environ.get("OMP_NUM_THREADS") or str(max((os.cpu_count() or 1) // num, 1))
     with open(log, "ab") as output:
         options = {"stdout": output, "stderr": subprocess.STDOUT}

@@ -67,14 +67,17 @@ class Row:
         return Spread.of([own / others - 1 for own, others in pairs])
 
 
+def _answer(difference: Spread) -> str:
+    """Answer whether a difference is below 0 by more than the spread, which one seed lacks."""
+    if difference.half is None:
+        return "yes, one seed" if difference.mean < 0 else "no"
+    return "yes" if difference.is_below(0) else "no"
+
+
 def verdict(row: Row, alone: Row | None) -> str:
     """Answer whether a variant is closer to the teacher than no teacher by more than the spread."""
-    if alone is None or row.name == NO_TEACHER:
-        return ""
-    difference = row.against(alone)
-    if difference is None or difference.half is None:
-        return "one seed"
-    return "yes" if difference.is_below(0) else "no"
+    difference = None if alone is None or row is alone else row.against(alone)
+    return "" if difference is None else _answer(difference)
 
 
 def table(
@@ -91,7 +94,7 @@ def table(
     by_name = {row.name: row for row in rows}
     reference, alone = by_name.get(REFERENCE), by_name.get(NO_TEACHER)
     head = "variant|seeds|rate|cost|KL to teacher|against the triple|gap closed|loss|top-1|kept"
-    cells = [[*head.split("|"), *tasks, "closer than without teacher"]]
+    cells = [[*head.split("|"), "agreement", *tasks, "closer than without teacher"]]
     for row in sorted(rows, key=lambda row: row.spread("kl").mean):
         kl, accuracy = row.spread("kl"), row.spread("accuracy")
         against = None if reference is None or row is reference else row.against(reference)
@@ -107,13 +110,14 @@ def table(
                 row.spread("loss").written(".4f"),
                 accuracy.written(".2%"),
                 f"{accuracy.mean / teacher['accuracy']:.1%}",
+                row.spread("agreement").written(".2%"),
                 *(_of_task(row.spread(task), teacher[task]) for task in tasks),
                 verdict(row, alone),
             ]
         )
     cells.append(_plain("first weights", first, teacher, [""] * len(tasks)))
     scores = [f"{teacher[task]:.1f}" for task in tasks]
-    cells.append(_plain("teacher", {**teacher, "kl": 0.0}, teacher, scores))
+    cells.append(_plain("teacher", {**teacher, "kl": 0.0, "agreement": 1.0}, teacher, scores))
     return markdown(cells)
 
 
@@ -126,27 +130,58 @@ def _plain(
 ) -> list[str]:
     kept = figures["accuracy"] / teacher["accuracy"]
     shown = f"{figures['kl']:.4f}", "", "", f"{figures['loss']:.4f}", f"{figures['accuracy']:.2%}"
-    return [name, "", "", "", *shown, f"{kept:.1%}", *scores, ""]
+    return [name, "", "", "", *shown, f"{kept:.1%}", f"{figures['agreement']:.2%}", *scores, ""]
 
 
-def conclusion(rows: Sequence[Row]) -> str:
-    """Write which variant beats the reference, by how much, and whether intervals are apart."""
+def conclusion(rows: Sequence[Row], teacher: Mapping[str, float]) -> str:
+    """Write which variant is closest to the teacher, and what the teacher gave: Markdown.
+
+    teacher: the teacher's figures.
+    """
     by_name = {row.name: row for row in rows}
-    reference = by_name.get(REFERENCE)
-    others = [row for row in rows if row is not reference]
-    if reference is None or not others:
+    reference, alone = by_name.get(REFERENCE), by_name.get(NO_TEACHER)
+    compared = [
+        (row, difference)
+        for row in rows
+        if reference is not None and row is not reference
+        if (difference := row.against(reference)) is not None
+    ]
+    if not compared:
         return "Nothing to compare yet."
-    best = min(others, key=lambda row: row.spread("kl").mean)
-    difference = best.against(reference)
-    if difference is None:
-        return "Nothing to compare yet."
+    best, difference = min(compared, key=lambda pair: pair[0].spread("kl").mean)
+    name = f"{best.variant.title} (`{best.name}`)"
+    if best.spread("kl").mean >= reference.spread("kl").mean:
+        name = f"{reference.variant.title} (`{reference.name}`); next: {name}"
     sure = {None: ", with one seed", True: "", False: ", within the spread"}[
         None if difference.half is None else abs(difference.mean) > difference.half
     ]
-    return (
-        f"Closest to the teacher: {best.variant.title} (`{best.name}`), its KL"
-        f" {difference.written('+.1%')} against the triple's{sure}."
+    closest = (
+        f"Closest to the teacher: {name}, its KL {difference.written('+.1%')} against the"
+        f" triple's{sure}."
     )
+    if alone is None:
+        return closest
+    distilled = min(
+        (row for row in rows if row is not alone), key=lambda row: row.spread("kl").mean
+    )
+    return "\n".join([closest, "", *_worth(distilled, alone, teacher)])
+
+
+def _worth(distilled: Row, alone: Row, teacher: Mapping[str, float]) -> list[str]:
+    """Answer what the teacher gave a student, and whether it predicts better than one without."""
+    of_alone = alone.spread("loss").mean
+    lines = [
+        f"- {title} than the student without teacher: {_answer(difference)}"
+        f" ({name} {difference.written('+.1%')})"
+        for title, figure, name in (
+            ("Closer to the teacher", "kl", "KL"),
+            ("Better on the text", "loss", "loss"),
+        )
+        if (difference := distilled.against(alone, figure)) is not None
+    ]
+    answer = "yes" if teacher["loss"] < of_alone else "no"
+    losses = f"loss {teacher['loss']:.4f} against {of_alone:.4f}"
+    return [*lines, f"- Teacher better on the text than that student: {answer} ({losses})"]
 
 
 def draw(

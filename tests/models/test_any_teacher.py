@@ -19,8 +19,8 @@ import extract
 import token_counts
 import train
 from distil.data.batches import MlmPreparation, prepare_clm
-from distil.evaluation import evaluate
-from distil.models import heads, tokenizers
+from distil.evaluation import figures_of, measure, reader_of
+from distil.models import tokenizers
 from distil.models.tokenizer_roles import special_ids
 from lm_seqs_dataset import LmSeqsDataset
 
@@ -68,7 +68,7 @@ def train_flags(
 
 
 def held_out_kl(student_folder: Path, teacher_folder: Path, data: Path, is_masked: bool) -> float:
-    """Return KL(teacher || student) over the real tokens of the data."""
+    """Return KL(teacher || student) at the predicted positions of the data."""
     auto_class = families.auto_class(is_masked)
     folders = teacher_folder, student_folder
     teacher, student = (auto_class.from_pretrained(folder).eval() for folder in folders)
@@ -83,8 +83,7 @@ def held_out_kl(student_folder: Path, teacher_folder: Path, data: Path, is_maske
         prepare = MlmPreparation(weights_V, mask_id, 0.15, 0.8, 0.1, 0.1, False, 0)
     parts = np.array_split(np.arange(len(dataset)), 12)
     batches = [prepare(k, *dataset.collate(part)) for k, part in enumerate(parts)]
-    predict = [heads.prediction_head(model) for model in (student, teacher)]
-    return evaluate(student, predict[0], teacher, predict[1], batches)["kl"]
+    return figures_of(measure(reader_of(student), reader_of(teacher), batches), True)["kl"]
 
 
 @pytest.mark.slow

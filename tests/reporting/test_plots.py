@@ -90,7 +90,7 @@ def figures(tmp_path_factory, drawn) -> dict:
     """Every picture of the project: name -> figure."""
     folder = tmp_path_factory.mktemp("pictures")
     runs = [write_run(folder / name, 12) for name in ("distilled", "without_teacher")]
-    kl = {"student before": 0.5, "student after": 0.02, "without teacher": 0.3}
+    kl = {"first weights": 0.5, "distilled": 0.02, "without teacher": 0.3}
     rows = json.loads((ROOT / "benchmarks" / "step_cpu.json").read_text())["rows"]
     path = folder / "drawn.png"
     lengths = {length: 3 for length in range(12, 300)}
@@ -329,7 +329,7 @@ def test_many_runs_of_long_names_have_room(num_runs, num_lines, drawn, tmp_path)
 
 def test_bars_without_a_finite_figure_say_so(drawn, tmp_path):
     runs = [write_run(tmp_path / name, 1, loss_ce=math.nan) for name in "ab"]
-    kl = {"student before": math.nan, "student after": 0.0, "without teacher": math.inf}
+    kl = {"first weights": math.nan, "distilled": 0.0, "without teacher": math.inf}
     figure = drawn(draw_curves, tmp_path / "a.png", *runs, "mlm", kl)
     assert_nothing_is_cut_off(figure)
     labels = [text.get_text() for text in figure.axes[2].texts]

@@ -52,6 +52,9 @@ def test_the_reference_is_the_readmes_triple_and_comes_first():
         (["--variants", "mse_alon"], "--variants mse_alon: expected some of triple, "),
         (["--seeds", "1", "--max_steps", "0"], "--max_steps 0: expected at least 1"),
         (["--learning_rates", "1e-4", "2"], "--learning_rates 2.0: expected above 0"),
+        (["--num_held_out", "1"], "--num_held_out 1: expected at least 2"),
+        (["--extract_flags", "--layers '0"], "--extract_flags --layers '0: No closing quotation"),
+        (["--train_flags", 'a"b'], '--train_flags a"b: No closing quotation'),
         (["--tasks", "sst2"], "--data_dir: needed with --tasks"),
     ],
 )
@@ -73,7 +76,8 @@ def test_variants_of_the_other_kind_of_model_are_refused():
 
 def row(name: str, *kl: float, seeds=(1, 2, 3)) -> Row:
     """Make a row from its KL by seed."""
-    figures = ({"kl": value, "loss": 2.0, "accuracy": 0.4} for value in kl)
+    figures = ({"kl": value, "loss": 2.0 + value, "accuracy": 0.4} for value in kl)
+    figures = ({**one, "agreement": 0.9} for one in figures)
     by_seed = dict(zip(seeds, figures, strict=False))
     return Row(name, Variant(name, {}), 5e-4, by_seed, 1.0)
 
@@ -100,17 +104,35 @@ def test_the_verdict_asks_for_more_than_the_spread():
     assert verdict(row("a", 0.10, 0.12, 0.11), alone) == "yes"
     assert verdict(row("a", 0.40, 0.80, 0.30), alone) == "no"
     assert verdict(row("a", 0.60, 0.62, 0.61), alone) == "no"
-    assert verdict(row("a", 0.10), alone) == "one seed"
+    assert verdict(row("a", 0.10), alone) == "yes, one seed"
+    assert verdict(row("a", 0.60), alone) == "no"
+    assert verdict(alone, alone) == verdict(row("a", 0.10), None) == ""
 
 
 def test_the_table_holds_deltas_gaps_and_what_is_kept():
     rows = [row(REFERENCE, 0.2, 0.2), row("a", 0.1, 0.1), row(NO_TEACHER, 0.4, 0.4)]
-    first, teacher = {"kl": 0.8, "loss": 3.0, "accuracy": 0.1}, {"loss": 1.5, "accuracy": 0.5}
+    first = {"kl": 0.8, "loss": 3.0, "accuracy": 0.1, "agreement": 0.2}
+    teacher = {"loss": 1.5, "accuracy": 0.5}
     lines = table(rows, first, teacher).splitlines()
     best = [cell.strip() for cell in lines[2].split("|")[1:-1]]
     assert best[0] == "a (`a`)" and best[4:7] == ["0.1000 ± 0.0000", "-50.0% ± 0.0%", "87.5%"]
-    assert best[9:] == ["80.0%", "yes"]
-    assert conclusion(rows).startswith("Closest to the teacher: a (`a`), its KL -50.0%")
+    assert best[9:] == ["80.0%", "90.00% ± 0.00%", "yes"]
+    assert "100.00%" in lines[-1] and " 20.00% " in lines[-2]
+    assert conclusion(rows, teacher).startswith("Closest to the teacher: a (`a`), its KL -50.0%")
+
+
+def test_the_conclusion_names_the_closest_even_where_it_is_the_reference():
+    rows = [row(REFERENCE, 0.1), row(NO_TEACHER, 0.4)]
+    first, *answers = conclusion(rows, {"loss": 2.2}).splitlines()
+    assert first.startswith(f"Closest to the teacher: {REFERENCE} (`{REFERENCE}`); next: ")
+    assert first.endswith("its KL +300.0% against the triple's, with one seed.")
+    assert [line for line in answers if line] == [
+        "- Closer to the teacher than the student without teacher: yes, one seed (KL -75.0%)",
+        "- Better on the text than the student without teacher: yes, one seed (loss -12.5%)",
+        "- Teacher better on the text than that student: yes (loss 2.2000 against 2.4000)",
+    ]
+    assert "that student: no (loss 2.5000" in conclusion(rows, {"loss": 2.5})
+    assert "next" not in conclusion([row(REFERENCE, 0.4), row("a", 0.1)], {"loss": 2.2})
 
 
 # --------------------------------------------------------------------------------------------------
