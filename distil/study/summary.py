@@ -64,7 +64,7 @@ class Row:
         if not seeds:
             return None
         pairs = [(self.by_seed[seed][figure], other.by_seed[seed][figure]) for seed in seeds]
-        return Spread.of([own / others - 1 for own, others in pairs])
+        return Spread.of([own / others - 1 if others else math.nan for own, others in pairs])
 
 
 def _answer(difference: Spread) -> str:
@@ -106,10 +106,10 @@ def table(
                 "" if row.cost is None else f"{row.cost:.2f}",
                 kl.written(".4f"),
                 "" if against is None else against.written("+.1%"),
-                f"{1 - kl.mean / first['kl']:.1%}",
+                _share(first["kl"] - kl.mean, first["kl"]),
                 row.spread("loss").written(".4f"),
                 accuracy.written(".2%"),
-                f"{accuracy.mean / teacher['accuracy']:.1%}",
+                _share(accuracy.mean, teacher["accuracy"]),
                 row.spread("agreement").written(".2%"),
                 *(_of_task(row.spread(task), teacher[task]) for task in tasks),
                 verdict(row, alone),
@@ -122,15 +122,20 @@ def table(
 
 
 def _of_task(score: Spread, of_teacher: float) -> str:
-    return f"{score.written('.1f')} ({score.mean / of_teacher:.1%} kept)"
+    return f"{score.written('.1f')} ({_share(score.mean, of_teacher)} kept)"
+
+
+def _share(part: float, whole: float) -> str:
+    """Write a share; "-" of 0, such as an untrained teacher's top-1 accuracy."""
+    return f"{part / whole:.1%}" if whole else "-"
 
 
 def _plain(
     name: str, figures: Mapping[str, float], teacher: Mapping[str, float], scores: Sequence[str]
 ) -> list[str]:
-    kept = figures["accuracy"] / teacher["accuracy"]
+    kept = _share(figures["accuracy"], teacher["accuracy"])
     shown = f"{figures['kl']:.4f}", "", "", f"{figures['loss']:.4f}", f"{figures['accuracy']:.2%}"
-    return [name, "", "", "", *shown, f"{kept:.1%}", f"{figures['agreement']:.2%}", *scores, ""]
+    return [name, "", "", "", *shown, kept, f"{figures['agreement']:.2%}", *scores, ""]
 
 
 def conclusion(rows: Sequence[Row], teacher: Mapping[str, float]) -> str:

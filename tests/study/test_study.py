@@ -121,6 +121,15 @@ def test_the_table_holds_deltas_gaps_and_what_is_kept():
     assert conclusion(rows, teacher).startswith("Closest to the teacher: a (`a`), its KL -50.0%")
 
 
+def test_a_teacher_that_is_never_right_and_a_perfect_start_have_no_shares():
+    rows = [row(REFERENCE, 0.2), row(NO_TEACHER, 0.0)]
+    first = {"kl": 0.0, "loss": 3.0, "accuracy": 0.0, "agreement": 1.0}
+    teacher = {"loss": 3.0, "accuracy": 0.0}
+    last = [line.split("|")[10].strip() for line in table(rows, first, teacher).splitlines()]
+    assert last[0] == "kept" and set(last[2:]) == {"-"}
+    assert "student without teacher: no (KL +nan%)" in conclusion(rows, teacher)
+
+
 def test_the_conclusion_names_the_closest_even_where_it_is_the_reference():
     rows = [row(REFERENCE, 0.1), row(NO_TEACHER, 0.4)]
     first, *answers = conclusion(rows, {"loss": 2.2}).splitlines()
