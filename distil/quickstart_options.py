@@ -43,7 +43,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         "--max_length", type=int, default=64, help="longest sequence, in ids (default: %(default)s)"
     )
     parser.add_argument(
-        "--student_steps", type=int, help="updates of the student (default: 700, with --short 60)"
+        "--student_steps", type=int, help="updates of the student (default: 300, with --short 60)"
     )
     parser.add_argument(
         "--short", action="store_true", help="a version of two minutes, to see that it works"

@@ -57,6 +57,7 @@ from distil.workflow import (
     Scale,
     Stages,
     compare,
+    lengthen_teacher,
     make_text,
     make_tokens,
     train_teacher,
@@ -68,7 +69,7 @@ from utils import InputError, run_program, setup_logging
 # In the output folder: flags, text and finished stages, and the sign of a quickstart's folder.
 MARKER = "quickstart.json"
 FULL = Scale()
-SHORT = Scale(teacher_steps=200, student_steps=60, num_held_out=96)
+SHORT = Scale(short_steps=200, teacher_steps=60, student_steps=60, num_held_out=96)
 
 
 def make_plan(args: argparse.Namespace) -> tuple[Plan, Stages]:
@@ -139,9 +140,8 @@ def report(plan: Plan, started: float) -> None:
     runs = plan.run(REFERENCE), plan.run(NO_TEACHER)
     draw_curves(folder, *runs, "mlm" if plan.architecture.is_masked else "clm", kl)
     student = plan.run(REFERENCE) / "model"
-    found = latency.measure(
-        {"teacher": plan.teacher, "student": str(student)}, TimingPlan(batch_sizes=(1,))
-    )
+    timing = TimingPlan(batch_sizes=(1,), passes=3, num_sentences=16)
+    found = latency.measure({"teacher": plan.teacher, "student": str(student)}, timing)
     print(f"\nA sentence at a time, on one CPU thread:\n\n{latency.table(found)}\n")
     print(f"Curves: {folder}. Load the student with from_pretrained('{student}').")
     print(f"Done in {(time.perf_counter() - started) / 60:.1f} minutes.", flush=True)
@@ -171,7 +171,8 @@ def main(argv: list[str] | None = None) -> None:
     held_out = LmSeqsDataset.from_file(plan.token_file("held_out"), model, plan.max_length)
     HeldOutText(held_out, model)
     if plan.is_embedded:
-        stages.run("teacher", train_teacher, plan, teacher_config.vocab_size)
+        stages.run("short sequences", train_teacher, plan, teacher_config.vocab_size)
+        stages.run("teacher", lengthen_teacher, plan)
     stages.run("study", compare, plan)
     stages.run("report", report, plan, started)
 

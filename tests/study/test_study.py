@@ -4,16 +4,21 @@ import json
 import math
 import sys
 
+import numpy as np
 import pytest
 from conftest import run_process
 from stand_ins import ROOT
 
+from distil.models.architectures import ARCHITECTURES
+from distil.models.language_model import load_language_model
 from distil.study import runs
+from distil.study.measures import HeldOutText
 from distil.study.options import chosen, parse
 from distil.study.runs import Job, run_jobs
 from distil.study.summary import Row, Spread, conclusion, table, verdict
 from distil.study.variants import NO_TEACHER, REFERENCE, Variant, train_flags, variants
 from distil.training.config import parse_config
+from lm_seqs_dataset import LmSeqsDataset
 from utils import InputError
 
 NEEDED = ["--teacher", "t", "--data_file", "d", "--held_out", "h"]
@@ -67,6 +72,18 @@ def test_variants_of_the_other_kind_of_model_are_refused():
     args = parse([*NEEDED, "--variants", "smoothing_0"])
     with pytest.raises(InputError, match="--variants smoothing_0: not for a causal teacher"):
         chosen(args, is_masked=False)
+
+
+@pytest.mark.parametrize("num", [None, 2, 9, 10**6])
+def test_held_out_sequences_are_evenly_spaced_and_those_that_tune_apart(num, world):
+    teacher = load_language_model(ARCHITECTURES["bert"], str(world.teachers["bert"]), "--teacher")
+    dataset = LmSeqsDataset.from_file(str(world.data("bert")), teacher)
+    total = len(dataset.lengths)
+    text = HeldOutText(dataset, teacher, num)
+    tuning, reported = (np.sort(np.concatenate(text.parts[k])) for k in ("tuning", "reported"))
+    expected = np.unique(np.linspace(0, total - 1, min(num or total, total)).round())
+    assert np.array_equal(tuning, expected[::4])
+    assert np.array_equal(reported, np.setdiff1d(expected, tuning))
 
 
 # --------------------------------------------------------------------------------------------------
