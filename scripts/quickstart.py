@@ -46,7 +46,7 @@ from distil.quickstart_options import parse
 from distil.reporting import latency
 from distil.reporting.curves import draw_curves
 from distil.reporting.plan import Plan as TimingPlan
-from distil.study.measures import HeldOutText
+from distil.study.measures import HeldOutText, load_student
 from distil.study.variants import NO_TEACHER, REFERENCE
 from distil.system.files import require_output
 from distil.system.json_files import load_json
@@ -129,7 +129,7 @@ def claim_folder(args: argparse.Namespace, sources: list[Source]) -> Stages:
 
 def report(plan: Plan, started: float) -> None:
     """Draw the curves, time teacher and student, and print where everything is."""
-    folder = plan.folder / "curves.png"
+    path = plan.folder / "curves.png"
     state = load_json(plan.study / "study.json", {"first": dict, "rows": dict})
     of_rows = {row["variant"]: row["reported"]["kl"] for row in state["rows"].values()}
     kl = {
@@ -138,12 +138,17 @@ def report(plan: Plan, started: float) -> None:
         "without teacher": of_rows[NO_TEACHER],
     }
     runs = plan.run(REFERENCE), plan.run(NO_TEACHER)
-    draw_curves(folder, *runs, "mlm" if plan.architecture.is_masked else "clm", kl)
-    student = plan.run(REFERENCE) / "model"
+    draw_curves(path, *runs, "mlm" if plan.architecture.is_masked else "clm", kl)
+    models = {"teacher": plan.teacher, "student": str(plan.run(REFERENCE) / "model")}
     timing = TimingPlan(batch_sizes=(1,), passes=3, num_sentences=16)
-    found = latency.measure({"teacher": plan.teacher, "student": str(student)}, timing)
-    print(f"\nA sentence at a time, on one CPU thread:\n\n{latency.table(found)}\n")
-    print(f"Curves: {folder}. Load the student with from_pretrained('{student}').")
+    times = latency.table(latency.measure(models, timing))
+    sizes = " and ".join(
+        f"the {name}'s {load_student(Path(place)).num_parameters():,}"
+        for name, place in models.items()
+    )
+    print(f"\nA sentence at a time through {sizes} parameters, on one CPU thread:\n\n{times}\n")
+    student = models["student"]
+    print(f"Curves: {path}. Load the student with from_pretrained('{student}').")
     print(f"Done in {(time.perf_counter() - started) / 60:.1f} minutes.", flush=True)
 
 

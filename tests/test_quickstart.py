@@ -55,6 +55,7 @@ def test_own_text_and_teacher_give_the_table(
     for row in (first, distilled, alone):
         assert f" {row['kl']:.4f} " in table and f" {row['kl']:.4f} " in printed
         assert f" {row['agreement']:.2%} " in table
+    assert "A sentence at a time through the teacher's " in printed
     assert f"against {alone['loss']:.4f}" in printed and "student without teacher: " in printed
     config = json.loads((study / "runs/triple-56-0.0005/model/config.json").read_text())
     assert config["model_type"] == ("distilbert" if kind == "bert" else kind)
