@@ -32,7 +32,7 @@ from distil.models.language_model import load_language_model, resolve_by_name
 from distil.models.names import short_name
 from distil.reporting.scores import read_all_scores
 from distil.reporting.task_runs import RunSettings, run_missing, run_problems
-from distil.study.measures import HeldOutText, costs, load_student
+from distil.study.measures import HeldOutText, costs, load_student, require_trainable
 from distil.study.options import chosen, parse
 from distil.study.runs import Job, run_folder, run_jobs, run_to_end, words_of
 from distil.study.summary import Row, conclusion, draw, table
@@ -126,11 +126,14 @@ class Study:
             flags = {"--data_file": self.args.data_file, "--token_counts_dump": self.counts}
             flags["--vocab_size"] = self.teacher.vocab_size
             run_to_end("scripts/token_counts.py", words_of(flags), self.log("counts"))
-        students = {kind: self.first(kind) for kind in self.state["first"]}
-        given = self.variants, students, self.teacher, self.dataset, MASK_PROP
-        self.costs = costs(*given)
+        loaded = {kind: load_student(self.first(kind)) for kind in self.state["first"]}
+        networks = {k: loaded.get(v.student, loaded["half"]) for k, v in self.variants.items()}
+        self.costs = costs(self.variants, networks, self.teacher, self.dataset, MASK_PROP)
         if self.costs is None and self.args.equal == "flops":
             raise InputError("--equal flops: not known for these models; compare equal updates")
+        first = self.args.seeds[0], self.args.learning_rates[0]
+        words = {name: self.job(name, *first).words for name in self.names}
+        require_trainable(words, networks, self.teacher)
 
     def first(self, kind: str) -> Path:
         """Name the folder of a kind of first student."""

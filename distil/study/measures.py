@@ -1,9 +1,10 @@
 """Held-out figures of a study's students, all on the same masks."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import numpy as np
+from torch import nn
 
 from distil.evaluation import (
     HeldOut,
@@ -17,7 +18,10 @@ from distil.evaluation import (
 from distil.flops import count_update
 from distil.kept_rows import KeptRows
 from distil.models.language_model import LanguageModel, load_network, resolve_by_name
+from distil.objectives import LOSSES
 from distil.study.variants import Variant
+from distil.training.config import parse_config
+from distil.training.models import objective_options
 from utils import InputError
 
 TUNING_EVERY = 4  # of the held-out sequences these choose the rate; the others are reported
@@ -73,24 +77,42 @@ def load_student(folder: Path):
     return load_network(resolve_by_name(path, "--student"), path, "--student").eval()
 
 
+def require_trainable(
+    words: Mapping[str, Sequence[str]], networks: Mapping[str, nn.Module], teacher: LanguageModel
+) -> None:
+    """Read each variant's words of train.py, and make its objectives for its first student.
+
+    Raises InputError naming the variant, hours before its training would.
+    """
+    for name, own in words.items():
+        try:
+            config, student = parse_config(own), networks[name]
+            options = objective_options(config, student.config, teacher.network.config)
+            for loss in (LOSSES[objective] for objective in config.active):
+                if loss.make_module:
+                    loss.module(student, teacher.network, options)
+        except InputError as error:
+            raise InputError(
+                f"{error} (the variant {name}; change --train_flags, or leave it out by --variants)"
+            ) from error
+
+
 def costs(
     variants: Mapping[str, Variant],
-    students: Mapping[str, Path],
+    networks: Mapping[str, nn.Module],
     teacher: LanguageModel,
     dataset,
     mask_prop: float,
 ) -> dict[str, float] | None:
     """Count each variant's model FLOPs of an update against the first's; None where unknown.
 
-    students: kind of first student -> its folder. dataset: an LmSeqsDataset.
+    networks: each variant's first student. dataset: an LmSeqsDataset.
     """
-    networks = {name: load_student(folder) for name, folder in students.items()}
     some = np.linspace(0, len(dataset.lengths) - 1, COST_SEQUENCES).astype(np.int64)
     ids_BT, _ = dataset.collate(some[:1])
     found = {}
     for name, variant in variants.items():
-        network = networks.get(variant.student, networks["half"])
-        sizes = network, teacher.network, list(variant.alphas), ids_BT, mask_prop, False
+        sizes = networks[name], teacher.network, list(variant.alphas), ids_BT, mask_prop, False
         counted = count_update(*sizes)
         if counted is None:
             return None

@@ -9,6 +9,7 @@ import pytest
 from conftest import run_process
 from stand_ins import ROOT
 
+import study
 from distil.models.architectures import ARCHITECTURES
 from distil.models.language_model import load_language_model
 from distil.study import runs
@@ -190,3 +191,16 @@ def test_the_program_compares_continues_and_adds_a_seed(world, tmp_path):
     assert (out / "out.png").stat().st_size > 1000
     other = run_process(*command, "1", "--max_length", "20")
     assert other.returncode == 2 and "the study in" in other.stderr
+
+
+@pytest.mark.slow
+def test_a_variant_that_cannot_be_trained_ends_the_study_before_the_first_training(
+    world, tmp_path, status_and_errors
+):
+    out, data = tmp_path / "out", world.data("bert")
+    flags = ["--teacher", str(world.teachers["bert"]), "--data_file", data, "--held_out", data]
+    flags += ["--output", str(out), "--max_steps", "3", "--variants", "rel_alone"]
+    status, lines = status_and_errors(study.main, [*flags, "--train_flags", "--relation_heads 7"])
+    assert status == 2 and len(lines) == 1
+    assert "--relation_heads 7: does not divide" in lines[0] and "variant rel_alone" in lines[0]
+    assert not (out / "runs").exists()
