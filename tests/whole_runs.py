@@ -1,6 +1,9 @@
 """Shared by tests of whole runs: compare two runs, interrupt one."""
 
 import json
+import os
+import signal
+import time
 from pathlib import Path
 
 from stand_ins import is_text, logged
@@ -50,6 +53,22 @@ def dying_at(function, call: int):
         return function(*arguments)
 
     return dying
+
+
+def stop_after(monkeypatch, num_updates: int, number: int = signal.SIGTERM):
+    """Make the process send itself a signal during update `num_updates`."""
+    import train
+
+    kept, calls = train.Distiller.launch, []
+
+    def step(self, *arguments, **options):
+        calls.append(1)
+        if len(calls) == num_updates:
+            os.kill(os.getpid(), number)
+            time.sleep(0.2)  # a thread receives it
+        return kept(self, *arguments, **options)
+
+    monkeypatch.setattr(train.Distiller, "launch", step)
 
 
 def masked_flags(folder: Path, teacher: Path, text_file: Path, **changes: object) -> list[str]:

@@ -97,6 +97,7 @@ class Progress:
         # Held-out figures by name, those that are finite: of the first weights, of the last ones.
         self.held_out: dict[str, dict[str, float]] = {}
         self.best: dict[str, Any] | None = None  # what best.json holds
+        self.curve: list[float] | None = None  # each update's loss, where a program sets a list
         self.shows_bar = shows_bar
         self.bar: tqdm | None = None
         # What the bar shows, the most important first:
@@ -161,6 +162,7 @@ class Progress:
             "evaluated_step": self.evaluated_step,
             "best": self.best,
             "held_out": self.held_out,
+            **({} if self.curve is None else {"curve": self.curve}),
         }
 
     def load(self, step: int, state: Mapping[str, Any]) -> None:
@@ -173,6 +175,7 @@ class Progress:
         self.epoch_sums = {epoch: (total, count) for epoch, total, count in state["epoch_sums"]}
         self.evaluated_step, self.best = state.get("evaluated_step", 0), state.get("best")
         self.held_out = dict(state.get("held_out") or {})
+        self.curve = None if self.curve is None else [*state["curve"]]
 
     def start_clock(self) -> None:
         """Measure rates from now on: a checkpoint was read or written before."""
@@ -188,6 +191,8 @@ class Progress:
         """Add an update's losses to the means, and show them."""
         self.log_sums_K += losses_MK.sum(0)
         self.log_count += len(planned)
+        if self.curve is not None:
+            self.curve.append(losses_MK[:, 0].mean().item())
         for batch, loss in zip(planned, losses_MK[:, 0].tolist(), strict=True):
             total, count = self.epoch_sums.get(batch.epoch, (0.0, 0))
             self.epoch_sums[batch.epoch] = (total + loss, count + 1)

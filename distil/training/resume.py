@@ -37,6 +37,7 @@ STATE_PARTS = {
         "scaler": {...: float},
     },
     "held_out": ({...: {...: float}}, None),
+    "curve": ([float], None),
     "schedule": {"_last_lr": ([float], None), ...: (int, float, bool, [float], None)},
     "tokens_per_pass": (int, None),
     "identity": {"student_config": dict, ...: (str, dict, None)},

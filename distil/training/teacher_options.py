@@ -1,6 +1,7 @@
 """The flags of train_teacher.py. Imports no torch: a mistyped flag is found at once."""
 
 import argparse
+from collections.abc import Callable
 
 from utils import OneLineParser
 
@@ -20,7 +21,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         help="counts made by token_counts.py; not needed, all tokens are predicted alike",
     )
     parser.add_argument(
-        "--output_dir", required=True, help="folder for model, tokenizer and curve.json"
+        "--output_dir",
+        required=True,
+        help="folder for model, tokenizer and curve.json, the loss of each update; its training/ is"
+        " the run folder, with checkpoints, metrics.jsonl and best/",
     )
     parser.add_argument(
         "--num_steps", type=int, default=1000, help="updates (default: %(default)s)"
@@ -46,12 +50,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     )
     parser.add_argument("--warmup_prop", type=float, default=0.1, help="(default: %(default)s)")
     parser.add_argument(
-        "--force", action="store_true", help="replace a model that output_dir holds"
-    )
-    parser.add_argument(
         "--bf16", action="store_true", help="mixed precision in bfloat16, as of train.py"
     )
     parser.add_argument("--seed", type=int, default=56, help="(default: %(default)s)")
+    _add_run(parser.add_argument)
     args = parser.parse_args(argv)
     if args.train_head_only and args.weights is None:
         parser.error("--train_head_only: expected with --weights, which has an encoder to keep")
@@ -77,4 +79,35 @@ def _add_start(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--tokenizer_name", help="hub name or local folder (default: that of --weights)"
+    )
+
+
+def _add_run(add: Callable) -> None:
+    """Add the flags of checkpoints and evaluation, which are train.py's."""
+    add(
+        "--force",
+        action="store_true",
+        help="replace a model that output_dir holds, and move its training/ aside",
+    )
+    add(
+        "--resume",
+        nargs="?",
+        const="required",
+        choices=["required", "auto"],
+        help="continue from the newest valid checkpoint; with auto, start anew if there is none",
+    )
+    add(
+        "--checkpoint_interval",
+        type=int,
+        default=500,
+        help="updates between two checkpoints (default: %(default)s)",
+    )
+    add(
+        "--eval_data_file",
+        help="token file of held-out text: evaluated on fixed masks, first weights too",
+    )
+    add(
+        "--eval_interval",
+        type=int,
+        help="updates between two evaluations (default: first and last weights only)",
     )

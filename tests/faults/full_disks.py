@@ -412,7 +412,9 @@ class Trial:
                 yield str(ended)
             if len(ended.errors) != 1 or str(self.disk) not in ended.errors[0]:
                 yield f"expected one line that names a path: {ended.errors}"
-        for name in sorted(old.keys() - now.keys()):
+        moved = {ASIDE.sub("", name): name for name in now if ASIDE.search(name)}
+        kept = {name for name, place in moved.items() if now.pop(place) == old.get(name)}
+        for name in sorted(old.keys() - now.keys() - kept):
             if ended.status != 0 and "checkpoint-" not in name:
                 yield f"{name} is gone"
         for name, content in now.items():
@@ -431,8 +433,11 @@ class Trial:
             yield f"left temporary files {left}"
 
 
-# What a run of train.py leaves on purpose: its lock, its log, and checkpoints, which T7 reads back.
-GROWING = re.compile(r"^run/(run\.lock|metrics\.jsonl|log/|checkpoints/step-\d{8}/)")
+ASIDE = re.compile(r"\.old-[\d-]+(?=/)")  # an earlier run that --force moved
+# What a run of train.py leaves on purpose: lock, log, and checkpoints, which T7 reads back.
+GROWING = re.compile(
+    r"^(run|teacher/training)/(run\.lock|metrics\.jsonl|log/|checkpoints/step-\d{8}/)"
+)
 
 
 def contents(folder: Path) -> dict[str, bytes]:

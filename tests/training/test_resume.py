@@ -16,7 +16,7 @@ import safetensors.torch
 import torch
 from faults.files import settle_manifest
 from stand_ins import ROOT, logged, make_model
-from whole_runs import assert_same_run, dying_at
+from whole_runs import assert_same_run, dying_at, stop_after
 
 import train
 from distil.system import locks, signals
@@ -24,21 +24,6 @@ from distil.system.signals import holding_signals
 from distil.system.start import AS_SIGTERM
 from distil.training import checkpointing
 from distil.training.endings import EXIT_NON_FINITE
-
-
-def stop_after(monkeypatch, num_updates: int, number: int = signal.SIGTERM):
-    """Make the process send itself a signal during update `num_updates`."""
-    kept, calls = train.Distiller.launch, []
-
-    def step(self, *arguments, **options):
-        calls.append(1)
-        if len(calls) == num_updates:
-            os.kill(os.getpid(), number)
-            time.sleep(0.2)  # a thread receives it
-        return kept(self, *arguments, **options)
-
-    monkeypatch.setattr(train.Distiller, "launch", step)
-
 
 RUNS = {
     "bert": {"batch_size": 12, "n_epoch": 2},
