@@ -7,10 +7,13 @@ import re
 import shutil
 import subprocess
 import sys
+import zipfile
 from pathlib import Path
 
 import families
 import pytest
+import safetensors.torch
+import torch
 import transformers
 from conftest import run_process
 from readme import readme_commands
@@ -47,6 +50,9 @@ def site(tmp_path_factory, teachers) -> Path:
         os.symlink(teachers[kind], site / name)
     families.make_teacher(site / "ModernBERT-base", "modernbert", True, teachers)
     families.make_teacher(site / "Qwen3-0.6B-Base", "qwen3", False, teachers)
+    (site / "chains.txt").write_text("\n".join(make_lines(180)), encoding="utf-8")
+    (site / "held out.txt").write_text("\n".join(make_lines(220)[180:]), encoding="utf-8")
+    write_wheel(site / "antiberty.whl", teachers["bert"])
     for kind in teachers:
         content = json.dumps(student_config_of(kind, vocab_size_of(teachers[kind])))
         (site / f"{kind}.json").write_text(content)
@@ -57,6 +63,18 @@ def site(tmp_path_factory, teachers) -> Path:
         part.save_pretrained(site / "tiny-distilbert")
     write_tasks(site / "tasks")
     return site
+
+
+def write_wheel(path: Path, teacher: Path) -> None:
+    """Write a wheel laid out as AntiBERTy's: its vocabulary a folder above the weights."""
+    models = "antiberty/trained_models"
+    vocabulary = transformers.AutoTokenizer.from_pretrained(teacher).get_vocab()
+    with zipfile.ZipFile(path, "w") as wheel:
+        wheel.writestr(f"{models}/vocab.txt", "\n".join(sorted(vocabulary, key=vocabulary.get)))
+        wheel.write(teacher / "config.json", f"{models}/AntiBERTy_md_smooth/config.json")
+        with wheel.open(f"{models}/AntiBERTy_md_smooth/pytorch_model.bin", "w") as file:
+            torch.save(safetensors.torch.load_file(teacher / "model.safetensors"), file)
+        wheel.writestr("antiberty/__init__.py", "raise ImportError('never imported')")
 
 
 def write_tasks(folder: Path) -> None:
@@ -94,6 +112,10 @@ def question(k: int) -> dict:
 # Recipe -> (its settings in addition to TINY, class that loads its student). `my documents` serves
 # as a text and as a folder with one file per language; with exponent 0 German is repeated.
 SETTINGS = {
+    "antiberty-4-layers.sh": (
+        {"TEXT": "chains.txt", "PACKAGE": "antiberty.whl", "NUM_LAYERS": "2"},
+        MASKED,
+    ),
     "distilbert-base-uncased.sh": (
         {"TEACHER": "bert-base", "STUDENT_CONFIG": "bert.json", "PRECISION": "bf16"},
         MASKED,
@@ -215,6 +237,57 @@ def test_a_recipe_tells_its_plan_in_place_of_training(site):
     assert rows["updates"].startswith("3 of 6 micro-batches")
     names = {path.name for path in (site / "planned").iterdir()}
     assert "first_weights.pth" in names and not names & {"distilgpt2", "report"}
+
+
+ANTIBERTY = "antiberty-4-layers.sh"
+
+
+@pytest.mark.slow
+def test_a_chain_is_a_sequence_and_given_ones_are_held_out(site):
+    """The teacher is made of the package's files; residues written together are separated."""
+    (site / "together.txt").write_text("EVQL\n\nE V Q L\n  Q V  Q L\r\nDIQMTQ\n", encoding="utf-8")
+    (site / "apart.txt").write_text("DIQMTQ\nQ V Q L\n", encoding="utf-8")
+    settings = {"TEXT": "together.txt", "HELD_OUT_TEXT": "apart.txt", "OUT": "chains"}
+    out = site / settings["OUT"]
+    done = run_recipe(ANTIBERTY, site, "data", **settings)
+    assert done.returncode == 0, done.stderr
+    assert (out / "train.txt").read_text() == "E V Q L\nE V Q L\n"
+    assert (out / "held_out.txt").read_text() == "D I Q M T Q\nQ V Q L\n"
+    names = {path.name for path in (out / "teacher").iterdir()}
+    assert names == {"config.json", "pytorch_model.bin", "vocab.txt"}
+    assert not list(out.glob("*.part")) and not (out / "unpacked").exists()
+
+
+@pytest.mark.slow
+def test_a_recipe_studies_its_teacher_where_that_is_named_and_goes_on(site):
+    flags = "--variants no_teacher --seeds 1 --max_steps 2 --learning_rates 5e-4 --processes 1"
+    settings = {"STUDY_FLAGS": flags, "OUT": "studied", "HELD_OUT_TEXT": "held out.txt"}
+    for _ in range(2):  # the second time everything is there
+        done = run_recipe(ANTIBERTY, site, "study", **settings)
+        assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
+    rows = json.loads((site / "studied" / "study" / "study.json").read_text())["rows"]
+    assert {row["variant"] for row in rows.values()} == {"triple", "no_teacher"}
+    assert "teacher is there already" in done.stdout and "pip download" not in done.stdout
+    held_out = (site / "studied" / "held_out.txt").read_text()
+    assert held_out.splitlines() == (site / "held out.txt").read_text().splitlines()
+
+
+@pytest.mark.parametrize(
+    "settings, expected",
+    [
+        ({"TEXT": "."}, "TEXT=.: is a folder; expected a file"),
+        ({"HELD_OUT_TEXT": "none"}, "HELD_OUT_TEXT=none: no such file, or an empty one"),
+        ({"PACKAGE": "none.whl"}, "PACKAGE=none.whl: no such file"),
+        ({"NUM_LAYERS": "0"}, "NUM_LAYERS=0: expected a whole number above 0"),
+    ],
+)
+def test_bad_settings_of_chains_give_one_line_and_no_files(settings, expected, tmp_path):
+    (tmp_path / "chains.txt").write_text("E V Q L\n")
+    given = {"TEXT": "chains.txt", **settings}
+    done = run_process("bash", RECIPES / ANTIBERTY, cwd=tmp_path, timeout_s=20, **given)
+    (line,) = done.stderr.splitlines()
+    assert done.returncode == 2 and line.startswith(f"{ANTIBERTY}: error: {expected}")
+    assert os.listdir(tmp_path) == ["chains.txt"]
 
 
 def test_every_recipe_is_tested():

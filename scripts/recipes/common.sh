@@ -206,11 +206,18 @@ make_sequences() { # flags of prepare_text.py: TEXT -> OUT/train.txt and OUT/hel
 split_sequences() {
     program scripts/prepare_text.py --file_path "$TEXT" --force --output "$OUT/sequences.txt" --max_chars "$MAX_CHARS" "$@" \
         ${PREPARE_FLAGS[@]+"${PREPARE_FLAGS[@]}"}
-    rm -f "$OUT/held_out.part"
-    # Twenty at a time: few documents have a part on both sides. Sampled languages repeat lines: what is held out is left out.
-    (cd "$OUT" && LC_ALL=C awk -v one_of="$HELD_OUT" '
-        NR == FNR { if (int((NR - 1) / 20) % one_of == 0 && !($0 in held)) { held[$0]; print > "held_out.part" }; next }
-        !($0 in held)' sequences.txt sequences.txt > train.part)
+    hold_out
+}
+
+hold_out() { # OUT/sequences.txt -> OUT/train.txt and OUT/held_out.txt
+    # Twenty at a time: few documents have a part on both sides.
+    (cd "$OUT" && LC_ALL=C awk -v one_of="$HELD_OUT" 'int((NR - 1) / 20) % one_of == 0 && !($0 in held) { held[$0]; print }' \
+        sequences.txt > held_out.part)
+    leave_out
+}
+
+leave_out() { # OUT/sequences.txt without the lines of OUT/held_out.part: sampled languages repeat lines
+    (cd "$OUT" && LC_ALL=C awk 'NR == FNR { held[$0]; next } !($0 in held)' held_out.part sequences.txt > train.part)
     if [ ! -s "$OUT/train.part" ]; then
         problem "TEXT=$TEXT: nothing is left beside the 20 sequences that are held out; expected more text"
         stop_at_problems
@@ -221,7 +228,7 @@ split_sequences() {
 }
 
 make_token_files() { # both texts -> CORPUS (a store), COUNTS, HELD_OUT_FILE, by the tokenizer in the teacher's folder
-    local tokenizer=(--tokenizer_type auto --tokenizer_name "$TEACHER")
+    local tokenizer=(--tokenizer_type "${TOKENIZER_TYPE:-auto}" --tokenizer_name "$TEACHER")
     step "$COUNTS" program scripts/binarized_data.py --file_path "$OUT/train.txt" "${tokenizer[@]}" \
         --dump_file "$OUT/corpus" --format store --token_counts_dump "$COUNTS"
     step "$HELD_OUT_FILE" program scripts/binarized_data.py --file_path "$OUT/held_out.txt" "${tokenizer[@]}" \
