@@ -256,7 +256,7 @@ def _train_teacher(plan: Plan, more: Mapping[str, object], output: Path) -> None
         "--output_dir": output,
         "--seed": plan.seed,
         "--force": None,
-        **({"--resume": "auto"} if _is_begun(plan, f"{plan.teacher}/training") else {}),
+        **({"--resume": "auto"} if _is_begun(plan, "teacher/training") else {}),
     }
     call("scripts/train_teacher.py", flags)
 
