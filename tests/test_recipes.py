@@ -253,7 +253,7 @@ def test_a_chain_is_a_sequence_and_given_ones_are_held_out(site):
     assert done.returncode == 0, done.stderr
     assert (out / "train.txt").read_text() == "E V Q L\nE V Q L\n"
     assert (out / "held_out.txt").read_text() == "D I Q M T Q\nQ V Q L\n"
-    names = {path.name for path in (out / "teacher").iterdir()}
+    names = {path.name for path in (out / "antiberty").iterdir()}
     assert names == {"config.json", "pytorch_model.bin", "vocab.txt"}
     assert not list(out.glob("*.part")) and not (out / "unpacked").exists()
 
@@ -267,7 +267,7 @@ def test_a_recipe_studies_its_teacher_where_that_is_named_and_goes_on(site):
         assert done.returncode == 0, done.stdout[-3000:] + done.stderr[-3000:]
     rows = json.loads((site / "studied" / "study" / "study.json").read_text())["rows"]
     assert {row["variant"] for row in rows.values()} == {"triple", "no_teacher"}
-    assert "teacher is there already" in done.stdout and "pip download" not in done.stdout
+    assert "antiberty is there already" in done.stdout and "pip download" not in done.stdout
     held_out = (site / "studied" / "held_out.txt").read_text()
     assert held_out.splitlines() == (site / "held out.txt").read_text().splitlines()
 

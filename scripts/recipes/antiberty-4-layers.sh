@@ -22,7 +22,7 @@ set -euo pipefail
 STUDENT_NAME="${STUDENT_NAME:-antiberty-4-layers}"
 OUT="${OUT:-serialization_dir/$STUDENT_NAME}"
 GIVEN_TEACHER="${TEACHER:-}"
-TEACHER="${TEACHER:-$OUT/teacher}"
+TEACHER="${TEACHER:-$OUT/antiberty}"
 PACKAGE="${PACKAGE:-}"
 TEXT="${TEXT:-data/antibodies.txt}"
 HELD_OUT_TEXT="${HELD_OUT_TEXT:-}"
@@ -62,7 +62,7 @@ make_teacher() {
 }
 
 unpack_teacher() { # the vocabulary lies a folder above the weights: one folder of both
-    local wheel="$PACKAGE" part="$OUT/teacher.part" unpacked="$OUT/unpacked"
+    local wheel="$PACKAGE" part="$TEACHER.part" unpacked="$OUT/unpacked"
     local models="$unpacked/antiberty/trained_models"
     if [ -z "$wheel" ]; then
         run "$PYTHON" -m pip download --quiet --disable-pip-version-check --no-deps --dest "$OUT/package" antiberty==0.1.3
