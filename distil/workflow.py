@@ -249,6 +249,9 @@ def lengthen_teacher(plan: Plan) -> None:
 
 
 def _train_teacher(plan: Plan, more: Mapping[str, object], output: Path) -> None:
+    # Begun after the text was made: by the interrupted run that is continued, not by one before it.
+    begun, text = output / "training" / "checkpoints", plan.folder / "train.txt"
+    resumes = begun.is_dir() and begun.stat().st_mtime_ns >= text.stat().st_mtime_ns
     flags = {
         **more,
         "--tokenizer_name": plan.teacher,
@@ -256,7 +259,7 @@ def _train_teacher(plan: Plan, more: Mapping[str, object], output: Path) -> None
         "--output_dir": output,
         "--seed": plan.seed,
         "--force": None,
-        **({"--resume": "auto"} if _is_begun(plan, "teacher/training") else {}),
+        **({"--resume": "auto"} if resumes else {}),
     }
     call("scripts/train_teacher.py", flags)
 
