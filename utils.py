@@ -25,6 +25,11 @@ VERSION = "1.0.0"  # as in CHANGELOG.md and CITATION.cff
 
 logger = logging.getLogger("distil")
 
+OUT_OF_MEMORY = (  # what errors say that have no type of their own
+    *("can't allocate memory", "Cannot allocate memory", "not enough memory", "out of memory"),
+    *("bad_alloc", "can't start new thread", "CUBLAS_STATUS_ALLOC_FAILED"),
+    "could not create a primitive",  # oneDNN
+)
 EXIT_INPUT_ERROR = 2
 EXIT_INTERRUPTED = 130
 
@@ -106,17 +111,25 @@ def _status_of(main: Callable[[], None]) -> int:
     except OSError as error:
         report_problems(f"{one_line(error, limit=None)}{REMEDIES.get(error.errno, '')}")
         return EXIT_INPUT_ERROR
-    except MemoryError:
-        report_problems("out of memory; end other programs, or use a machine with more memory")
-        return EXIT_INPUT_ERROR
     except SystemExit as end:
         return end.code if isinstance(end.code, int) else int(end.code is not None)
     except BaseException as error:
-        if not is_panic(error):
+        said = f" ({one_line(error, 80)})" * bool(str(error))
+        if is_out_of_memory(error):
+            remedy = "end other programs, or use a machine with more memory"
+            report_problems(f"out of memory{said}; {remedy}")
+        elif is_panic(error):
+            report_problems(f"a tokenizer fails{said}; take another one")
+        else:
             raise
-        report_problems(f"a tokenizer fails ({one_line(error)}); take another one")
         return EXIT_INPUT_ERROR
     return 0
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """True where the GPU or the machine ran out of memory."""
+    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
+    return is_named or any(words in str(error) for words in OUT_OF_MEMORY)
 
 
 def is_panic(error: BaseException) -> bool:

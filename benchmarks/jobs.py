@@ -16,8 +16,7 @@ from benchmarks.cpu_pieces import without
 from benchmarks.measuring import run_ceilings, run_steps
 from benchmarks.training_run import run_training
 from benchmarks.workload import ROOT, Job
-from distil.system.memory import is_out_of_memory
-from utils import InputError, logger, one_line
+from utils import InputError, is_out_of_memory, logger, one_line
 
 PROGRAM = ROOT / "scripts" / "benchmark.py"
 JOBS = {

@@ -1,4 +1,4 @@
-"""Memory of a process, what limits it, and errors that say that there is none left.
+"""Memory of a process, and what limits it.
 
 Imports no torch: a program that only watches another one starts in no time and takes little.
 Sources: proc(5), getrlimit(2); Linux's documentation of control groups, versions 1 and 2.
@@ -25,25 +25,6 @@ def keep_few_kernels() -> None:
     """Let oneDNN keep KERNELS_KEPT kernels; it heeds that if nothing was computed yet."""
     for name in KERNEL_CACHES:
         os.environ.setdefault(name, str(KERNELS_KEPT))
-
-
-def is_out_of_memory(error: BaseException) -> bool:
-    """True where the GPU or the machine ran out of memory."""
-    said = str(error)
-    is_named = isinstance(error, MemoryError) or type(error).__name__ == "OutOfMemoryError"
-    return is_named or any(
-        words in said
-        for words in (
-            "can't allocate memory",
-            "Cannot allocate memory",
-            "not enough memory",
-            "out of memory",
-            "bad_alloc",
-            "could not create a primitive",  # oneDNN
-            "can't start new thread",
-            "CUBLAS_STATUS_ALLOC_FAILED",
-        )
-    )
 
 
 def process_memory(field: str, process: int | str = "self") -> int:

@@ -16,7 +16,7 @@ import torch
 
 from distil.reporting.tables import digits
 from distil.system.files import existing_parent
-from distil.system.memory import RESIDENT, Limit, is_out_of_memory, memory_limits
+from distil.system.memory import RESIDENT, Limit, memory_limits
 from distil.training.config import TrainConfig
 from distil.training.layout import EVENTS
 from distil.training.plan_verdict import (
@@ -31,7 +31,7 @@ from distil.training.plan_verdict import (
 from distil.training.progress import Progress, duration
 from distil.training.rehearsal import Measured, Rehearsed, file_sizes, rehearse
 from distil.training.trackers import TENSORBOARD
-from utils import InputError, logger, one_line, raise_problems
+from utils import InputError, is_out_of_memory, logger, one_line, raise_problems
 
 # --------------------------------------------------------------------------------------------------
 # Counts

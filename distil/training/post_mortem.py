@@ -10,8 +10,7 @@ import torch
 
 from distil.data.batches import MicroBatch
 from distil.system.files import atomic_path
-from distil.system.memory import is_out_of_memory
-from utils import RankError, one_line
+from utils import RankError, is_out_of_memory, one_line
 
 
 class NonFiniteError(RuntimeError):

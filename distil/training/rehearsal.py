@@ -28,6 +28,7 @@ LAUNCH_S, LEAST_S = 3.0, 10.0  # a launch takes up to about so long; all that ar
 LEAST_ROUNDS = 2
 GOLDEN = (5**0.5 - 1) / 2  # whose multiples, but for whole numbers, lie evenly from 0 to 1
 THREAD_BYTES = 2**16  # so many come from a heap
+SPARE_THREADS = 2  # whether a thread gets a heap of its own, or one that another left, is chance
 COPIES = 2  # a checkpoint is written, and read back
 
 Costs = np.ndarray  # (wall, processor) seconds
@@ -360,7 +361,7 @@ def waiting_threads(num: int) -> Iterator[None]:
 
 def rehearse(parts: Rehearsed, is_timed: bool) -> Measured:
     """Rehearse a run. is_timed: False: only what shows how much memory it takes."""
-    with waiting_threads(parts.num_threads):
+    with waiting_threads(parts.num_threads + SPARE_THREADS):
         return _rehearse(parts, is_timed)
 
 

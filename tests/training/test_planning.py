@@ -15,13 +15,13 @@ from conftest import run_process
 from stand_ins import ROOT
 
 import train
-from distil.system.memory import ADDRESSES, RESIDENT, Limit, is_out_of_memory, memory_limits
+from distil.system.memory import ADDRESSES, RESIDENT, Limit, memory_limits
 from distil.training import plan_verdict, post_mortem, rehearsal
 from distil.training.plan_process import watch_child
 from distil.training.plan_verdict import FileSizes, Needs, disk_problem, disk_use, memory_problem
 from distil.training.planning import naming_limits
 from grouped_batch_sampler import PlannedBatch
-from utils import InputError
+from utils import InputError, is_out_of_memory
 
 EVERY = {"checkpoint_interval": 7, "log_interval": 5, "gradient_accumulation_steps": 3}
 GIVEN = {"plan": "json", "tokens_per_second": 1000}  # nothing is timed
@@ -358,3 +358,16 @@ def test_files_of_one_update_count_once_and_old_checkpoints_go_late(world, tmp_p
 )
 def test_sizes_have_three_digits(num, text):
     assert plan_verdict.size(num) == text
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("can't start new thread"), OSError(12, "no memory")]
+)
+def test_a_program_without_memory_left_ends_with_one_line(error, status_and_errors):
+    """Under a limit of addresses a thread (TensorBoard's) may be what finds no room."""
+
+    def main(argv):
+        raise error
+
+    status, lines = status_and_errors(main, [])
+    assert status == 2 and len(lines) == 1 and "memory" in lines[0]
