@@ -111,7 +111,7 @@ def parts(world, kind: str, tmp_path, **changes) -> tuple[HeldOut, Reader, Reade
     return trainer.held_out, student, Reader(step.teacher, step.teacher_head)
 
 
-@pytest.mark.parametrize("memory_bytes", [2**28, 0])
+@pytest.mark.parametrize("memory_bytes", [2**28, pytest.param(0, marks=pytest.mark.long)])
 @pytest.mark.parametrize("kind, precision", [("bert", {}), ("bert", {"bf16": True}), ("gpt2", {})])
 def test_later_evaluations_run_no_teacher_and_are_bit_equal(
     kind, precision, memory_bytes, world, tmp_path, monkeypatch

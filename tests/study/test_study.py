@@ -174,7 +174,7 @@ def test_a_failed_training_is_named_with_its_line_and_the_others_end(tmp_path):
         run_jobs(jobs, 2, lambda job, elapsed_s: None)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_program_compares_continues_and_adds_a_seed(world, tmp_path):
     out, data = tmp_path / "out", world.data("bert")
     command = [sys.executable, ROOT / "scripts/study.py", "--teacher", world.teachers["bert"]]

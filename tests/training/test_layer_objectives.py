@@ -85,7 +85,7 @@ def test_projections_are_trained_saved_and_resumed_but_not_exported(narrow, tmp_
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("num_ranks", [2, 3])
+@pytest.mark.parametrize("num_ranks", [2, pytest.param(3, marks=pytest.mark.long)])
 def test_ranks_train_relations_and_projections_as_one_does(num_ranks, narrow, tmp_path):
     one, several = (
         narrow[0] | {"dump_path": tmp_path / name, "gradient_accumulation_steps": 6 // ranks}

@@ -46,7 +46,10 @@ def bytes_of_files(folder: Path, *patterns: str) -> int:
 @pytest.mark.parametrize(
     ("kind", "changes"),
     [
-        ("bert", {"n_epoch": 2, "keep_checkpoints": 2, "keep_epochs": 1}),
+        pytest.param(
+            *("bert", {"n_epoch": 2, "keep_checkpoints": 2, "keep_epochs": 1}),
+            marks=pytest.mark.long,
+        ),
         ("gpt2", {"max_steps": 9, "batch_size": 3}),
         ("bert", {"max_tokens": 300, "eval_interval": 6}),
     ],
