@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from distil.data.packing import Shape, choose_rows, num_rows, plan_packed, width_of
 from utils import InputError, concatenate_runs, keyed_numpy_generator
 
 BIN_WIDTH = 4
@@ -20,6 +21,8 @@ CHUNK_BATCHES = 2**16
 # of which DistilBERT's activations take about 0.4 MB in float32.
 MAX_TOKENS_PER_PASS, BYTES_PER_TOKEN = 2**16, 2**20
 PASS_TOKENS = 2**9  # tokens of padding that one pass less is worth
+CPU_TOKENS = 2**12  # of a packed pass on a CPU, by default at most
+SAMPLED_UPDATES = 64  # that the default size of a packed pass is chosen by
 
 
 def length_groups(lengths: np.ndarray, max_length: int) -> np.ndarray:
@@ -145,6 +148,10 @@ def _joined(first: Batches, second: Batches) -> Batches:
     )
 
 
+def _gpu_limit(gpu_bytes: int) -> int:
+    return max(min(MAX_TOKENS_PER_PASS, gpu_bytes // BYTES_PER_TOKEN), 1)
+
+
 def plan_passes(nums: np.ndarray, lengths: np.ndarray, tokens_per_pass: int) -> list[list[int]]:
     """Divide an update's micro-batches into passes: ascending indices of each, in ascending order.
 
@@ -222,7 +229,7 @@ class GroupedBatchSampler:
         self.seed = seed
         self.groups = length_groups(self.lengths, max_length) if group_by_size else None
         self.max_tokens = max_tokens
-        self.tokens_per_pass = 0
+        self.tokens_per_pass, self.packs = 0, False
         self._planned_epoch: tuple[int, Batches] | None = None
         self._num_batches: int | None = None
         if max_tokens is not None:
@@ -244,16 +251,26 @@ class GroupedBatchSampler:
         self.longest_of_group = np.arange(_num_groups(self.groups)) * BIN_WIDTH + 2
         self.longest_of_group[-1] = longest
 
-    def join(self, tokens_per_pass: int | None, accumulation: int, gpu_bytes: int | None) -> None:
+    def join(
+        self,
+        tokens_per_pass: int | None,
+        accumulation: int,
+        gpu_bytes: int | None,
+        packs: bool = False,
+        num_ranks: int = 1,
+    ) -> None:
         """Let passes join an update's micro-batches, up to so many padded tokens; 0: do not.
 
         None: the default of a new run with `accumulation` micro-batches an update on each rank. It
         is 0 on a CPU (gpu_bytes None), which gains little. On a GPU it is what a rank's part of an
-        update fills evenly, at most MAX_TOKENS_PER_PASS, and less where memory is small. Raises
-        InputError below the longest sequence.
+        update fills evenly, at most MAX_TOKENS_PER_PASS, and less where memory is small. packs: lay
+        the sequences into rows, so that all passes have one shape; the default is then what makes
+        updates cheapest. Raises InputError below the longest sequence.
         """
         longest = int(self.lengths.max(initial=0))
-        if tokens_per_pass is None:
+        if tokens_per_pass is None and packs:
+            tokens_per_pass = self._packed_pass(accumulation * num_ranks, num_ranks, gpu_bytes)
+        elif tokens_per_pass is None:
             on_gpu = 0 if gpu_bytes is None else self._even_pass(accumulation, gpu_bytes)
             tokens_per_pass = max(on_gpu, longest) if on_gpu else 0
         if 0 < tokens_per_pass < longest:
@@ -261,12 +278,36 @@ class GroupedBatchSampler:
                 f"--tokens_per_pass {tokens_per_pass}: the longest sequence has {longest} ids;"
                 " raise it, set --max_length, or 0 for a pass each micro-batch"
             )
-        self.tokens_per_pass = tokens_per_pass
+        self.tokens_per_pass, self.packs = tokens_per_pass, packs
+
+    @property
+    def shape(self) -> Shape | None:
+        """The rows of a packed pass and their width; None: passes are not packed."""
+        if not (self.packs and self.tokens_per_pass):
+            return None
+        width = width_of(int(self.lengths.max(initial=1)))
+        return max(self.tokens_per_pass // width, 1), width
+
+    @property
+    def passes(self) -> tuple[int, Shape | None]:
+        """The padded tokens up to which passes join micro-batches, and the shape of packed ones."""
+        return self.tokens_per_pass, self.shape
+
+    def _packed_pass(self, per_update: int, num_ranks: int, gpu_bytes: int | None) -> int:
+        """Choose the tokens of a packed pass by updates that lie evenly over the first epoch."""
+        batches, width = self.epoch_batches(0), width_of(int(self.lengths.max(initial=1)))
+        firsts = np.linspace(0, max(len(self) - per_update, 0), SAMPLED_UPDATES).astype(int)
+        updates = [
+            [self.lengths[batches[k]] for k in range(first, min(first + per_update, len(self)))]
+            for first in dict.fromkeys(firsts.tolist())
+        ]
+        limit = CPU_TOKENS if gpu_bytes is None else _gpu_limit(gpu_bytes)
+        return choose_rows(updates, width, limit // width, num_ranks) * width
 
     def _even_pass(self, accumulation: int, gpu_bytes: int) -> int:
         """Divide the tokens of a mean update evenly; a quarter more, for padding and spread."""
         tokens = -(-int(self.lengths.sum(dtype=np.int64)) * accumulation // len(self))
-        limit = max(min(MAX_TOKENS_PER_PASS, gpu_bytes // BYTES_PER_TOKEN), 1)
+        limit = _gpu_limit(gpu_bytes)
         num_passes = -(-tokens // limit)
         return min(-(-tokens * 5 // (4 * num_passes * PASS_TOKENS)) * PASS_TOKENS, limit)
 
@@ -324,18 +365,31 @@ class GroupedBatchSampler:
     def deal(
         self, planned: list[PlannedBatch], rank: int, world_size: int
     ) -> list[list[PlannedBatch]]:
-        """Select this rank's share of an update's passes, balancing padded sizes.
+        """Select this rank's share of an update's passes: see `shares`."""
+        return self.shares(planned, world_size)[rank]
+
+    def shares(
+        self, planned: list[PlannedBatch], world_size: int
+    ) -> list[list[list[PlannedBatch]]]:
+        """Deal an update's passes to the ranks, balancing padded sizes.
 
         Passes are dealt from large to small, to ranks 0 .. W-1, then W-1 .. 0, and so on, so that
         the ranks' counts differ by at most 1.
         """
-        nums = np.array([len(batch.sequences) for batch in planned])
-        lengths = np.array([int(self.lengths[batch.sequences].max()) for batch in planned])
-        passes = plan_passes(nums, lengths, self.tokens_per_pass)
-        sizes = [nums[one].sum() * lengths[one].max() for one in passes]
-        share = []
+        passes, sizes = self._passes([self.lengths[batch.sequences] for batch in planned])
+        shares: list[list[list[int]]] = [[] for _ in range(world_size)]
         for place, index in enumerate(np.argsort(np.negative(sizes), kind="stable")):
             lap, seat = divmod(place, world_size)
-            if rank == (seat if lap % 2 == 0 else world_size - 1 - seat):
-                share.append(passes[index])
-        return [[planned[k] for k in one] for one in sorted(share)]
+            shares[seat if lap % 2 == 0 else world_size - 1 - seat].append(passes[index])
+        return [[[planned[k] for k in one] for one in sorted(share)] for share in shares]
+
+    def _passes(self, lengths: list[np.ndarray]) -> tuple[list[list[int]], list[int]]:
+        """Divide an update, given the lengths of its micro-batches' sequences: (passes, sizes)."""
+        if self.shape is not None:
+            passes, width = plan_packed(lengths, self.shape), self.shape[1]
+            packed = (np.concatenate([lengths[k] for k in one]) for one in passes)
+            return passes, [-(-num_rows(own, width) // self.shape[0]) for own in packed]
+        nums = np.array([len(own) for own in lengths])
+        longest = np.array([int(own.max()) for own in lengths])
+        passes = plan_passes(nums, longest, self.tokens_per_pass)
+        return passes, [nums[one].sum() * longest[one].max() for one in passes]

@@ -24,7 +24,8 @@ from collections.abc import Callable, Iterable, Iterator
 
 import torch
 
-from distil.data.batches import MicroBatch, join
+from distil.data.batches import MicroBatch
+from distil.data.packing import make_pass
 from distil.data.watched import WatchedFiles
 from distil.evaluation import HeldOut, Reader
 from distil.flops import UpdateFlops, count_update, peak_flops
@@ -144,8 +145,9 @@ class Trainer:
         options = {"seed": config.seed, "max_tokens": config.max_tokens}
         self.sampler = GroupedBatchSampler(*sizes, group_by_size=config.group_by_size, **options)
         room, accumulation = devices.gpu_bytes(runtime.device), config.gradient_accumulation_steps
-        self.sampler.join(config.tokens_per_pass, accumulation, room)
+        packs = devices.packs_sequences(config, runtime.device, student.network, teacher.network)
         self.num_ranks = config.num_processes(runtime.world_size)
+        self.sampler.join(config.tokens_per_pass, accumulation, room, packs, self.num_ranks)
         self.per_update = accumulation * self.num_ranks
         length = len(self.sampler), self.per_update, config.n_epoch, config.max_steps
         self.num_micro_batches, num_updates = run_length(*length)
@@ -274,24 +276,23 @@ class Trainer:
         """Measure the student, and its distance from the teacher, on held-out data."""
         distiller = self.distiller
         student = Reader(self.student.network, distiller.model.head, distiller.amp_dtype)
-        has_teacher = distiller.teacher is not None
-        teacher = Reader(distiller.teacher, distiller.teacher_head) if has_teacher else None
+        teacher = distiller.teacher and Reader(distiller.teacher, distiller.teacher_head)
         return held_out.figures(student, teacher, self.runtime)
 
     # ---- saving and resuming ---------------------------------------------------------------------
 
     def save(self) -> None:
         """Write a checkpoint of the run as it is."""
+        sampler, keep = self.sampler, self.config.keep_checkpoints
         state = {
             **self.progress.state(),
             **self.distiller.values(),
             "identity": self.identity,
             "flags": as_flags(self.config),
             "per_update": self.per_update,
-            "tokens_per_pass": self.sampler.tokens_per_pass,
+            **{"tokens_per_pass": sampler.tokens_per_pass, "pack_sequences": sampler.packs},
             "torch": torch.__version__,
         }
-        keep = self.config.keep_checkpoints
         self.folder.save_checkpoint(self.distiller.tensors(), state, self.progress.step, keep)
 
     def restore(self, point: Checkpoint | None) -> None:
@@ -303,16 +304,17 @@ class Trainer:
         with self.runtime.raise_on_all_ranks(), resume.naming_misfit(point):
             self.distiller.load(tensors, state)
             self.progress.load(step, state)
-        self.sampler.tokens_per_pass = resume.tokens_per_pass(self.config, state)
+        self.sampler.tokens_per_pass, self.sampler.packs = resume.passes(self.config, state)
 
     # ---- batches, and what failed in them --------------------------------------------------------
 
     def _ready(self, updates: Iterable[Update]) -> Iterator[Update | MicroBatch]:
         """Yield each update, then this rank's passes of it, ready for the device."""
+        way = self.dataset.special.pad, self.sampler.shape
         for update in updates:
             yield update
             for one in update.passes:
-                yield self.distiller.ready(join(self._prepared(one), self.dataset.special.pad))
+                yield self.distiller.ready(make_pass(self._prepared(one), *way))
 
     def _prepared(self, batches: Iterable[PlannedBatch]) -> Iterator[MicroBatch]:
         """Collate and prepare micro-batches, one at a time."""
@@ -323,16 +325,15 @@ class Trainer:
     @contextlib.contextmanager
     def _explaining(self, update: Update, number: int) -> Iterator[None]:
         """Raise failures of an update with its number, rank and sequences, its batches saved."""
-        with post_mortem.naming_out_of_memory(update.passes, self.dataset.lengths):
+        shape = self.sampler.shape
+        with post_mortem.naming_out_of_memory(update.passes, self.dataset.lengths, shape):
             try:
                 yield
             except NonFiniteError as error:
-                is_located = error.is_located
-                found = dict.fromkeys(error.numbers, "") if is_located else self._located(update)
+                found = error.culprits(shape) or self._located(update) or error.culprits(None)
                 if self.folder is None:
                     raise
-                ranks = range(self.runtime.world_size)
-                shares = [self.sampler.deal(update.planned, rank, len(ranks)) for rank in ranks]
+                shares = self.sampler.shares(update.planned, self.runtime.world_size)
                 told = number, update.planned, shares, found, self.folder.path, self._prepared
                 raise post_mortem.explain(error, *told) from error
 
@@ -347,8 +348,7 @@ def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
     point = None
     with runtime.raise_on_all_ranks():
         if runtime.is_main:
-            num_ranks = config.num_processes(runtime.world_size)
-            point = resume.find_resume_point(config, num_ranks)
+            point = resume.find_resume_point(config, config.num_processes(runtime.world_size))
     resumes = runtime.from_main(point is not None)
     with runtime.raise_on_all_ranks():
         trainer = set_up(config, runtime)
@@ -363,7 +363,7 @@ def run(config: TrainConfig, runtime: Runtime, stop: StopSignals) -> None:
             if runtime.is_main:
                 trainer.open_folder(point)
         sizes = trainer.dataset.lengths, trainer.num_micro_batches, runtime.world_size
-        log_sizes(config, trainer.student.network, *sizes, trainer.sampler.tokens_per_pass)
+        log_sizes(config, trainer.student.network, *sizes, *trainer.sampler.passes)
         fit_and_export(trainer, stop)
     finally:
         if trainer.folder is not None:

@@ -76,6 +76,27 @@ def test_an_update_waits_for_nothing(kind, amp_dtype):
     assert begun.read().grad_norm > 0
 
 
+@pytest.mark.parametrize("kind", ["bert", "roberta", "gpt2"])
+def test_packed_passes_wait_for_nothing_and_equal_passes_apart(kind):
+    """In float64, where attention has no fused kernel, and in bfloat16, where it has one."""
+    from test_joined_passes import largest_difference, results
+    from test_packed_passes import SHAPE, make_distiller, updates
+
+    apart, (numbers, passes) = (next(updates(kind, shape, 12)) for shape in (None, SHAPE))
+    for amp_dtype, bound in ((None, 1e-9), (torch.bfloat16, 0.1)):
+        distiller = make_distiller(kind, device="cuda", amp_dtype=amp_dtype)
+        if amp_dtype is not None:
+            distiller.model.float()
+        ready = [distiller.ready(one) for one in passes]
+        found = results(distiller, numbers, ready)
+        assert largest_difference(results(distiller, *apart), found) < bound
+        torch.cuda.set_sync_debug_mode("error")
+        try:
+            distiller._accumulate(ready, numbers, len(ready), lambda: False)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
 def test_objectives_are_compiled_without_being_asked():
     from test_pending_update import make_batches, make_distiller
 

@@ -89,6 +89,7 @@ DEFAULTS = {
     "max_length": None,
     "max_tokens": None,
     "tokens_per_pass": None,
+    "pack_sequences": None,
     "loss_normalization": "micro_batches",
     "bf16": False,
     "activation_checkpointing": False,

@@ -1,14 +1,17 @@
 """Micro-batches: padding, masks and labels, made on the host, keyed by seed and number.
 
-Flow: LmSeqsDataset.collate -> prepare_mlm / prepare_clm -> MicroBatch -> join -> the models.
+Flow: LmSeqsDataset.collate -> prepare_mlm / prepare_clm -> MicroBatch -> join (or
+distil/data/packing.py) -> the models.
 
 Source: Sanh et al., 2019, section 3; masking by smoothed counts: Conneau and Lample, 2019 (XLM),
 section 3.2.
 
-Shape suffixes: B sequences, T padded length, N selected positions, V vocabulary.
+Shape suffixes: B sequences, T padded length, N selected positions, V vocabulary, L positions of
+micro-batches laid end to end.
 """
 
 import dataclasses
+import itertools
 import math
 from collections.abc import Iterable, Mapping, Sequence
 
@@ -29,6 +32,8 @@ class MicroBatch:
     labels_BT: ids to predict, IGNORED_LABEL elsewhere; of causal models not shifted yet.
     rows: kind of rows (see losses.Loss) -> ascending positions in the flattened (B, T).
     num_tokens: real tokens. selection: rows for the head, added by Distiller.ready.
+    packing: where a packed pass has its sequences; it has no attention_mask_BT, and its rows of
+    each kind are ordered as in its micro-batches.
     """
 
     number: int
@@ -39,6 +44,7 @@ class MicroBatch:
     num_tokens: int
     selection: "Selection | None" = None
     joined: tuple["MicroBatch", ...] = ()
+    packing: "Packing | None" = None
 
     @property
     def parts(self) -> tuple["MicroBatch", ...]:
@@ -66,10 +72,24 @@ class MicroBatch:
 
 
 @dataclasses.dataclass(frozen=True)
+class Packing:
+    """Where the sequences of a packed pass are.
+
+    sequences_BT: number of each token's sequence in the pass, -1 on padding. columns_BT: each
+    token's place in its sequence, 0 on padding. places_L: for each position of the pass's
+    micro-batches, laid end to end with their padding, its place in the flattened (B, T).
+    """
+
+    sequences_BT: torch.Tensor
+    columns_BT: torch.Tensor
+    places_L: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
 class Selection:
     """Rows of a micro-batch that the head projects, selected on the host.
 
-    rows_N: ascending positions in the flattened (B, T).
+    rows_N: positions in the flattened (B, T), ascending within the pass's micro-batches.
     offsets: objective -> indices into rows_N of the objective's rows.
     labels: objective -> the ids to predict at these rows, or None.
     """
@@ -250,6 +270,24 @@ def _joined_rows(batches: Sequence[MicroBatch], kind: str, longest: int) -> torc
     return torch.cat(rows)
 
 
+def end_to_end(batches: Sequence[MicroBatch]) -> MicroBatch:
+    """Lay flattened micro-batches end to end, with their padding: one sequence of L positions."""
+    sizes = [batch.input_ids_BT.numel() for batch in batches]
+    starts = itertools.accumulate(sizes[:-1], initial=0)
+    shifted = list(zip(batches, starts, strict=True))
+    return MicroBatch(
+        number=batches[0].number,
+        input_ids_BT=torch.cat([batch.input_ids_BT.flatten() for batch in batches])[None],
+        attention_mask_BT=None,
+        labels_BT=torch.cat([batch.labels_BT.flatten() for batch in batches])[None],
+        rows={
+            kind: torch.cat([batch.rows[kind] + start for batch, start in shifted])
+            for kind in batches[0].rows
+        },
+        num_tokens=sum(batch.num_tokens for batch in batches),
+    )
+
+
 def label_of_row(kind: str, labels_BT: torch.Tensor, rows_N: torch.Tensor) -> torch.Tensor | None:
     """Return the id to predict at each row ("next": the following position's); None without one."""
     if kind == "masked":
@@ -270,7 +308,10 @@ def sent(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 def select_rows(batch: MicroBatch, kinds: Mapping[str, str]) -> Selection:
-    """Find the rows of a micro-batch that any objective reads. kinds: objective -> kind of rows."""
+    """Find the rows of a pass that any objective reads. kinds: objective -> kind of rows."""
+    packing = batch.packing
+    if packing is not None:  # an objective's rows are ascending there, micro-batch by micro-batch
+        batch = end_to_end(batch.parts)
     rows = {name: batch.rows[kind] for name, kind in kinds.items()}
     nothing = torch.zeros(0, dtype=torch.int64)
     rows_N = torch.cat(list(rows.values())).unique() if rows else nothing  # ascending
@@ -278,4 +319,4 @@ def select_rows(batch: MicroBatch, kinds: Mapping[str, str]) -> Selection:
     labels = {
         name: label_of_row(kinds[name], batch.labels_BT, own_N) for name, own_N in rows.items()
     }
-    return Selection(rows_N, offsets, labels)
+    return Selection(rows_N if packing is None else packing.places_L[rows_N], offsets, labels)

@@ -22,6 +22,30 @@ from distil.objectives import LOSSES
 PLAIN_ATTENTION = {"bert", "distilbert", "roberta", "xlm-roberta", "camembert", "electra"}
 
 
+def _columns(model: nn.Module, ids_BT: torch.Tensor, columns_BT: torch.Tensor) -> torch.Tensor:
+    return columns_BT
+
+
+def _after_padding(model: nn.Module, ids_BT: torch.Tensor, columns_BT: torch.Tensor):
+    """Count as RoBERTa does: from padding_idx + 1, its padding id, wherever it is, left out."""
+    padding_id = model.base_model.embeddings.padding_idx
+    is_counted = ids_BT.ne(padding_id).long()
+    ends_BT = is_counted.cumsum(1)
+    starts_BT = torch.arange(ids_BT.shape[1], device=ids_BT.device) - columns_BT
+    before_BT = (ends_BT - is_counted).gather(1, starts_BT)
+    return (ends_BT - before_BT) * is_counted + padding_id
+
+
+# Families that take positions and a mask (B, 1, T, T) as they are, and need nothing else of packed
+# sequences: (model, ids, places in sequences) -> positions.
+PACKED_POSITIONS = {
+    **dict.fromkeys(("bert", "distilbert", "electra", "gpt2"), _columns),
+    **dict.fromkeys(("roberta", "xlm-roberta", "camembert"), _after_padding),
+}
+CAUSAL_FAMILIES = {"gpt2"}
+CAUSAL_ATTENTION = "sdpa_causal"  # registered here; not in any configuration file
+
+
 def rows_of(read_BTX: torch.Tensor, batch: MicroBatch, kind: str) -> list[torch.Tensor]:
     """Select each micro-batch's rows (N, ..) of what was read (B, T, ..), at least float32."""
     rows_N = to_device(batch.rows[kind], read_BTX.device)
@@ -49,6 +73,7 @@ class Reading:
 
     take: selects a tensor (B, T, ..) from the output. options: forward keywords that this needs.
     record: in place of take, (model, layers) -> context of the forward pass that records by layer.
+    by_sequence: what is selected are whole sequences, which packed passes do not keep together.
     select: (what was read, pass, kind of rows) -> what a formula gets, by micro-batch.
     """
 
@@ -56,12 +81,13 @@ class Reading:
     options: Mapping[str, Any] = dataclasses.field(default_factory=dict)
     record: Callable[..., contextlib.AbstractContextManager[dict]] | None = None
     select: Callable[[Any, MicroBatch, str], list] = rows_of
+    by_sequence: bool = False
 
 
 READINGS: dict[str, Reading] = {
     "hidden": Reading(lambda output: output.last_hidden_state),
     "blocks": Reading(record=recording_blocks, select=rows_by_layer),
-    "attention": Reading(record=recording_attention, select=sequences_of),
+    "attention": Reading(record=recording_attention, select=sequences_of, by_sequence=True),
 }
 
 
@@ -105,7 +131,9 @@ def read_outputs(model: nn.Module, batch: MicroBatch, readings: Iterable[str]) -
     device = next(model.parameters()).device
     input_ids_BT = to_device(batch.input_ids_BT, device)
     options: dict[str, Any] = {"use_cache": False} if batch.is_causal else {}
-    if batch.attention_mask_BT is not None and batch.is_padded:
+    if batch.packing is not None:
+        options |= _packed_options(model, batch, input_ids_BT)
+    elif batch.attention_mask_BT is not None and batch.is_padded:
         mask_BT = to_device(batch.attention_mask_BT, device)
         options["attention_mask"] = _attention_mask(model.config, mask_BT)
     rows = {name: READINGS[name] for name in readings}
@@ -131,7 +159,40 @@ def _attention_mask(config, mask_BT: torch.Tensor) -> torch.Tensor:
     return mask_BT.bool()[:, None, None, :].expand(-1, 1, mask_BT.shape[1], -1)
 
 
-CAUSAL_ATTENTION = "sdpa_causal"  # registered here; not in any configuration file
+def _packed_options(
+    model: nn.Module, batch: MicroBatch, input_ids_BT: torch.Tensor
+) -> dict[str, torch.Tensor]:
+    """Make positions that restart in each sequence, and a mask of pairs within a sequence.
+
+    Made on the device: a mask is large. Padding attends to its row's padding, which keeps it
+    finite, and nothing attends to padding.
+    """
+    device, length = input_ids_BT.device, input_ids_BT.shape[1]
+    sequences_BT = to_device(batch.packing.sequences_BT, device)
+    columns_BT = to_device(batch.packing.columns_BT, device)
+    mask_B1TT = (sequences_BT[:, :, None] == sequences_BT[:, None, :])[:, None]
+    if batch.is_causal:
+        mask_B1TT &= torch.ones(length, length, dtype=torch.bool, device=device).tril()
+    positions = PACKED_POSITIONS[model.config.model_type]
+    position_ids_BT = positions(model, input_ids_BT, columns_BT)
+    return {"attention_mask": mask_B1TT, "position_ids": position_ids_BT}
+
+
+def packing_problem(model: nn.Module, names: Iterable[str], is_causal: bool) -> str | None:
+    """Say why a model's passes can't be packed for the objectives `names`; None: they can."""
+    config = model.config
+    reads = {name: LOSSES[name].reads for name in names}
+    whole = [n for n, read in reads.items() if read in READINGS and READINGS[read].by_sequence]
+    if whole:
+        return f"{' and '.join(f'--alpha_{name}' for name in whole)} read whole sequences"
+    kind, attention = config.model_type, config._attn_implementation
+    if kind not in PACKED_POSITIONS:
+        return f"a {kind} model is not known to keep packed sequences apart"
+    if (kind in CAUSAL_FAMILIES) != is_causal or getattr(config, "is_decoder", False):
+        return f"this {kind} model attends in another way than its family does"
+    if attention not in ("sdpa", CAUSAL_ATTENTION):
+        return f"the {kind} model's attention is {attention}, which takes other masks"
+    return None
 
 
 def attend_without_masks(model: nn.Module) -> None:

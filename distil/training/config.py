@@ -237,6 +237,12 @@ class TrainConfig:
         at_least=0,
         at_most=1_000_000_000,
     )
+    pack_sequences: bool | None = precision(
+        "lay a pass's sequences into rows as long as the longest, so that all passes have one shape"
+        " and little padding; nothing but dropout depends on it (default: on a GPU, with models of"
+        " known families; not on a CPU)",
+        None,
+    )
     compile: bool = precision(
         "compile teacher and student (torch.compile): takes minutes to start, then runs faster",
         False,

@@ -75,7 +75,7 @@ def _unknown(name: str, known: Mapping[str, Any]) -> str:
 def _expected(actions: list[argparse.Action], value: Any) -> str | None:
     """Say what a flag takes in place of `value`; None: it takes it."""
     action = actions[0]
-    if value is None and len(actions) > 1:  # its --no-X
+    if value is None and getattr(action, "takes_none", False):
         return None
     kind = bool if isinstance(action, argparse.BooleanOptionalAction) else action.type
     if action.nargs == "*":

@@ -9,8 +9,19 @@ from distil.models.compared_layers import parse_layer_map
 
 def contradictions(config) -> list[str]:
     """List what contradicts what in a TrainConfig."""
-    kinds = masking_problems, objective_problems, layer_flag_problems, type_problems, plan_problems
+    kinds = masking_problems, objective_problems, layer_flag_problems, type_problems
+    kinds += pass_problems, plan_problems
     return [*itertools.chain(*(problems(config) for problems in kinds))]
+
+
+def pass_problems(config) -> list[str]:
+    """Say that passes of one micro-batch are not packed."""
+    if not (config.pack_sequences and config.tokens_per_pass == 0):
+        return []
+    return [
+        "--pack_sequences with --tokens_per_pass 0: a pass each micro-batch leaves nothing to pack;"
+        " raise it, or leave one of them out"
+    ]
 
 
 def plan_problems(config) -> list[str]:

@@ -79,7 +79,7 @@ def add_options(
     """Add a flag for each option of a dataclass, by groups; what is not given gets no value.
 
     headings: group -> its heading in --help. An option whose default is None also gets --no-X,
-    which takes a value back that a file gave.
+    which takes a value back that a file gave; --no-X of a switch is its value False.
     """
     types = typing.get_type_hints(config_class)
     groups = {name: parser.add_argument_group(heading) for name, heading in headings.items()}
@@ -93,6 +93,7 @@ def add_options(
 
 def _add_option(group, field: dataclasses.Field, kind: type) -> None:
     name, metadata, default = field.name, field.metadata, field.default
+    is_switch = bool in (kind, *typing.get_args(kind))
     flags = [f"--{name}"] + (["--local-rank"] if name == "local_rank" else [])
     options: dict[str, typing.Any] = {
         "help": metadata["help"].replace("%", "%%"),
@@ -102,7 +103,7 @@ def _add_option(group, field: dataclasses.Field, kind: type) -> None:
     if default is not UNSET and default is not None and default is not False:
         shown = " ".join(default) if isinstance(default, tuple) else default
         options["help"] += f" (default: {shown})"
-    if kind is bool:
+    if is_switch:
         options["action"] = argparse.BooleanOptionalAction
     else:
         options["type"] = next((t for t in typing.get_args(kind) if t is not type(None)), kind)
@@ -112,8 +113,8 @@ def _add_option(group, field: dataclasses.Field, kind: type) -> None:
             options["nargs"] = "*"
         if metadata["bare"] is not None:
             options |= {"nargs": "?", "const": metadata["bare"]}
-    group.add_argument(*flags, **options)
-    if default is None:
+    group.add_argument(*flags, **options).takes_none = default is None  # in a file
+    if default is None and not is_switch:
         unset = {"action": "store_const", "const": None, "default": argparse.SUPPRESS}
         group.add_argument(f"--no-{name}", dest=name, help=argparse.SUPPRESS, **unset)
 

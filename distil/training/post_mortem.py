@@ -23,6 +23,13 @@ class NonFiniteError(RuntimeError):
         super().__init__(message)
         self.numbers, self.is_located = list(numbers), is_located
 
+    def culprits(self, shape: tuple[int, int] | None) -> dict[int, str]:
+        """Return the culprits' numbers, with nothing said of each; none if all are only suspects.
+
+        So they are in packed passes, of a shape: what is not finite spreads, since 0 x NaN is NaN.
+        """
+        return dict.fromkeys(self.numbers, "") if self.is_located and shape is None else {}
+
 
 def check_losses(losses_MK: torch.Tensor, names: Sequence[str], numbers: Sequence[int]) -> None:
     """Raise NonFiniteError where a loss of a micro-batch is not finite.
@@ -72,6 +79,8 @@ def explain(
     found: number -> what is wrong; prepare: makes planned micro-batches as they went into models.
     """
     lines = [f"update {number}: {error}", *culprit_lines(planned, shares, found)]
+    if error.is_located and set(found) != set(error.numbers):
+        lines[0] += ", or in another of its packed pass; computed apart"
     culprits = [batch for batch in planned if batch.number in (found or error.numbers)]
     path = folder / f"nonfinite-step-{number}.safetensors"
     sequences = [batch.sequences for batch in culprits]
@@ -110,10 +119,13 @@ def save_batches(
 
 
 @contextlib.contextmanager
-def naming_out_of_memory(passes: Iterable[Sequence], lengths: np.ndarray) -> Iterator[None]:
+def naming_out_of_memory(
+    passes: Iterable[Sequence], lengths: np.ndarray, shape: tuple[int, int] | None = None
+) -> Iterator[None]:
     """Raise RankError where an allocation fails, naming the largest pass and the remedy.
 
     passes: this rank's, of planned micro-batches; there may be none. lengths: of all sequences.
+    shape: of packed passes.
     """
     try:
         yield
@@ -124,7 +136,8 @@ def naming_out_of_memory(passes: Iterable[Sequence], lengths: np.ndarray) -> Ite
         for one in passes:
             lengths_B = lengths[np.concatenate([batch.sequences for batch in one])]
             shapes.append((len(lengths_B), int(lengths_B.max()), len(one) > 1))
-        largest = max(shapes, key=lambda shape: shape[0] * shape[1], default=(0, 0, False))
+        largest = max(shapes, key=lambda found: found[0] * found[1], default=(0, 0, False))
+        largest = largest if shape is None else (*shape, True)
         num, length, is_joined = largest
         what = "pass" if is_joined else "micro-batch"
         remedy = "--max_tokens or --batch_size (and raise --gradient_accumulation_steps)"

@@ -245,6 +245,7 @@ def measure_passes(launches: Launches, parts: Rehearsed) -> tuple[Costs, np.ndar
     update = np.mean([launches.run_without_passes() for _ in range(3)], axis=0)
     most = min(parts.accumulation, len(sizes))
     num_each = int(np.clip(LAUNCH_S * len(largest) / launches.clock.spent_s(again), 1, most))
+    num_each = most if parts.sampler.shape else num_each  # a packed pass costs what a full one does
     if num_each == most:  # a pass may join several
         launches.run([largest_places(sizes, most)])
     rows, costs, spent_s, num_passes, turn = [], [], 0.0, 0, 0

@@ -43,15 +43,16 @@ def log_sizes(
     num_micro_batches: int,
     world_size: int,
     tokens_per_pass: int,
+    shape: tuple[int, int] | None,
 ) -> None:
-    """Say how much is trained on how much, and how large an update is."""
+    """Say how much is trained on how much, and how large an update is: see `describe_update`."""
     parameters, num_ids = f"{student.num_parameters():,}", int(lengths.sum())
     logger.info(
         "Training %s parameters on %d sequences (%d ids), %d micro-batches in all.",
         *(parameters, len(lengths), num_ids, num_micro_batches),
     )
     sizes = config.gradient_accumulation_steps, config.batch_size, config.max_tokens
-    logger.info("%s", describe_update(*sizes, world_size, tokens_per_pass))
+    logger.info("%s", describe_update(*sizes, world_size, tokens_per_pass, shape))
 
 
 def describe_update(
@@ -60,14 +61,20 @@ def describe_update(
     max_tokens: int | None,
     world_size: int,
     tokens_per_pass: int = 0,
+    shape: tuple[int, int] | None = None,
 ) -> str:
-    """Say how large an update is, which grows with the number of processes, and its passes."""
+    """Say how large an update is, which grows with the number of processes, and its passes.
+
+    shape: of packed passes.
+    """
     size, unit = (batch_size, "sequences") if max_tokens is None else (max_tokens, "padded tokens")
     batches = f"{accumulation} micro-batch{'es' * (accumulation > 1)}"
     of_one = f"{batches} of {'up to ' * (max_tokens is not None)}{size:,} {unit}"
     num_of_one = accumulation * size
     joined = f" A pass joins micro-batches up to {tokens_per_pass:,} padded tokens."
     joined = joined if tokens_per_pass else ""
+    if shape is not None:
+        joined = f" A pass packs their sequences into {shape[0]} rows of {shape[1]} tokens."
     if world_size == 1:
         return f"An update: {of_one}, {num_of_one:,} in all.{joined}"
     return (

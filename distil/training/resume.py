@@ -39,7 +39,7 @@ STATE_PARTS = {
     "held_out": ({...: {...: float}}, None),
     "curve": ([float], None),
     "schedule": {"_last_lr": ([float], None), ...: (int, float, bool, [float], None)},
-    "tokens_per_pass": (int, None),
+    **{"tokens_per_pass": (int, None), "pack_sequences": (bool, None)},
     "identity": {"student_config": dict, ...: (str, dict, None)},
 }
 START_ANEW = "or start anew with another --dump_path"
@@ -98,6 +98,8 @@ def count_problem(found: Checkpoint) -> str | None:
     for name, (least, most) in ranges.items():
         if not least <= (value := found.state[name]) <= most:
             return f"{name} is {value}, expected {least} to {most} after update {found.step}"
+    if found.state.get("pack_sequences") and not found.state.get("tokens_per_pass"):
+        return "pack_sequences is True, without tokens_per_pass"
     return None
 
 
@@ -194,10 +196,14 @@ def check_identity(
         raise InputError("\n".join(lines))
 
 
-def tokens_per_pass(config: TrainConfig, state: Mapping[str, Any]) -> int:
-    """Return the size of a pass that a run keeps, on whichever device; older states have none."""
-    kept = state.get("tokens_per_pass")
-    return (config.tokens_per_pass or 0) if kept is None else kept
+def passes(config: TrainConfig, state: Mapping[str, Any]) -> tuple[int, bool]:
+    """Return the passes that a run keeps, on whichever device: (tokens, whether they are packed).
+
+    Older states have neither.
+    """
+    size = state.get("tokens_per_pass")
+    size = (config.tokens_per_pass or 0) if size is None else size
+    return size, bool(state.get("pack_sequences"))
 
 
 def share_checkpoint(

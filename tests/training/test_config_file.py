@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import shutil
+import typing
 from pathlib import Path
 
 import pytest
@@ -182,8 +183,9 @@ def test_obligatory_flags_that_nothing_gives_are_named(tmp_path, status_and_erro
 def test_every_switch_has_its_opposite_and_every_option_its_way_back(edited):
     values = json.loads(Path(edited()).read_text())
     for name, field in FIELDS.items():
-        if field.type in ("bool", bool) or field.default is None:
-            back = None if field.default is None else False
+        is_switch = bool in (field.type, *typing.get_args(field.type))
+        if is_switch or field.default is None:
+            back = False if is_switch else None
             given = edited(**{name: values.get(name)})  # a plan's flags are not recorded
             argv = ["--config", given, f"--no-{name}", "--dump_path", "d"]
             assert vars(make_parser().parse_args(argv))[name] is back

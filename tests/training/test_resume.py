@@ -187,6 +187,10 @@ REFUSED = {
         {"tokens_per_pass": 700},
         "--tokens_per_pass 700: .* was made with None; pass that",
     ),
+    "packed sequences": (
+        {"tokens_per_pass": None, "pack_sequences": True},
+        "--pack_sequences True: .* was made with None; pass that",
+    ),
     "other epochs": ({"n_epoch": 2}, "--n_epoch 2: .* was made with 1"),
     "another loss": ({"alpha_ce": 1.0}, r"--alpha_ce 1\.0: .* was made with 5\.0"),
     "another update": (
@@ -224,6 +228,36 @@ def test_a_resumed_run_keeps_its_passes_bit_for_bit(world, tmp_path, monkeypatch
             train.main(world.flags("bert", tmp_path / "stopped", **flags))
     train.main([*world.flags("bert", tmp_path / "stopped", **flags), "--resume"])
     assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_resumed_run_keeps_packed_passes_bit_for_bit(world, tmp_path, monkeypatch):
+    """Their size is a default, kept; dropout depends on it."""
+    flags = {"batch_size": 12, "gradient_accumulation_steps": 5, "n_epoch": 2, "log_interval": 5}
+    flags |= {"pack_sequences": True, "checkpoint_interval": 10}
+    train.main(world.flags("bert", tmp_path / "whole", **flags))
+    with monkeypatch.context() as patch:
+        stop_after(patch, 3)
+        with pytest.raises(SystemExit):
+            train.main(world.flags("bert", tmp_path / "stopped", **flags))
+    newest, *_ = checkpointing.checkpoints_in(tmp_path / "stopped" / "checkpoints")
+    state = json.loads((newest / "state.json").read_text())
+    assert state["pack_sequences"] is True and state["tokens_per_pass"] > 0
+    train.main([*world.flags("bert", tmp_path / "stopped", **flags), "--resume"])
+    assert_same_run(tmp_path / "whole", tmp_path / "stopped")
+
+
+def test_a_run_that_was_packed_on_a_gpu_by_default_stays_so(world, stopped, tmp_path, capfd):
+    """As if it had begun on a GPU: the flags were not given, and the state names both."""
+    run = copied(stopped, tmp_path)
+    newest, *_ = checkpointing.checkpoints_in(run / "checkpoints")
+    assert json.loads((newest / "state.json").read_text())["pack_sequences"] is False, "of a CPU"
+    with_state(newest, tokens_per_pass=700, pack_sequences=True)
+    settle_manifest(newest)
+    train.main([*world.flags("bert", run, **SHORT), "--resume"])
+    assert "A pass packs their sequences into 10 rows of 64 tokens." in capfd.readouterr().err
+    newest, *_ = checkpointing.checkpoints_in(run / "checkpoints")
+    state = json.loads((newest / "state.json").read_text())
+    assert (state["pack_sequences"], state["tokens_per_pass"]) == (True, 700)
 
 
 def test_a_run_keeps_the_passes_of_the_device_it_began_on(world, stopped, tmp_path, capfd):
