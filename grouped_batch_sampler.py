@@ -12,7 +12,15 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
-from distil.data.packing import Shape, choose_rows, num_rows, plan_packed, width_of
+from distil.data.packing import (
+    LAUNCH_TOKENS,
+    Shape,
+    choose_rows,
+    num_rows,
+    padded_rows,
+    plan_packed,
+    width_of,
+)
 from utils import InputError, concatenate_runs, keyed_numpy_generator
 
 BIN_WIDTH = 4
@@ -256,7 +264,7 @@ class GroupedBatchSampler:
         tokens_per_pass: int | None,
         accumulation: int,
         gpu_bytes: int | None,
-        packs: bool = False,
+        packs: bool | None = False,
         num_ranks: int = 1,
     ) -> None:
         """Let passes join an update's micro-batches, up to so many padded tokens; 0: do not.
@@ -264,9 +272,12 @@ class GroupedBatchSampler:
         None: the default of a new run with `accumulation` micro-batches an update on each rank. It
         is 0 on a CPU (gpu_bytes None), which gains little. On a GPU it is what a rank's part of an
         update fills evenly, at most MAX_TOKENS_PER_PASS, and less where memory is small. packs: lay
-        the sequences into rows, so that all passes have one shape; the default is then what makes
-        updates cheapest. Raises InputError below the longest sequence.
+        the sequences into rows, so that passes have one shape, or two; None: where it is cheaper.
+        The default is then what makes updates cheapest. Raises InputError below the longest
+        sequence.
         """
+        if packs is None:
+            packs = self._gains_by_packing(tokens_per_pass, accumulation, gpu_bytes, num_ranks)
         longest = int(self.lengths.max(initial=0))
         if tokens_per_pass is None and packs:
             tokens_per_pass = self._packed_pass(accumulation * num_ranks, num_ranks, gpu_bytes)
@@ -282,7 +293,7 @@ class GroupedBatchSampler:
 
     @property
     def shape(self) -> Shape | None:
-        """The rows of a packed pass and their width; None: passes are not packed."""
+        """The rows of packed passes, but for small ones, and their width; None: none is packed."""
         if not (self.packs and self.tokens_per_pass):
             return None
         width = width_of(int(self.lengths.max(initial=1)))
@@ -293,16 +304,28 @@ class GroupedBatchSampler:
         """The padded tokens up to which passes join micro-batches, and the shape of packed ones."""
         return self.tokens_per_pass, self.shape
 
+    def _gains_by_packing(self, tokens_per_pass, accumulation, gpu_bytes, num_ranks) -> bool:
+        """Compare the tokens of sampled updates, joined and packed, with those a pass is worth."""
+        costs = []
+        for packs in (False, True):
+            self.join(tokens_per_pass, accumulation, gpu_bytes, packs, num_ranks)
+            planned = [self._passes(one) for one in self._sampled(accumulation * num_ranks)]
+            tokens = sum(int(sum(sizes)) for _, sizes in planned)
+            costs.append(tokens + LAUNCH_TOKENS * sum(len(passes) for passes, _ in planned))
+        return costs[1] < costs[0]
+
+    def _sampled(self, per_update: int) -> list[list[np.ndarray]]:
+        """List updates that lie evenly over the first epoch, by their micro-batches' lengths."""
+        batches, last = self.epoch_batches(0), max(len(self) - per_update, 0)
+        firsts = dict.fromkeys(np.linspace(0, last, SAMPLED_UPDATES).astype(int).tolist())
+        ranges = [range(first, min(first + per_update, len(self))) for first in firsts]
+        return [[self.lengths[batches[k]] for k in places] for places in ranges]
+
     def _packed_pass(self, per_update: int, num_ranks: int, gpu_bytes: int | None) -> int:
-        """Choose the tokens of a packed pass by updates that lie evenly over the first epoch."""
-        batches, width = self.epoch_batches(0), width_of(int(self.lengths.max(initial=1)))
-        firsts = np.linspace(0, max(len(self) - per_update, 0), SAMPLED_UPDATES).astype(int)
-        updates = [
-            [self.lengths[batches[k]] for k in range(first, min(first + per_update, len(self)))]
-            for first in dict.fromkeys(firsts.tolist())
-        ]
+        """Choose the tokens of a packed pass by sampled updates."""
+        width = width_of(int(self.lengths.max(initial=1)))
         limit = CPU_TOKENS if gpu_bytes is None else _gpu_limit(gpu_bytes)
-        return choose_rows(updates, width, limit // width, num_ranks) * width
+        return choose_rows(self._sampled(per_update), width, limit // width, num_ranks) * width
 
     def _even_pass(self, accumulation: int, gpu_bytes: int) -> int:
         """Divide the tokens of a mean update evenly; a quarter more, for padding and spread."""
@@ -384,11 +407,14 @@ class GroupedBatchSampler:
         return [[[planned[k] for k in one] for one in sorted(share)] for share in shares]
 
     def _passes(self, lengths: list[np.ndarray]) -> tuple[list[list[int]], list[int]]:
-        """Divide an update, given the lengths of its micro-batches' sequences: (passes, sizes)."""
+        """Divide an update into passes: (micro-batches of each, padded tokens of each).
+
+        lengths: of the sequences of each micro-batch.
+        """
         if self.shape is not None:
-            passes, width = plan_packed(lengths, self.shape), self.shape[1]
+            passes, (rows, width) = plan_packed(lengths, self.shape), self.shape
             packed = (np.concatenate([lengths[k] for k in one]) for one in passes)
-            return passes, [-(-num_rows(own, width) // self.shape[0]) for own in packed]
+            return passes, [padded_rows(num_rows(own, width), rows) * width for own in packed]
         nums = np.array([len(own) for own in lengths])
         longest = np.array([int(own.max()) for own in lengths])
         passes = plan_passes(nums, longest, self.tokens_per_pass)

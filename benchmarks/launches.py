@@ -1,4 +1,4 @@
-"""Count the kernels that an update launches: apart, and with micro-batches joined in one pass.
+"""Count the kernels that an update launches: apart, with micro-batches joined in passes, packed.
 
 Run as `python -m benchmarks.launches`. Counts operations on floating-point tensors that are no
 views, in the code that a GPU runs (without the CPU's kernels, logits in a GPU's chunks), on models
@@ -107,30 +107,34 @@ def eager_traffic(names: Sequence[str]) -> tuple[int, float]:
     return counter.num, counter.num_bytes / logits_CV.numel()
 
 
-def count(job: Job, tokens_per_pass: int | None) -> dict:
-    """Count an update's launches, passes and shapes, with the objectives eager and compiled.
+def count(job: Job, tokens_per_pass: int | None, packs: bool = False) -> dict:
+    """Count an update's passes and launches, with the objectives eager and compiled.
 
-    tokens_per_pass None: a GPU's default.
+    Mean passes, shapes and padding are those of all the job's updates. tokens_per_pass None: a
+    GPU's default. packs: lay sequences into rows.
     """
     work = make_workload(job)
-    work.sampler.join(tokens_per_pass, job.micro_batches, GPU_BYTES)
-    (update,) = work.updates(job, 1)
+    work.sampler.join(tokens_per_pass, job.micro_batches, GPU_BYTES, packs)
+    first, *others = work.updates(job, job.updates)
     teacher, student = make_models(job)
     distiller = make_distiller(job, teacher, student)
     distiller.has_cpu_kernels, distiller.model.chunk_rows = False, CHUNK_ROWS
-    passes = list(work.batches([update], distiller.ready))
+    passes = list(work.batches([first], distiller.ready))
     launched = []
     for distiller.model.compiles_head in (False, True):
         with LaunchCounter() as counter, compiling(counter):
-            distiller.step(passes, [batch.number for batch in update.planned], len(passes))
+            distiller.step(passes, [batch.number for batch in first.planned], len(passes))
         launched.append(counter.num)
-    padded = sum(one.input_ids_BT.numel() for one in passes)
+    num_passes = len(passes)
     num_real = sum(one.num_tokens for one in passes)
+    passes += work.batches(others, lambda one: one)
+    padded = sum(one.input_ids_BT.numel() for one in passes)
     return {
-        "N": work.sampler.tokens_per_pass,
-        "passes": len(passes),
+        "N": f"{work.sampler.tokens_per_pass}{', packed' * packs}",
+        "passes": num_passes,
+        "mean": f"{len(passes) / job.updates:.2f}",
         "shapes": len({one.input_ids_BT.shape for one in passes}),
-        "padded / real tokens": f"{padded / num_real:.2f}",
+        "padded / real tokens": f"{padded / sum(one.num_tokens for one in passes):.2f}",
         "launches": launched[0],
         "objectives compiled": launched[1],
         "then a real token": f"{launched[1] / num_real:.2f}",
@@ -138,18 +142,18 @@ def count(job: Job, tokens_per_pass: int | None) -> dict:
 
 
 def main() -> None:
-    """Print a table: pairs, equal and mixed lengths, passes apart and joined."""
+    """Print a table: pairs, equal and mixed lengths, passes apart, joined and packed."""
     head.BLOCK_ROWS = CHUNK_ROWS  # as on a GPU
     sizes = {"kind": "distiller", "size": "narrow", "device": "cpu", "precision": "fp32"}
-    sizes |= {"batch_size": 5, "micro_batches": 50, "updates": 1, "warmup": 0, "threads": 1}
+    sizes |= {"batch_size": 5, "micro_batches": 50, "updates": 20, "warmup": 0, "threads": 1}
     lines = []
     with tempfile.TemporaryDirectory() as folder:
         for pair, longest in itertools.product(("bert", "gpt2"), (128, 512)):
             path = str(Path(folder) / f"{pair}-{longest}")
             job = Job(pair=pair, length=longest, data_file=path, seed=56, **sizes)
             write_synthetic([job], is_mixed=longest == 512)
-            for limit in (0, None):
-                found = {"pair": pair, "longest": longest, **count(job, limit)}
+            for limit, packs in ((0, False), (None, False), (None, True)):
+                found = {"pair": pair, "longest": longest, **count(job, limit, packs)}
                 lines += [[*found]] * (not lines) + [[str(value) for value in found.values()]]
     print(markdown(lines))
     lines = [["objectives", "eager: operations", "bytes a logit", "compiled: kernels", "bytes"]]

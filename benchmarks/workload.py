@@ -13,7 +13,8 @@ import numpy as np
 import torch
 import transformers
 
-from distil.data.batches import MicroBatch, join, mlm_preparation, prepare_clm
+from distil.data.batches import MicroBatch, mlm_preparation, prepare_clm
+from distil.data.packing import make_pass
 from distil.data.token_files import MIN_LENGTH, writing_tokens
 from distil.flops import DTYPES
 from distil.models.architectures import ARCHITECTURES
@@ -325,8 +326,9 @@ class Workload:
             return self.prepare(planned.number, *self.dataset.collate(planned.sequences))
 
         def make() -> Iterator[MicroBatch]:
+            way = self.dataset.special.pad, self.sampler.shape
             for one in itertools.chain.from_iterable(update.passes for update in updates):
-                yield ready(join(map(prepared, one), self.dataset.special.pad))
+                yield ready(make_pass(map(prepared, one), *way))
 
         return prefetched(make(), MICRO_BATCHES_AHEAD)
 

@@ -1,4 +1,4 @@
-"""Packed passes: sequences of several micro-batches in rows of one width, so that shapes are equal.
+"""Packed passes: sequences of several micro-batches in rows of one width, so that shapes are few.
 
 Flow: GroupedBatchSampler.deal (plan_packed) -> prepared micro-batches -> make_pass -> the models,
 which attend within a sequence only (distil/models/forward.py).
@@ -16,7 +16,9 @@ from distil.data.batches import MicroBatch, Packing, end_to_end, join
 from distil.losses import IGNORED_LABEL
 
 WIDTH_MULTIPLE = 16  # to which a GPU's attention with a mask would pad each layer's mask anew
-PASS_TOKENS = 3000  # tokens of padding that launching a packed pass less is worth, on an H200
+LAUNCH_TOKENS = 3000  # tokens of padding that launching a packed pass less is worth, on an H200
+
+SMALL_SHARE = 4  # of a pass's rows, a smaller pass has one part: what is left of an update
 
 Shape = tuple[int, int]  # rows of a pass, and their width
 
@@ -45,6 +47,15 @@ def lay(lengths_S: np.ndarray, width: int) -> tuple[np.ndarray, np.ndarray]:
 def num_rows(lengths_S: np.ndarray, width: int) -> int:
     """Count the rows that sequences take."""
     return int(lay(lengths_S, width)[0].max(initial=-1)) + 1
+
+
+def padded_rows(needed, most: int):
+    """Return the rows of a pass that needs so many: one of two sizes, or a multiple of the larger.
+
+    needed: a number, or an array.
+    """
+    small = -(-most // SMALL_SHARE)
+    return np.where(needed <= small, small, -(-needed // most) * most)
 
 
 # --------------------------------------------------------------------------------------------------
@@ -84,16 +95,21 @@ def choose_rows(updates: Sequence[Sequence[np.ndarray]], width: int, most: int, 
     """Choose the rows of a pass, at most `most`, that make an update cheapest for `ranks` ranks.
 
     updates: some of the run's, each the lengths of its micro-batches' sequences. A pass costs its
-    tokens, padding included, and PASS_TOKENS; ranks compute at the same time, so what counts is the
-    rank with most passes. Where an update is several passes, each may leave a micro-batch's rows.
+    tokens, padding included, and LAUNCH_TOKENS; ranks compute at the same time, so the one with
+    most passes counts. Where an update is several passes, each may leave a micro-batch's rows.
     """
     rows_U = np.array([num_rows(np.concatenate(lengths), width) for lengths in updates])
     spare_U = rows_U / np.array([len(lengths) for lengths in updates])
-    rows_C1 = np.arange(1, max(most, 1) + 1)[:, None]
-    several_CU = np.ceil(rows_U / np.maximum(rows_C1 - spare_U, 0.5))
-    passes_CU = np.where(rows_U <= rows_C1, 1, several_CU)
-    costs_C = np.ceil(passes_CU / ranks).mean(1) * (rows_C1[:, 0] * width + PASS_TOKENS)
-    return int(costs_C.argmin()) + 1
+    costs = []
+    for num in range(1, max(most, 1) + 1):
+        filled_U = np.where(rows_U <= num, num, np.maximum(num - spare_U, 0.5))
+        full_U = np.ceil(rows_U / filled_U).astype(int) - 1  # passes before the last one
+        last_U = padded_rows(np.ceil(rows_U - full_U * filled_U), num)
+        # Passes are dealt from large to small: the last one is a rank's own in a lap of its own.
+        last_U = np.where(full_U % ranks == 0, last_U, num)
+        tokens_U = (full_U // ranks * num + last_U) * width
+        costs.append(np.mean(tokens_U + (full_U // ranks + 1) * LAUNCH_TOKENS))
+    return int(np.argmin(costs)) + 1
 
 
 # --------------------------------------------------------------------------------------------------
@@ -107,7 +123,7 @@ def make_pass(batches: Iterable[MicroBatch], pad_id: int, shape: Shape | None) -
 
 
 def pack(batches: Iterable[MicroBatch], pad_id: int, shape: Shape) -> MicroBatch:
-    """Pack micro-batches into one pass of `shape`, or of several times its rows, if they need them.
+    """Pack micro-batches into one pass of `shape`, or of other rows: see `padded_rows`.
 
     Nothing is drawn anew: masks and labels are those of each micro-batch. Rows of each kind keep
     the order that they have in micro-batches, so they are not ascending.
@@ -116,7 +132,7 @@ def pack(batches: Iterable[MicroBatch], pad_id: int, shape: Shape) -> MicroBatch
     flat = end_to_end(batches)
     lengths_S, starts_S = _sequences(batches)
     rows_S, columns_S = (torch.from_numpy(found) for found in lay(lengths_S.numpy(), width))
-    size = -(-(int(rows_S.max()) + 1) // shape[0]) * shape[0], width
+    size = int(padded_rows(int(rows_S.max()) + 1, shape[0])), width
     sequences_M = torch.arange(len(lengths_S)).repeat_interleave(lengths_S)
     columns_M = torch.arange(len(sequences_M)) - (lengths_S.cumsum(0) - lengths_S)[sequences_M]
     given_M = starts_S[sequences_M] + columns_M

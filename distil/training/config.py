@@ -238,9 +238,9 @@ class TrainConfig:
         at_most=1_000_000_000,
     )
     pack_sequences: bool | None = precision(
-        "lay a pass's sequences into rows as long as the longest, so that all passes have one shape"
-        " and little padding; nothing but dropout depends on it (default: on a GPU, with models of"
-        " known families; not on a CPU)",
+        "lay a pass's sequences into rows as long as the longest, so that passes have one or two"
+        " shapes and little padding; nothing but dropout depends on it (default: on a GPU, with"
+        " models of known families, where it saves tokens or passes; not on a CPU)",
         None,
     )
     compile: bool = precision(

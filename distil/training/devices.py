@@ -21,15 +21,20 @@ def _wants_packing(config: TrainConfig, device: torch.device) -> bool:
     return is_asked and config.tokens_per_pass != 0
 
 
-def packs_sequences(config: TrainConfig, device: torch.device, *models: torch.nn.Module) -> bool:
-    """Say whether passes are packed: on a GPU by default, if all models can; tell if they can't."""
+def packs_sequences(
+    config: TrainConfig, device: torch.device, *models: torch.nn.Module
+) -> bool | None:
+    """Say whether passes are packed; None: where that is cheaper, as by default on a GPU.
+
+    Where a model or an objective can't be packed a line in the log says why.
+    """
     if not _wants_packing(config, device):
         return False
     for model in models:
         if problem := packing_problem(model, config.active, not config.mlm):
             logger.info("Sequences are not packed: %s.", problem)
             return False
-    return True
+    return config.pack_sequences
 
 
 def check_device(config: TrainConfig, device: torch.device) -> None:

@@ -74,7 +74,7 @@ def describe_update(
     joined = f" A pass joins micro-batches up to {tokens_per_pass:,} padded tokens."
     joined = joined if tokens_per_pass else ""
     if shape is not None:
-        joined = f" A pass packs their sequences into {shape[0]} rows of {shape[1]} tokens."
+        joined = f" A pass packs their sequences into up to {shape[0]} rows of {shape[1]} tokens."
     if world_size == 1:
         return f"An update: {of_one}, {num_of_one:,} in all.{joined}"
     return (

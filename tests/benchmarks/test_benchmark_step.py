@@ -108,6 +108,9 @@ def test_a_joined_update_launches_fewer_kernels(tmp_path):
     for found, most in ((apart, 1.0), (joined, 0.8)):
         assert found["objectives compiled"] < most * found["launches"]
     assert launches.count(job, 0) == apart
+    packed = launches.count(job, 800, packs=True)
+    assert packed["shapes"] <= 2 and packed["N"] == "800, packed"
+    assert packed["launches"] < 1.1 * joined["launches"]
     with launches.LaunchCounter() as counter:
         torch.ones(2, 3).t() + torch.ones(3, 2)  # two fills, a view, a sum
     assert counter.num == 3
