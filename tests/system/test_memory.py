@@ -34,3 +34,32 @@ def growth_mb(**environment: str) -> float:
 def test_a_process_keeps_few_of_the_kernels_that_it_has_used():
     many = growth_mb(**dict.fromkeys(KERNEL_CACHES, "1024"))  # the libraries' own number
     assert growth_mb() < 0.7 * many, many
+
+
+# Four threads that hold memory of their own: prints the growth of addresses in MB.
+THREADS = f"""
+import sys, threading
+sys.path.insert(0, {str(ROOT)!r})
+from distil.system.launch import start_runtime
+from distil.system.memory import process_memory
+start_runtime(0, -1)
+begun, over = threading.Barrier(5), threading.Event()
+def hold():
+    own = bytearray(2**16)
+    begun.wait()
+    over.wait()
+before = process_memory("VmSize")
+threads = [threading.Thread(target=hold) for _ in range(4)]
+for thread in threads:
+    thread.start()
+begun.wait()
+print((process_memory("VmSize") - before) / 1e6)
+over.set()
+"""
+
+
+def test_threads_reserve_addresses_for_their_stacks_alone():
+    """A heap each would be 64 to 128 MB more, by chance, which a limit (ulimit -v) counts."""
+    done = run_process(sys.executable, "-c", THREADS)
+    assert done.returncode == 0, done.stderr
+    assert float(done.stdout) < 4 * 16
