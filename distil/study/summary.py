@@ -8,11 +8,14 @@ import dataclasses
 import math
 import os
 import statistics
+import textwrap
 from collections.abc import Mapping, Sequence
 
 from distil.reporting.plots import LOOKS, draw_bars, name_rows, picture, set_heading
 from distil.reporting.tables import markdown
 from distil.study.variants import NO_TEACHER, REFERENCE, Variant
+
+TITLE_WIDTH = 36  # of a variant's title in the picture, in letters
 
 # Two-sided 95 % quantiles of Student's t by degrees of freedom, 1, 2, ..; the last for all above.
 T95 = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262)
@@ -194,13 +197,13 @@ def draw(
 ) -> None:
     """Draw each variant's KL with its interval, the closest on top."""
     ordered = sorted(rows, key=lambda row: row.spread("kl").mean)
-    with picture(path, 1, (8, 0.4 * len(rows) + 1.2)) as (figure, (panel,)):
+    with picture(path, 1, (8, 0.5 * len(rows) + 1.2)) as (figure, (panel,)):
         for place, row in enumerate(ordered):
             kl = row.spread("kl")
             look = {REFERENCE: "count", NO_TEACHER: "baseline"}.get(row.name, "student")
             error = {"xerr": kl.half or 0.0, "error_kw": {"capsize": 3}}
             draw_bars(panel, [place], [kl.mean], LOOKS[look], "{:.4f}", **error)
-        name_rows(panel, [row.variant.title for row in ordered])
-        panel.set_xlabel("held out: KL to the teacher (T = 1), mean and 95 % interval over seeds")
+        name_rows(panel, [textwrap.fill(row.variant.title, TITLE_WIDTH) for row in ordered])
+        panel.set_xlabel("held-out KL to the teacher, mean and 95 % interval")
         shown = {**facts, "KL of the first weights": f"{first_kl:.4f}"}
         set_heading(figure, "Distillation at equal cost", shown)

@@ -110,7 +110,8 @@ stage_study() {
     program scripts/study.py --teacher "$TEACHER" --data_file "$CORPUS" --held_out "$HELD_OUT_FILE" \
         --title "AntiBERTy (8 to $NUM_LAYERS layers)" --output "$OUT/study" --variants "${VARIANTS[@]}" \
         --learning_rates 5e-4 1e-3 --seeds 56 57 58 59 60 --max_steps 120 --processes 2 \
-        --train_flags "--batch_size 16 --gradient_accumulation_steps 1 --bf16" ${STUDY_FLAGS[@]+"${STUDY_FLAGS[@]}"}
+        --train_flags "--batch_size 16 --gradient_accumulation_steps 1 --bf16 --relation_heads 8" \
+        ${STUDY_FLAGS[@]+"${STUDY_FLAGS[@]}"}
 }
 
 run_stages "$@"
