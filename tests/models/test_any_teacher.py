@@ -58,9 +58,10 @@ def train_flags(
         "learning_rate": 1e-3,
         "alpha_ce": 5.0,
         "alpha_cos": 1.0,
+        "alpha_clm": 0.0,  # a random teacher knows nothing of the text: L_clm leads away from it
     }
     if is_masked:
-        flags |= {"alpha_mlm": 0.1, "alpha_clm": 0.0, "token_counts": folder / "counts"}
+        flags |= {"alpha_mlm": 0.1, "token_counts": folder / "counts"}
         vocab_size = json.loads((teacher / "config.json").read_text())["vocab_size"]
         counts = {"token_counts_dump": folder / "counts", "vocab_size": vocab_size}
         token_counts.main(words({"data_file": data, **counts}))

@@ -51,7 +51,7 @@ def bytes_of_files(folder: Path, *patterns: str) -> int:
             marks=pytest.mark.long,
         ),
         ("gpt2", {"max_steps": 9, "batch_size": 3}),
-        ("bert", {"max_tokens": 300, "eval_interval": 6}),
+        pytest.param(*("bert", {"max_tokens": 300, "eval_interval": 6}), marks=pytest.mark.long),
     ],
 )
 def test_a_plan_counts_what_the_run_then_does(kind, changes, world, tmp_path, capsys):
