@@ -233,6 +233,7 @@ class GroupedBatchSampler:
         InputError if a sequence is longer than max_tokens or sequences are not grouped.
         """
         self.lengths = np.asarray(lengths)
+        self.longest = int(self.lengths.max(initial=0))
         self.batch_size = batch_size
         self.seed = seed
         self.groups = length_groups(self.lengths, max_length) if group_by_size else None
@@ -249,15 +250,14 @@ class GroupedBatchSampler:
                 "--max_tokens with --no-group_by_size: the budget is planned by length; leave one"
                 " of them out"
             )
-        longest = int(self.lengths.max(initial=0))
-        if longest > self.max_tokens:
+        if self.longest > self.max_tokens:
             raise InputError(
-                f"--max_tokens {self.max_tokens}: the longest sequence has {longest} ids; raise it,"
-                " or set --max_length"
+                f"--max_tokens {self.max_tokens}: the longest sequence has {self.longest} ids;"
+                " raise it, or set --max_length"
             )
         # Group k ends below edge 3 + 4 k; the last one is open.
         self.longest_of_group = np.arange(_num_groups(self.groups)) * BIN_WIDTH + 2
-        self.longest_of_group[-1] = longest
+        self.longest_of_group[-1] = self.longest
 
     def join(
         self,
@@ -277,8 +277,9 @@ class GroupedBatchSampler:
         sequence.
         """
         if packs is None:
-            packs = self._gains_by_packing(tokens_per_pass, accumulation, gpu_bytes, num_ranks)
-        longest = int(self.lengths.max(initial=0))
+            self._join_cheaper(tokens_per_pass, accumulation, gpu_bytes, num_ranks)
+            return
+        longest = self.longest
         if tokens_per_pass is None and packs:
             tokens_per_pass = self._packed_pass(accumulation * num_ranks, num_ranks, gpu_bytes)
         elif tokens_per_pass is None:
@@ -296,23 +297,28 @@ class GroupedBatchSampler:
         """The rows of packed passes, but for small ones, and their width; None: none is packed."""
         if not (self.packs and self.tokens_per_pass):
             return None
-        width = width_of(int(self.lengths.max(initial=1)))
-        return max(self.tokens_per_pass // width, 1), width
+        return max(self.tokens_per_pass // self._width, 1), self._width
+
+    @property
+    def _width(self) -> int:
+        """The width of packed rows."""
+        return width_of(max(self.longest, 1))
 
     @property
     def passes(self) -> tuple[int, Shape | None]:
         """The padded tokens up to which passes join micro-batches, and the shape of packed ones."""
         return self.tokens_per_pass, self.shape
 
-    def _gains_by_packing(self, tokens_per_pass, accumulation, gpu_bytes, num_ranks) -> bool:
-        """Compare the tokens of sampled updates, joined and packed, with those a pass is worth."""
-        costs = []
+    def _join_cheaper(self, tokens_per_pass, accumulation, gpu_bytes, num_ranks) -> None:
+        """Join, or pack, by the tokens of sampled updates and those that their passes are worth."""
+        ways = []
         for packs in (False, True):
             self.join(tokens_per_pass, accumulation, gpu_bytes, packs, num_ranks)
             planned = [self._passes(one) for one in self._sampled(accumulation * num_ranks)]
             tokens = sum(int(sum(sizes)) for _, sizes in planned)
-            costs.append(tokens + LAUNCH_TOKENS * sum(len(passes) for passes, _ in planned))
-        return costs[1] < costs[0]
+            cost = tokens + LAUNCH_TOKENS * sum(len(passes) for passes, _ in planned)
+            ways.append((cost, packs, self.tokens_per_pass))
+        _, self.packs, self.tokens_per_pass = min(ways)  # of equal ones, not packed
 
     def _sampled(self, per_update: int) -> list[list[np.ndarray]]:
         """List updates that lie evenly over the first epoch, by their micro-batches' lengths."""
@@ -323,7 +329,7 @@ class GroupedBatchSampler:
 
     def _packed_pass(self, per_update: int, num_ranks: int, gpu_bytes: int | None) -> int:
         """Choose the tokens of a packed pass by sampled updates."""
-        width = width_of(int(self.lengths.max(initial=1)))
+        width = self._width
         limit = CPU_TOKENS if gpu_bytes is None else _gpu_limit(gpu_bytes)
         return choose_rows(self._sampled(per_update), width, limit // width, num_ranks) * width
 

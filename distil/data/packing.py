@@ -17,7 +17,6 @@ from distil.losses import IGNORED_LABEL
 
 WIDTH_MULTIPLE = 16  # to which a GPU's attention with a mask would pad each layer's mask anew
 LAUNCH_TOKENS = 3000  # tokens of padding that launching a packed pass less is worth, on an H200
-
 SMALL_SHARE = 4  # of a pass's rows, a smaller pass has one part: what is left of an update
 
 Shape = tuple[int, int]  # rows of a pass, and their width
