@@ -15,7 +15,15 @@ import torch
 from torch import nn
 
 from distil.data.batches import MicroBatch
-from distil.evaluation import SUMS, HeldOut, Reader, measure, plan_batches, reader_of
+from distil.evaluation import (
+    SUMS,
+    HeldOut,
+    Reader,
+    evenly_spaced,
+    measure,
+    plan_batches,
+    reader_of,
+)
 from distil.kept_rows import KeptRows
 from distil.models.conventions import config_with_layers, layer_lists
 from distil.models.first_weights import with_layers
@@ -34,8 +42,7 @@ def asked_batches(dataset, tokenizer, is_masked: bool) -> list[MicroBatch]:
     Of a masked model every 7th token is asked, from another one on in each batch.
     """
     wanted = max(round(MEASURED_IDS / float(np.mean(dataset.lengths))), 1)
-    numbers = np.linspace(0, len(dataset.lengths) - 1, min(wanted, len(dataset.lengths)))
-    chosen = np.unique(numbers.round().astype(np.int64))
+    chosen = evenly_spaced(len(dataset.lengths), wanted)
     passes, batches = HeldOut.of(dataset, tokenizer, is_masked).passes[""], []
     for number, places in enumerate(plan_batches(dataset.lengths[chosen])):
         asked = list(passes(number, *dataset.collate(chosen[places])))

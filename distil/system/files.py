@@ -352,11 +352,20 @@ def save_plain(state_dict: Mapping[str, torch.Tensor], file) -> None:
     """Write a plain state dict to an open file; tied tensors are copied and written once."""
     import torch
 
-    on_host: dict[tuple, torch.Tensor] = {}
-    plain = {}
-    for name, tensor in state_dict.items():
-        key = (tensor.data_ptr(), tensor.shape, tensor.stride())
-        plain[name] = on_host.setdefault(
-            key, tensor.detach().cpu() if key not in on_host else tensor
-        )
-    torch.save(plain, file)
+    torch.save(on_host(state_dict, {}), file)
+
+
+def on_host(
+    tensors: Mapping[str, torch.Tensor], known: dict[tuple, torch.Tensor], *, copies: bool = False
+) -> dict[str, torch.Tensor]:
+    """Return tensors on the host, those that share memory as one.
+
+    known: what was found before, and is added to. copies: copy those that are on the host, too.
+    """
+    found = {}
+    for name, tensor in tensors.items():
+        key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
+        if key not in known:
+            known[key] = tensor.detach().to("cpu", copy=copies)
+        found[name] = known[key]
+    return found

@@ -5,6 +5,8 @@ from concurrent.futures import Future, ThreadPoolExecutor
 
 import torch
 
+from distil.system.files import on_host
+
 
 class Behind:
     """Run one task at a time in a thread; the next one, or `wait`, waits for its end."""
@@ -44,14 +46,4 @@ def copied_to_host(
 ) -> dict[str, dict[str, torch.Tensor]]:
     """Copy tensors to the host, by file and name; what shares memory is copied once."""
     known: dict[tuple, torch.Tensor] = {}
-
-    def copied(tensor: torch.Tensor) -> torch.Tensor:
-        key = tensor.data_ptr(), tensor.dtype, tensor.shape, tensor.stride()
-        if key not in known or not tensor.numel():
-            known[key] = tensor.detach().to("cpu", copy=True)
-        return known[key]
-
-    return {
-        file: {name: copied(tensor) for name, tensor in content.items()}
-        for file, content in files.items()
-    }
+    return {file: on_host(content, known, copies=True) for file, content in files.items()}
