@@ -239,7 +239,8 @@ class _FastHead(torch.autograd.Function):
         with torch.autocast(kind, enabled=False):
             student = Projection(rows_ND, weight_VD, bias_V).prepared(dtype)
             teacher = None if teacher is None else teacher.prepared(dtype)
-            replace = (partly_fused if compiles else replacing)(terms, temperature, rows_ND)
+            of_all = terms, temperature
+            replace = partly_fused(*of_all, rows_ND) if compiles else replacing(*of_all)
             for first in range(0, num_rows, chunk_rows):
                 last = min(first + chunk_rows, num_rows)
                 logits_CV = student.logits(first, last)

@@ -17,8 +17,8 @@ from distil.losses import at_least_float32
 from distil.objectives import Loss
 
 
-def replacing(terms: Sequence[Term], temperature: float, rows_ND: torch.Tensor) -> Callable:
-    """Return `replace_by_gradient` for these terms; rows_ND: unused, as of `partly_fused`."""
+def replacing(terms: Sequence[Term], temperature: float) -> Callable:
+    """Return `replace_by_gradient` for these terms."""
     return functools.partial(replace_by_gradient, terms=terms, temperature=temperature)
 
 
@@ -78,14 +78,11 @@ def partly_fused(terms: Sequence[Term], temperature: float, rows_ND: torch.Tenso
     Terms without that form cost a copy of the chunk's logits, and leave the others compiled.
     """
     has_form = [term.loss.by_row is not None for term in terms]
-    plain = replacing(
-        [t for t, has in zip(terms, has_form, strict=True) if not has], temperature, rows_ND
-    )
+    plain = replacing([term for term in terms if term.loss.by_row is None], temperature)
     if not any(has_form):
         return plain
-    compiled = fused(
-        [t for t, has in zip(terms, has_form, strict=True) if has], temperature, rows_ND
-    )
+    with_form = [term for term in terms if term.loss.by_row is not None]
+    compiled = fused(with_form, temperature, rows_ND)
     if all(has_form):
         return compiled
     order = torch.tensor(has_form).logical_not().sort(stable=True).indices.argsort().tolist()
