@@ -1,5 +1,7 @@
 """The same runs on a GPU: one process, and one process under nccl; skipped where there is none."""
 
+import json
+import math
 import shutil
 import sys
 
@@ -159,3 +161,13 @@ def test_a_run_goes_on_on_a_gpu(launcher, world, tmp_path):
         torch.testing.assert_close(
             tensor, whole[name], rtol=0, atol=1e-4
         )  # kernels sum in no fixed order
+
+
+def test_a_teacher_is_trained_on_the_gpu(world, tmp_path):
+    teacher = world.teachers["bert"]
+    flags = ["--data_file", world.data("bert"), "--weights", teacher, "--num_steps", "5"]
+    command = [sys.executable, ROOT / "scripts" / "train_teacher.py", *map(str, flags)]
+    done = run_process(*command, "--output_dir", tmp_path / "gpu")
+    assert done.returncode == 0 and "on the GPU" in done.stderr, done.stderr
+    curve = json.loads((tmp_path / "gpu" / "curve.json").read_text())
+    assert len(curve) == 5 and all(map(math.isfinite, curve))
