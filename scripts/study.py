@@ -39,19 +39,21 @@ from distil.study.summary import Row, conclusion, draw, table
 from distil.study.variants import RANDOM, STUDENTS, train_flags, variants
 from distil.system.files import atomic_path, require_output, write_json
 from distil.system.json_files import load_json
+from distil.system.locks import lock_file
 from distil.system.signals import exit_on_sigterm
 from distil.tasks.tasks import TASKS
 from lm_seqs_dataset import LmSeqsDataset
 from utils import InputError, bar_options, logger, raise_problems, run_program, setup_logging
 
-MARKER = "study.json"
+MARKER, LOCK = "study.json", "study.lock"
 MASK_PROP = 0.15
-# Flags that make figures incomparable: a study goes on only with the same.
 PARTS = ("first", "teacher", "rows", "tasks")  # of study.json
+# Flags that make figures incomparable: a study continues only with the same.
 IDENTITY = (
     *("teacher", "data_file", "held_out", "num_held_out", "max_steps", "equal", "max_length"),
     *("train_flags", "extract_flags"),
 )
+OF_TRAININGS = ("max_steps", "equal", "train_flags")  # may change until the first one
 
 
 class Study:
@@ -78,7 +80,8 @@ class Study:
         identity = {name: getattr(self.args, name) for name in IDENTITY}
         path = self.folder / MARKER
         if not path.exists():
-            if self.folder.exists() and any(self.folder.iterdir()):
+            there = self.folder.iterdir() if self.folder.exists() else ()
+            if any(one.name != LOCK for one in there):
                 raise InputError(
                     f"--output {self.folder}: holds files that no study made; choose another folder"
                 )
@@ -88,24 +91,26 @@ class Study:
             state = load_json(path, shape)
         except ValueError as error:
             raise InputError(f"{path}: {error}; remove the folder to begin anew") from error
-        changed = [name for name in IDENTITY if state["identity"].get(name) != identity[name]]
+        is_begun = state["rows"] or (self.folder / "runs").exists()
+        fixed = set(IDENTITY) - set(() if is_begun else OF_TRAININGS)
+        changed = [name for name in fixed if state["identity"].get(name) != identity[name]]
         if changed:
-            name = changed[0]
+            name = min(changed)
             raise InputError(
                 f"--{name} {identity[name]}: the study in {self.folder} has"
                 f" {state['identity'].get(name)}; give that, or another --output"
             )
-        return state
+        return state | {"identity": identity}
 
     def save(self) -> None:
         """Write the finished rows."""
-        self.folder.mkdir(parents=True, exist_ok=True)
         write_json(self.folder / MARKER, self.state)
 
     # ---- what is made once -----------------------------------------------------------------------
 
     def prepare(self) -> None:
         """Make first students and token counts, and measure the first weights and the teacher."""
+        self.state = self._claim()  # locked now: another study may have ended since
         self.save()
         num_layers, data = self.teacher.network.config.num_hidden_layers, self.args.data_file
         for kind in dict.fromkeys(["half", *(v.student for v in self.variants.values())]):
@@ -279,11 +284,13 @@ def main(argv: list[str] | None = None) -> None:
     args = parse(argv)
     setup_logging(logging.INFO)
     study = Study(args)
-    study.prepare()
-    study.run()
-    if args.tasks:
-        study.run_tasks()
-    study.report()
+    study.folder.mkdir(parents=True, exist_ok=True)
+    with lock_file(study.folder / LOCK, f"--output {study.folder}: another study works in it"):
+        study.prepare()
+        study.run()
+        if args.tasks:
+            study.run_tasks()
+        study.report()
     logger.info("Wrote %s.", study.folder / "DISTILLATION.md")
 
 

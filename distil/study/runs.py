@@ -56,23 +56,25 @@ def run_to_end(program: str, words: Sequence[str], log: Path) -> None:
 
 
 def run_jobs(jobs: Sequence[Job], num: int, finished: Callable[[Job, float], None]) -> None:
-    """Train, `num` jobs at once; call finished(job, seconds) behind each.
+    """Train, `num` jobs at once; call finished(job, seconds) after each, while others train.
 
     Raises InputError where one fails; the others save their state and end, too.
     """
     waiting, active = list(jobs), {}
     with contextlib.ExitStack() as stack:
         while waiting or active:
-            while waiting and len(active) < num:
+            ended = [name for name, (_, child, _) in active.items() if child.poll() is not None]
+            done = [active.pop(name) for name in ended]
+            for job, child, _ in done:
+                _require_success(f"train.py ({job.name})", child.returncode, log_of(job))
+            seconds = [time.monotonic() - since for _, _, since in done]
+            while waiting and len(active) < num:  # before finished(), which takes a while
                 job = waiting.pop(0)
                 job.folder.parent.mkdir(parents=True, exist_ok=True)
                 started = _started("train.py", job.words, log_of(job), num)
                 active[job.name] = job, stack.enter_context(started), time.monotonic()
-            for name, (job, child, since) in list(active.items()):
-                if child.poll() is not None:
-                    del active[name]
-                    _require_success(f"train.py ({name})", child.returncode, log_of(job))
-                    finished(job, time.monotonic() - since)
+            for (job, _, _), elapsed_s in zip(done, seconds, strict=True):
+                finished(job, elapsed_s)
             time.sleep(POLL_S)
 
 

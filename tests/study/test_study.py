@@ -15,9 +15,10 @@ from distil.models.language_model import load_language_model
 from distil.study import runs
 from distil.study.measures import HeldOutText
 from distil.study.options import chosen, parse
-from distil.study.runs import Job, run_jobs
+from distil.study.runs import Job, log_of, run_jobs
 from distil.study.summary import Row, Spread, conclusion, table, verdict
 from distil.study.variants import NO_TEACHER, REFERENCE, Variant, train_flags, variants
+from distil.system.locks import lock_file
 from distil.training.config import parse_config
 from lm_seqs_dataset import LmSeqsDataset
 from utils import InputError
@@ -174,6 +175,13 @@ def test_a_failed_training_is_named_with_its_line_and_the_others_end(tmp_path):
         run_jobs(jobs, 2, lambda job, elapsed_s: None)
 
 
+def test_the_next_training_starts_before_the_last_one_is_measured(tmp_path):
+    jobs = [Job("a", seed, 1e-3, 1, ["--help"], tmp_path / f"run-{seed}") for seed in range(2)]
+    seen = []
+    run_jobs(jobs, 1, lambda job, _: seen.append((job.seed, log_of(jobs[1]).exists())))
+    assert seen == [(0, True), (1, True)]
+
+
 @pytest.mark.long
 def test_the_program_compares_continues_and_adds_a_seed(world, tmp_path):
     out, data = tmp_path / "out", world.data("bert")
@@ -204,3 +212,7 @@ def test_a_variant_that_cannot_be_trained_ends_the_study_before_the_first_traini
     assert status == 2 and len(lines) == 1
     assert "--relation_heads 7: does not divide" in lines[0] and "variant rel_alone" in lines[0]
     assert not (out / "runs").exists()
+    with lock_file(out / study.LOCK, "held by this test"):
+        status, lines = status_and_errors(study.main, flags)
+    assert status == 2 and len(lines) == 1
+    assert lines[0].startswith(f"--output {out}: another study works in it; stop that run")
