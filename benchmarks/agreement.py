@@ -9,7 +9,8 @@ import torch.nn.functional as F
 
 from benchmarks.reference_step import PlainStep
 from benchmarks.workload import Job, Workload, make_distiller, make_models, make_workload
-from distil.data.batches import MicroBatch, join
+from distil.data.batches import MicroBatch
+from distil.data.packing import make_pass
 from utils import InputError
 
 CHECKED_LENGTH = 32
@@ -26,7 +27,10 @@ def run_check(job: Job) -> dict:
     """
     workload = make_workload(job)
     batches = checked_batches(workload)
-    passes = [join(batches, workload.dataset.special.pad)] if job.tokens_per_pass else batches
+    passes, shape = batches, workload.sampler.shape
+    if job.tokens_per_pass:
+        way = workload.dataset.special.pad, shape and (1, shape[1])
+        passes = [make_pass(batches, *way)]
     numbers = list(range(len(batches)))
     teacher, student = make_models(job, has_dropout=False)
     move_apart(student)

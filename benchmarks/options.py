@@ -107,6 +107,11 @@ def add_variant_flags(parser: argparse.ArgumentParser) -> None:
         " (default: 0, none are joined)",
     )
     add(
+        "--pack_sequences",
+        action="store_true",
+        help="also time joined passes with their sequences laid into rows",
+    )
+    add(
         "--end_to_end",
         action="store_true",
         help="also time train.py, as a program, on the same sequences",

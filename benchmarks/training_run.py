@@ -119,6 +119,7 @@ def training_command(job: Job, folder: Path, max_steps: int, log_interval: int) 
         "--freeze_pos_embs",
         *TRAIN_FLAGS[job.precision],
         *(["--compile"] if job.compiles else []),
+        "--pack_sequences" if job.packs else "--no-pack_sequences",
     ]
     if "mlm" in row.alphas:
         flags["token_counts"], words = folder / "counts", [*words, "--mlm"]

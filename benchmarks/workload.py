@@ -98,7 +98,8 @@ class Job:
 
     kind: a key of jobs.JOBS. length: the longest sequence, in ids. compiles: run our step through
     torch.compile. without: a piece of distil/kernels/cpu.py to switch off (cpu_pieces.PIECES).
-    tokens_per_pass: padded tokens up to which a pass joins micro-batches; 0: it joins none.
+    tokens_per_pass: padded tokens up to which a pass joins micro-batches; 0: it joins none. packs:
+    lay their sequences into rows.
     """
 
     kind: str
@@ -117,6 +118,7 @@ class Job:
     compiles: bool = False
     without: str | None = None
     tokens_per_pass: int = 0
+    packs: bool = False
 
     @property
     def name(self) -> str:
@@ -132,7 +134,8 @@ class Job:
         if self.is_autocast_reference:
             return "in autocast"
         if self.tokens_per_pass:
-            return f"joined to {self.tokens_per_pass}{', compiled' * self.compiles}"
+            how = "packed" if self.packs else "joined"
+            return f"{how} to {self.tokens_per_pass}{', compiled' * self.compiles}"
         return "compiled" if self.compiles else f"without {self.without}" if self.without else ""
 
     @property
@@ -346,7 +349,7 @@ def make_workload(job: Job) -> Workload:
     sampler = GroupedBatchSampler(
         dataset.lengths, job.batch_size, dataset.max_length, group_by_size=True, seed=job.seed
     )
-    sampler.join(job.tokens_per_pass, job.micro_batches, None)
+    sampler.join(job.tokens_per_pass, job.micro_batches, None, job.packs)
     prepare = prepare_clm
     if architecture.is_masked:
         counts_V = torch.from_numpy(synthetic_counts(config.vocab_size))

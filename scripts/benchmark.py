@@ -104,6 +104,8 @@ def number_problems(args: argparse.Namespace, longest: int) -> list[str]:
         for limit in args.tokens_per_pass
         if limit != 0 and limit < args.length
     ]
+    if args.pack_sequences and not any(args.tokens_per_pass):
+        problems.append("--pack_sequences: packs joined passes; give --tokens_per_pass above 0")
     if args.warmup < 0:
         problems.append(f"--warmup {args.warmup}: expected 0 or more")
     if not MIN_LENGTH < args.length <= longest:
@@ -180,6 +182,8 @@ def ways(args: argparse.Namespace) -> list[dict]:
     Each is a change of Job's defaults.
     """
     joined = [{"tokens_per_pass": limit} for limit in dict.fromkeys(args.tokens_per_pass)]
+    if args.pack_sequences:
+        joined += [{**one, "packs": True} for one in joined if one["tokens_per_pass"]]
     compiled = [{"compiles": True, **one} for one in joined] if args.compile else []
     return [*joined, *compiled, *({"without": piece} for piece in dict.fromkeys(args.without))]
 

@@ -4,7 +4,7 @@
 # bare step. Writes JSON, PNG and the printed tables.
 #   scripts/benchmark_gpu.sh [--cpu] [--stage N] [FOLDER]
 #       FOLDER: default benchmarks/gpu-DATE; --cpu: tiny sizes, to try the script
-#       --stage N: that part alone, meant to take minutes: 1 tests and README's command, as typed against larger passes;
+#       --stage N: that part alone, meant to take minutes: 1 tests and README's command, as typed, in larger passes, packed;
 #       2 to 5 the pairs bert, mbert, gpt2, roberta; 6 texts of all lengths; 7 train.py end to end
 set -euo pipefail
 . "$(dirname "$0")/environment.sh"
@@ -63,17 +63,20 @@ if [ "$device" = cpu ]; then
     sizes=(--device cpu --size tiny --updates 2 --warmup 1)
     lengths=(bert 32)
     typed=(--length 32 --mix --batch_size 5 --micro_batches 6 --tokens_per_pass 0 400)
+    packed=("${typed[@]}" --pack_sequences)
     sweep=(--sweep --batch_size 2 --precision fp32 bf16)
     end_to_end=(--length 32)
 else
     sizes=(--device cuda)
     typed=(--length 512 --mix --batch_size 5 --micro_batches 50 --precision fp32 bf16)
+    packed=("${typed[@]}" --precision bf16 --tokens_per_pass 16384 65536 --pack_sequences "${compile[@]}")
     typed+=(--tokens_per_pass 0 8192 16384 32768 65536 131072 "${compile[@]}")
     sweep=(--sweep)
     end_to_end=(--length 256 --batch_size 128 --precision fp32 bf16)
 fi
 if is_wanted 1; then
     benchmark bert-as-typed "${sizes[@]}" "${typed[@]}"
+    benchmark bert-packed "${sizes[@]}" "${packed[@]}"
 fi
 for ((k = 0; k < ${#lengths[@]}; k += 2)); do
     if is_wanted $((2 + k / 2)); then

@@ -84,17 +84,25 @@ def test_the_tuned_step_computes_what_the_plain_one_does(pair, tmp_path):
 @pytest.mark.parametrize("pair", ["bert", "gpt2"])
 def test_joined_passes_compute_the_same_and_are_a_variant(pair, tmp_path):
     flags = ["--pair", pair, "--mix", "--length", "40", "--micro_batches", "6"]
-    args = benchmark.parse([*FLAGS, *flags, "--tokens_per_pass", "0", "400"])
+    args = benchmark.parse([*FLAGS, *flags, "--tokens_per_pass", "0", "400", "--pack_sequences"])
     jobs = benchmark.make_jobs(args, str(tmp_path / "store"))
-    assert [job.tokens_per_pass for job in jobs] == [0, 400]
-    assert list(benchmark.make_checks(args, jobs[0])) == ["fp32", "fp32 (joined to 400)"]
+    assert [(job.tokens_per_pass, job.packs) for job in jobs] == [
+        (0, False),
+        (400, False),
+        (400, True),
+    ]
+    checks = benchmark.make_checks(args, jobs[0])
+    assert list(checks) == ["fp32", "fp32 (joined to 400)", "fp32 (packed to 400)"]
     workload.write_synthetic(jobs, args.mix)
-    found = agreement.run_check(dataclasses.replace(jobs[1], kind="check"))
-    assert found["gradient_cosine"] > 0.9999 and found["gradients_differ_by"] < 1e-4
-    apart, joined = (workload.make_workload(job).updates(job, 2) for job in jobs)
+    for check in checks.values():
+        found = agreement.run_check(check)
+        assert found["gradient_cosine"] > 0.9999 and found["gradients_differ_by"] < 1e-4
+    apart, *fewer = (workload.make_workload(job).updates(job, 2) for job in jobs)
     assert [len(update.passes) for update in apart] == [6, 6]
-    assert all(len(update.passes) < 6 for update in joined)
-    assert measuring.run_steps(jobs[0])["tokens"] == measuring.run_steps(jobs[1])["tokens"]
+    assert all(len(update.passes) < 6 for updates in fewer for update in updates)
+    tokens = [measuring.run_steps(job)["tokens"] for job in jobs]
+    assert tokens[0] == tokens[1] == tokens[2]
+    assert "--pack_sequences" in training_run.training_command(jobs[2], tmp_path, 2, 1)
 
 
 @pytest.mark.slow
@@ -422,6 +430,10 @@ BAD_FLAGS = {
     "passes": (
         ["--length", "64", "--tokens_per_pass", "0", "63"],
         "--tokens_per_pass 63: expected 0, or 64, the longest sequence, or more",
+    ),
+    "packing": (
+        ["--pack_sequences"],
+        "--pack_sequences: packs joined passes; give --tokens_per_pass",
     ),
     "rounds": (["--rounds", "0"], "--rounds 0: expected at least 1"),
     "updates": (["--updates", "-1"], "--updates -1: expected at least 1"),
