@@ -23,7 +23,8 @@ from torch import nn
 
 from distil.models.checks import evaluating, is_close, some_ids, without_cache
 from distil.models.heads import head_by_convention, path_of
-from utils import InputError, one_line
+from distil.system.failures import naming_failures
+from utils import InputError
 
 NUM_LAYERS = "num_hidden_layers"
 
@@ -76,13 +77,8 @@ def config_with_layers(config, layers: Sequence[int], source: str):
     content |= {key: [content[key][layer] for layer in layers] for key in listed_by_layer(config)}
     content |= ENTRIES.get(config.model_type, lambda config, layers: {})(config, layers)
     content[key_of(config, NUM_LAYERS)] = len(layers)
-    try:
+    with naming_failures(f"{source}: cannot make a configuration of {len(layers)} layers from it"):
         copied = type(config).from_dict(content)
-    except Exception as error:
-        raise InputError(
-            f"{source}: cannot make a configuration of {len(layers)} layers from it"
-            f" ({one_line(error)})"
-        ) from error
     copied._attn_implementation = config._attn_implementation
     return copied
 
@@ -119,13 +115,9 @@ def skeleton(config, is_masked: bool, source: str, trust_remote_code: bool = Fal
     )
     if not (trust_remote_code and auto_class.__name__ in (getattr(config, "auto_map", None) or {})):
         _require_class(config, is_masked, source)
-    try:
-        with torch.device("meta"):
-            return auto_class.from_config(config, trust_remote_code=trust_remote_code)
-    except Exception as error:
-        raise InputError(
-            f"{source}: cannot build a {config.model_type} model from it ({one_line(error)})"
-        ) from error
+    what = f"{source}: cannot build a {config.model_type} model from it"
+    with naming_failures(what), torch.device("meta"):
+        return auto_class.from_config(config, trust_remote_code=trust_remote_code)
 
 
 def _require_class(config, is_masked: bool, source: str) -> None:
@@ -237,16 +229,12 @@ def check_conventions(model: nn.Module, is_masked: bool, source: str) -> None:
     half = ids_BT.shape[1] // 2
     mask_BT = torch.ones_like(ids_BT)
     mask_BT[1, half:] = 0
-    try:
-        with evaluating(model):
-            options = without_cache(model)
-            batch_BTV = model(ids_BT, attention_mask=mask_BT, **options).logits
-            alone_BTV = model(ids_BT[1:, :half], **options).logits
-            unmasked_BTV = model(ids_BT[1:], **options).logits
-    except Exception as error:
-        raise InputError(
-            f"{source}: cannot be called with a mask ({one_line(error)}); take another model"
-        ) from error
+    what = f"{source}: cannot be called with a mask"
+    with naming_failures(what, "; take another model"), evaluating(model):
+        options = without_cache(model)
+        batch_BTV = model(ids_BT, attention_mask=mask_BT, **options).logits
+        alone_BTV = model(ids_BT[1:, :half], **options).logits
+        unmasked_BTV = model(ids_BT[1:], **options).logits
     if not is_close(batch_BTV[1:, :half], alone_BTV):
         raise InputError(
             f"{source}: padding changes what it computes for the real tokens; take another model"

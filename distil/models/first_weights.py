@@ -28,8 +28,9 @@ from distil.models.checks import (
 from distil.models.conventions import NUM_LAYERS, config_with_layers, layer_lists
 from distil.models.heads import replaced
 from distil.models.language_model import build_network, is_untied, linked_biases
+from distil.system.failures import naming_failures
 from distil.system.files import require_file
-from utils import InputError, logger, one_line
+from utils import InputError, is_out_of_memory, logger, one_line
 
 StateDict = Mapping[str, torch.Tensor]
 
@@ -244,12 +245,11 @@ def _read_state_dict(path: str, flag: str) -> dict[str, torch.Tensor]:
         if _is_safetensors(path):
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
     except Exception as error:
-        raise InputError(
-            f"{flag} {path}: not a state dict that can be loaded safely ({one_line(error)})"
-        ) from error
+        if isinstance(error, OSError) or is_out_of_memory(error):
+            raise
+        what = f"{flag} {path}: not a state dict that can be loaded safely"
+        raise InputError(f"{what} ({one_line(error)})") from error
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in state.items()
     ):
@@ -297,12 +297,8 @@ def student_of_layers(teacher: nn.Module, layers: Sequence[int], source: str) ->
             f" {num_layers - 1}"
         )
     config = config_with_layers(teacher.config, layers, source)
-    try:
+    with naming_failures(f"{source}: cannot build a model of {len(layers)} layers"):
         student = type(teacher)(config)
-    except Exception as error:
-        raise InputError(
-            f"{source}: cannot build a model of {len(layers)} layers ({one_line(error)})"
-        ) from error
     student.to(next(teacher.parameters()).dtype)
     _copy_layers(teacher, student, lists, layers, source)
     _check_layers(teacher, student, lists, layers, source)
@@ -345,13 +341,9 @@ def _check_layers(
     """Raise InputError unless the student's logits equal the teacher's without its other layers."""
     cut = with_layers(teacher, lists, layers, student.config)
     ids_BT, options = some_ids(teacher, 1), without_cache(teacher)
-    try:
-        with evaluating(teacher, student, cut):
-            same = is_close(student(ids_BT, **options).logits, cut(ids_BT, **options).logits)
-    except Exception as error:
-        raise InputError(
-            f"{source}: cannot be called with fewer layers ({one_line(error)}); take another model"
-        ) from error
+    what = f"{source}: cannot be called with fewer layers"
+    with naming_failures(what, "; take another model"), evaluating(teacher, student, cut):
+        same = is_close(student(ids_BT, **options).logits, cut(ids_BT, **options).logits)
     if not same:
         raise InputError(
             f"{source}: layers {' '.join(map(str, layers))} compute something else in the student,"

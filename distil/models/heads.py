@@ -12,7 +12,8 @@ from transformers.modeling_outputs import BaseModelOutput
 
 from distil.models.architectures import ARCHITECTURES
 from distil.models.checks import evaluating, is_close, some_ids, without_cache
-from utils import InputError, one_line
+from distil.system.failures import naming_failures
+from utils import InputError
 
 Head = Callable[[torch.Tensor], torch.Tensor]
 
@@ -171,14 +172,11 @@ def head_by_convention(model: nn.Module, source: str) -> AnyHead:
     """
     with evaluating(model):
         ids_BT = some_ids(model, 1)
-        try:
+        what = f"{source}: cannot be called as a language model"
+        with naming_failures(what, "; take another"):
             base, options = model.base_model, without_cache(model.base_model)
             hidden_ND = base(ids_BT, **options).last_hidden_state[0]
             logits_NV = model(ids_BT, **without_cache(model)).logits[0]
-        except Exception as error:
-            raise InputError(
-                f"{source}: cannot be called as a language model ({one_line(error)}); take another"
-            ) from error
         output = path_of(model, model.get_output_embeddings())
         paths = model.base_model_prefix, path_of(model, _decoder_of(model))
         for path in filter(None, dict.fromkeys(paths)):

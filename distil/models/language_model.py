@@ -25,6 +25,7 @@ from distil.models.names import model_folder
 from distil.models.tokenizer_roles import special_ids
 from distil.models.tokenizer_rules import tokenizer_facts
 from distil.models.tokenizers import load_tokenizer
+from distil.system.failures import naming_failures
 from distil.system.files import require_file
 from distil.system.json_files import read_json
 from utils import InputError, logger, one_line
@@ -157,24 +158,20 @@ def load_network(
         row.name if row.is_named else None, name, flag, row.runs_remote_code, return_dict=True
     )
     check_memory(config, lambda: _build(row, config), f"{flag} {name}")
-    with quiet_transformers():
-        try:
-            check_weight_files(name, flag)
-            model, report = _loader(row).from_pretrained(
-                model_folder(name),
-                config=config,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=row.runs_remote_code,
-                weights_only=True,
-            )
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{flag} {name}: its weights could not be loaded ({one_line(error)})"
-            ) from error
+    with (
+        quiet_transformers(),
+        naming_failures(f"{flag} {name}: its weights could not be loaded"),
+    ):
+        check_weight_files(name, flag)
+        model, report = _loader(row).from_pretrained(
+            model_folder(name),
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=row.runs_remote_code,
+            weights_only=True,
+        )
     misfits = [key[0] if isinstance(key, tuple) else key for key in report["mismatched_keys"]]
     of_a_layer = re.compile(rf"(^|\.){re.escape(row.layers.partition('.')[2] or chr(0))}\d+\.")
     extra = [name for name in report["unexpected_keys"] if of_a_layer.search(name)]
@@ -357,16 +354,10 @@ def build_network(
     architecture: Architecture, config, source: str = "--student_config"
 ) -> torch.nn.Module:
     """Build a network with random weights. Raises InputError naming `source`."""
-    with quiet_transformers():
-        try:
-            check_memory(config, lambda: _build(architecture, config), source)
-            return _build(architecture, config)
-        except InputError:
-            raise
-        except Exception as error:  # model classes raise anything on sizes that do not fit
-            raise InputError(
-                f"{source}: cannot build a model from it ({one_line(error)}); correct the JSON"
-            ) from error
+    what = f"{source}: cannot build a model from it"
+    with quiet_transformers(), naming_failures(what, "; correct the JSON"):
+        check_memory(config, lambda: _build(architecture, config), source)
+        return _build(architecture, config)
 
 
 def freeze_embeddings(
@@ -407,12 +398,10 @@ def is_masked_config(config, source: str) -> bool:
 @torch.no_grad()
 def check_forward(model: LanguageModel, token_ids_BT: torch.Tensor) -> None:
     """Raise InputError if a model fails, or computes NaN or infinite values, on a sequence."""
-    try:
+    what = f"{model.source}: the model fails on {token_ids_BT.shape[1]} tokens"
+    with naming_failures(what, "; correct its JSON"):
         hidden_BTD = model.network.base_model(token_ids_BT).last_hidden_state
         logits_NV = model.head(hidden_BTD[0, :1])
-    except Exception as error:
-        where = f"{model.source}: the model fails on {token_ids_BT.shape[1]} tokens"
-        raise InputError(f"{where} ({one_line(error)}); correct its JSON") from error
     if not (torch.isfinite(hidden_BTD).all() and torch.isfinite(logits_NV).all()):
         raise InputError(
             f"{model.source}: the model gives NaN or infinite values before any training; correct"

@@ -18,7 +18,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from distil.models.checks import evaluating, some_ids, without_cache
 from distil.models.conventions import outermost_lists
-from utils import InputError, one_line
+from distil.system.failures import naming_failures
+from utils import InputError
 
 EMBEDDINGS = -1  # in place of a layer: the input of the first block
 PARTS = ("query", "key", "value")
@@ -132,13 +133,9 @@ def probe(model: nn.Module, recording: Callable, layers: Iterable[int], source: 
             " leave it out, or set layerdrop 0 in its configuration"
         )
     ids_BT = some_ids(model, 2)
-    try:
-        with evaluating(model), recording(model, layers) as found:
-            hidden = model.base_model(ids_BT, **without_cache(model.base_model)).last_hidden_state
-    except Exception as error:  # a model's own code can raise anything
-        raise InputError(
-            f"{source}: the layers of a {name} cannot be read ({one_line(error)}); leave it out"
-        ) from error
+    reading = naming_failures(f"{source}: the layers of a {name} cannot be read", "; leave it out")
+    with reading, evaluating(model), recording(model, layers) as found:
+        hidden = model.base_model(ids_BT, **without_cache(model.base_model)).last_hidden_state
     for layer in layers:
         tensors = _tensors(found.get(layer))
         if not tensors or any(x.shape[:2] != hidden.shape[:2] or x.dim() != 3 for x in tensors):

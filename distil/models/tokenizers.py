@@ -28,7 +28,8 @@ from distil.models.tokenizer_folder import (
 )
 from distil.models.tokenizer_roles import OPTIONAL_ROLES, ROLES, special_ids
 from distil.models.tokenizer_rules import tokenizer_facts
-from utils import InputError, logger, naming_panics, one_line
+from distil.system.failures import naming_failures
+from utils import InputError, logger, naming_panics
 
 
 def load_tokenizer(
@@ -45,20 +46,14 @@ def load_tokenizer(
     needs_roles: require a fast tokenizer with tokens for all required roles, for distillation.
     Raises InputError naming `flag`.
     """
-    try:
-        with naming_panics(f"{flag} {name}"):
-            files = find_files(name, flag)
-            folder = TokenizerFolder(architecture, name, flag, files, casing)
-            tokenizer = of_file(folder) if FILE in files else of_vocabulary(folder)
-            check_flags(tokenizer, folder)
-            if needs_roles:
-                _check_roles(tokenizer, folder)
-    except InputError:
-        raise
-    except Exception as error:  # loaders can raise anything on damaged files
-        raise InputError(
-            f"{flag} {name}: no tokenizer could be loaded ({one_line(error)})"
-        ) from error
+    naming = naming_failures(f"{flag} {name}: no tokenizer could be loaded")
+    with naming, naming_panics(f"{flag} {name}"):
+        files = find_files(name, flag)
+        folder = TokenizerFolder(architecture, name, flag, files, casing)
+        tokenizer = of_file(folder) if FILE in files else of_vocabulary(folder)
+        check_flags(tokenizer, folder)
+        if needs_roles:
+            _check_roles(tokenizer, folder)
     return tokenizer
 
 
@@ -67,20 +62,12 @@ def load_tokenizer_of_2019(architecture: Architecture, name: str, flag: str, cas
 
     Raises InputError naming `flag` where the folder's own tokenizer.json gives other ids.
     """
-    try:
-        with naming_panics(f"{flag} {name}"):
-            files = find_files(name, flag)
-            folder = TokenizerFolder(architecture, name, flag, files, casing)
-            tokenizer = of_2019(folder)
-            check_flags(tokenizer, folder)
-    except InputError:
-        raise
-    except Exception as error:
-        remedy = "; pass --tokenizer_type auto" if FILE in files else ""
-        raise InputError(
-            f"{flag} {name}: no {architecture.name} tokenizer could be loaded"
-            f" ({one_line(error)}){remedy}"
-        ) from error
+    files, what = find_files(name, flag), f"no {architecture.name} tokenizer could be loaded"
+    remedy = "; pass --tokenizer_type auto" if FILE in files else ""
+    with naming_failures(f"{flag} {name}: {what}", remedy), naming_panics(f"{flag} {name}"):
+        folder = TokenizerFolder(architecture, name, flag, files, casing)
+        tokenizer = of_2019(folder)
+        check_flags(tokenizer, folder)
     return load_tokenizer(architecture, name, flag, casing) if FILE in files else tokenizer
 
 

@@ -25,6 +25,7 @@ from distil.models.names import model_folder
 from distil.reporting.machine import describe_machine
 from distil.reporting.plan import Plan
 from distil.reporting.tables import digits, markdown, plain
+from distil.system.failures import naming_failures
 from distil.tasks.fine_tuning import inputs_of
 from distil.tasks.loading import load_any_tokenizer, longest_input
 from utils import InputError, logger, one_line
@@ -132,23 +133,16 @@ def load_base(name: str, flag: str) -> torch.nn.Module:
     """Load a model without its head, float32, in eval mode. Raises InputError naming `flag`."""
     config = load_config(None, name, flag)
     check_memory(config, lambda: transformers.AutoModel.from_config(config), f"{flag} {name}")
-    with quiet_transformers():
-        try:
-            check_weight_files(name, flag)
-            model = transformers.AutoModel.from_pretrained(
-                model_folder(name),
-                config=config,
-                dtype=torch.float32,
-                trust_remote_code=False,
-                weights_only=True,
-            )
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{flag} {name}: its weights could not be loaded ({one_line(error)}); take another"
-                " copy"
-            ) from error
+    what = f"{flag} {name}: its weights could not be loaded"
+    with quiet_transformers(), naming_failures(what, "; take another copy"):
+        check_weight_files(name, flag)
+        model = transformers.AutoModel.from_pretrained(
+            model_folder(name),
+            config=config,
+            dtype=torch.float32,
+            trust_remote_code=False,
+            weights_only=True,
+        )
     # A causal model would copy its keys and values for a next token.
     model.config.use_cache = False
     return model.eval()

@@ -9,8 +9,9 @@ import transformers
 from distil.models.hub import load_config, quiet_transformers, weight_files
 from distil.models.names import short_name
 from distil.models.tokenizer_rules import vocabulary_fingerprint
+from distil.system.failures import naming_failures
 from distil.tasks.loading import load_any_tokenizer, longest_input
-from utils import InputError, one_line
+from utils import InputError
 
 
 def count_parameters(config) -> tuple[int, int, str]:
@@ -52,19 +53,11 @@ def measure_size(role: str, name: str) -> dict:
             f"--{role} {name}: has neither model.safetensors nor pytorch_model.bin; name a whole"
             " model"
         )
-    try:
+    with naming_failures(f"--{role} {name}: its weights could not be read", "; take another copy"):
         dtypes = dtypes_of(files)
-    except Exception as error:  # safetensors raises errors of several kinds
-        raise InputError(
-            f"--{role} {name}: its weights could not be read ({one_line(error)}); take another copy"
-        ) from error
-    try:
+    what = f"--{role} {name}: no model can be made of its config.json"
+    with naming_failures(what, "; correct it"):
         base, whole, kind = count_parameters(config)
-    except Exception as error:  # contradicting sizes raise errors of many kinds
-        raise InputError(
-            f"--{role} {name}: no model can be made of its config.json ({one_line(error)});"
-            " correct it"
-        ) from error
     return {
         "name": short_name(name),
         "path": name,

@@ -15,7 +15,8 @@ from distil.models.language_model import is_masked_config, resolve_architecture
 from distil.models.names import model_folder
 from distil.models.tokenizer_rules import difference
 from distil.models.tokenizers import load_tokenizer
-from utils import InputError, and_others, one_line
+from distil.system.failures import naming_failures
+from utils import InputError, and_others
 
 
 def load_any_tokenizer(name: str, flag: str, casing: Casing | None = None):
@@ -54,24 +55,18 @@ def load_for_task(
     config = options.pop("config", None)
     config = load_config(None, name, flag, **options) if config is None else config
     check_memory(config, lambda: auto_class.from_config(config), f"{flag} {name}")
-    with quiet_transformers():
-        try:
-            check_weight_files(name, flag)
-            model, report = auto_class.from_pretrained(
-                model_folder(name),
-                config=config,
-                dtype=torch.float32,
-                output_loading_info=True,
-                ignore_mismatched_sizes=True,
-                trust_remote_code=False,
-                weights_only=True,
-            )
-        except InputError:
-            raise
-        except Exception as error:
-            raise InputError(
-                f"{flag} {name}: could not be loaded with a head for the task ({one_line(error)})"
-            ) from error
+    what = f"{flag} {name}: could not be loaded with a head for the task"
+    with quiet_transformers(), naming_failures(what):
+        check_weight_files(name, flag)
+        model, report = auto_class.from_pretrained(
+            model_folder(name),
+            config=config,
+            dtype=torch.float32,
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
+            trust_remote_code=False,
+            weights_only=True,
+        )
     prefix = f"{model.base_model_prefix}."
     absent = sorted({*report["missing_keys"], *(key[0] for key in report["mismatched_keys"])})
     # Language models have no pooler: fine-tuning learns it together with the head.

@@ -15,7 +15,8 @@ from torch import nn
 from distil.data.batches import MicroBatch
 from distil.models.checks import evaluating, some_of
 from distil.models.heads import prediction_head
-from utils import InputError, logger, one_line
+from distil.system.failures import naming_failures
+from utils import InputError, logger
 
 NUMBER = re.compile(r"\d+")
 
@@ -38,12 +39,13 @@ def freeze_unused(
     trained, or not by several ranks.
     """
     trained = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    with _naming_failures(source, batch), _without_draws(model), evaluating(model):
+    what = f"{source}: the model cannot be trained on {batch.input_ids_BT.shape[1]} tokens"
+    with naming_failures(what, "; take another"), _without_draws(model), evaluating(model):
         total = _loss(model, teacher, batch, teacher_head)
         grads = torch.autograd.grad(total, list(trained.values()), allow_unused=True)
         del total
     if world_size > 1:
-        with _naming_failures(source, batch), _without_draws(model):
+        with naming_failures(what, "; take another"), _without_draws(model):
             _check_buffers(model, teacher, batch, teacher_head, source)
     missing = [name for name, grad in zip(trained, grads, strict=True) if grad is None]
     used = {NUMBER.sub("", name) for name in trained.keys() - set(missing)}
@@ -105,20 +107,6 @@ def _without_draws(model: nn.Module) -> Iterator[None]:
     device = next(model.parameters()).device
     with torch.random.fork_rng([device] if device.type == "cuda" else []):
         yield
-
-
-@contextlib.contextmanager
-def _naming_failures(source: str, batch: MicroBatch) -> Iterator[None]:
-    try:
-        yield
-    except InputError:
-        raise
-    except Exception as error:  # a model's own code can raise anything
-        length = batch.input_ids_BT.shape[1]
-        raise InputError(
-            f"{source}: the model cannot be trained on {length} tokens ({one_line(error)}); take"
-            " another"
-        ) from error
 
 
 def reaching_all(

@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from distil.models.checks import TOLERANCE, evaluating, some_ids, without_cache
-from utils import InputError, one_line
+from distil.system.failures import naming_failures
+from utils import InputError
 
 ID_ENTRY = re.compile(r"(^|_)token_ids?$")  # pad_token_id, eos_token_id, suppress_token_ids, ..
 
@@ -56,12 +57,8 @@ def trim_network(
     num_rows, config.vocab_size = config.vocab_size, len(kept_K)
     _renumber(config, new_of)
     config._attn_implementation = network.config._attn_implementation
-    try:
+    with naming_failures(f"{source}: no model of {len(kept_K)} entries can be built"):
         trimmed = type(network)(config)
-    except Exception as error:
-        raise InputError(
-            f"{source}: no model of {len(kept_K)} entries can be built ({one_line(error)})"
-        ) from error
     trimmed.to(next(network.parameters()).dtype)
     if getattr(network, "generation_config", None) is not None:
         trimmed.generation_config = copy.deepcopy(network.generation_config)
