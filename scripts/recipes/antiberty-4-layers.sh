@@ -15,7 +15,7 @@
 # Of 5,345 chains (616,000 residues):
 #   disk    0.2 GB of package and teacher, 0.1 GB of the first student, 0.84 GB of the run (13 M parameters)
 #   hours   120 updates of 16 chains (STEPS=120) took 4 minutes without teacher, 6 with the triple, 8 with relations, on one of
-#           two busy cores (bf16); the study makes 72 such trainings
+#           two busy cores (bf16); the study makes 84 such trainings
 #   memory  not measured
 # PLAN=1 tells hours, memory and disk of the training, measured here. common.sh explains all settings.
 set -euo pipefail
@@ -109,7 +109,7 @@ stage_study() {
     stage_data
     program scripts/study.py --teacher "$TEACHER" --data_file "$CORPUS" --held_out "$HELD_OUT_FILE" \
         --title "AntiBERTy (8 to $NUM_LAYERS layers)" --output "$OUT/study" --variants "${VARIANTS[@]}" \
-        --learning_rates 5e-4 1e-3 --seeds 56 57 58 59 60 --max_steps 120 --processes 2 \
+        --learning_rates 1.25e-4 2.5e-4 5e-4 --seeds 56 57 58 59 60 --max_steps 120 --processes 2 \
         --train_flags "--batch_size 16 --gradient_accumulation_steps 1 --bf16 --relation_heads 8" \
         ${STUDY_FLAGS[@]+"${STUDY_FLAGS[@]}"}
 }
