@@ -493,13 +493,16 @@ esac
 """
 
 
+TYPED = ["bert-as-typed", "bert-packed"]
+
+
 @pytest.mark.parametrize("can_compile", [True, False])
 @pytest.mark.parametrize(
     "device, stage, names",
     [
-        ("cpu", None, ["bert-as-typed", "bert", "bert-end-to-end"]),
-        ("cuda", None, ["bert-as-typed", *PAIRS, "bert-mix", "bert-end-to-end"]),
-        ("cuda", 1, ["bert-as-typed"]),
+        ("cpu", None, [*TYPED, "bert", "bert-end-to-end"]),
+        ("cuda", None, [*TYPED, *PAIRS, "bert-mix", "bert-end-to-end"]),
+        ("cuda", 1, TYPED),
         ("cuda", 4, ["gpt2"]),
         ("cuda", 6, ["bert-mix"]),
     ],
@@ -535,8 +538,9 @@ def test_the_command_lines_of_the_gpu_script_are_right(device, stage, names, can
     for name, line in zip(names, lines, strict=True):
         assert line[line.index("--device") + 1] == device
         args = benchmark.parse([*line, "--device", "cpu"])  # the last one counts
-        is_compiled = can_compile and not (device == "cpu" and name == "bert-as-typed")
+        is_compiled = can_compile and not (device == "cpu" and name in TYPED)
         assert args.compile == is_compiled and args.end_to_end == (name == "bert-end-to-end")
+        assert args.pack_sequences == (name == "bert-packed")
         assert args.reference == (name in (*PAIRS, "bert-mix"))
         assert args.reference_precision == (["fp32", "bf16"] if args.reference else ["fp32"])
 
