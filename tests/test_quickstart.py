@@ -35,7 +35,7 @@ def own_records(own_text):
     return path
 
 
-@pytest.mark.parametrize("kind", ["bert", "gpt2", "qwen3"])
+@pytest.mark.parametrize("kind", ["bert", pytest.param("gpt2", marks=pytest.mark.long), "qwen3"])
 def test_own_text_and_teacher_give_the_table(
     kind, own_text, teachers, tmp_path, capfd, monkeypatch
 ):

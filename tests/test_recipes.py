@@ -188,8 +188,13 @@ def run_of(request, site):
     pool.shutdown(cancel_futures=True)
 
 
+LONG = ("distilbert-base-german-cased.sh", "qwen3-0.6b-14-layers.sh")  # a minute each
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", SETTINGS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.long] * (name in LONG)) for name in SETTINGS]
+)
 def test_a_recipe_runs_from_documents_to_report(name, run_of):
     settings, auto_class = SETTINGS[name]
     out = run_of(name)
