@@ -92,10 +92,10 @@ class Study:
         except ValueError as error:
             raise InputError(f"{path}: {error}; remove the folder to begin anew") from error
         is_begun = state["rows"] or (self.folder / "runs").exists()
-        fixed = set(IDENTITY) - set(() if is_begun else OF_TRAININGS)
+        fixed = [name for name in IDENTITY if is_begun or name not in OF_TRAININGS]
         changed = [name for name in fixed if state["identity"].get(name) != identity[name]]
         if changed:
-            name = min(changed)
+            name = changed[0]
             raise InputError(
                 f"--{name} {identity[name]}: the study in {self.folder} has"
                 f" {state['identity'].get(name)}; give that, or another --output"

@@ -178,8 +178,8 @@ def make_trainer(args: argparse.Namespace, config: TrainConfig) -> Trainer:
     prepare = make_preparation(model, config.token_counts, *drawn)
     held_out = read_held_out(config.eval_data_file, model, config.max_length)
     files.require_unchanged(one.tokens for one in (dataset, held_out and held_out.dataset) if one)
-    # As the teacher of its own, which no objective reads: a resumed training compares the weights
-    # that it begins with, as train.py compares a teacher's.
+    # The model is its own teacher, which no objective reads: a resumed training compares the
+    # weights that it begins with, as train.py compares a teacher's.
     models = model, model
     trainer = Trainer(config, runtime, *models, dataset, prepare, held_out, None, files)
     trainer.identity["head_only"] = head_only(args)

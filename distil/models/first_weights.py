@@ -30,7 +30,7 @@ from distil.models.heads import replaced
 from distil.models.language_model import build_network, is_untied, linked_biases
 from distil.system.failures import naming_failures
 from distil.system.files import require_file
-from utils import InputError, is_out_of_memory, logger, one_line
+from utils import InputError, logger
 
 StateDict = Mapping[str, torch.Tensor]
 
@@ -241,15 +241,11 @@ def _misfits(given: StateDict, own: StateDict) -> dict[str, list[str]]:
 def _read_state_dict(path: str, flag: str) -> dict[str, torch.Tensor]:
     require_file(path, flag)
     check_archive(path, f"{flag} {path}")
-    try:
+    what = f"{flag} {path}: not a state dict that can be loaded safely"
+    with naming_failures(what, passing=(OSError,)):
         if _is_safetensors(path):
             return safetensors.torch.load_file(path)
         state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        if isinstance(error, OSError) or is_out_of_memory(error):
-            raise
-        what = f"{flag} {path}: not a state dict that can be loaded safely"
-        raise InputError(f"{what} ({one_line(error)})") from error
     if not isinstance(state, Mapping) or not all(
         isinstance(key, str) and isinstance(t, torch.Tensor) for key, t in state.items()
     ):

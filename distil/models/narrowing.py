@@ -24,7 +24,8 @@ from distil.models.checks import evaluating, is_close, some_ids, without_cache
 from distil.models.conventions import key_of, layer_lists
 from distil.models.forward import last_hidden_state
 from distil.models.layer_readings import blocks_of
-from utils import InputError, one_line
+from distil.system.failures import naming_failures
+from utils import InputError
 
 
 @dataclasses.dataclass(frozen=True)
@@ -273,12 +274,8 @@ def narrowed(model: nn.Module, wanted: Sizes, importance: Importance, source: st
     """
     own, parts = Sizes.of(model.config), parts_of(model)
     kept = choose(importance, own, wanted)
-    try:
+    with naming_failures(f"{source}: cannot build a model of these sizes"):
         student = type(model)(_config_of(model.config, wanted))
-    except Exception as error:  # model classes raise anything on sizes that they do not support
-        raise InputError(
-            f"{source}: cannot build a model of these sizes ({one_line(error)})"
-        ) from error
     student.to(next(model.parameters()).dtype)
     (path,) = layer_lists(model, source)
     state, target = model.state_dict(), student.state_dict()

@@ -21,6 +21,7 @@ from distil.models.hub import fetch_files, quiet_transformers, read_model_json
 from distil.models.tokenizer_roles import role_tokens
 from distil.models.tokenizer_rules import casing_of, other_ids, rules_of
 from distil.models.vocabulary_files import check_vocabulary_files
+from distil.system.failures import naming_failures
 from utils import InputError, logger, naming_panics, one_line
 
 FILE, CONFIG, SPECIAL_MAP = "tokenizer.json", "tokenizer_config.json", "special_tokens_map.json"
@@ -98,12 +99,8 @@ def find_files(name: str, flag: str, wanted: Sequence[str] = FILES) -> dict[str,
 
 def of_file(folder: TokenizerFolder):
     """Load tokenizer.json as it stands, in the class that AutoTokenizer takes if that agrees."""
-    try:
+    with naming_failures(f"{folder.source}: {FILE} could not be read", "; take another copy"):
         backend = tokenizers.Tokenizer.from_file(folder.files[FILE])
-    except Exception as error:
-        raise InputError(
-            f"{folder.source}: {FILE} could not be read ({one_line(error)}); take another copy"
-        ) from error
     if getattr(backend.model, "dropout", None):
         raise InputError(
             f"{folder.source}: the model of its {FILE} has dropout {backend.model.dropout:g}, which"

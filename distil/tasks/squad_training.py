@@ -18,6 +18,7 @@ from distil.models.export import MODEL_FILES, tokenizer_for
 from distil.models.hub import load_config
 from distil.models.language_model import max_input_length
 from distil.models.tokenizers import load_tokenizer
+from distil.system.failures import naming_failures
 from distil.system.files import is_regular, remove_files
 from distil.tasks.agreement import deviations_of_luck
 from distil.tasks.fine_tuning import Trainer, inputs_of, training_arguments
@@ -26,7 +27,7 @@ from distil.tasks.squad import read_questions
 from distil.tasks.squad_evaluation import Evaluation, limits_of
 from distil.tasks.squad_options import checkpoint_to_resume, checkpoints_in, data_path
 from distil.tasks.squad_spans import Window, WindowDataset, make_windows
-from utils import InputError, logger, one_line
+from utils import InputError, logger
 
 TRAINING_FLAGS = (
     *("learning_rate", "gradient_accumulation_steps", "weight_decay", "adam_epsilon"),
@@ -240,13 +241,9 @@ def require_readable(checkpoint: Path) -> None:
         "scheduler.pt": read,
     }
     for name, reader in readers.items():
-        try:
+        what = f"--model_name_or_path {checkpoint}: its {name} can't be read"
+        with naming_failures(what, "; take an earlier checkpoint"):
             reader(str(checkpoint / name))
-        except Exception as error:  # loaders can raise anything on damaged files
-            raise InputError(
-                f"--model_name_or_path {checkpoint}: its {name} can't be read ({one_line(error)});"
-                " take an earlier checkpoint"
-            ) from error
 
 
 def train(args: argparse.Namespace, trainer: SpanTrainer) -> None:
