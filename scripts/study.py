@@ -32,11 +32,11 @@ from distil.models.language_model import load_language_model, resolve_by_name
 from distil.models.names import short_name
 from distil.reporting.scores import read_all_scores
 from distil.reporting.task_runs import RunSettings, run_missing, run_problems
-from distil.study.measures import HeldOutText, costs, load_student, require_trainable
+from distil.study.measures import HeldOutText, costs, load_student, read_trainable
 from distil.study.options import chosen, parse
 from distil.study.runs import Job, run_folder, run_jobs, run_to_end, words_of
 from distil.study.summary import Row, conclusion, draw, table
-from distil.study.variants import RANDOM, STUDENTS, train_flags, variants
+from distil.study.variants import RANDOM, train_flags
 from distil.system.files import atomic_path, require_output, write_json
 from distil.system.json_files import load_json
 from distil.system.locks import lock_file
@@ -46,7 +46,6 @@ from lm_seqs_dataset import LmSeqsDataset
 from utils import InputError, bar_options, logger, raise_problems, run_program, setup_logging
 
 MARKER, LOCK = "study.json", "study.lock"
-MASK_PROP = 0.15
 PARTS = ("first", "teacher", "rows", "tasks")  # of study.json
 # Flags that make figures incomparable: a study continues only with the same.
 IDENTITY = (
@@ -66,9 +65,7 @@ class Study:
         architecture = resolve_by_name(args.teacher, "--teacher")
         self.teacher = load_language_model(architecture, args.teacher, "--teacher")
         self.is_masked = self.teacher.is_masked
-        self.names = chosen(args, self.is_masked)
-        known = variants(self.is_masked)
-        self.variants = {name: known[name] for name in self.names}
+        self.variants = chosen(args, self.is_masked)
         given = self.teacher, args.max_length
         held_out = LmSeqsDataset.from_file(args.held_out, *given, "--held_out")
         self.held_out = HeldOutText(held_out, self.teacher, args.num_held_out)
@@ -85,7 +82,7 @@ class Study:
                 raise InputError(
                     f"--output {self.folder}: holds files that no study made; choose another folder"
                 )
-            return {"identity": identity, **{name: {} for name in PARTS}}
+            return {"identity": identity, "own": self.args.own, **{name: {} for name in PARTS}}
         shape = {"identity": dict, **dict.fromkeys(PARTS, dict)}
         try:
             state = load_json(path, shape)
@@ -100,7 +97,18 @@ class Study:
                 f"--{name} {identity[name]}: the study in {self.folder} has"
                 f" {state['identity'].get(name)}; give that, or another --output"
             )
-        return state | {"identity": identity}
+        own = state.get("own", {})
+        for name, flags in self.args.own.items():
+            if own.get(name, flags) != flags and self._has_begun(name):
+                raise InputError(
+                    f"--own {name}: the study in {self.folder} has it with"
+                    f" {shlex.join(words_of(own[name]))}; give that, or another name"
+                )
+        return state | {"identity": identity, "own": own | self.args.own}
+
+    def _has_begun(self, name: str) -> bool:
+        runs = self.folder.glob(f"runs/{name}-*")
+        return self.first(name).exists() or any(runs)
 
     def save(self) -> None:
         """Write the finished rows."""
@@ -112,11 +120,11 @@ class Study:
         """Make first students and token counts, and measure the first weights and the teacher."""
         self.state = self._claim()  # locked now: another study may have ended since
         self.save()
-        num_layers, data = self.teacher.network.config.num_hidden_layers, self.args.data_file
-        for kind in dict.fromkeys(["half", *(v.student for v in self.variants.values())]):
+        of_teacher = self.teacher.network.config.num_hidden_layers, self.args.data_file
+        for kind, variant in {v.student: v for v in self.variants.values()}.items():
             folder = self.first(kind)
             if kind != RANDOM and not folder.exists():
-                flags = {"--teacher": self.args.teacher, **STUDENTS[kind](num_layers, data)}
+                flags = {"--teacher": self.args.teacher, **variant.extract_flags(*of_teacher)}
                 words = shlex.split(self.args.extract_flags or "")
                 words += words_of({**flags, "--output": folder})
                 run_to_end("scripts/extract.py", words, self.log("first"))
@@ -133,12 +141,12 @@ class Study:
             run_to_end("scripts/token_counts.py", words_of(flags), self.log("counts"))
         loaded = {kind: load_student(self.first(kind)) for kind in self.state["first"]}
         networks = {k: loaded.get(v.student, loaded["half"]) for k, v in self.variants.items()}
-        self.costs = costs(self.variants, networks, self.teacher, self.dataset, MASK_PROP)
+        first = self.args.seeds[0], self.args.learning_rates[0]
+        words = {name: self.job(name, *first).words for name in self.variants}
+        configs = read_trainable(words, networks, self.teacher)
+        self.costs = costs(configs, networks, self.teacher, self.dataset)
         if self.costs is None and self.args.equal == "flops":
             raise InputError("--equal flops: not known for these models; compare equal updates")
-        first = self.args.seeds[0], self.args.learning_rates[0]
-        words = {name: self.job(name, *first).words for name in self.names}
-        require_trainable(words, networks, self.teacher)
 
     def first(self, kind: str) -> Path:
         """Name the folder of a kind of first student."""
@@ -158,7 +166,7 @@ class Study:
     def job(self, name: str, seed: int, rate: float) -> Job:
         """Plan one training."""
         args, variant = self.args, self.variants[name]
-        cost = self.costs[name] if args.equal == "flops" else 1.0
+        cost = self.costs[name] if args.equal == "flops" and self.costs else 1.0
         updates = max(round(args.max_steps / cost), 1)
         folder = run_folder(self.folder, name, seed, rate)
         if variant.student == RANDOM:
@@ -217,8 +225,8 @@ class Study:
         """Train every variant: all rates with the first seed, then the best with the others."""
         first, *others = self.args.seeds
         rates = self.args.learning_rates
-        self.train([self.job(name, first, rate) for rate in rates for name in self.names])
-        chosen_rates = {name: self.rate_of(name) for name in self.names}
+        self.train([self.job(name, first, rate) for rate in rates for name in self.variants])
+        chosen_rates = {name: self.rate_of(name) for name in self.variants}
         self.train(
             [self.job(name, seed, rate) for seed in others for name, rate in chosen_rates.items()]
         )
@@ -265,7 +273,7 @@ class Study:
     def run_tasks(self) -> None:
         """Fine-tune teacher and students on the tasks; keep the scores."""
         models = {"teacher": self.args.teacher}
-        for name in self.names:
+        for name in self.variants:
             jobs = [self.job(name, seed, self.rate_of(name)) for seed in self.args.seeds]
             models |= {job.name: str(job.folder / "model") for job in jobs}
         flags = self.args.data_dir, None, None, None, self.args.task_flags

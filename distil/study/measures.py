@@ -19,8 +19,7 @@ from distil.flops import count_update
 from distil.kept_rows import KeptRows
 from distil.models.language_model import LanguageModel, load_network, resolve_by_name
 from distil.objectives import LOSSES
-from distil.study.variants import Variant
-from distil.training.config import parse_config
+from distil.training.config import TrainConfig, parse_config
 from distil.training.models import objective_options
 from utils import InputError
 
@@ -77,13 +76,14 @@ def load_student(folder: Path):
     return load_network(resolve_by_name(path, "--student"), path, "--student").eval()
 
 
-def require_trainable(
+def read_trainable(
     words: Mapping[str, Sequence[str]], networks: Mapping[str, nn.Module], teacher: LanguageModel
-) -> None:
+) -> dict[str, TrainConfig]:
     """Read each variant's words of train.py, and make its objectives for its first student.
 
     Raises InputError naming the variant, hours before its training would.
     """
+    configs = {}
     for name, own in words.items():
         try:
             config, student = parse_config(own), networks[name]
@@ -95,27 +95,29 @@ def require_trainable(
             raise InputError(
                 f"{error} (the variant {name}; change --train_flags, or leave it out by --variants)"
             ) from error
+        configs[name] = config
+    return configs
 
 
 def costs(
-    variants: Mapping[str, Variant],
+    configs: Mapping[str, TrainConfig],
     networks: Mapping[str, nn.Module],
     teacher: LanguageModel,
     dataset,
-    mask_prop: float,
 ) -> dict[str, float] | None:
     """Count each variant's model FLOPs of an update against the first's; None where unknown.
 
-    networks: each variant's first student. dataset: an LmSeqsDataset.
+    configs: of a run of each. networks: their first students. dataset: an LmSeqsDataset.
     """
     some = np.linspace(0, len(dataset.lengths) - 1, COST_SEQUENCES).astype(np.int64)
     ids_BT, _ = dataset.collate(some[:1])
     found = {}
-    for name, variant in variants.items():
-        sizes = networks[name], teacher.network, list(variant.alphas), ids_BT, mask_prop, False
-        counted = count_update(*sizes)
+    for name, config in configs.items():
+        rows = config.mlm_mask_prop, config.restrict_ce_to_mask
+        counted = count_update(networks[name], teacher.network, config.active, ids_BT, *rows)
         if counted is None:
             return None
-        found[name] = counted.of_batch(dataset.lengths[some])
+        num_sequences = config.batch_size * config.gradient_accumulation_steps
+        found[name] = counted.of_batch(dataset.lengths[some]) * num_sequences
     first = next(iter(found.values()))
     return {name: value / first for name, value in found.items()}

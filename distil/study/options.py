@@ -3,7 +3,7 @@
 import argparse
 import shlex
 
-from distil.study.variants import REFERENCE, variants
+from distil.study.variants import REFERENCE, Variant, own_variant, read_own, variants
 from utils import InputError, OneLineParser
 
 DESCRIPTION = (
@@ -23,6 +23,7 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if problem := _problem(args):
         raise InputError(problem)
     args.seeds = list(dict.fromkeys(args.seeds))
+    args.own = dict(map(read_own, args.own))
     return args
 
 
@@ -53,6 +54,14 @@ def _add_plan(add) -> None:
         metavar="NAME",
         help="rows to compare; the reference and the row without teacher are always there"
         " (default: all)",
+    )
+    add(
+        "--own",
+        nargs="+",
+        default=[],
+        metavar="NAME=FLAGS",
+        help="further rows: the triple but for these flags of train.py, and of extract.py for the"
+        " first student's layers and widths, such as 'deep=--alpha_mlm 0 --alpha_hid 1'",
     )
     add("--seeds", type=int, nargs="+", default=[56, 57, 58], help="(default: 56 57 58)")
     add("--max_steps", type=int, default=1000, help="updates of the reference (default: 1000)")
@@ -116,18 +125,18 @@ def _problem(args: argparse.Namespace) -> str | None:
     return None
 
 
-def chosen(args: argparse.Namespace, is_masked: bool) -> list[str]:
-    """List the variants' names: the reference, the row without teacher, then the chosen.
+def chosen(args: argparse.Namespace, is_masked: bool) -> dict[str, Variant]:
+    """Return the variants by name: the reference, the row without teacher, the chosen, one's own.
 
     Raises InputError for those of the other kind of model.
     """
     known = variants(is_masked)
-    names = list(dict.fromkeys([*list(known)[:2], *(args.variants or known)]))
-    for name in names:
-        if name not in known:
-            raise InputError(
-                f"--variants {name}: not for a {'masked' if is_masked else 'causal'} teacher;"
-                " leave it out"
-            )
-    assert names[0] == REFERENCE
-    return names
+    wrong = [name for name in args.variants or [] if name not in known]
+    if wrong:
+        raise InputError(
+            f"--variants {wrong[0]}: not for a {'masked' if is_masked else 'causal'} teacher;"
+            " leave it out"
+        )
+    found = {name: known[name] for name in [*list(known)[:2], *(args.variants or known)]}
+    assert next(iter(found)) == REFERENCE
+    return found | {name: own_variant(name, flags, is_masked) for name, flags in args.own.items()}

@@ -6,9 +6,12 @@ divergence. Imports no torch.
 """
 
 import dataclasses
+import shlex
 from collections.abc import Mapping
 
 from distil.objectives import LOSSES
+from distil.study.runs import words_of
+from utils import InputError
 
 REFERENCE, NO_TEACHER = "triple", "no_teacher"
 TRIPLES: dict[bool, dict[str, object]] = {  # by "is masked"
@@ -23,13 +26,18 @@ class Variant:
     """One row of a study.
 
     title: for people. alphas: objective -> weight; the others are off. flags: further ones of
-    train.py. student: a row of STUDENTS.
+    train.py. student: a row of STUDENTS, or the name of one that first_flags, of extract.py, make.
     """
 
     title: str
     alphas: Mapping[str, float]
     flags: Mapping[str, object] = dataclasses.field(default_factory=dict)
     student: str = "half"
+    first_flags: Mapping[str, object] = dataclasses.field(default_factory=dict)
+
+    def extract_flags(self, num_layers: int, data_file: str) -> Mapping[str, object]:
+        """Return the flags of extract.py that make the first student of this teacher."""
+        return self.first_flags or STUDENTS[self.student](num_layers, data_file)
 
 
 # First students: (number of the teacher's layers, data file) -> flags of extract.py.
@@ -78,7 +86,62 @@ def variants(is_masked: bool) -> dict[str, Variant]:
     return found
 
 
+# ---- rows of one's own ---------------------------------------------------------------------------
+
+FIRST_FLAGS = {  # those of extract.py
+    *("--num_layers", "--layers", "--choose_layers"),
+    *("--hidden_size", "--intermediate_size", "--num_heads", "--importance_file"),
+}
+OF_STUDY = {  # what a study gives each training
+    *("--student", "--student_config", "--teacher_name", "--data_file", "--token_counts"),
+    *("--max_length", "--learning_rate", "--max_steps", "--seed", "--dump_path", "--resume"),
+}
+
+
+def read_own(text: str) -> tuple[str, dict[str, list[str]]]:
+    """Read NAME=FLAGS: the name, and flag -> values. Raises InputError."""
+    name, _, words = text.partition("=")
+    taken = {**variants(True), **variants(False), **STUDENTS, RANDOM: None}
+    if not name.isidentifier() or name in taken:
+        raise InputError(
+            f"--own {text}: expected NAME=FLAGS, a name of letters, digits and _ that no variant"
+            " and no first student has"
+        )
+    try:
+        words = shlex.split(words)
+    except ValueError as error:
+        raise InputError(f"--own {text}: {error}; close the quotation mark") from error
+    flags: dict[str, list[str]] = {}
+    for word in words:
+        flag, is_joined, value = word.partition("=")
+        if word.startswith("--"):
+            values = flags[flag] = [value] if is_joined else []
+        elif flags:
+            values.append(word)
+        else:
+            raise InputError(f"--own {text}: {word} is no flag; expected NAME=FLAGS")
+    if not flags or OF_STUDY & flags.keys():
+        found = ", ".join(sorted(OF_STUDY & flags.keys())) or "no flag"
+        raise InputError(
+            f"--own {text}: {found}; expected flags of train.py that are not the study's own, or of"
+            f" extract.py: {', '.join(sorted(FIRST_FLAGS))}"
+        )
+    return name, flags
+
+
+def own_variant(name: str, flags: Mapping[str, list[str]], is_masked: bool) -> Variant:
+    """Make a row of one's own: the triple loss, but for its flags."""
+    title = f"triple with {shlex.join(words_of(flags))}"
+    first = {flag: values for flag, values in flags.items() if flag in FIRST_FLAGS}
+    of_training = {flag: values for flag, values in flags.items() if flag not in FIRST_FLAGS}
+    student = name if first else "half"
+    return Variant(title, TRIPLES[is_masked], of_training, student, first)
+
+
+# ---- command lines -------------------------------------------------------------------------------
+
+
 def train_flags(variant: Variant, is_masked: bool) -> dict[str, object]:
-    """Return a variant's flags of train.py; None for a flag without a value."""
+    """Return a variant's flags of train.py, as words_of writes them."""
     alphas = {f"--alpha_{name}": variant.alphas.get(name, 0.0) for name in LOSSES}
     return {**alphas, **({"--mlm": None} if is_masked else {}), **variant.flags}

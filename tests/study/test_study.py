@@ -13,7 +13,7 @@ import study
 from distil.models.architectures import ARCHITECTURES
 from distil.models.language_model import load_language_model
 from distil.study import runs
-from distil.study.measures import HeldOutText
+from distil.study.measures import HeldOutText, costs
 from distil.study.options import chosen, parse
 from distil.study.runs import Job, log_of, run_jobs
 from distil.study.summary import Row, Spread, conclusion, table, verdict
@@ -50,7 +50,7 @@ def test_the_reference_is_the_readmes_triple_and_comes_first():
         Variant("triple loss", {"ce": 5.0, "mlm": 2.0, "cos": 1.0}),
     )
     args = parse([*NEEDED, "--variants", "mse_alone"])
-    assert chosen(args, is_masked=True) == [REFERENCE, NO_TEACHER, "mse_alone"]
+    assert [*chosen(args, is_masked=True)] == [REFERENCE, NO_TEACHER, "mse_alone"]
 
 
 @pytest.mark.parametrize(
@@ -63,6 +63,12 @@ def test_the_reference_is_the_readmes_triple_and_comes_first():
         (["--extract_flags", "--layers '0"], "--extract_flags --layers '0: No closing quotation"),
         (["--train_flags", 'a"b'], '--train_flags a"b: No closing quotation'),
         (["--tasks", "sst2"], "--data_dir: needed with --tasks"),
+        (["--own", "a"], "--own a: no flag; expected flags of train.py"),
+        (["--own", "a=1 --alpha_hid 1"], "--own a=1 --alpha_hid 1: 1 is no flag; expected NAME="),
+        (["--own", "triple=--fp16"], "--own triple=--fp16: expected NAME=FLAGS, a name of letters"),
+        (["--own", "half=--fp16"], "--own half=--fp16: expected NAME=FLAGS"),
+        (["--own", "a=--seed 3"], "--own a=--seed 3: --seed; expected flags of train.py that are"),
+        (["--own", "a=--layers '0"], "--own a=--layers '0: No closing quotation"),
     ],
 )
 def test_bad_flags_are_one_line(flags, line):
@@ -74,6 +80,51 @@ def test_variants_of_the_other_kind_of_model_are_refused():
     args = parse([*NEEDED, "--variants", "smoothing_0"])
     with pytest.raises(InputError, match="--variants smoothing_0: not for a causal teacher"):
         chosen(args, is_masked=False)
+
+
+def test_a_row_of_ones_own_is_the_triple_but_for_its_flags():
+    text = "own=--alpha_mlm 0 --alpha_hid=1 --layers 0 2 --restrict_ce_to_mask"
+    args = parse([*NEEDED, "--variants", "mse_alone", "--own", text])
+    own = chosen(args, is_masked=True)["own"]
+    assert own.title == f"triple with {text.partition('=')[2].replace('=', ' ')}"
+    flags = train_flags(own, is_masked=True)
+    wanted = {"--alpha_ce": 5.0, "--alpha_mlm": ["0"], "--alpha_hid": ["1"], "--mlm": None}
+    assert wanted.items() <= flags.items()
+    assert runs.words_of(flags)[-1] == "--restrict_ce_to_mask" and "--layers" not in flags
+    assert own.student == "own" and own.extract_flags(6, "data") == {"--layers": ["0", "2"]}
+    assert Variant("triple", {}).extract_flags(6, "data") == {"--num_layers": 3}
+
+
+def test_a_row_of_ones_own_keeps_its_flags_once_begun(tmp_path):
+    flags = [*NEEDED, "--output", str(tmp_path), "--own"]
+    args = parse([*flags, "a=--alpha_hid 1"])
+    state = {"identity": {name: getattr(args, name) for name in study.IDENTITY}, "own": args.own}
+    content = json.dumps(state | {name: {} for name in study.PARTS})
+    (tmp_path / study.MARKER).write_text(content, encoding="utf-8")
+    (tmp_path / "first/a").mkdir(parents=True)
+    with pytest.raises(InputError, match="--own a: the study in .* has it with --alpha_hid 1; giv"):
+        study.Study(parse([*flags, "a=--alpha_hid 2"]))
+
+
+def test_costs_know_a_rows_masks_and_micro_batches(world, tmp_path):
+    """By model FLOPs: logits at masks only, of 30 or of 15 % of the tokens; two micro-batches."""
+    teacher = load_language_model(ARCHITECTURES["bert"], str(world.teachers["bert"]), "--teacher")
+    dataset = LmSeqsDataset.from_file(str(world.data("bert")), teacher)
+    needed = train_flags(variants(is_masked=True)[REFERENCE], is_masked=True)
+    needed |= {"--dump_path": tmp_path / "run", "--data_file": world.data("bert")}
+    needed |= {"--teacher_name": world.teachers["bert"], "--student": world.teachers["bert"]}
+    needed |= {"--mlm_smoothing": 0}
+    added = {
+        **{"all": {}, "at_15": {"--restrict_ce_to_mask": None}},
+        "at_30": {"--restrict_ce_to_mask": None, "--mlm_mask_prop": 0.3},
+        "twice": {"--gradient_accumulation_steps": 100},
+    }
+    configs = {name: parse_config(runs.words_of(needed | own)) for name, own in added.items()}
+    found = costs(configs, dict.fromkeys(configs, teacher.network), teacher, dataset)
+    assert found["all"] == 1 and found["twice"] == 2
+    in_head = (found["at_30"] - found["at_15"]) / 0.15
+    assert 0 < in_head < 1
+    assert math.isclose(found["all"] - found["at_15"], 0.85 * in_head, rel_tol=0.02)
 
 
 @pytest.mark.parametrize("num", [None, 2, 9, 10**6])
