@@ -120,16 +120,20 @@ class Study:
         """Make first students and token counts, and measure the first weights and the teacher."""
         self.state = self._claim()  # locked now: another study may have ended since
         self.save()
+        loaded = {}  # of this call's variants: the folder may hold more
         of_teacher = self.teacher.network.config.num_hidden_layers, self.args.data_file
         for kind, variant in {v.student: v for v in self.variants.values()}.items():
+            if kind == RANDOM:
+                continue
             folder = self.first(kind)
-            if kind != RANDOM and not folder.exists():
+            if not folder.exists():
                 flags = {"--teacher": self.args.teacher, **variant.extract_flags(*of_teacher)}
                 words = shlex.split(self.args.extract_flags or "")
                 words += words_of({**flags, "--output": folder})
                 run_to_end("scripts/extract.py", words, self.log("first"))
-            if kind != RANDOM and kind not in self.state["first"]:
-                self.state["first"][kind] = self.held_out.figures(load_student(folder))
+            loaded[kind] = load_student(folder)
+            if kind not in self.state["first"]:
+                self.state["first"][kind] = self.held_out.figures(loaded[kind])
                 self.save()
         if not self.state["teacher"]:
             network = self.teacher.network
@@ -139,7 +143,6 @@ class Study:
             flags = {"--data_file": self.args.data_file, "--token_counts_dump": self.counts}
             flags["--vocab_size"] = self.teacher.vocab_size
             run_to_end("scripts/token_counts.py", words_of(flags), self.log("counts"))
-        loaded = {kind: load_student(self.first(kind)) for kind in self.state["first"]}
         networks = {k: loaded.get(v.student, loaded["half"]) for k, v in self.variants.items()}
         first = self.args.seeds[0], self.args.learning_rates[0]
         words = {name: self.job(name, *first).words for name in self.variants}

@@ -242,6 +242,8 @@ def test_the_program_compares_continues_and_adds_a_seed(world, tmp_path):
     assert run_process(*command, "1").returncode == 0
     before = json.loads((out / "study.json").read_text())
     assert set(before["rows"]) == {f"{n}/1/0.0005" for n in (REFERENCE, NO_TEACHER, "mse_alone")}
+    before["first"]["third"] = before["first"]["half"]  # of a variant that is not asked for
+    (out / "study.json").write_text(json.dumps(before))
     done = run_process(*command, "1", "2")
     assert done.returncode == 0, done.stderr
     after = json.loads((out / "study.json").read_text())
