@@ -70,6 +70,7 @@ DEFAULTS = {
     "restrict_ce_to_mask": False,
     "freeze_pos_embs": False,
     "freeze_token_type_embds": False,
+    "student_dropout": None,
     "n_epoch": 3,
     "batch_size": 5,
     "group_by_size": True,

@@ -87,6 +87,7 @@ def _change_json(path: Path, change: Callable[[dict], dict]) -> None:
 def _config_of_4(network: torch.nn.Module, config: dict) -> dict:
     """Write a configuration for transformers 4, too, without code that the network does not use."""
     left_out = () if _is_remote(network) else ("auto_map",)
+    config |= getattr(network, "saved_entries", {})  # see forward.set_dropout
     return _with_rope_of_4({key: value for key, value in config.items() if key not in left_out})
 
 

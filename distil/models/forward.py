@@ -206,6 +206,31 @@ def attend_without_masks(model: nn.Module) -> None:
         model.set_attn_implementation(CAUSAL_ATTENTION)
 
 
+def set_dropout(network: nn.Module, rate: float) -> None:
+    """Set every dropout rate of a network; its saved configuration keeps the ones it had.
+
+    Its class reads them from the configuration, before or in its forward pass, so both are set:
+    numbers whose name has "drop" in it, but for the shares of layers that are skipped.
+    """
+    entries = {
+        name: value for name, value in network.config.to_dict().items() if _is_rate(name, value)
+    }
+    for name in entries:
+        setattr(network.config, name, rate)
+    for module in network.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = rate
+        for name, value in vars(module).items():
+            if _is_rate(name, value):
+                setattr(module, name, rate)
+    network.saved_entries = entries | getattr(network, "saved_entries", {})
+
+
+def _is_rate(name: str, value: object) -> bool:
+    is_number = isinstance(value, int | float) and not isinstance(value, bool)
+    return is_number and "drop" in name and "layer" not in name
+
+
 def recompute_activations(student: nn.Module, compiles: bool = False) -> None:
     """Keep only the layers' inputs and recompute activations in backward, by the same kernels.
 

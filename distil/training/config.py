@@ -173,6 +173,13 @@ class TrainConfig:
         "keep the student's token types as they are (roberta)", False
     )
 
+    student_dropout: float | None = optimization(
+        "dropout of the student while it is trained; default: what its configuration says, 0.1 in"
+        " those of 2019; what is exported keeps its configuration",
+        None,
+        at_least=0,
+        at_most=0.9,
+    )
     n_epoch: int = optimization("passes over the data", 3, at_least=1)
     max_steps: int | None = optimization(
         "number of updates, in place of N_EPOCH; the schedule spans them", None, at_least=1

@@ -16,7 +16,7 @@ from distil.models.checks import (
 )
 from distil.models.compared_layers import extracted_layers, parse_layer_map
 from distil.models.first_weights import evenly_spaced_layers, load_student_weights
-from distil.models.forward import recompute_activations
+from distil.models.forward import recompute_activations, set_dropout
 from distil.models.heads import FirstEntries, Head
 from distil.models.hub import load_config
 from distil.models.language_model import (
@@ -195,6 +195,8 @@ def make_student(
     save_used_bias_twice(student)
     positions, token_types = config.freeze_pos_embs, config.freeze_token_type_embds
     freeze_embeddings(student, architecture, positions=positions, token_types=token_types)
+    if config.student_dropout is not None:
+        set_dropout(student, config.student_dropout)
     if config.activation_checkpointing:
         recompute_activations(student, config.compile)
     return LanguageModel(architecture, student, tokenizer, student_source(config))
