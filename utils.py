@@ -346,26 +346,6 @@ def bar_options(line_s: float = 10) -> dict[str, Any]:
     return {"file": LogLines(), **dict.fromkeys(("mininterval", "maxinterval", "delay"), line_s)}
 
 
-def keep_freed_memory() -> bool:
-    """Let the C library keep freed large blocks for reuse, in one heap; return whether it can.
-
-    By default glibc returns them to the system at once, and each large operation faults its pages
-    in again: a log-softmax of 512 x 30522 takes 20 ms rather than 4 ms.
-    """
-    try:
-        import ctypes
-
-        library = ctypes.CDLL(None)
-        return all(library.mallopt(*setting) for setting in MALLOC)
-    except (OSError, AttributeError):  # not glibc
-        return False
-
-
-# M_TRIM_THRESHOLD, M_MMAP_THRESHOLD and M_ARENA_MAX of malloc.h. A heap for each thread reserves
-# 64 MB of addresses, and whether a thread gets one is chance: under a limit (ulimit -v) it decides.
-MALLOC = (-1, 2**31 - 1), (-3, 2**31 - 1), (-8, 1)
-
-
 def git_facts(folder: str | os.PathLike) -> dict[str, str | None]:
     """Describe the git checkout around `folder`: repo_id, repo_sha, repo_branch, each or None.
 

@@ -26,12 +26,13 @@ from distil.models.language_model import (
     read_student_config,
 )
 from distil.models.tokenizer_roles import special_ids
+from distil.system.memory import reuse_memory
 from distil.system.prefetch import MICRO_BATCHES_AHEAD, prefetched
 from distil.training.optimizer import make_optimizer
 from distiller import DistillationModel, Distiller
 from grouped_batch_sampler import GroupedBatchSampler, PlannedBatch, Update
 from lm_seqs_dataset import LmSeqsDataset
-from utils import keep_freed_memory, keyed_numpy_generator, keyed_seed
+from utils import keyed_numpy_generator, keyed_seed
 
 ROOT = Path(__file__).resolve().parent.parent
 TEMPERATURE, LEARNING_RATE, ADAM_EPSILON, MAX_GRAD_NORM = 2.0, 5e-4, 1e-6, 5.0
@@ -240,7 +241,7 @@ def make_distiller(job: Job, teacher: torch.nn.Module, student: torch.nn.Module)
     """Make our step over the models, as train.py does."""
     model = DistillationModel(student, PAIR_ROWS[job.pair].alphas, TEMPERATURE)
     if job.device == "cpu":
-        keep_freed_memory()  # as train.py does
+        reuse_memory()  # as train.py does
     optimizer = make_optimizer(model, LEARNING_RATE, 0.0, ADAM_EPSILON)
     return Distiller(
         model,

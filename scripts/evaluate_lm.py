@@ -49,13 +49,13 @@ from distil.models.architectures import Architecture
 from distil.models.checks import tokenizer_problem
 from distil.models.language_model import LanguageModel, load_language_model, resolve_by_name
 from distil.system.files import file_problem, output_problem
+from distil.system.memory import reuse_memory
 from distil.system.outputs import json_of
 from distil.tasks.loading import require_same_vocabulary
 from distil.tasks.scores import write_scores
 from lm_seqs_dataset import LmSeqsDataset, read_token_counts
 from utils import (
     InputError,
-    keep_freed_memory,
     logger,
     raise_problems,
     run_program,
@@ -230,7 +230,7 @@ def main(argv: list[str] | None = None) -> None:
     setup_logging(logging.INFO)
     check_arguments(args)
     if args.device == "cpu":
-        keep_freed_memory()
+        reuse_memory()
     loaded = load_both(args)
     model, teacher = loaded[0], loaded[1] if len(loaded) > 1 else None
     longest = min(one.max_length for one in loaded)

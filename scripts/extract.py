@@ -48,6 +48,7 @@ from distil.models.language_model import (
 from distil.models.layer_choice import LayerChoice
 from distil.models.narrowing import Importance, Sizes
 from distil.system.files import atomic_folder, require_output, save_weights, write_json
+from distil.system.memory import reuse_memory
 from lm_seqs_dataset import LmSeqsDataset
 from utils import (
     InputError,
@@ -257,6 +258,7 @@ def make_student(teacher, args: argparse.Namespace, layers: Sequence[int], sourc
 
 def main(argv: list[str] | None = None) -> None:
     """Run the program."""
+    reuse_memory()  # layers and importance are measured on the CPU
     extract(EXTRACT, argv)
 
 

@@ -40,6 +40,7 @@ from distil.study.variants import RANDOM, train_flags
 from distil.system.files import atomic_path, require_output, write_json
 from distil.system.json_files import load_json
 from distil.system.locks import lock_file
+from distil.system.memory import reuse_memory
 from distil.system.signals import exit_on_sigterm
 from distil.tasks.tasks import TASKS
 from lm_seqs_dataset import LmSeqsDataset
@@ -294,6 +295,7 @@ def main(argv: list[str] | None = None) -> None:
     """Run the program."""
     args = parse(argv)
     setup_logging(logging.INFO)
+    reuse_memory()  # students are measured on the CPU
     study = Study(args)
     study.folder.mkdir(parents=True, exist_ok=True)
     with lock_file(study.folder / LOCK, f"--output {study.folder}: another study works in it"):

@@ -18,11 +18,11 @@ import torch
 from torch import distributed
 
 from distil.system.copies import refuse_copies
-from distil.system.memory import keep_few_kernels
+from distil.system.memory import reuse_memory
 from distil.system.rank_zero import TIMEOUT_S, is_one_of_several
 from distil.system.versions import version_notice
 from distil.system.watch import Watch
-from utils import InputError, RankError, keep_freed_memory, logger, one_line
+from utils import InputError, RankError, logger, one_line
 
 
 @dataclasses.dataclass(frozen=True)
@@ -282,8 +282,7 @@ def start_runtime(
     if device.type == "cuda":
         torch.cuda.set_device(device)
     else:
-        keep_freed_memory()
-        keep_few_kernels()
+        reuse_memory()
     backend, watch = "nccl" if device.type == "cuda" else "gloo", None
     if launched is not None:
         store = _join_the_others(backend, rank, world_size, timeout_s)

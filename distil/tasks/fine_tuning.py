@@ -30,7 +30,8 @@ from distil.kernels.cpu import faster_for
 from distil.losses import at_least_float32, kl_divergence, squared_error
 from distil.models.export import complete_folder
 from distil.system.files import naming_library_errors, replacing_files
-from utils import InputError, keep_freed_memory
+from distil.system.memory import reuse_memory
+from utils import InputError
 
 IGNORED_LABEL = -100
 
@@ -226,7 +227,7 @@ def training_arguments(
     """
     on_cpu = changes.get("use_cpu", False) or not torch.cuda.is_available()
     if on_cpu:
-        keep_freed_memory()  # as train.py does
+        reuse_memory()  # as train.py does
     options = {
         "learning_rate": 5e-5,
         "num_train_epochs": 3,

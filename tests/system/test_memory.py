@@ -1,11 +1,15 @@
 """Memory does not grow with the number of shapes that a process has met."""
 
+import os
 import sys
 
+import pytest
 from conftest import run_process
 from stand_ins import ROOT
 
-from distil.system.memory import KERNEL_CACHES
+from benchmarks.workload import Job, make_distiller, make_models
+from distil.system.memory import KERNEL_CACHES, KERNELS_KEPT
+from distil.tasks.fine_tuning import training_arguments
 
 # Linear maps of 240 row counts, as the heads of 240 micro-batches: prints the growth in MB.
 PROGRAM = f"""
@@ -34,6 +38,25 @@ def growth_mb(**environment: str) -> float:
 def test_a_process_keeps_few_of_the_kernels_that_it_has_used():
     many = growth_mb(**dict.fromkeys(KERNEL_CACHES, "1024"))  # the libraries' own number
     assert growth_mb() < 0.7 * many, many
+
+
+def tune(folder):
+    training_arguments(folder, seed=1, batch_size=1, eval_batch_size=1, use_cpu=True)
+
+
+def benchmark(folder):
+    path = str(folder / "ids")
+    job = Job("distiller", "bert", "tiny", "cpu", path, 16, 2, 1, "fp32", 1, 0, 1, 56)
+    make_distiller(job, *make_models(job))
+
+
+@pytest.mark.parametrize("start", [tune, benchmark])
+def test_fine_tuning_and_benchmarks_keep_as_few_as_train_py(start, monkeypatch, tmp_path):
+    """With the libraries' number a benchmark showed twice the memory that train.py takes."""
+    for name in KERNEL_CACHES:
+        monkeypatch.delenv(name, raising=False)
+    start(tmp_path)
+    assert [os.environ[name] for name in KERNEL_CACHES] == [str(KERNELS_KEPT)] * 2
 
 
 # Four threads that hold memory of their own: prints the growth of addresses in MB.
