@@ -93,7 +93,7 @@ def read_trainable(
                     loss.module(student, teacher.network, options)
         except InputError as error:
             raise InputError(
-                f"{error} (the variant {name}; change --train_flags, or leave it out by --variants)"
+                f"{error} (the variant {name}; change --train_flags or --own, or leave it out)"
             ) from error
         configs[name] = config
     return configs

@@ -3,7 +3,9 @@
 import argparse
 import shlex
 
+from distil.study.runs import words_of
 from distil.study.variants import REFERENCE, Variant, own_variant, read_own, variants
+from distil.training.config import make_parser
 from utils import InputError, OneLineParser
 
 DESCRIPTION = (
@@ -24,6 +26,13 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
         raise InputError(problem)
     args.seeds = list(dict.fromkeys(args.seeds))
     args.own = dict(map(read_own, args.own))
+    of_training = {f"--own {name}": own_variant(name, own, True) for name, own in args.own.items()}
+    words = {flag: words_of(variant.flags) for flag, variant in of_training.items()}
+    for flag, own in {"--train_flags": shlex.split(args.train_flags), **words}.items():
+        try:
+            make_parser().parse_args(own)
+        except InputError as error:
+            raise InputError(f"{flag}: {error}") from error
     return args
 
 

@@ -68,6 +68,15 @@ def test_the_reference_is_the_readmes_triple_and_comes_first():
         (["--own", "triple=--fp16"], "--own triple=--fp16: expected NAME=FLAGS, a name of letters"),
         (["--own", "half=--fp16"], "--own half=--fp16: expected NAME=FLAGS"),
         (["--own", "a=--seed 3"], "--own a=--seed 3: --seed; expected flags of train.py that are"),
+        (
+            ["--own", "a=--alpha_hidd 1"],
+            "--own a: unknown argument --alpha_hidd; did you mean --al",
+        ),
+        (["--own", "a=--alpha_hid"], "--own a: argument --alpha_hid: expected one argument; see"),
+        (
+            ["--train_flags=--bf15"],
+            "--train_flags: unknown argument --bf15; did you mean --bf16",
+        ),
         (["--own", "a=--layers '0"], "--own a=--layers '0: No closing quotation"),
     ],
 )
