@@ -9,7 +9,7 @@ cases that are not handled, torch's functions run.
   matrices of B x H x T x T; here one, and one byte an element.
 - The gradient of an embedding that is tied to the head: only the rows that occurred, where torch
   makes a second V x D matrix.
-- float32 linear maps: torch calls MKL, which is slow on AMD; here oneDNN, from the same package.
+- float32 linear maps: torch calls MKL, which is slow on AMD; there oneDNN, from the same package.
 - Layer norms in half precision: torch adds the gradients of weight and bias over rows in half
   precision (5,000 ones give 256); here in float32.
 
@@ -20,6 +20,7 @@ input and output.
 import contextlib
 import math
 from collections.abc import Mapping
+from pathlib import Path
 
 import torch
 import torch.nn.functional as F
@@ -166,6 +167,16 @@ def _sees_nothing(mask: torch.Tensor) -> torch.Tensor:
 # --------------------------------------------------------------------------------------------------
 
 
+def _is_intel() -> bool:
+    with contextlib.suppress(OSError):
+        return "GenuineIntel" in Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    return False
+
+
+# On Intel's CPUs MKL is 5 to 20 % faster than oneDNN in float32, on AMD's up to a third slower.
+MKL_IS_FASTER = _is_intel()
+
+
 def _product(
     left_NI: torch.Tensor, right_OI: torch.Tensor, bias_O: torch.Tensor | None = None
 ) -> torch.Tensor:
@@ -216,7 +227,8 @@ def addmm(input, mat1, mat2, *, beta=1, alpha=1, out=None) -> torch.Tensor:
 def _is_for_onednn(input: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor | None) -> bool:
     tensors = [tensor for tensor in (input, weight, bias) if tensor is not None]
     return (
-        all(
+        not MKL_IS_FASTER
+        and all(
             tensor.device.type == "cpu" and tensor.dtype == torch.float32 and tensor.numel() > 0
             for tensor in tensors
         )

@@ -37,6 +37,12 @@ TOLERANCES = {torch.float64: {}, torch.float32: {}, torch.bfloat16: {"rtol": 2**
 DTYPES = list(TOLERANCES)
 
 
+@pytest.fixture(autouse=True)
+def _all_kernels(monkeypatch):
+    """Test all kernels, whichever are the faster ones on this machine."""
+    monkeypatch.setattr(cpu, "MKL_IS_FASTER", False)
+
+
 def random(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
@@ -529,6 +535,13 @@ def test_only_what_is_trained_gets_a_gradient_and_costs_a_product(frozen):
         assert all((leaf.grad is None) == (place in frozen) for place, leaf in enumerate(leaves))
         grads.append([leaf.grad for leaf in leaves if leaf.grad is not None])
     assert_close(*grads, torch.float32)
+
+
+def test_a_float32_product_stays_in_mkl_where_that_is_faster(monkeypatch):
+    monkeypatch.setattr(cpu, "MKL_IS_FASTER", True)
+    with Products() as products:
+        cpu.linear(random(2, 5, 6), random(8, 6, seed=1))
+    assert products.num == 0
 
 
 def test_a_linear_map_without_gradient_is_torchs():

@@ -20,11 +20,11 @@ from distil.kernels import cpu
 from distil.system.launch import start_runtime
 from distil.system.memory import process_memory
 start_runtime(0, -1)
-weight = torch.zeros(256, 128)
-cpu.linear(torch.zeros(1000, 128), weight)
+weight = torch.zeros(256, 128, dtype=torch.bfloat16)  # in oneDNN on every CPU
+cpu.linear(torch.zeros(1000, 128, dtype=torch.bfloat16), weight)
 before = process_memory("VmRSS")
 for rows in range(100, 340):
-    cpu.linear(torch.zeros(rows, 128), weight)
+    cpu.linear(torch.zeros(rows, 128, dtype=torch.bfloat16), weight)
 print((process_memory("VmRSS") - before) / 1e6)
 """
 
