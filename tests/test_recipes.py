@@ -265,7 +265,9 @@ def test_a_chain_is_a_sequence_and_given_ones_are_held_out(site):
 
 @pytest.mark.slow
 def test_a_recipe_studies_its_teacher_where_that_is_named_and_goes_on(site):
-    flags = "--variants no_teacher --seeds 1 --max_steps 2 --learning_rates 5e-4 --processes 1"
+    flags = (
+        "--own --variants no_teacher --seeds 1 --max_steps 2 --learning_rates 5e-4 --processes 1"
+    )
     settings = {"STUDY_FLAGS": flags, "OUT": "studied", "HELD_OUT_TEXT": "held out.txt"}
     for _ in range(2):  # the second time everything is there
         done = run_recipe(ANTIBERTY, site, "study", **settings)

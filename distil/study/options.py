@@ -66,7 +66,7 @@ def _add_plan(add) -> None:
     )
     add(
         "--own",
-        nargs="+",
+        nargs="*",
         default=[],
         metavar="NAME=FLAGS",
         help="further rows: the triple but for these flags of train.py, and of extract.py for the"

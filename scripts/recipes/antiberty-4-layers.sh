@@ -10,12 +10,12 @@
 #   TEACHER        folder of the teacher; default: made from the package antiberty 0.1.3 (MIT licence, 97 MB), which is fetched
 #                  with pip and unpacked, not installed
 #   PACKAGE        that package's wheel, where it is at hand
-#   STUDY_FLAGS    more flags for study.py (--variants, --seeds, --max_steps, --processes ..)
+#   STUDY_FLAGS    more flags for study.py (--variants, --own, --seeds, --max_steps, --processes ..)
 #
 # Of 5,345 chains (616,000 residues):
 #   disk    0.2 GB of package and teacher, 0.1 GB of the first student, 0.84 GB of the run (13 M parameters)
 #   hours   120 updates of 16 chains (STEPS=120) took 4 minutes without teacher, 6 with the triple, 8 with relations, on one of
-#           two busy cores (bf16); the study makes 84 such trainings
+#           two busy cores (bf16); the study makes 105 such trainings
 #   memory  not measured
 # PLAN=1 tells hours, memory and disk of the training, measured here. common.sh explains all settings.
 set -euo pipefail
@@ -38,6 +38,9 @@ read -ra STUDY_FLAGS <<< "${STUDY_FLAGS:-}"
 CHECKS+=(check_inputs)
 VARIANTS=(triple no_teacher ce_alone ce_rel without_ce without_mlm without_cos random_start ce_hid ce_att jsd_alone
     measured_layers)
+NEAREST="--alpha_mlm 0 --alpha_cos 0 --alpha_hid 1 --student_dropout 0" # see benchmarks/DISTILLATION.md
+OWN=("ce_hid_dropout_0=$NEAREST" "triple_dropout_0=--student_dropout 0"
+    "no_teacher_dropout_0=--alpha_ce 0 --alpha_cos 0 --alpha_mlm 1 --student_dropout 0")
 if [ $# -gt 0 ]; then
     STAGES+=(study)
 fi
@@ -108,7 +111,7 @@ stage_train() {
 stage_study() {
     stage_data
     program scripts/study.py --teacher "$TEACHER" --data_file "$CORPUS" --held_out "$HELD_OUT_FILE" \
-        --title "AntiBERTy (8 to $NUM_LAYERS layers)" --output "$OUT/study" --variants "${VARIANTS[@]}" \
+        --title "AntiBERTy (8 to $NUM_LAYERS layers)" --output "$OUT/study" --variants "${VARIANTS[@]}" --own "${OWN[@]}" \
         --learning_rates 1.25e-4 2.5e-4 5e-4 --seeds 56 57 58 59 60 --max_steps 120 --processes 2 \
         --train_flags "--batch_size 16 --gradient_accumulation_steps 1 --bf16 --relation_heads 8" \
         ${STUDY_FLAGS[@]+"${STUDY_FLAGS[@]}"}
