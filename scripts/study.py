@@ -100,16 +100,17 @@ class Study:
             )
         own = state.get("own", {})
         for name, flags in self.args.own.items():
-            if own.get(name, flags) != flags and self._has_begun(name):
+            if own.get(name, flags) != flags and self._has_begun(name, state["rows"]):
                 raise InputError(
                     f"--own {name}: the study in {self.folder} has it with"
                     f" {shlex.join(words_of(own[name]))}; give that, or another name"
                 )
         return state | {"identity": identity, "own": own | self.args.own}
 
-    def _has_begun(self, name: str) -> bool:
+    def _has_begun(self, name: str, rows: dict) -> bool:
         runs = self.folder.glob(f"runs/{name}-*")
-        return self.first(name).exists() or any(runs)
+        finished = (row["variant"] == name for row in rows.values())
+        return self.first(name).exists() or any(runs) or any(finished)
 
     def save(self) -> None:
         """Write the finished rows."""

@@ -25,7 +25,10 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
     if problem := _problem(args):
         raise InputError(problem)
     args.seeds = list(dict.fromkeys(args.seeds))
-    args.own = dict(map(read_own, args.own))
+    own = [read_own(text) for text in args.own]
+    args.own = dict(own)
+    if len(args.own) < len(own):
+        raise InputError(f"--own {' '.join(name for name, _ in own)}: a name occurs twice")
     of_training = {f"--own {name}": own_variant(name, own, True) for name, own in args.own.items()}
     words = {flag: words_of(variant.flags) for flag, variant in of_training.items()}
     for flag, own in {"--train_flags": shlex.split(args.train_flags), **words}.items():

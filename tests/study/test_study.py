@@ -67,6 +67,7 @@ def test_the_reference_is_the_readmes_triple_and_comes_first():
         (["--own", "a=1 --alpha_hid 1"], "--own a=1 --alpha_hid 1: 1 is no flag; expected NAME="),
         (["--own", "triple=--fp16"], "--own triple=--fp16: expected NAME=FLAGS, a name of letters"),
         (["--own", "half=--fp16"], "--own half=--fp16: expected NAME=FLAGS"),
+        (["--own", "a=--fp16", "a=--bf16"], "--own a a: a name occurs twice"),
         (["--own", "a=--seed 3"], "--own a=--seed 3: --seed; expected flags of train.py that are"),
         (
             ["--own", "a=--alpha_hidd 1"],
@@ -108,9 +109,8 @@ def test_a_row_of_ones_own_keeps_its_flags_once_begun(tmp_path):
     flags = [*NEEDED, "--output", str(tmp_path), "--own"]
     args = parse([*flags, "a=--alpha_hid 1"])
     state = {"identity": {name: getattr(args, name) for name in study.IDENTITY}, "own": args.own}
-    content = json.dumps(state | {name: {} for name in study.PARTS})
-    (tmp_path / study.MARKER).write_text(content, encoding="utf-8")
-    (tmp_path / "first/a").mkdir(parents=True)
+    state |= {name: {} for name in study.PARTS} | {"rows": {"a/56/0.0005": {"variant": "a"}}}
+    (tmp_path / study.MARKER).write_text(json.dumps(state), encoding="utf-8")
     with pytest.raises(InputError, match="--own a: the study in .* has it with --alpha_hid 1; giv"):
         study.Study(parse([*flags, "a=--alpha_hid 2"]))
 
