@@ -26,6 +26,7 @@ from distil.data.batches import MicroBatch, Selection, select_rows, sent, to_dev
 from distil.kernels.cpu import TiedGradient, faster
 from distil.kernels.head import apply_terms
 from distil.kernels.terms import terms_of_micro_batches
+from distil.models.checks import is_finite
 from distil.models.forward import attend_without_masks, layers_read, read_outputs, select
 from distil.models.heads import Head, head_parameters, prediction_head
 from distil.objectives import LOSSES
@@ -36,7 +37,6 @@ from distil.training.post_mortem import NonFiniteError, check_losses
 from distil.training.reports import PendingUpdate, StepReport
 from distil.training.state import (
     Tensors,
-    is_finite,
     load_tensors,
     load_values,
     state_tensors,

@@ -50,9 +50,19 @@ def vocabulary_problem(
     )
 
 
+def is_finite(tensor: torch.Tensor | None) -> bool:
+    """True where every entry is finite, or there is no tensor.
+
+    A sum takes a tenth of the time; it is finite where all entries are, unless it overflows.
+    """
+    return (
+        tensor is None or bool(torch.isfinite(tensor.sum())) or bool(torch.isfinite(tensor).all())
+    )
+
+
 def check_finite(state_dict: Mapping[str, torch.Tensor], where: str) -> None:
     """Raise InputError naming the tensors that hold NaN or infinite values."""
-    wrong = [name for name, tensor in state_dict.items() if not torch.isfinite(tensor).all()]
+    wrong = [name for name, tensor in state_dict.items() if not is_finite(tensor)]
     if wrong:
         raise InputError(
             f"{where}: {some_of(wrong)} hold NaN or infinite values; take another checkpoint"

@@ -6,15 +6,11 @@ from typing import Any
 import torch
 from torch import nn
 
+from distil.models.checks import is_finite
 from distil.training.post_mortem import NonFiniteError
 
 MOMENTS = ("exp_avg", "exp_avg_sq")  # AdamW's, of a parameter's shape
 Tensors = dict[str, dict[str, torch.Tensor]]
-
-
-def is_finite(tensor: torch.Tensor | None) -> bool:
-    """True where every entry is finite, or there is no tensor."""
-    return tensor is None or bool(torch.isfinite(tensor).all())
 
 
 def named_parts(student: nn.Module, objectives: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
