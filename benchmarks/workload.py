@@ -19,6 +19,7 @@ from distil.data.token_files import MIN_LENGTH, writing_tokens
 from distil.flops import DTYPES
 from distil.models.architectures import ARCHITECTURES
 from distil.models.first_weights import evenly_spaced_layers, extract_student
+from distil.models.forward import set_dropout
 from distil.models.language_model import (
     LanguageModel,
     build_network,
@@ -231,9 +232,7 @@ def make_models(job: Job, has_dropout: bool = True) -> tuple[torch.nn.Module, to
     )
     freeze_embeddings(student, of_student, positions=True, token_types=True)
     if not has_dropout:
-        for module in student.modules():
-            if isinstance(module, torch.nn.Dropout):
-                module.p = 0.0
+        set_dropout(student, 0.0)
     return teacher.to(job.device), student.to(job.device)
 
 
