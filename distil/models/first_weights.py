@@ -7,7 +7,7 @@ its teacher without the other layers.
 
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import numpy as np
 import safetensors.torch
@@ -173,12 +173,18 @@ def _names_of_one_architecture(teacher_state: StateDict, row: Architecture) -> d
     return {template: template for template in templates}
 
 
-def load_student_weights(student: torch.nn.Module, row: Architecture, path: str) -> None:
+def load_student_weights(
+    student: torch.nn.Module,
+    row: Architecture,
+    path: str,
+    build: Callable[[], nn.Module] | None = None,
+) -> None:
     """Load first weights (a plain state dict) into a student after checking every tensor.
 
     Raises InputError naming each tensor that is missing, unexpected, of another shape or not
     finite. Missing tensors of the head's transform, which extraction without --vocab_transform
-    omits, are a warning.
+    omits, are a warning. build: makes a student at random, which gives these; without it they
+    stay.
     """
     source = f"--student_pretrained_weights {path}"
     own = student.state_dict()
@@ -199,6 +205,9 @@ def load_student_weights(student: torch.nn.Module, row: Architecture, path: str)
     if problems:
         raise InputError("\n".join(problems))
     check_finite(given, source)
+    if optional and build is not None:
+        drawn = build().state_dict()
+        given |= {name: drawn[name] for name in optional}
     student.load_state_dict(given, strict=False)
     if optional:
         remedy = "initialized at random (extract with --vocab_transform to copy them)"

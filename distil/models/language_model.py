@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 import transformers
+from transformers.initialization import no_init_weights
 
 from distil.data.token_files import SpecialIds
 from distil.models import conventions
@@ -351,13 +352,22 @@ def _build(architecture: Architecture, config) -> torch.nn.Module:
 
 
 def build_network(
-    architecture: Architecture, config, source: str = "--student_config"
+    architecture: Architecture, config, source: str = "--student_config", *, draws: bool = True
 ) -> torch.nn.Module:
-    """Build a network with random weights. Raises InputError naming `source`."""
+    """Build a network with random weights. Raises InputError naming `source`.
+
+    draws: False where all weights are loaded next: they are left undefined, which saves the time
+    of drawing them. Code from a model hub draws in any case.
+    """
     what = f"{source}: cannot build a model from it"
     with quiet_transformers(), naming_failures(what, "; correct the JSON"):
         check_memory(config, lambda: _build(architecture, config), source)
-        return _build(architecture, config)
+        if draws or not architecture.is_named:
+            return _build(architecture, config)
+        with no_init_weights():
+            network = _build(architecture, config)
+        network.tie_weights()
+        return network
 
 
 def freeze_embeddings(

@@ -20,10 +20,11 @@ import math
 import os
 import shutil
 import stat
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from distil.system.files import flush_to_disk, json_digest, link, make_folder, naming
@@ -121,7 +122,6 @@ def write(
         try:
             unfinished.mkdir()
             _write_files(unfinished, step, tensors, state)
-            read(unfinished)
             for file in loader_files:
                 link(file, unfinished / file.name)
             if os.path.exists(unfinished / STUDENT):
@@ -168,14 +168,16 @@ def _raise_with_size(path: Path, num_bytes: int) -> Iterator[None]:
 
 def _write_files(folder: Path, step: int, tensors: Tensors, state: Mapping[str, Any]) -> None:
     manifest = {
-        f"{name}.safetensors": _write_file(folder / f"{name}.safetensors", as_safetensors(content))
+        f"{name}.safetensors": _write_file(
+            folder / f"{name}.safetensors", functools.partial(as_safetensors, content)
+        )
         for name, content in tensors.items()
     }
-    text = json.dumps({"step": step, **state}, indent=1, allow_nan=False)
-    manifest[STATE] = _write_file(folder / STATE, [text.encode()])
+    content = json.dumps({"step": step, **state}, indent=1, allow_nan=False).encode()
+    manifest[STATE] = _write_file(folder / STATE, lambda: [content])
     body = {"format": FORMAT, "version": VERSION, "step": step, "files": manifest}
-    text = json.dumps({**body, "manifest_sha256": json_digest(body)}, indent=1)
-    _write_file(folder / MANIFEST, [text.encode()])
+    signed = json.dumps({**body, "manifest_sha256": json_digest(body)}, indent=1).encode()
+    _write_file(folder / MANIFEST, lambda: [signed])
     flush_to_disk(folder)
 
 
@@ -204,19 +206,40 @@ def bytes_of(tensor: torch.Tensor) -> Buffer:
     return tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else b""
 
 
-def _write_file(path: Path, parts: Iterable[Buffer]) -> dict[str, Any]:
-    """Write and flush a file; return its manifest row, computed from `parts`, not the file."""
+def _write_file(path: Path, parts: Callable[[], Iterable[Buffer]]) -> dict[str, Any]:
+    """Write and flush a file, compare it with `parts`, and return its manifest row.
+
+    The row is computed from `parts`, not from the file. Raises DamagedError where they differ.
+    """
     digest, num_bytes = hashlib.sha256(), 0
     with open(path, "xb") as file:
-        for part in parts:
-            view = memoryview(part)
-            digest.update(view)
-            num_bytes += len(view)
-            for start in range(0, len(view), WRITE_BYTES):
-                file.write(view[start : start + WRITE_BYTES])
+        for piece in _pieces(parts()):
+            digest.update(piece)
+            num_bytes += len(piece)
+            file.write(piece)
         file.flush()
         os.fsync(file.fileno())
+    _require_same(path, parts())
     return {"bytes": num_bytes, "sha256": digest.hexdigest()}
+
+
+def _pieces(parts: Iterable[Buffer]) -> Iterator[memoryview]:
+    for part in parts:
+        view = memoryview(part)
+        for start in range(0, len(view), WRITE_BYTES):
+            yield view[start : start + WRITE_BYTES]
+
+
+def _require_same(path: Path, parts: Iterable[Buffer]) -> None:
+    """Read a file back and compare it with what was written: a third of a checksum's time."""
+    room = bytearray(WRITE_BYTES)
+    with open(path, "rb") as file:
+        for piece in _pieces(parts):
+            found = memoryview(room)[: file.readinto(memoryview(room)[: len(piece)])]
+            if not np.array_equal(np.frombuffer(found, np.uint8), np.frombuffer(piece, np.uint8)):
+                raise DamagedError(f"{path}: differs from what was written: the disk is damaged")
+        if file.read(1):
+            raise DamagedError(f"{path}: is longer than what was written: the disk is damaged")
 
 
 def _discard(path: Path) -> None:

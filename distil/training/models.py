@@ -185,13 +185,17 @@ def make_student(
 
     Position embeddings and token types are frozen as the flags say.
     """
-    torch.manual_seed(keyed_seed(config.seed, "student"))
-    if config.student is not None:
-        student = load_network(architecture, config.student, "--student")
-    else:
-        student = build_network(architecture, student_config, student_source(config))
-    if config.student_pretrained_weights is not None:
-        load_student_weights(student, architecture, config.student_pretrained_weights)
+
+    def build(draws: bool = True) -> torch.nn.Module:
+        torch.manual_seed(keyed_seed(config.seed, "student"))
+        if config.student is not None:
+            return load_network(architecture, config.student, "--student")
+        return build_network(architecture, student_config, student_source(config), draws=draws)
+
+    weights = config.student_pretrained_weights
+    student = build(draws=weights is None)
+    if weights is not None:
+        load_student_weights(student, architecture, weights, build)
     save_used_bias_twice(student)
     positions, token_types = config.freeze_pos_embs, config.freeze_token_type_embds
     freeze_embeddings(student, architecture, positions=positions, token_types=token_types)

@@ -11,6 +11,7 @@ import pytest
 import torch
 import transformers
 from conftest import load_golden, run_process
+from families import tiny_config
 from stand_ins import LAYERS, ROOT, make_model, save_tokenizer
 
 from distil.data.token_files import SpecialIds
@@ -223,6 +224,45 @@ def test_gpt2s_old_causal_buffers_are_skipped(tmp_path, caplog):
     student = build_network(row("gpt2"), as_student_config(teacher, 2, tmp_path))
     load_student_weights(student, row("gpt2"), str(tmp_path / "first.pth"))
     assert not [record for record in caplog.records if record.levelname == "WARNING"]
+
+
+@pytest.mark.parametrize("kind", ARCHITECTURES)
+@pytest.mark.parametrize("is_tied", [True, False])
+def test_a_student_whose_weights_are_loaded_does_not_draw_them(kind, is_tied, tmp_path):
+    config = tiny_config(kind, VOCAB)
+    config.tie_word_embeddings = is_tied
+    drawn = build_network(row(kind), config)
+    torch.save(drawn.state_dict(), tmp_path / "first.pth")
+    before = torch.random.get_rng_state()
+    student = build_network(row(kind), config, draws=False)
+    assert torch.equal(torch.random.get_rng_state(), before)
+    load_student_weights(student, row(kind), str(tmp_path / "first.pth"))
+    for own, other in [
+        (student.state_dict(), drawn.state_dict()),
+        (dict(student.named_buffers()), dict(drawn.named_buffers())),
+    ]:
+        assert own.keys() == other.keys()
+        assert all(torch.equal(own[name], other[name]) for name in own)
+    same = dict(remove_duplicate=True)
+    assert [n for n, _ in student.named_parameters(**same)] == [
+        n for n, _ in drawn.named_parameters(**same)
+    ]
+
+
+def test_a_head_transform_that_is_absent_is_drawn_from_the_seed(tmp_path):
+    teacher = make_model("bert", VOCAB)
+    torch.save(extract_student(teacher, "distilbert", [0, 3]), tmp_path / "first.pth")
+    config = as_student_config(teacher, 2, tmp_path)
+
+    def build(draws=True):
+        torch.manual_seed(5)
+        return build_network(row("distilbert"), config, draws=draws)
+
+    expected, student = build(), build(draws=False)
+    load_student_weights(expected, row("distilbert"), str(tmp_path / "first.pth"))
+    load_student_weights(student, row("distilbert"), str(tmp_path / "first.pth"), build)
+    for name, tensor in student.state_dict().items():
+        assert torch.equal(tensor, expected.state_dict()[name]), name
 
 
 def test_loaded_positions_replace_the_sinusoid(tmp_path):

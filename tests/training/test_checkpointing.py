@@ -199,6 +199,30 @@ def test_a_failed_write_keeps_earlier_checkpoints(tmp_path, monkeypatch):
     assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
 
 
+@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("damage", ["flip", "cut", "longer"])
+def test_a_file_that_differs_from_what_was_written_is_no_checkpoint(
+    name, damage, tmp_path, monkeypatch
+):
+    write(tmp_path, 1)
+    fsync = os.fsync
+
+    def damaging(descriptor):
+        fsync(descriptor)
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        if path.name == name:
+            content = bytearray(path.read_bytes())
+            content[len(content) // 2] ^= damage == "flip"
+            damaged = {"cut": content[:-1], "longer": content + b" "}
+            path.write_bytes(damaged.get(damage, content))
+
+    monkeypatch.setattr(os, "fsync", damaging)
+    monkeypatch.setattr(checkpointing, "WRITE_BYTES", 13)  # several pieces a tensor
+    with pytest.raises(DamagedError, match=f"{name}: (differs from|is longer than) what was"):
+        write(tmp_path, 2)
+    assert [path.name for path in tmp_path.iterdir()] == ["step-00000001"]
+
+
 def test_free_space_is_checked_before_writing(tmp_path, monkeypatch):
     usage = shutil._ntuple_diskusage(10**6, 10**6 - 5000, 5000)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: usage)
