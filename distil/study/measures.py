@@ -111,13 +111,14 @@ def costs(
     """
     some = np.linspace(0, len(dataset.lengths) - 1, COST_SEQUENCES).astype(np.int64)
     ids_BT, _ = dataset.collate(some[:1])
-    found = {}
+    lengths, found = dataset.lengths[some], {}
     for name, config in configs.items():
         rows = config.mlm_mask_prop, config.restrict_ce_to_mask
         counted = count_update(networks[name], teacher.network, config.active, ids_BT, *rows)
         if counted is None:
             return None
-        num_sequences = config.batch_size * config.gradient_accumulation_steps
-        found[name] = counted.of_batch(dataset.lengths[some]) * num_sequences
+        by_tokens = config.max_tokens and config.max_tokens / lengths.mean()
+        num_sequences = (by_tokens or config.batch_size) * config.gradient_accumulation_steps
+        found[name] = counted.of_batch(lengths) * num_sequences
     first = next(iter(found.values()))
     return {name: value / first for name, value in found.items()}

@@ -127,10 +127,14 @@ def test_costs_know_a_rows_masks_and_micro_batches(world, tmp_path):
         **{"all": {}, "at_15": {"--restrict_ce_to_mask": None}},
         "at_30": {"--restrict_ce_to_mask": None, "--mlm_mask_prop": 0.3},
         "twice": {"--gradient_accumulation_steps": 100},
+        "tokens": {"--max_tokens": 5 * round(dataset.lengths.mean())},  # about 5 sequences
+        "of_both": {"--max_tokens": 10 * round(dataset.lengths.mean()), "--batch_size": 77},
     }
     configs = {name: parse_config(runs.words_of(needed | own)) for name, own in added.items()}
     found = costs(configs, dict.fromkeys(configs, teacher.network), teacher, dataset)
     assert found["all"] == 1 and found["twice"] == 2
+    assert math.isclose(found["tokens"], 1, rel_tol=0.05)
+    assert math.isclose(found["of_both"], 2, rel_tol=0.05)
     in_head = (found["at_30"] - found["at_15"]) / 0.15
     assert 0 < in_head < 1
     assert math.isclose(found["all"] - found["at_15"], 0.85 * in_head, rel_tol=0.02)
