@@ -2,8 +2,8 @@
 
     python -m benchmarks.fine_tuning_cost --updates 4
 
-BERT of base size with a classifier, random weights and ids, 8 x 128 by default, float32, one
-thread. Run it in two checkouts, taking turns, to compare states of the code.
+BERT of base size with a classifier, random weights and ids, 8 x 128 by default, float32 or with
+--bf16, one thread. Run it in two checkouts, taking turns, to compare states of the code.
 """
 
 import argparse
@@ -37,6 +37,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     for name, default in (("batch_size", 8), ("length", 128), ("updates", 4), ("layers", 12)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--bf16", action="store_true", help="mixed precision")
     args = parser.parse_args()
     torch.set_num_threads(1)
     torch.manual_seed(0)
@@ -49,7 +50,7 @@ def main() -> None:
     ]
     with TemporaryDirectory() as folder:
         sizes = {"batch_size": args.batch_size, "eval_batch_size": args.batch_size}
-        more = {"use_cpu": True, "num_train_epochs": 1, "bf16": False, "fp16": False}
+        more = {"use_cpu": True, "num_train_epochs": 1, "bf16": args.bf16, "fp16": False}
         arguments = training_arguments(folder, seed=1, **sizes, **more)
         clock = Clock()
         parts = {"model": model, "args": arguments, "train_dataset": examples}
