@@ -10,4 +10,4 @@ if [ ! -w . ]; then
     export HYPOTHESIS_STORAGE_DIRECTORY="${TMPDIR:-/tmp}/hypothesis-$UID"
     set -- -p no:cacheprovider "$@"
 fi
-exec "$PYTHON" -m pytest -n logical --dist loadfile "$@"
+exec "$PYTHON" -m pytest -n logical --dist loadfile --no-loadscope-reorder "$@"

@@ -18,6 +18,18 @@ import utils
 OF_THE_CALLER = re.compile("RANK|LOCAL_RANK|WORLD_SIZE|PYTHON|VENV|(SLURM|OMPI|PMI)_.*")
 
 
+# The files that take longest. Begun last, one of them would keep a core busy while others idle.
+FIRST = (
+    *("test_recipes.py", "test_distributed.py", "test_fault_injection.py", "test_quickstart.py"),
+    *("test_benchmark_step.py", "test_output.py", "test_distiller.py", "test_benchmarks.py"),
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    places = {name: place for place, name in enumerate(FIRST)}
+    items.sort(key=lambda item: places.get(item.path.name, len(FIRST)))
+
+
 def is_of_the_caller(name: str) -> bool:
     return OF_THE_CALLER.fullmatch(name) is not None
 

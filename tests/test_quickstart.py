@@ -8,6 +8,7 @@ import time
 from pathlib import Path
 
 import pytest
+from conftest import run_process
 from families import make_teacher
 from stand_ins import ROOT, make_lines
 
@@ -35,22 +36,42 @@ def own_records(own_text):
     return path
 
 
+@pytest.fixture(scope="module")
+def whole(own_records, teachers, tmp_path_factory) -> tuple[Path, str]:
+    """Run it on records with a BERT teacher: the folder, and what it prints."""
+    out = tmp_path_factory.mktemp("whole") / "out"
+    flags = [*arguments_for(own_records, teachers["bert"], out), "--text_field", "body"]
+    done = run_process(sys.executable, ROOT / "scripts" / "quickstart.py", *flags, timeout_s=600)
+    assert done.returncode == 0, done.stderr[-3000:]
+    return out, done.stdout
+
+
+@pytest.fixture
+def run_of(own_text, teachers, tmp_path, capfd, monkeypatch, request):
+    """Return a function: kind of teacher -> the folder, and what is printed."""
+
+    def run(kind: str) -> tuple[Path, str]:
+        if kind == "bert":
+            return request.getfixturevalue("whole")
+        monkeypatch.setenv("OMP_NUM_THREADS", "1")
+        teacher = teachers.get(kind) or make_teacher(tmp_path / "teacher", kind, False, teachers)
+        quickstart.main(arguments_for(own_text, teacher, tmp_path / "out"))
+        return tmp_path / "out", capfd.readouterr().out
+
+    return run
+
+
 @pytest.mark.parametrize("kind", ["bert", pytest.param("gpt2", marks=pytest.mark.long), "qwen3"])
-def test_own_text_and_teacher_give_the_table(
-    kind, own_text, teachers, tmp_path, capfd, monkeypatch
-):
-    monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    teacher = teachers.get(kind) or make_teacher(tmp_path / "teacher", kind, False, teachers)
-    quickstart.main(arguments_for(own_text, teacher, tmp_path / "out"))
-    study = tmp_path / "out" / "study"
+def test_own_text_and_teacher_give_the_table(kind, run_of):
+    out, printed = run_of(kind)
+    study = out / "study"
     state = json.loads((study / "study.json").read_text())
     first = state["first"]["half"]["reported"]
     distilled, alone = (
         state["rows"][f"{variant}/56/0.0005"]["reported"] for variant in ("triple", "no_teacher")
     )
     assert distilled["kl"] < first["kl"] and "kl" not in state["teacher"]["reported"]
-    assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
-    printed = capfd.readouterr().out
+    assert (out / "curves.png").read_bytes().startswith(b"\x89PNG")
     table = (study / "DISTILLATION.md").read_text()
     for row in (first, distilled, alone):
         assert f" {row['kl']:.4f} " in table and f" {row['kl']:.4f} " in printed
@@ -59,10 +80,8 @@ def test_own_text_and_teacher_give_the_table(
     assert f"against {alone['loss']:.4f}" in printed and "student without teacher: " in printed
     config = json.loads((study / "runs/triple-56-0.0005/model/config.json").read_text())
     assert config["model_type"] == ("distilbert" if kind == "bert" else kind)
-    held_out = set((tmp_path / "out" / "held_out.txt").read_text().splitlines())
-    assert held_out and not held_out & set(
-        (tmp_path / "out" / "train.txt").read_text().splitlines()
-    )
+    held_out = set((out / "held_out.txt").read_text().splitlines())
+    assert held_out and not held_out & set((out / "train.txt").read_text().splitlines())
 
 
 def test_a_repeated_line_is_taken_once(tmp_path):
@@ -95,14 +114,10 @@ def test_only_an_interrupted_run_of_the_same_flags_is_continued(tmp_path):
 
 @pytest.mark.slow
 def test_an_interrupted_run_continues_to_the_same_student(
-    own_records, teachers, tmp_path, monkeypatch, capfd
+    whole, own_records, teachers, tmp_path, monkeypatch, capfd
 ):
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    whole, cut = (
-        [*arguments_for(own_records, teachers["bert"], tmp_path / name), "--text_field", "body"]
-        for name in ("whole", "cut")
-    )
-    quickstart.main(whole)
+    cut = [*arguments_for(own_records, teachers["bert"], tmp_path / "cut"), "--text_field", "body"]
     program = [sys.executable, str(ROOT / "scripts" / "quickstart.py"), *cut]
     process = subprocess.Popen(program, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     end = time.monotonic() + 120
@@ -118,8 +133,7 @@ def test_an_interrupted_run_continues_to_the_same_student(
     assert "binarized_data.py" not in printed.out and "extract.py" not in printed.err
     for name in ("triple", "no_teacher"):
         place = Path("study", "runs", f"{name}-56-0.0005", "model", "model.safetensors")
-        one, other = (tmp_path / run / place for run in ("whole", "cut"))
-        assert one.read_bytes() == other.read_bytes()
+        assert (whole[0] / place).read_bytes() == (tmp_path / "cut" / place).read_bytes()
 
 
 BAD = {

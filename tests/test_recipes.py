@@ -188,7 +188,9 @@ def run_of(request, site):
     pool.shutdown(cancel_futures=True)
 
 
-LONG = ("distilbert-base-german-cased.sh", "qwen3-0.6b-14-layers.sh")  # a minute each
+LONG = (  # a minute each
+    *("distilbert-base-german-cased.sh", "distilgpt2.sh", "qwen3-0.6b-14-layers.sh"),
+)
 
 
 @pytest.mark.slow

@@ -129,7 +129,7 @@ def test_half_precision_computes_nearly_the_same(tmp_path):
     assert 1e-5 < found["gradients_differ_by"] < 0.1 and found["gradient_cosine"] > 0.99
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings(
     "ignore:`torch.jit:DeprecationWarning"
 )  # torch's own, when it loads its compiler

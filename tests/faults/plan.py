@@ -36,7 +36,7 @@ PLAN = [
         "200 of 200 digests and logs equal the undisturbed run's",
         "Composer: 12 planned stops",
         "faults.runs:killed_at_random",
-        4,
+        2,
         200,
         limit_s=300,
     ),
@@ -46,7 +46,7 @@ PLAN = [
         "1000 of 1000 loadable, never more than one interval lost",
         "the 2019 program: 59 of 100 unreadable",
         "faults.runs:killed_in_a_save",
-        20,
+        8,
         1000,
     ),
     Row(

@@ -202,7 +202,7 @@ def test_recomputed_activations_give_the_same_gradients(model_type):
         torch.testing.assert_close(mine, other, rtol=1e-9, atol=1e-11)
 
 
-@pytest.mark.slow
+@pytest.mark.long
 @pytest.mark.filterwarnings("ignore:`torch.jit:DeprecationWarning")  # raised by torch's compiler
 def test_compiled_models_are_read_like_others_also_after_an_evaluation():
     """An evaluation, in which nothing is read, compiles the teacher first."""
