@@ -36,7 +36,7 @@ from distil.study.measures import HeldOutText, costs, load_student, read_trainab
 from distil.study.options import chosen, parse
 from distil.study.runs import Job, run_folder, run_jobs, run_to_end, words_of
 from distil.study.summary import Row, conclusion, draw, table
-from distil.study.variants import RANDOM, train_flags
+from distil.study.variants import HALF, RANDOM, train_flags
 from distil.system.files import atomic_path, require_output, write_json
 from distil.system.json_files import load_json
 from distil.system.locks import lock_file
@@ -145,7 +145,7 @@ class Study:
             flags = {"--data_file": self.args.data_file, "--token_counts_dump": self.counts}
             flags["--vocab_size"] = self.teacher.vocab_size
             run_to_end("scripts/token_counts.py", words_of(flags), self.log("counts"))
-        networks = {k: loaded.get(v.student, loaded["half"]) for k, v in self.variants.items()}
+        networks = {k: loaded.get(v.student, loaded[HALF]) for k, v in self.variants.items()}
         first = self.args.seeds[0], self.args.learning_rates[0]
         words = {name: self.job(name, *first).words for name in self.variants}
         configs = read_trainable(words, networks, self.teacher)
@@ -175,7 +175,7 @@ class Study:
         updates = max(round(args.max_steps / cost), 1)
         folder = run_folder(self.folder, name, seed, rate)
         if variant.student == RANDOM:
-            student = {"--student_config": self.first("half") / "config.json"}
+            student = {"--student_config": self.first(HALF) / "config.json"}
         else:
             student = {"--student": self.first(variant.student)}
         flags = {
@@ -256,7 +256,7 @@ class Study:
     def report(self) -> None:
         """Write and print the table; draw the picture."""
         rows, args = self.rows(), self.args
-        first = self.state["first"]["half"]["reported"]
+        first = {kind: found["reported"] for kind, found in self.state["first"].items()}
         teacher = self.state["teacher"]["reported"] | self.state["tasks"].get("teacher", {})
         title = args.title or short_name(args.teacher)
         lines = [
@@ -272,7 +272,7 @@ class Study:
         with atomic_path(self.folder / "DISTILLATION.md") as temporary:
             temporary.write_text("\n\n".join(lines) + "\n", encoding="utf-8")
         facts = {"teacher": title, "updates": args.max_steps, "seeds": args.seeds}
-        draw(rows, self.folder / f"{self.folder.name}.png", facts, first["kl"])
+        draw(rows, self.folder / f"{self.folder.name}.png", facts, first[HALF]["kl"])
         print(f"\n{lines[2]}\n\n{lines[3]}")
 
     def run_tasks(self) -> None:

@@ -13,7 +13,7 @@ from collections.abc import Mapping, Sequence
 
 from distil.reporting.plots import LOOKS, draw_bars, name_rows, picture, set_heading
 from distil.reporting.tables import markdown
-from distil.study.variants import NO_TEACHER, REFERENCE, Variant
+from distil.study.variants import HALF, NO_TEACHER, REFERENCE, Variant
 
 TITLE_WIDTH = 36  # of a variant's title in the picture, in letters
 
@@ -85,21 +85,23 @@ def verdict(row: Row, alone: Row | None) -> str:
 
 def table(
     rows: Sequence[Row],
-    first: Mapping[str, float],
+    first: Mapping[str, Mapping[str, float]],
     teacher: Mapping[str, float],
     tasks: Sequence[str] = (),
 ) -> str:
     """Lay rows out in Markdown, the closest to the teacher first.
 
-    first: figures of the reference's first weights. teacher: the teacher's. tasks: whose scores
-    rows and teacher hold, too.
+    first: figures of first students by kind; that of the reference stands for those without.
+    teacher: the teacher's. tasks: whose scores rows and teacher hold, too.
     """
     by_name = {row.name: row for row in rows}
     reference, alone = by_name.get(REFERENCE), by_name.get(NO_TEACHER)
     head = "variant|seeds|rate|cost|KL to teacher|against the triple|gap closed|loss|top-1|kept"
     cells = [[*head.split("|"), "agreement", *tasks, "closer than without teacher"]]
+    begun = {HALF: first[HALF]}
     for row in sorted(rows, key=lambda row: row.spread("kl").mean):
         kl, accuracy = row.spread("kl"), row.spread("accuracy")
+        start = begun.setdefault(row.variant.student, first.get(row.variant.student, first[HALF]))
         against = None if reference is None or row is reference else row.against(reference)
         cells.append(
             [
@@ -109,7 +111,7 @@ def table(
                 "" if row.cost is None else f"{row.cost:.2f}",
                 kl.written(".4f"),
                 "" if against is None else against.written("+.1%"),
-                _share(first["kl"] - kl.mean, first["kl"]),
+                _share(start["kl"] - kl.mean, start["kl"]),
                 row.spread("loss").written(".4f"),
                 accuracy.written(".2%"),
                 _share(accuracy.mean, teacher["accuracy"]),
@@ -118,7 +120,10 @@ def table(
                 verdict(row, alone),
             ]
         )
-    cells.append(_plain("first weights", first, teacher, [""] * len(tasks)))
+    for kind, figures in begun.items():
+        name = "first weights" if kind == HALF else f"first weights of `{kind}`"
+        if kind == HALF or figures is not first[HALF]:
+            cells.append(_plain(name, figures, teacher, [""] * len(tasks)))
     scores = [f"{teacher[task]:.1f}" for task in tasks]
     cells.append(_plain("teacher", {**teacher, "kl": 0.0, "agreement": 1.0}, teacher, scores))
     return markdown(cells)

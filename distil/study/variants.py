@@ -14,6 +14,7 @@ from distil.study.runs import words_of
 from utils import InputError
 
 REFERENCE, NO_TEACHER = "triple", "no_teacher"
+HALF = "half"  # the reference's first student
 TRIPLES: dict[bool, dict[str, object]] = {  # by "is masked"
     True: {"ce": 5.0, "mlm": 2.0, "cos": 1.0},
     False: {"ce": 5.0, "clm": 0.5, "cos": 1.0},
@@ -32,7 +33,7 @@ class Variant:
     title: str
     alphas: Mapping[str, float]
     flags: Mapping[str, object] = dataclasses.field(default_factory=dict)
-    student: str = "half"
+    student: str = HALF
     first_flags: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
     def extract_flags(self, num_layers: int, data_file: str) -> Mapping[str, object]:
@@ -42,7 +43,7 @@ class Variant:
 
 # First students: (number of the teacher's layers, data file) -> flags of extract.py.
 STUDENTS = {
-    "half": lambda num, data: {"--num_layers": max(num // 2, 1)},
+    HALF: lambda num, data: {"--num_layers": max(num // 2, 1)},
     "third": lambda num, data: {"--num_layers": max(num // 3, 1)},
     "first_layers": lambda num, data: {"--layers": range(max(num // 2, 1))},
     "last_layers": lambda num, data: {"--layers": range(num - max(num // 2, 1), num)},
@@ -67,7 +68,7 @@ def variants(is_masked: bool) -> dict[str, Variant]:
         found[f"without_{name}"] = Variant(f"triple without L_{name}", left)
     found["random_start"] = Variant("triple, random first weights", triple, student=RANDOM)
     for name in STUDENTS:
-        if name != "half":
+        if name != HALF:
             title = f"triple, student of the teacher's {name.replace('_', ' ')}"
             found[name] = Variant(title, triple, student=name)
     for temperature in (1, 4):
@@ -134,7 +135,7 @@ def own_variant(name: str, flags: Mapping[str, list[str]], is_masked: bool) -> V
     title = f"triple with {shlex.join(words_of(flags))}"
     first = {flag: values for flag, values in flags.items() if flag in FIRST_FLAGS}
     of_training = {flag: values for flag, values in flags.items() if flag not in FIRST_FLAGS}
-    student = name if first else "half"
+    student = name if first else HALF
     return Variant(title, TRIPLES[is_masked], of_training, student, first)
 
 

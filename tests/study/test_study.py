@@ -1,5 +1,6 @@
 """A study's variants, trainings and summary; the whole program at the smallest size (slow)."""
 
+import dataclasses
 import json
 import math
 import sys
@@ -194,7 +195,7 @@ def test_the_verdict_asks_for_more_than_the_spread():
 
 def test_the_table_holds_deltas_gaps_and_what_is_kept():
     rows = [row(REFERENCE, 0.2, 0.2), row("a", 0.1, 0.1), row(NO_TEACHER, 0.4, 0.4)]
-    first = {"kl": 0.8, "loss": 3.0, "accuracy": 0.1, "agreement": 0.2}
+    first = {"half": {"kl": 0.8, "loss": 3.0, "accuracy": 0.1, "agreement": 0.2}}
     teacher = {"loss": 1.5, "accuracy": 0.5}
     lines = table(rows, first, teacher).splitlines()
     best = [cell.strip() for cell in lines[2].split("|")[1:-1]]
@@ -204,9 +205,25 @@ def test_the_table_holds_deltas_gaps_and_what_is_kept():
     assert conclusion(rows, teacher).startswith("Closest to the teacher: a (`a`), its KL -50.0%")
 
 
+def test_a_row_with_a_first_student_of_its_own_starts_from_that():
+    short = row("short", 0.4)
+    short = dataclasses.replace(short, variant=Variant("short", {}, student="third"))
+    drawn = row("random_start", 0.6)
+    drawn = dataclasses.replace(drawn, variant=Variant("drawn", {}, student="random"))
+    start = {"loss": 3.0, "accuracy": 0.1, "agreement": 0.2}
+    first = {kind: {**start, "kl": kl} for kind, kl in (("half", 0.8), ("third", 1.6), ("b", 9))}
+    rows = [row(REFERENCE, 0.2), short, drawn]
+    lines = table(rows, first, {"loss": 1.5, "accuracy": 0.5}).splitlines()[2:]
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in lines]
+    assert [cell[6] for cell in cells[:3]] == ["75.0%", "75.0%", "25.0%"]
+    names = [cell[0] for cell in cells[3:]]
+    assert names == ["first weights", "first weights of `third`", "teacher"]
+    assert [cell[4] for cell in cells[3:5]] == ["0.8000", "1.6000"]
+
+
 def test_a_teacher_that_is_never_right_and_a_perfect_start_have_no_shares():
     rows = [row(REFERENCE, 0.2), row(NO_TEACHER, 0.0)]
-    first = {"kl": 0.0, "loss": 3.0, "accuracy": 0.0, "agreement": 1.0}
+    first = {"half": {"kl": 0.0, "loss": 3.0, "accuracy": 0.0, "agreement": 1.0}}
     teacher = {"loss": 3.0, "accuracy": 0.0}
     last = [line.split("|")[10].strip() for line in table(rows, first, teacher).splitlines()]
     assert last[0] == "kept" and set(last[2:]) == {"-"}
