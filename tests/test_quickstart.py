@@ -112,7 +112,7 @@ def test_only_an_interrupted_run_of_the_same_flags_is_continued(tmp_path):
     assert called == [(1, "text"), (1, "tokens"), (1, "report"), (1, "text"), (2, "text")]
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_an_interrupted_run_continues_to_the_same_student(
     whole, own_records, teachers, tmp_path, monkeypatch, capfd
 ):
