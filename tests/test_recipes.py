@@ -190,7 +190,8 @@ def run_of(request, site):
 
 LONG = (  # a minute each
     *("antiberty-4-layers.sh", "distilbert-base-german-cased.sh", "distilgpt2.sh"),
-    *("modernbert-base-11-layers.sh", "qwen3-0.6b-14-layers.sh"),
+    *("distilbert-base-german-from-mbert.sh", "modernbert-base-11-layers.sh"),
+    "qwen3-0.6b-14-layers.sh",
 )
 
 

@@ -7,7 +7,7 @@ import pytest
 import benchmark_data
 
 
-@pytest.mark.slow
+@pytest.mark.long
 def test_the_data_benchmark_measures_everything(teachers, text_file, tmp_path, capsys):
     path = tmp_path / "found.json"
     benchmark_data.main(
