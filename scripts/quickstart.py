@@ -47,7 +47,7 @@ from distil.reporting import latency
 from distil.reporting.curves import draw_curves
 from distil.reporting.plan import Plan as TimingPlan
 from distil.study.measures import HeldOutText, load_student
-from distil.study.variants import NO_TEACHER, REFERENCE
+from distil.study.variants import HALF, NO_TEACHER, REFERENCE
 from distil.system.files import require_output
 from distil.system.json_files import load_json
 from distil.system.signals import exit_on_sigterm
@@ -133,7 +133,7 @@ def report(plan: Plan, started: float) -> None:
     state = load_json(plan.study / "study.json", {"first": dict, "rows": dict})
     of_rows = {row["variant"]: row["reported"]["kl"] for row in state["rows"].values()}
     kl = {
-        "first weights": state["first"]["half"]["reported"]["kl"],
+        "first weights": state["first"][HALF]["reported"]["kl"],
         "distilled": of_rows[REFERENCE],
         "without teacher": of_rows[NO_TEACHER],
     }

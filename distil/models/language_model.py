@@ -19,7 +19,7 @@ from distil.data.token_files import SpecialIds
 from distil.models import conventions
 from distil.models.architectures import ARCHITECTURES, AUTO, Architecture
 from distil.models.bounds import ENTRIES, check_counts, check_memory
-from distil.models.checks import check_finite, some_of
+from distil.models.checks import check_finite, is_finite, some_of
 from distil.models.heads import Head, own_head_parameters, path_of, prediction_head
 from distil.models.hub import check_weight_files, load_config, quiet_transformers
 from distil.models.names import model_folder
@@ -412,7 +412,7 @@ def check_forward(model: LanguageModel, token_ids_BT: torch.Tensor) -> None:
     with naming_failures(what, "; correct its JSON"):
         hidden_BTD = model.network.base_model(token_ids_BT).last_hidden_state
         logits_NV = model.head(hidden_BTD[0, :1])
-    if not (torch.isfinite(hidden_BTD).all() and torch.isfinite(logits_NV).all()):
+    if not (is_finite(hidden_BTD) and is_finite(logits_NV)):
         raise InputError(
             f"{model.source}: the model gives NaN or infinite values before any training; correct"
             " its JSON or weights"

@@ -117,8 +117,10 @@ def costs(
         counted = count_update(networks[name], teacher.network, config.active, ids_BT, *rows)
         if counted is None:
             return None
-        by_tokens = config.max_tokens and config.max_tokens / lengths.mean()
-        num_sequences = (by_tokens or config.batch_size) * config.gradient_accumulation_steps
-        found[name] = counted.of_batch(lengths) * num_sequences
+        num_sequences = config.batch_size
+        if config.max_tokens is not None:
+            num_sequences = config.max_tokens / lengths.mean()
+        in_update = num_sequences * config.gradient_accumulation_steps
+        found[name] = counted.of_batch(lengths) * in_update
     first = next(iter(found.values()))
     return {name: value / first for name, value in found.items()}

@@ -98,10 +98,10 @@ def table(
     reference, alone = by_name.get(REFERENCE), by_name.get(NO_TEACHER)
     head = "variant|seeds|rate|cost|KL to teacher|against the triple|gap closed|loss|top-1|kept"
     cells = [[*head.split("|"), "agreement", *tasks, "closer than without teacher"]]
-    begun = {HALF: first[HALF]}
-    for row in sorted(rows, key=lambda row: row.spread("kl").mean):
+    ordered = sorted(rows, key=lambda row: row.spread("kl").mean)
+    for row in ordered:
         kl, accuracy = row.spread("kl"), row.spread("accuracy")
-        start = begun.setdefault(row.variant.student, first.get(row.variant.student, first[HALF]))
+        start = first.get(row.variant.student, first[HALF])
         against = None if reference is None or row is reference else row.against(reference)
         cells.append(
             [
@@ -120,10 +120,10 @@ def table(
                 verdict(row, alone),
             ]
         )
-    for kind, figures in begun.items():
+    for kind in dict.fromkeys([HALF, *(row.variant.student for row in ordered)]):
         name = "first weights" if kind == HALF else f"first weights of `{kind}`"
-        if kind == HALF or figures is not first[HALF]:
-            cells.append(_plain(name, figures, teacher, [""] * len(tasks)))
+        if kind in first:
+            cells.append(_plain(name, first[kind], teacher, [""] * len(tasks)))
     scores = [f"{teacher[task]:.1f}" for task in tasks]
     cells.append(_plain("teacher", {**teacher, "kl": 0.0, "agreement": 1.0}, teacher, scores))
     return markdown(cells)

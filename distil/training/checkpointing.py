@@ -232,10 +232,10 @@ def _pieces(parts: Iterable[Buffer]) -> Iterator[memoryview]:
 
 def _require_same(path: Path, parts: Iterable[Buffer]) -> None:
     """Read a file back and compare it with what was written: a third of a checksum's time."""
-    room = bytearray(WRITE_BYTES)
+    room = memoryview(bytearray(WRITE_BYTES))
     with open(path, "rb") as file:
         for piece in _pieces(parts):
-            found = memoryview(room)[: file.readinto(memoryview(room)[: len(piece)])]
+            found = room[: file.readinto(room[: len(piece)])]
             if not np.array_equal(np.frombuffer(found, np.uint8), np.frombuffer(piece, np.uint8)):
                 raise DamagedError(f"{path}: differs from what was written: the disk is damaged")
         if file.read(1):

@@ -243,10 +243,7 @@ def test_a_student_whose_weights_are_loaded_does_not_draw_them(kind, is_tied, tm
     ]:
         assert own.keys() == other.keys()
         assert all(torch.equal(own[name], other[name]) for name in own)
-    same = dict(remove_duplicate=True)
-    assert [n for n, _ in student.named_parameters(**same)] == [
-        n for n, _ in drawn.named_parameters(**same)
-    ]
+    assert dict(student.named_parameters()).keys() == dict(drawn.named_parameters()).keys()
 
 
 def test_a_head_transform_that_is_absent_is_drawn_from_the_seed(tmp_path):
